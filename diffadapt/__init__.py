@@ -1,0 +1,28 @@
+"""Parameter-efficient fine-tuning of diffusion models. What is listed here is the public API."""
+
+from diffadapt.adapter import Adapter
+from diffadapt.assets import embedded
+from diffadapt.attaching import attach, attached, detach, disabled
+from diffadapt.checkpoint import load, read_metadata, save
+from diffadapt.merging import merge, unmerge
+from diffadapt.methods import METHODS, FLoRA, LoRA, make_method
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "FLoRA",
+    "LoRA",
+    "attach",
+    "attached",
+    "detach",
+    "disabled",
+    "embedded",
+    "load",
+    "make_method",
+    "merge",
+    "read_metadata",
+    "save",
+    "unmerge",
+]

@@ -1,0 +1,174 @@
+"""Attach an adapter to a model or a pipeline, switch it off, take it away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from diffadapt.adapter import Adapter
+from diffadapt.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
+from diffadapt.merging import merge, unmerge
+from diffadapt.methods import Method
+from diffadapt.parts import Part, PartPlan, plan_parts
+from diffadapt.targets import Found, assign_ranks, find_sites
+
+Targets = str | Sequence[str]
+
+
+def attach(
+    model: object,
+    method: Method,
+    targets: Targets = "attention",
+    *,
+    name: str = "default",
+    seed: int = 0,
+    text_encoder_targets: Targets | None = None,
+    rank_patterns: Mapping[str, int] | None = None,
+) -> Adapter:
+    """Freeze a model and let a method change some of its layers, in place. No output changes yet.
+
+    Args:
+        model: an ``nn.Module``, or a diffusers pipeline (its denoiser, and its text encoders when targeted).
+        method: e.g. ``FLoRA(rank=8)`` or ``make_method("flora", rank=8)``.
+        targets: presets (attention, qv, linear, conv, norm, embedding, all) or globs on module names, joined
+            with ``+`` or as a sequence; ``!glob`` excludes.
+        name: unique among the model's adapters.
+        seed: the starting values are a function of it.
+        text_encoder_targets: the same for a pipeline's text encoders; None leaves them alone.
+        rank_patterns: glob on site names -> rank, where it differs from the method's.
+
+    Returns: the adapter, an ``nn.Module`` that owns the trained tensors.
+    Raises: ValueError or TypeError saying what does not fit; the model is then as before.
+    """
+    roots = components(model, text_encoder_targets is not None)
+    found: list[Found] = []
+    for root, module in roots.items():
+        chosen = text_encoder_targets if root.startswith("text_encoder") else targets
+        found += find_sites(module, chosen, f"{root}." if root else "")
+    ranks = assign_ranks([choice.site for choice in found], rank_patterns or {})
+    return attach_sites(roots, method, found, name=name, seed=seed, ranks=ranks)
+
+
+def attach_sites(
+    roots: dict[str, nn.Module],
+    method: Method,
+    found: Sequence[Found],
+    *,
+    name: str,
+    seed: int,
+    ranks: Mapping[str, int],
+    fill: Callable[[Adapter], None] | None = None,
+) -> Adapter:
+    """``attach`` for layers already chosen. ``fill`` gives the tensors, which arrive as zeros, their values
+    instead of the method's start; when it raises, the model is as before."""
+    if name in {taken for module in roots.values() for taken in attached(module)}:
+        raise ValueError(f"the model already has an adapter named {name!r}; detach it or pass another name")
+    plans = plan_parts(method, [choice.site for choice in found], ranks)
+    _check_all_served(method, found, plans)
+    records = [
+        getattr(choice.layers[0], "_diffadapt", None) or Record(list(choice.layers)) for choice in found
+    ]
+    adapter = Adapter(name, method, seed, ranks, roots)
+    for plan in plans:
+        bases = [records[i].base() for i in plan.indices]
+        adapter.add_part(Part(plan, bases))
+        if fill is None:
+            adapter.parts[-1].start(bases, seed)
+    if fill is not None:
+        fill(adapter)
+    _swap(adapter, plans, found, records)
+    for module in roots.values():
+        adapter.frozen += [p for p in module.parameters() if p.requires_grad]
+        module.requires_grad_(False)
+    return adapter
+
+
+def detach(adapter: Adapter) -> None:
+    """Take an adapter off its model; when it was the last, the model is the bare one again, bit for bit."""
+    unmerge(adapter)
+    remaining: list[Adapter] = [other for root in adapter.roots.values() for other in attached(root).values()]
+    for record in adapter.records.values():
+        owned = adapter.entries(record)
+        record.entries = [entry for entry in record.entries if entry not in owned]
+        for layer in record.layers if not record.entries else ():
+            layer.__class__ = ORIGINAL[type(layer)]
+            del layer._diffadapt
+    remaining = [other for other in remaining if other is not adapter]
+    if remaining:
+        remaining[0].frozen += adapter.frozen
+    else:
+        for parameter in adapter.frozen:
+            parameter.requires_grad_(True)
+    adapter.records, adapter.frozen = {}, []
+
+
+def attached(model: object) -> dict[str, Adapter]:
+    """The adapters of a model or pipeline by name, in the order they were attached."""
+    return {
+        entry.owner.adapter.name: entry.owner.adapter
+        for module in components(model, True).values()
+        for layer in module.modules()
+        if isinstance(layer, Adapted)
+        for entry in layer._diffadapt.entries
+    }
+
+
+@contextmanager
+def disabled(model: object) -> Iterator[None]:
+    """Within the context the model (or pipeline) is the bare one, whatever is attached or merged."""
+    adapters = list(attached(model).values())
+    before = [(adapter, adapter.strength, adapter.merged) for adapter in adapters]
+    for adapter, _, was_merged in before:
+        if was_merged:
+            unmerge(adapter)
+        adapter.strength = 0.0
+    try:
+        yield
+    finally:
+        for adapter, strength, was_merged in before:
+            adapter.strength = strength
+            if was_merged:
+                merge(adapter)
+
+
+def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.Module]:
+    """The models that can be adapted, by component name: a bare module is ``""``."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    names = ["unet", "transformer"]
+    if with_text_encoders:
+        names += ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    found = {key: getattr(model, key) for key in names if isinstance(getattr(model, key, None), nn.Module)}
+    if not found:
+        raise TypeError(
+            f"expected an nn.Module or a pipeline with a unet or transformer, got {type(model).__name__}"
+        )
+    return found
+
+
+def _check_all_served(method: Method, found: Sequence[Found], plans: Sequence[PartPlan]) -> None:
+    served = {index for plan in plans for index in plan.indices}
+    for index, choice in enumerate(found):
+        if choice.by_name and index not in served:
+            site = choice.site
+            raise ValueError(f"{method} cannot change {site.name}, a layer of kind {site.kind}; exclude it")
+
+
+def _swap(
+    adapter: Adapter, plans: Sequence[PartPlan], found: Sequence[Found], records: Sequence[Record]
+) -> None:
+    entries: list[list[Entry]] = [[] for _ in found]
+    for plan, part in zip(plans, adapter.parts, strict=True):
+        for index, i in enumerate(plan.indices):
+            entries[i].append(Entry(part, index))
+    for choice, record, added in zip(found, records, entries, strict=True):
+        if not added:
+            continue
+        for layer in record.layers:
+            layer.__class__ = ADAPTED.get(type(layer), type(layer))
+            layer._diffadapt = record
+        record.entries += added
+        adapter.records[choice.site.name] = record
+    adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.records)

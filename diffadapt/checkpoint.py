@@ -1,0 +1,240 @@
+"""Adapter files: one safetensors file that is complete, checked when read, and never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffadapt.adapter import Adapter
+from diffadapt.attaching import attach_sites, components
+from diffadapt.files import write_atomically
+from diffadapt.layers import Record
+from diffadapt.methods import Method, near, read_method
+from diffadapt.parts import plan_parts
+from diffadapt.site import Site
+from diffadapt.targets import Found, choose
+
+FORMAT_VERSION = 1
+
+
+def save(
+    adapter: Adapter, path: str | Path, *, base: str | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write an adapter with its configuration and the fingerprint of its base.
+
+    Args:
+        base: name or path of the base, recorded for whoever loads the file.
+        metadata: further text to keep in the file's header, e.g. a training summary.
+    """
+    tensors = {
+        key: tensor.detach().cpu().contiguous()
+        for part in adapter.parts
+        for key, tensor in part.named().items()
+    }
+    config = {
+        "name": adapter.name,
+        "seed": adapter.seed,
+        "method": [{"name": part.name, "options": part.config} for part in adapter.method.parts],
+        "sites": [_describe(site, adapter) for site in adapter.sites],
+        "base": {"name": base, "values": fingerprint(list(adapter.records.values()))},
+    }
+    header = {
+        **(metadata or {}),
+        "format": "diffadapt",
+        "format_version": str(FORMAT_VERSION),
+        "adapter": json.dumps(config),
+        "sha256": _digest(tensors),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def load(
+    model: object,
+    path: str | Path,
+    *,
+    strength: float = 1.0,
+    name: str | None = None,
+    strict_base: bool = False,
+) -> Adapter:
+    """Attach the adapter of a file to a model or pipeline.
+
+    Args:
+        strength: t in ``W + t (W' - W)``.
+        name: of the adapter; the file's own by default.
+        strict_base: make a base with other values than it was trained on an error, not a warning.
+
+    Raises: FileNotFoundError; ValueError for a file that is truncated, altered, of another version or of another
+        architecture (naming the first name or shape that does not fit). The model is then as before.
+    """
+    header, tensors = _read(Path(path))
+    try:
+        config = json.loads(header["adapter"])
+        method = read_method(config["method"])
+        stored = [
+            (str(s["component"]), str(s["path"]), tuple(s["shape"]), s.get("rank")) for s in config["sites"]
+        ]
+        seed, base, own_name = int(config["seed"]), config["base"], str(config["name"])
+        base_values, base_name = base["values"], base["name"]
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its configuration is malformed ({error!r})") from error
+    roots = components(model, any(component.startswith("text_encoder") for component, *_ in stored))
+    found, ranks, names = _match(roots, stored, path)
+    expected = _expected(method, found, ranks, names)
+    _check_tensors(expected, tensors, path)
+
+    def fill(adapter: Adapter) -> None:
+        own = [tensor for part in adapter.parts for tensor in part.named().values()]
+        for tensor, key in zip(own, expected, strict=True):
+            tensor.data.copy_(tensors[key])
+
+    values = fingerprint([getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found])
+    if values != base_values:
+        message = (
+            f"{path} was trained on other weights of this architecture (base: {base_name or 'not recorded'})"
+        )
+        if strict_base:
+            raise ValueError(message + "; pass its own base, or strict_base=False to accept the difference")
+        warnings.warn(message, stacklevel=2)
+    used = {root: roots[root] for root in {_component(site.name, roots) for site in (f.site for f in found)}}
+    adapter = attach_sites(used, method, found, name=name or own_name, seed=seed, ranks=ranks, fill=fill)
+    adapter.strength = strength
+    return adapter
+
+
+def read_metadata(path: str | Path) -> dict[str, object]:
+    """The header of an adapter file, its JSON decoded; the tensors are checked against their hash."""
+    header, _ = _read(Path(path))
+    return {key: _decode(value) for key, value in header.items()}
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """A hash of a sample of the base weights: the same for the same values at the same precision."""
+    hasher = hashlib.sha256()
+    for record in records:
+        flat = record.base().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        hasher.update(flat[::step][:64].float().cpu().numpy().tobytes())
+    return hasher.hexdigest()[:32]
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of the stored tensors."""
+    hasher = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        hasher.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    if header.get("format") != "diffadapt":
+        raise ValueError(
+            f"{path} is not a diffadapt file; its format is {header.get('format', 'not stated')!r}"
+        )
+    if header.get("format_version") != str(FORMAT_VERSION):
+        version = header.get("format_version")
+        raise ValueError(
+            f"{path} has format version {version!r}, this diffadapt reads {FORMAT_VERSION}; update it"
+        )
+    if header.get("sha256") != _digest(tensors):
+        raise ValueError(f"{path} was altered or damaged: its tensors do not match their SHA-256")
+    return header, tensors
+
+
+def _describe(site: Site, adapter: Adapter) -> dict[str, object]:
+    component = _component(site.name, adapter.roots)
+    path = site.name.removeprefix(f"{component}.") if component else site.name
+    rank = {"rank": adapter.ranks[site.name]} if site.name in adapter.ranks else {}
+    return {"component": component, "path": path, "shape": list(site.shape), **rank}
+
+
+def _component(name: str, roots: Mapping[str, nn.Module]) -> str:
+    return "" if "" in roots else name.partition(".")[0]
+
+
+def _match(
+    roots: Mapping[str, nn.Module], stored: Sequence[tuple], path: str | Path
+) -> tuple[list[Found], dict[str, int], list[str]]:
+    """The target's layers for the stored sites in order, the ranks by new name, and the stored names."""
+    found: dict[tuple[str, str], Found] = {}
+    for component in dict.fromkeys(component for component, *_ in stored):
+        root = _root_for(component, roots, path)
+        wanted = {name: True for own, name, *_ in stored if own == component}
+        try:
+            chosen = choose(roots[root], wanted, f"{root}." if root else "")
+        except ValueError as error:
+            raise ValueError(f"{path} is of another architecture: {error}") from error
+        prefix = len(root) + 1 if root else 0
+        found.update({(component, choice.site.name[prefix:]): choice for choice in chosen})
+    ranks: dict[str, int] = {}
+    for component, name, shape, rank in stored:
+        choice = found.get((component, name))
+        if choice is None or choice.site.shape != shape:
+            has = "another place for this weight" if choice is None else f"shape {choice.site.shape}"
+            raise ValueError(f"{path} is of another architecture: {name} has shape {shape} there, {has} here")
+        if rank is not None:
+            ranks[choice.site.name] = rank
+    names = [f"{component}.{name}" if component else name for component, name, *_ in stored]
+    return [found[component, name] for component, name, *_ in stored], ranks, names
+
+
+def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) -> str:
+    if component in roots:
+        return component
+    denoiser = next((root for root in roots if not root.startswith("text_encoder")), None)
+    if denoiser is not None and not component.startswith("text_encoder"):
+        return denoiser  # saved from a bare model and loaded into a pipeline, or the other way
+    raise ValueError(f"{path} changes the {component!r} of a pipeline; load it into one that has it")
+
+
+def _expected(
+    method: Method, found: Sequence[Found], ranks: Mapping[str, int], names: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the file's tensors by their names in it."""
+    sites = [replace(choice.site, name=name) for choice, name in zip(found, names, strict=True)]
+    renamed = {
+        new: ranks[choice.site.name]
+        for choice, new in zip(found, names, strict=True)
+        if choice.site.name in ranks
+    }
+    return {key: shape for plan in plan_parts(method, sites, renamed) for key, shape in plan.stored().items()}
+
+
+def _check_tensors(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: str | Path
+) -> None:
+    for key, shape in expected.items():
+        if key not in tensors:
+            raise ValueError(f"{path} lacks the tensor {key!r}{near(key, tensors)}")
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}")
+        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+            raise ValueError(f"{path}: {key} holds values that are not finite numbers")
+    for key in tensors:
+        if key not in expected:
+            raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
+
+
+def _decode(value: str) -> object:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

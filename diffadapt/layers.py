@@ -1,0 +1,224 @@
+"""Layers adapted in place: the same objects with the same parameters, under another class.
+
+A layer owns no trained tensor. Its record lists who changes it; the owners hand out their updates at every
+forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffadapt.convolution import LinearMap, conv_map
+from diffadapt.product import branch_sum
+from diffadapt.update import LayerMap, Update
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Owner(Protocol):
+    """Who owns trained tensors and says what they change: a part of an adapter."""
+
+    strength: float
+
+    def update(self, index: int, base: Tensor) -> Update: ...
+
+    def dropped(self, x: Tensor, index: int, training: bool) -> Tensor: ...
+
+    def follow(self, device: torch.device) -> None: ...
+
+
+@dataclass
+class Entry:
+    """One owner's change of one site, and whether it is folded into the resident weight now."""
+
+    owner: Owner
+    index: int
+    merged: bool = False
+
+
+@dataclass
+class Record:
+    """Everything that happens to one weight. Layers that share the weight share the record."""
+
+    layers: list[nn.Module]
+    entries: list[Entry] = field(default_factory=list)
+    original: Tensor | None = None  # the base weight's bits while an entry is merged
+    original_bias: Tensor | None = None
+
+    def base(self) -> Tensor:
+        """The frozen base weight, whatever is merged."""
+        return self.layers[0].weight.detach() if self.original is None else self.original
+
+    def base_bias(self) -> Tensor | None:
+        bias = getattr(self.layers[0], "bias", None)
+        if self.original is None:
+            return None if bias is None else bias.detach()
+        return self.original_bias
+
+    def live(self) -> list[Entry]:
+        """The entries that act in the forward pass."""
+        return [entry for entry in self.entries if not entry.merged and entry.owner.strength != 0]
+
+
+class Adapted(nn.Module):
+    """What every adapted layer adds to its original class."""
+
+    _diffadapt: Record
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        record = self._diffadapt
+        if record.original is not None and record.layers[0] is self:
+            record.original = fn(record.original)
+            record.original_bias = None if record.original_bias is None else fn(record.original_bias)
+        for entry in record.entries:
+            entry.owner.follow(self.weight.device)
+        return self
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        return _affine(self, LinearMap(), x, entries) if entries else nn.Linear.forward(self, x)
+
+
+class _AdaptedConv(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return super().forward(x)
+        unbatched = x.dim() == len(self.kernel_size) + 1
+        layer_map, x = conv_map(self, x.unsqueeze(0) if unbatched else x)
+        y = _affine(self, layer_map, x, entries)
+        return y.squeeze(0) if unbatched else y
+
+
+class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
+    pass
+
+
+class AdaptedConv2d(_AdaptedConv, nn.Conv2d):
+    pass
+
+
+class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
+    pass
+
+
+class AdaptedEmbedding(Adapted, nn.Embedding):
+    def forward(self, rows: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return nn.Embedding.forward(self, rows)
+        table = _changed_weight(self, entries).to(self.weight.dtype)
+        return F.embedding(
+            rows, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
+        )
+
+
+class AdaptedLayerNorm(Adapted, nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return nn.LayerNorm.forward(self, x)
+        weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
+        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class AdaptedGroupNorm(Adapted, nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return nn.GroupNorm.forward(self, x)
+        weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
+        return F.group_norm(x.to(weight.dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+ADAPTED: dict[type[nn.Module], type[Adapted]] = {
+    nn.Linear: AdaptedLinear,
+    nn.Conv1d: AdaptedConv1d,
+    nn.Conv2d: AdaptedConv2d,
+    nn.Conv3d: AdaptedConv3d,
+    nn.Embedding: AdaptedEmbedding,
+    nn.LayerNorm: AdaptedLayerNorm,
+    nn.GroupNorm: AdaptedGroupNorm,
+}
+ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]) -> Tensor:
+    """``y`` for ``W + sum_i t_i (W'_i - W)``: rows scaled on the outputs, factors never multiplied out."""
+    record, device = layer._diffadapt, x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    base = record.base()
+    updates = [(entry, entry.owner.update(entry.index, base)) for entry in entries]
+    bias = _effective_bias(record, layer.bias, updates)
+    weight, base = layer.weight.to(x.dtype), base.to(x.dtype)
+
+    def term(entry: Entry, update: Update, coefficient: float) -> list:
+        inputs = entry.owner.dropped(x, entry.index, layer.training)
+        return [] if update.delta is None else [(update.delta, coefficient * update.multiplier, inputs)]
+
+    additive = [(e, u) for e, u in updates if u.scale is None]
+    rescaled = [(e, u) for e, u in updates if u.scale is not None]
+    terms = [found for e, u in additive for found in term(e, u, e.owner.strength)]
+    if not rescaled:
+        return branch_sum(layer_map, x, weight, bias, terms)
+    rows = (-1, *(1,) * (x.dim() - 2)) if layer_map.channel_dim == 1 else (-1,)
+
+    def rescale(entry: Entry, update: Update) -> Tensor:
+        inner = branch_sum(layer_map, x, base, None, term(entry, update, 1.0))
+        return update.scale.to(x.dtype).reshape(rows) * inner
+
+    if len(updates) == 1 and rescaled[0][0].owner.strength == 1 and record.original is None:
+        y = rescale(*rescaled[0])
+    else:
+        y = branch_sum(layer_map, x, weight, None, terms)
+        plain = layer_map.product(x, base)
+        for entry, update in rescaled:
+            y = y + entry.owner.strength * (rescale(entry, update) - plain)
+    return y if bias is None else y + bias.to(x.dtype).reshape(rows)
+
+
+def _effective_bias(
+    record: Record, resident: Tensor | None, updates: list[tuple[Entry, Update]]
+) -> Tensor | None:
+    """``b + sum_i t_i (b'_i - b)``; None for a layer that has no bias and gets none."""
+    base, total = record.base_bias(), resident
+    for entry, update in updates:
+        if not update.changes_bias() or (base is None and update.bias is None):
+            continue
+        own = update.bias if update.bias is not None else update.bias_scale
+        start = base if base is not None else own.new_zeros(own.shape)
+        change = entry.owner.strength * (update.bias_vector(start.to(own.dtype)) - start)
+        total = change if total is None else total + change
+    return total
+
+
+def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
+    """The whole changed weight, for layers whose weight is small beside their activations."""
+    record, total = layer._diffadapt, layer.weight
+    base = record.base()
+    for entry in entries:
+        exact = entry.owner.update(entry.index, base).weight(wide(base))
+        total = total + entry.owner.strength * (exact - base)
+    return total
+
+
+def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
+    record = layer._diffadapt
+    base = record.base()
+    updates = [(entry, entry.owner.update(entry.index, base)) for entry in entries]
+    bias = _effective_bias(record, layer.bias, updates)
+    return None if bias is None else bias.to(wide(base).dtype)
+
+
+def wide(weight: Tensor) -> Tensor:
+    """The weight in the precision adapters compute in: float32, or float64 for a float64 base."""
+    return weight.float() if weight.dtype in HALF else weight
