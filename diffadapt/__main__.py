@@ -1,0 +1,7 @@
+"""`python -m diffadapt` is the same as `diffadapt`."""
+
+import sys
+
+from diffadapt.cli import main
+
+sys.exit(main())

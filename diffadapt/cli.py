@@ -1,0 +1,106 @@
+"""The command line: `diffadapt COMMAND`. One function adds a command's options, one runs it."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffadapt as da
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `diffadapt`. Returns the exit code; 2 for mistakes of the user."""
+    from diffadapt.training import session
+
+    session.quiet()
+    arguments = _parser().parse_args(argv)
+    return session.run(lambda: COMMANDS[arguments.command].run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffadapt", description=da.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=da.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        command.add_options(own)
+    return parser
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _run_methods(arguments: argparse.Namespace) -> int:
+    for name, method in da.METHODS.items():
+        summary = (method.__doc__ or "").splitlines()[0]
+        options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(method))
+        print(f"{name:<10} {summary}\n{'':<10} options: {options}; learning rate {method.learning_rate:g}\n")
+    return 0
+
+
+def _info_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="an adapter file")
+    parser.add_argument("--json", action="store_true", help="everything in the header, as JSON")
+
+
+def _run_info(arguments: argparse.Namespace) -> int:
+    metadata = da.read_metadata(arguments.file)
+    if arguments.json:
+        print(json.dumps(metadata, indent=1))
+        return 0
+    adapter = metadata.pop("adapter")
+    print(f"{'method':<18} {json.dumps(adapter['method'])}")
+    print(f"{'base':<18} {adapter['base']['name']}")
+    print(f"{'layers':<18} {len(adapter['sites'])}")
+    for name, value in metadata.items():
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="several are added up")
+    add("--prompt", action="append", required=True, help="repeat for several prompts")
+    add("--num_images", type=int, default=4, help="images per prompt (default: 4)")
+    add("--seed", type=int, default=0, help="seed of the first image, the next has the next (default: 0)")
+    add("--out", default="runs/sample", help="folder for the images (default: runs/sample)")
+    add("--strength", type=float, default=1.0, help="of adapters without their own :STRENGTH (default: 1)")
+    add("--pretrained_model_name_or_path", "--base", dest="base", help="default: the base named in the file")
+    add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
+    add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
+    add("--scheduler", help="ddim, ddpm, dpm++, euler, euler_a, pndm or unipc; default: the base's own")
+    add("--negative_prompt", help="what the images should not show")
+    add("--height", type=int, help="pixels; default: the base's own size")
+    add("--width", type=int, help="pixels; default: the base's own size")
+    add("--batch_size", type=int, help="images at once; the images do not depend on it")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on a GPU, no on a CPU")
+    add("--num_threads", type=int, help="CPU threads; default: all available cores")
+
+
+def _run_sample(arguments: argparse.Namespace) -> int:
+    from diffadapt.sample_command import sample
+
+    folder = sample(arguments, command=shlex.join(["diffadapt", *sys.argv[1:]]))
+    count = arguments.num_images * len(arguments.prompt)
+    print(f"{count} images in {folder}, all on {folder / 'sheet.png'}")
+    return 0
+
+
+COMMANDS = {
+    "methods": Command("the adapter methods and their options", _no_options, _run_methods),
+    "info": Command("what is in an adapter file", _info_options, _run_info),
+    "sample": Command("draw images with one or more adapters", _sample_options, _run_sample),
+}

@@ -1,0 +1,66 @@
+"""Which pictures are trained on, with which words, and in which order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from diffadapt.data.images import list_images
+from diffadapt.data.randomness import permutation
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and its prompt."""
+
+    path: Path
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One use of an example. (role, epoch, sample) is unique in a run, so it keys the draw's randomness."""
+
+    role: str  # "instance", or "class" for prior preservation
+    index: int  # which example of that role
+    epoch: int
+    sample: int  # place within the epoch before shuffling: an index and how often it was used already
+
+
+def folder_examples(folder: str | Path, prompt: str) -> list[Example]:
+    """All pictures of a folder under one prompt."""
+    return [Example(path, prompt) for path in list_images(folder)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless stream of samples: epoch after epoch, each in its own order, batches full across epochs.
+
+    Position p is sample p mod length of epoch p div length. With class pictures an epoch is as long as the
+    larger set and the smaller one is walked again and again, as in diffusers' DreamBooth script.
+    """
+
+    instances: int
+    classes: int
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return max(self.instances, self.classes)
+
+    def draws(self, positions: Sequence[int]) -> list[Draw]:
+        """The instance draws of these positions, then (with class pictures) their class draws."""
+        places = [(self._sample(position), position // self.length) for position in positions]
+        draws = [Draw("instance", sample % self.instances, epoch, sample) for sample, epoch in places]
+        if self.classes:
+            draws += [Draw("class", sample % self.classes, epoch, sample) for sample, epoch in places]
+        return draws
+
+    def _sample(self, position: int) -> int:
+        epoch, place = divmod(position, self.length)
+        return _epoch_order(self.seed, epoch, self.length)[place]
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(seed: int, epoch: int, length: int) -> list[int]:
+    return permutation(("order", seed, epoch), length)

@@ -1,0 +1,1 @@
+"""Figures of generated images: pure functions on features."""

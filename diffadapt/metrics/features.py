@@ -1,0 +1,57 @@
+"""Feature extractors: images and texts to unit vectors of a CLIP model (arXiv 2103.00020)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from diffadapt.models.names import resolve
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """Image and text features of one CLIP model; scores carry its name."""
+
+    name: str
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+    processor: CLIPImageProcessor
+
+    @torch.no_grad()
+    def images(self, batches: Iterable[Tensor]) -> Tensor:
+        """Batches (B, 3, H, W) in [0, 1] -> (N, D) unit vectors, float32."""
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std)
+        )
+        side = self.model.config.vision_config.image_size
+        features = []
+        for batch in batches:
+            if batch.shape[-2:] != (side, side):
+                batch = interpolate(batch, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = ((batch - mean) / std).to(self.model.device)
+            features.append(
+                self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+            )
+        return normalize(torch.cat(features).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) unit vectors, float32."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        states = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device), attention_mask=None)
+        return normalize(self.model.text_projection(states.pooler_output).float(), dim=-1)
+
+
+def load_clip(name: str) -> ClipFeatures:
+    """A CLIP model from a folder, hub name or `embedded:clip`, frozen, in float32."""
+    path = resolve(name)
+    model = CLIPModel.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+    return ClipFeatures(
+        name, model, CLIPTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
+    )

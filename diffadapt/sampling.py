@@ -1,0 +1,102 @@
+"""Images from a pipeline: one seed per image, so that the noise is the same in any batch size."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image to make."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are made; None stands for the pipeline's own setting."""
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    negative_prompt: str | None = None
+    scheduler: str | None = None  # key of SCHEDULERS
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    batch_size: int = 4  # images at once; changes speed and memory only
+    autocast: torch.dtype | None = None  # precision of the denoiser's activations
+
+
+def shots(prompt: str, count: int, *, seed: int = 0) -> list[Shot]:
+    """`count` images of one prompt with consecutive seeds."""
+    return [Shot(prompt, seed + i) for i in range(count)]
+
+
+@torch.no_grad()
+def draw(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Iterator[Tensor]:
+    """Yields batches of images (B, 3, H, W), float32 in [0, 1], in the order of `wanted`.
+
+    Starting noise, and the noise of stochastic schedulers, come from one CPU generator per image.
+    """
+    own_scheduler = pipe.scheduler
+    if sampler.scheduler is not None:
+        pipe.scheduler = _scheduler(pipe, sampler.scheduler)
+    try:
+        for start in range(0, len(wanted), sampler.batch_size):
+            yield _batch(pipe, wanted[start : start + sampler.batch_size], sampler)
+    finally:
+        pipe.scheduler = own_scheduler
+
+
+def draw_all(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Tensor:
+    """(len(wanted), 3, H, W): all images at once, for small numbers."""
+    return torch.cat(list(draw(pipe, wanted, sampler)))
+
+
+def _batch(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Tensor:
+    with _autocast(pipe, sampler.autocast):
+        latents = pipe(
+            prompt=[shot.prompt for shot in wanted],
+            negative_prompt=None
+            if sampler.negative_prompt is None
+            else [sampler.negative_prompt] * len(wanted),
+            num_inference_steps=sampler.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+            height=sampler.height,
+            width=sampler.width,
+            generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in wanted],
+            output_type="latent",
+        ).images
+    return _decode(pipe, latents)
+
+
+def _decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Latents to images, in the autoencoder's own precision: in fp16 some overflow."""
+    vae = pipe.vae
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _scheduler(pipe: DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name].from_config(pipe.scheduler.config)
+
+
+def _autocast(pipe: DiffusionPipeline, dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast(pipe.device.type, dtype)

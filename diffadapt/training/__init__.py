@@ -1,0 +1,1 @@
+"""Training: options, the objective, the loop and its exact state."""

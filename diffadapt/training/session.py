@@ -1,0 +1,65 @@
+"""The surroundings of a run: processor cores, quiet libraries, clear endings for user mistakes."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DEBUG = "DIFFADAPT_DEBUG"  # environment variable: show the traceback of user mistakes too
+
+
+def start(*, mixed_precision: str, num_threads: int | None) -> Accelerator:
+    """An accelerator that uses the machine: on a CPU all available cores, unless told otherwise."""
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    use_cores(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return accelerator
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Precision of the frozen base: what activations are computed in."""
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """Precision of activations when drawing; None without mixed precision."""
+    return DTYPES.get(accelerator.mixed_precision)
+
+
+def use_cores(num_threads: int | None = None, *, processes: int = 1) -> None:
+    """Sets torch's threads. `accelerate launch` exports OMP_NUM_THREADS=1 by itself: nobody's wish."""
+    wish = os.environ.get("OMP_NUM_THREADS")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    elif wish is None or (launched and wish == "1"):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def quiet() -> None:
+    """No loading bars and notices from the libraries; their warnings stay."""
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def run(main: Callable[[], int]) -> int:
+    """Runs a command; mistakes of the user end with their message and exit code 2, without a traceback."""
+    try:
+        return main()
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130

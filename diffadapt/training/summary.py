@@ -1,0 +1,73 @@
+"""What a person reads: a summary before the first step, figures after the last."""
+
+from diffadapt.adapter import Adapter
+from diffadapt.models.names import is_embedded
+from diffadapt.training.loop import Trainer
+from diffadapt.training.options import TrainOptions
+
+
+def before_training(trainer: Trainer, *, data: str) -> str:
+    """What is trained, on what, how long."""
+    options, adapter = trainer.options, trainer.adapter
+    base_parameters = trainer.accelerator.unwrap_model(trainer.objective).denoiser.num_parameters()
+    rate = trainer.optimizer.param_groups[0]["initial_lr"]
+    factors = (
+        options.train_batch_size,
+        options.gradient_accumulation_steps,
+        trainer.accelerator.num_processes,
+    )
+    rows = {
+        "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, frozen",
+        "adapter": _adapter(adapter, base_parameters),
+        "data": data,
+        "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
+        "steps": f"{options.max_train_steps}, rate {rate:g} ({options.lr_scheduler}), seed {options.seed}",
+        "machine": f"{trainer.accelerator.device}, mixed precision: {options.mixed_precision}",
+        "output": options.output_dir,
+    }
+    return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+
+
+def figures_table(figures: dict[str, dict[str, float]]) -> str:
+    """The figures of a run, one a line."""
+    rows = [f"  {'':<44} {'before':>8} {'after':>8}"]
+    for name, values in figures.items():
+        before = f"{values['before']:.3f}" if "before" in values else ""
+        rows.append(f"  {name:<44} {before:>8} {values['after']:>8.3f}")
+    return "\n".join(rows)
+
+
+def closing_words(options: TrainOptions, figures: dict[str, dict[str, float]], *, seconds: float) -> str:
+    """Figures, where to look, and what to do next."""
+    output, base = options.output_dir, options.pretrained_model_name_or_path
+    lines = [
+        f"done in {seconds:.0f} s" + (": DEMO on the embedded 64-pixel base" if is_embedded(base) else "")
+    ]
+    lines += (
+        [figures_table(figures)]
+        if figures
+        else ["  no figures: name a CLIP model with --extractor to get them"]
+    )
+    lines += [
+        f"look at  {output}/grid.png   (single pictures: {output}/samples, figures: {output}/run.json)",
+        "draw more:",
+        f"  diffadapt sample --adapter {output}/adapter.safetensors --prompt {options.instance_prompt!r} "
+        f"--num_images 16 --out {output}/more",
+    ]
+    if is_embedded(base):
+        lines += [
+            "your own pictures, on a real base:",
+            f"  accelerate launch train_scripts/dreambooth.py --adapter {options.adapter} \\",
+            "    --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\",
+            "    --instance_data_dir PICTURES --instance_prompt 'a photo of sks dog' --output_dir runs/dog",
+        ]
+    return "\n".join(lines)
+
+
+def _adapter(adapter: Adapter, base_parameters: int) -> str:
+    count = adapter.num_parameters
+    stored = sum(p.numel() * p.element_size() for p in adapter.parameters())
+    return (
+        f"{adapter.method} on {len(adapter.sites)} layers: {count:,} parameters "
+        f"({100 * count / base_parameters:.2f} %), {stored / 2**20:.1f} MiB"
+    )

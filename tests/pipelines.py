@@ -1,0 +1,122 @@
+"""Tiny random Stable Diffusion pipelines in the standard layout, for tests."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WIDTH = 32  # of the text states
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "pndm": PNDMScheduler}
+
+
+def tiny_sd_pipeline(
+    folder: str | Path,
+    *,
+    vae: str = "tiny",
+    prediction_type: str = "epsilon",
+    scheduler: str = "ddim",
+    seed: int = 0,
+) -> Path:
+    """Writes a random pipeline for 32-pixel pictures (latents 8 x 8 x 4) and returns its folder.
+
+    Args:
+        vae: "tiny" (AutoencoderTiny) or "kl" (AutoencoderKL).
+        scheduler: "ddim", "ddpm" or "pndm".
+    """
+    folder = Path(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = clip_tokenizer(folder / "words")
+        pipe = StableDiffusionPipeline(
+            vae=_tiny_vae() if vae == "tiny" else _kl_vae(),
+            text_encoder=_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=tiny_unet(),
+            scheduler=_scheduler(scheduler, prediction_type),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """Two levels of 32 and 64 channels, cross attention on both; 0.9 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer that spells every word letter by letter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!?:'-"]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _kl_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
+def _tiny_vae() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+    )
+
+
+def _scheduler(name: str, prediction_type: str) -> DDIMScheduler | DDPMScheduler | PNDMScheduler:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    extra = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": False}
+    if name != "ddpm":
+        extra["set_alpha_to_one"] = False
+    return SCHEDULERS[name](**settings, **extra, steps_offset=1, prediction_type=prediction_type)
