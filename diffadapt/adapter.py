@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from diffadapt.layers import Entry, Record
 from diffadapt.merging import folded, refold
@@ -42,6 +43,7 @@ class Adapter(nn.Module):
         self.sites: tuple[Site, ...] = ()
         self.records: dict[str, Record] = {}
         self.frozen: list[nn.Parameter] = []  # whose requires_grad detach gives back
+        self.hooks: list[RemovableHandle] = []
         self._strength = 1.0
 
     def add_part(self, part: Part) -> None:
@@ -55,7 +57,7 @@ class Adapter(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Number of trained values."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @property
     def strength(self) -> float:

@@ -73,9 +73,9 @@ def attach_sites(
     adapter = Adapter(name, method, seed, ranks, roots)
     for plan in plans:
         bases = [records[i].base() for i in plan.indices]
-        adapter.add_part(Part(plan, bases))
+        adapter.add_part(Part(plan, bases, seed))
         if fill is None:
-            adapter.parts[-1].start(bases, seed)
+            adapter.parts[-1].start(bases)
     if fill is not None:
         fill(adapter)
     _swap(adapter, plans, found, records)
@@ -101,7 +101,9 @@ def detach(adapter: Adapter) -> None:
     else:
         for parameter in adapter.frozen:
             parameter.requires_grad_(True)
-    adapter.records, adapter.frozen = {}, []
+    for hook in adapter.hooks:
+        hook.remove()
+    adapter.records, adapter.frozen, adapter.hooks = {}, [], []
 
 
 def attached(model: object) -> dict[str, Adapter]:
@@ -171,4 +173,7 @@ def _swap(
             layer._diffadapt = record
         record.entries += added
         adapter.records[choice.site.name] = record
+    for part in adapter.parts:
+        if part.grouped:
+            adapter.hooks += [root.register_forward_pre_hook(part.prepare) for root in adapter.roots.values()]
     adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.records)

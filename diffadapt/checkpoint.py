@@ -72,8 +72,8 @@ def load(
         name: of the adapter; the file's own by default.
         strict_base: make a base with other values than it was trained on an error, not a warning.
 
-    Raises: FileNotFoundError; ValueError for a file that is truncated, altered, of another version or of another
-        architecture (naming the first name or shape that does not fit). The model is then as before.
+    Raises: FileNotFoundError; ValueError for a file that is truncated, altered, of another version or of
+        another architecture (naming the first name or shape that does not fit). The model is then as before.
     """
     header, tensors = _read(Path(path))
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.methods.base import Method
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.methods.draws import named_generator
 from diffadapt.site import Site
-from diffadapt.update import Update
+from diffadapt.update import Expression, Update
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,29 @@ class PartPlan:
     sites: tuple[Site, ...]
     methods: tuple[Method, ...]
 
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the trained tensors by their names in a file: ``label/site/tensor``, ``label//shared``."""
+        return self._named([method.trained(site) for method, site in self._pairs()])
+
     def stored(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every stored tensor by its name in a file: ``label/site/tensor``."""
-        return {
+        """The shapes of all tensors in a file: the trained ones, and those kept without training."""
+        return self._named([method.trained(site) | method.stored(site) for method, site in self._pairs()])
+
+    def _pairs(self) -> list[tuple[Method, Site]]:
+        return list(zip(self.methods, self.sites, strict=True))
+
+    def _named(self, own: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
+        named = {
             f"{self.label}/{site.name}/{key}": shape
-            for site, method in zip(self.sites, self.methods, strict=True)
-            for key, shape in method.trained(site).items()
+            for site, shapes in zip(self.sites, own, strict=True)
+            for key, shape in shapes.items()
         }
+        shared = self.methods[0].shared(self.sites)
+        return named | {f"{self.label}//{key}": shape for key, shape in shared.items()}
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.stored().values())
+        return sum(math.prod(shape) for shape in self.trained().values())
 
 
 def plan_parts(
@@ -67,31 +79,50 @@ def plan_parts(
 
 
 class Part(nn.Module):
-    """Owns the tensors of one method, site by site: float32, or float64 for a float64 base."""
+    """Owns the tensors of one method: float32, or float64 for a float64 base."""
 
-    def __init__(self, plan: PartPlan, bases: Sequence[Tensor]):
+    def __init__(self, plan: PartPlan, bases: Sequence[Tensor], seed: int):
         super().__init__()
-        self.label, self.sites, self.methods = plan.label, plan.sites, plan.methods
+        self.label, self.sites, self.methods, self.seed = plan.label, plan.sites, plan.methods, seed
         self.strength = 1.0
         self.dropout_seed: int | None = None
-        self.tensors = nn.ModuleList()
-        for site, method, base in zip(self.sites, self.methods, bases, strict=True):
-            dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-            shapes = method.trained(site)
-            zeros = (
-                (key, torch.zeros(shape, dtype=dtype, device=base.device)) for key, shape in shapes.items()
-            )
-            self.tensors.append(nn.ParameterDict(OrderedDict(zeros)))  # ordered, or it would sort the names
+        self.prepared: Sequence[Expression] | None = None
+        method, first = self.methods[0], bases[0]
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        options = {"dtype": dtype, "device": first.device}
+        self.tensors = nn.ModuleList(
+            _parameters(method.trained(site), method.stored(site), options)
+            for method, site in zip(self.methods, self.sites, strict=True)
+        )
+        self.shared = _parameters(method.shared(self.sites), {}, options)
+        self.constants = nn.Module()
+        for key, constant in method.constants(self.sites, seed).items():
+            self.constants.register_buffer(key, constant.to(**options), persistent=False)
+        self.lent = [method.lent(site) for method, site in zip(self.methods, self.sites, strict=True)]
+
+    @property
+    def grouped(self) -> bool:
+        return self.methods[0].grouped
 
     @torch.no_grad()
-    def start(self, bases: Sequence[Tensor], seed: int) -> None:
+    def start(self, bases: Sequence[Tensor]) -> None:
         """Give the tensors their starting values: a function of the seed, the label and the site's name."""
-        for site, method, tensors, base in zip(self.sites, self.methods, self.tensors, bases, strict=True):
-            if base.device.type != "meta":
-                method.start(site, dict(tensors.items()), base, site_generator(seed, self.label, site.name))
+        if bases[0].device.type == "meta":
+            return
+        self.methods[0].start_shared(self.sites, bases, dict(self.shared.items()), self.seed)
+        for index, (site, base) in enumerate(zip(self.sites, bases, strict=True)):
+            generator = named_generator(self.seed, self.label, site.name)
+            self.methods[index].start(site, self._lend(index), base, generator)
 
     def update(self, index: int, base: Tensor) -> Update:
-        return self.methods[index].update(self.sites[index], self.tensors[index], base)
+        tensors = self._lend(index)
+        if self.grouped:
+            tensors["change"] = (self.prepared or self._prepared_now())[index]
+        return self.methods[index].update(self.sites[index], tensors, base)
+
+    def prepare(self, *_) -> None:
+        """Compute what the sites of a grouped method share: a hook before the forward of an adapted model."""
+        self.prepared = self._prepared_now() if self.strength != 0 else None
 
     def dropped(self, x: Tensor, index: int, training: bool) -> Tensor:
         """The branch's input under the method's dropout."""
@@ -104,13 +135,14 @@ class Part(nn.Module):
         keep = torch.rand(x.shape, device=x.device, generator=generator) >= share
         return x * keep / (1 - share)
 
-    def named(self) -> Mapping[str, Tensor]:
-        """Every stored tensor by its name in a file, as in ``PartPlan.stored``."""
-        return {
+    def named(self) -> dict[str, Tensor]:
+        """Every stored tensor by its name in a file, in the order of ``PartPlan.stored``."""
+        own = {
             f"{self.label}/{site.name}/{key}": tensor
             for site, tensors in zip(self.sites, self.tensors, strict=True)
             for key, tensor in tensors.items()
         }
+        return own | {f"{self.label}//{key}": tensor for key, tensor in self.shared.items()}
 
     def follow(self, device: torch.device) -> None:
         """Move to the device of the adapted layers, unless they hold no data."""
@@ -118,15 +150,32 @@ class Part(nn.Module):
         if held is not None and held.device != device and "meta" not in (device.type, held.device.type):
             self.to(device)
 
+    def _lend(self, index: int) -> dict[str, Tensor]:
+        """A site's own tensors and those it shares, by the names its method uses."""
+        lent = dict(self.tensors[index].items())
+        for key, name in self.lent[index].items():
+            lent[key] = self.shared[name] if name in self.shared else getattr(self.constants, name)
+        return lent
+
+    def _prepared_now(self) -> Sequence[Expression]:
+        tensors = dict(self.shared.items()) | dict(self.constants.named_buffers())
+        return self.methods[0].prepare(self.sites, tensors)
+
     def _apply(self, fn, recurse: bool = True):
         """Move, but never change precision: trained tensors stay as wide as they were made."""
-        moved = {dtype: fn(torch.empty(0, dtype=dtype)) for dtype in {p.dtype for p in self.parameters()}}
-        return super()._apply(
-            lambda t: fn(t) if moved[t.dtype].dtype == t.dtype else t.to(moved[t.dtype].device), recurse
-        )
+
+        def move(tensor: Tensor) -> Tensor:
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+        return super()._apply(move, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"prepared": None}
 
 
-def site_generator(seed: int, *words: str) -> torch.Generator:
-    """A CPU generator seeded by a number and names: the same on every machine, in any order of sites."""
-    digest = hashlib.sha256("/".join([str(seed), *words]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def _parameters(trained: Shapes, frozen: Shapes, options: dict) -> nn.ParameterDict:
+    made = OrderedDict()  # ordered, or a ParameterDict would sort the names
+    for key, shape in (trained | frozen).items():
+        made[key] = nn.Parameter(torch.zeros(shape, **options), requires_grad=key in trained)
+    return nn.ParameterDict(made)

@@ -49,7 +49,7 @@ class WeightSpaceProduct(torch.autograd.Function):
 def branch_sum(
     layer: LayerMap, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
 ) -> Tensor:
-    """``layer(x)`` with ``weight`` and ``bias``, plus ``coefficient * layer(inputs)`` by each term's change."""
+    """``layer(x)`` with ``weight`` and ``bias``, plus every term's ``coefficient * layer(inputs)``."""
     dense: Expression | None = None
     branches: list[tuple[Tensor, float]] = []
     for expression, coefficient, inputs in terms:

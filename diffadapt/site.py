@@ -16,7 +16,7 @@ class Site:
     Attributes:
         name: the layer's module path, e.g. ``unet.mid_block.resnets.0.conv1``.
         kind: what the layer does with the weight.
-        shape: the weight's own: ``(out, in)``, ``(out, in/groups, *kernel)``, ``(rows, dim)``, ``(channels,)``.
+        shape: the weight's own, e.g. ``(out, in)``, ``(out, in/groups, *kernel)`` or ``(channels,)``.
         groups: groups of a convolution, else 1.
         has_bias: whether the layer has a bias.
     """

@@ -111,13 +111,13 @@ class LowRank(Expression):
             return layer.pointwise(layer.ungrouped(x, kernels), up)
         if layer.groups * down.numel() + up.numel() >= math.prod(shape):
             return None
-        hidden = layer.ungrouped(_fold_groups(x, layer.groups), kernels)
-        return layer.pointwise(_unfold_groups(hidden, layer.groups), up, layer.groups)
+        hidden = layer.ungrouped(fold_groups(x, layer.groups), kernels)
+        return layer.pointwise(unfold_groups(hidden, layer.groups), up, layer.groups)
 
 
 @dataclass(frozen=True)
 class Tucker(Expression):
-    """A convolution's ``core (r_out, r_in, *kernel)`` between ``up (out, r_out)``, ``down (r_in, in/groups)``."""
+    """``core (r_out, r_in, *kernel)`` between ``up (out, r_out)`` and ``down (r_in, in/groups)``."""
 
     up: Tensor
     core: Tensor
@@ -140,8 +140,8 @@ class Tucker(Expression):
             return layer.pointwise(layer.ungrouped(layer.pointwise(x, down), core), up)
         if layer.groups * (down.numel() + core.numel()) + up.numel() >= math.prod(shape):
             return None
-        hidden = layer.ungrouped(layer.pointwise(_fold_groups(x, layer.groups), down), core)
-        return layer.pointwise(_unfold_groups(hidden, layer.groups), up, layer.groups)
+        hidden = layer.ungrouped(layer.pointwise(fold_groups(x, layer.groups), down), core)
+        return layer.pointwise(unfold_groups(hidden, layer.groups), up, layer.groups)
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ class Sum(Expression):
         return *self.first.vjp(grad), *self.second.vjp(grad)
 
 
-def _fold_groups(x: Tensor, groups: int) -> Tensor:
+def fold_groups(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
-def _unfold_groups(x: Tensor, groups: int) -> Tensor:
+def unfold_groups(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])

@@ -7,10 +7,11 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 
-from diffadapt.methods.base import Method, RankedMethod
+from diffadapt.methods.base import Method
 from diffadapt.methods.combined import Combined
 from diffadapt.methods.flora import FLoRA
 from diffadapt.methods.lora import LoRA
+from diffadapt.methods.ranked import RankedMethod
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, FLoRA)}
 

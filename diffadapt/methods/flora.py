@@ -9,14 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.methods.base import (
-    RankedMethod,
-    Shapes,
-    check_choice,
-    check_rank,
-    draw_normal,
-    draw_orthonormal,
-)
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.draws import draw_normal, draw_orthonormal
+from diffadapt.methods.ranked import RankedMethod, check_choice, check_rank
 from diffadapt.site import Site
 from diffadapt.update import LowRank, Tucker, Update
 

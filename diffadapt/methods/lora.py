@@ -10,16 +10,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.methods.base import RankedMethod, Shapes, draw_uniform
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.draws import draw_uniform
+from diffadapt.methods.ranked import RankedMethod
 from diffadapt.site import Site
 from diffadapt.update import LowRank, Update
 
 
 @dataclass(frozen=True)
 class LoRA(RankedMethod):
-    """``W' = W + multiplier * up @ down``: ``up (out, r)``, ``down (r, fan_in)``, r * (out + fan_in) parameters.
+    """``W' = W + multiplier * up @ down``, with ``up (out, r)`` and ``down (r, fan_in)``.
 
-    A convolution's weight is the matrix ``(out, in/groups * kernel)``, as in PEFT.
+    Parameters: r * (out + fan_in). A convolution's weight is the matrix ``(out, in/groups * kernel)``, as in
+    PEFT.
     Source: arXiv 2106.09685, equation 3; ``rank_stabilized`` (alpha / sqrt(rank)): arXiv 2312.03732.
     """
 

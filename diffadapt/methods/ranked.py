@@ -1,0 +1,47 @@
+"""What methods with a rank have in common, and the checks of their options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffadapt.methods.base import Method
+
+
+@dataclass(frozen=True)
+class RankedMethod(Method):
+    """A method with a rank and a multiplier: ``alpha`` (multiplier alpha/rank) or the constant ``scale``."""
+
+    rank: int = 4  # size of the factors
+    alpha: float | None = None  # multiplier = alpha / rank; default alpha = rank
+    scale: float | None = None  # multiplier itself, as papers state it
+    dropout: float = 0.0  # share of the branch's inputs set to zero while training, in [0, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("rank", self.rank)
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError(f"{self.name}: give alpha={self.alpha} or scale={self.scale}, not both")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{self.name}: dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def multiplier(self) -> float:
+        """What the branch is multiplied with."""
+        if self.scale is not None:
+            return float(self.scale)
+        return (self.rank if self.alpha is None else self.alpha) / self.alpha_divisor()
+
+    def alpha_divisor(self) -> float:
+        return self.rank
+
+
+def check_rank(option: str, value: int) -> None:
+    """Raises ValueError unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
