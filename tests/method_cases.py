@@ -1,0 +1,144 @@
+"""Every registered method with the options worth trying, and how to put it on one layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+import torch
+from layer_kinds import KINDS, LayerKind
+from torch import Tensor, nn
+
+import diffadapt as da
+from diffadapt.layers import wide
+from diffadapt.targets import describe
+
+OPTIONS: dict[str, list[dict]] = {
+    "lora": [{"rank": 2}, {"rank": 3, "alpha": 5.0, "rank_stabilized": True}],
+    "flora": [
+        {"rank": 3, "scale": 2.0},
+        {"rank": 9, "rank_in": 2, "rank_out": 4, "kernel_rank": 1, "init": "gaussian"},
+    ],
+}
+COMBINATIONS = ["lora(rank=2)+flora(rank=3)"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method by name and options."""
+
+    spec: str
+    options: dict = field(default_factory=dict, hash=False)
+
+    @property
+    def method(self):
+        return da.make_method(self.spec, **self.options)
+
+    @property
+    def starts_exactly(self) -> bool:
+        """Whether attaching may change no bit; renormalising methods may round."""
+        return not any(word in str(self.method) for word in ("dora", "pissa"))
+
+    def changes(self, kind: LayerKind) -> bool:
+        """Whether every part of the method says it can change such a layer."""
+        with torch.device("meta"):
+            site = describe("layer", kind.make())
+        for part in self.method.parts:
+            if site.kind not in part.kinds:
+                return False
+            try:
+                part.trained(site)
+            except ValueError:
+                return False
+        return True
+
+    def __str__(self) -> str:
+        return str(self.method).replace(" ", "")
+
+
+def _default(name: str) -> list[dict]:
+    options = {option.name for option in fields(da.METHODS[name])}
+    return [{"rank": 2} if "rank" in options else {}]
+
+
+def _registered(combination: str) -> bool:
+    return all(part.partition("(")[0] in da.METHODS for part in combination.split("+"))
+
+
+FIRST = [Case(name, OPTIONS.get(name, _default(name))[0]) for name in da.METHODS]
+CASES = [Case(name, options) for name in da.METHODS for options in OPTIONS.get(name, _default(name))]
+CASES += [Case(combination) for combination in COMBINATIONS if _registered(combination)]
+
+
+def pairs(cases: Iterable[Case] = CASES, kinds: Iterable[LayerKind] = tuple(KINDS.values())) -> dict:
+    """Arguments of ``parametrize`` for every case on every kind of layer it can change."""
+    chosen = [(case, kind) for case in cases for kind in kinds if case.changes(kind)]
+    return {
+        "argnames": ("case", "kind"),
+        "argvalues": chosen,
+        "ids": [f"{case}-{kind.name}" for case, kind in chosen],
+    }
+
+
+class Model(nn.Module):
+    """One layer, as a model whose state_dict one can look at."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def adapt(case: Case, kind: LayerKind, dtype=torch.float32, *, trained: bool = True, model=Model, **options):
+    """A model of one adapted layer, the adapter, and the bare layer; trained values are random."""
+    net = model(kind.layer(dtype))
+    bare = copy.deepcopy(net.layer)
+    adapter = da.attach(net, case.method, "layer", **options)
+    if trained:
+        train(adapter)
+    return net, adapter, bare
+
+
+@torch.no_grad()
+def train(adapter: da.Adapter, size: float = 0.4, seed: int = 3) -> None:
+    """Move every trained tensor away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        parameter.add_(noise.to(parameter), alpha=size)
+
+
+def plain(bare: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bare layer's own forward with another weight and bias."""
+    layer = copy.deepcopy(bare).to(weight.dtype)
+    own = {"weight": weight}
+    if bias is not None:
+        layer.bias = layer.bias if layer.bias is not None else nn.Parameter(torch.zeros_like(bias))
+        own["bias"] = bias
+    return torch.func.functional_call(layer, own, (x,))
+
+
+def changed(adapter: da.Adapter) -> tuple[Tensor, Tensor | None]:
+    """The adapted weight and bias of a model with one site, as functions autograd can differentiate."""
+    (record,) = adapter.records.values()
+    base, base_bias = wide(record.base()), record.base_bias()
+    weight, bias = base, None if base_bias is None else wide(base_bias)
+    for entry in adapter.entries(record):
+        update = entry.owner.update(entry.index, record.base())
+        weight = weight + adapter.strength * (update.weight(base) - base)
+        if update.bias is not None or (update.changes_bias() and base_bias is not None):
+            start = base.new_zeros(base.shape[0]) if base_bias is None else wide(base_bias)
+            change = adapter.strength * (update.bias_vector(start) - start)
+            bias = change if bias is None else bias + change
+    return weight, bias
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert equality relative to the largest expected value."""
+    assert value.shape == expected.shape
+    error = (value.double() - expected.double()).abs().max().item()
+    scale = max(expected.double().abs().max().item(), 1e-30)
+    assert error <= tolerance * scale, f"relative error {error / scale:.3e} > {tolerance:.0e}"

@@ -1,0 +1,174 @@
+"""The laws of gradients and memory, for every registered method on every kind of layer it can change."""
+
+import copy
+
+import pytest
+import torch
+from layer_kinds import FEW, KINDS, LARGE
+from method_cases import FIRST, Model, adapt, changed, close, pairs, plain
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+everything = pytest.mark.parametrize(**pairs())
+on_few = pytest.mark.parametrize(**pairs(kinds=[KINDS[name] for name in FEW]))
+COMPILED = [KINDS[name] for name in ("linear", "conv-3x3", "conv-groups-2", "embedding", "layer-norm")]
+DETACHED = ("dora",)  # their norm counts as a constant, so finite differences see another gradient
+
+
+class Checkpointed(Model):
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+class Twice(Model):
+    def forward(self, x):
+        return self.layer(x) * self.layer(x.flip(0))
+
+
+def _loss(y):
+    return y.square().sum()
+
+
+def _once(model, inputs):
+    _loss(model(inputs[0])).backward()
+    return inputs[:1]
+
+
+def _accumulated(model, inputs):
+    for x in inputs:
+        _loss(model(x)).backward()
+    return inputs
+
+
+def _two_forwards_before_one_backward(model, inputs):
+    outputs = [model(x) for x in inputs]
+    sum(_loss(y) for y in outputs).backward()
+    return inputs
+
+
+def _expected_gradients(adapter, bare, inputs, together=lambda run, x: run(x)):
+    """Autograd through the materialised weight: what the lean backward has to equal."""
+    weight, bias = changed(adapter)
+    total = sum(_loss(together(lambda v: plain(bare, v, weight, bias), x)) for x in inputs)
+    leaves = [*adapter.parameters(), *(x for x in inputs if x.requires_grad)]
+    return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+
+def _assert_gradients(adapter, inputs, expected):
+    found = [leaf.grad for leaf in (*adapter.parameters(), *(x for x in inputs if x.requires_grad))]
+    for value, wanted in zip(found, expected, strict=True):
+        close(torch.zeros_like(wanted) if value is None else value, wanted, 1e-9)
+
+
+def _inputs(kind, grad=True):
+    inputs = [kind.input(torch.float64, seed) for seed in (2, 7)]
+    return [x.requires_grad_() if grad and x.is_floating_point() else x for x in inputs]
+
+
+@everything
+@pytest.mark.parametrize("input_grad", [True, False], ids=["input-grad", "no-input-grad"])
+def test_gradients_are_those_of_the_materialised_weight(case, kind, input_grad):
+    model, adapter, bare = adapt(case, kind, torch.float64)
+    used = _once(model, _inputs(kind, input_grad))
+    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@everything
+def test_gradients_at_the_start_are_those_of_the_materialised_weight(case, kind):
+    model, adapter, bare = adapt(case, kind, torch.float64, trained=False)
+    used = _once(model, _inputs(kind))
+    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@on_few
+@pytest.mark.parametrize("run", [_accumulated, _two_forwards_before_one_backward])
+@pytest.mark.parametrize("model", [Model, Checkpointed])
+def test_gradients_survive_accumulation_and_checkpointing(case, kind, run, model):
+    model, adapter, bare = adapt(case, kind, torch.float64, model=model)
+    used = run(model, _inputs(kind))
+    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@on_few
+def test_a_layer_used_twice_in_one_forward_gets_both_gradients(case, kind):
+    model, adapter, bare = adapt(case, kind, torch.float64, model=Twice)
+    used = _once(model, _inputs(kind))
+    expected = _expected_gradients(adapter, bare, used, lambda run, x: run(x) * run(x.flip(0)))
+    _assert_gradients(adapter, used, expected)
+
+
+@on_few
+@pytest.mark.parametrize("strength", [-0.5, 0.3])
+def test_gradients_follow_the_strength(case, kind, strength):
+    model, adapter, bare = adapt(case, kind, torch.float64)
+    adapter.strength = strength
+    used = _once(model, _inputs(kind))
+    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@everything
+def test_finite_differences_confirm_the_gradients(case, kind):
+    model, adapter, _ = adapt(case, kind, torch.float64)
+    x = _inputs(kind)[0]
+    trained = [] if any(word in str(case.method) for word in DETACHED) else list(adapter.parameters())
+    leaves = [leaf for leaf in (x, *trained) if leaf.requires_grad]
+    if leaves:
+        assert torch.autograd.gradcheck(lambda *_: model(x), leaves, fast_mode=True)
+
+
+@everything
+def test_every_trained_tensor_has_a_gradient_within_two_steps(case, kind):
+    model, adapter, _ = adapt(case, kind, torch.float64, trained=False)
+    x, reached = kind.input(torch.float64), set()
+    target = torch.randn_like(model(x))
+    for _ in range(2):
+        adapter.zero_grad()
+        (model(x) - target).square().mean().backward()
+        for name, parameter in adapter.named_parameters():
+            if parameter.grad is not None and parameter.grad.abs().max() > 0:
+                reached.add(name)
+            if parameter.grad is not None:
+                parameter.data.sub_(parameter.grad, alpha=0.1)
+    assert reached == {name for name, _ in adapter.named_parameters()}
+
+
+@pytest.mark.parametrize(**pairs(FIRST, COMPILED))
+def test_compiling_keeps_outputs_and_gradients(case, kind):
+    torch._dynamo.reset()
+    model, adapter, bare = adapt(case, kind, torch.float64)
+    used = _inputs(kind)[:1]
+    _once(torch.compile(model, fullgraph=True, backend="aot_eager"), used)
+    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@pytest.mark.parametrize(**pairs(kinds=LARGE.values()))
+def test_no_weight_sized_tensor_is_kept_for_backward(case, kind):
+    model, adapter, _ = adapt(case, kind)
+    x = kind.input().requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *adapter.parameters())}
+    own |= {t.untyped_storage().data_ptr() for t in adapter.buffers()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    del y
+    sizes = [t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own]
+    assert max(sizes, default=0) < model.layer.weight.untyped_storage().nbytes() / 2
+
+
+@pytest.mark.parametrize(**pairs(kinds=[KINDS["linear"], KINDS["conv-3x3"]]))
+def test_half_precision_gradients_are_those_of_float32_to_its_accuracy(case, kind):
+    model, adapter, bare = adapt(case, kind, torch.bfloat16)
+    model(kind.input(torch.bfloat16)).float().square().sum().backward()
+    exact, exact_adapter, _ = adapt(case, kind, torch.float32)
+    with torch.no_grad():
+        exact.layer.load_state_dict(copy.deepcopy(bare).float().state_dict())
+        for own, other in zip(exact_adapter.parameters(), adapter.parameters(), strict=True):
+            own.copy_(other)
+    exact(kind.input(torch.bfloat16).float()).square().sum().backward()
+    for own, other in zip(adapter.parameters(), exact_adapter.parameters(), strict=True):
+        close(own.grad, other.grad, 0.05)
