@@ -106,9 +106,14 @@ def adapt(case: Case, kind: LayerKind, dtype=torch.float32, *, trained: bool = T
 def train(adapter: da.Adapter, size: float = 0.4, seed: int = 3) -> None:
     """Move every trained tensor away from its start."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters():
+    for parameter in trainable(adapter):
         noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
         parameter.add_(noise.to(parameter), alpha=size)
+
+
+def trainable(adapter: da.Adapter) -> list[nn.Parameter]:
+    """The tensors that are trained; an adapter may store others."""
+    return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
 def plain(bare: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,6 +129,8 @@ def plain(bare: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def changed(adapter: da.Adapter) -> tuple[Tensor, Tensor | None]:
     """The adapted weight and bias of a model with one site, as functions autograd can differentiate."""
     (record,) = adapter.records.values()
+    for part in adapter.parts:
+        part.prepared = None  # what a grouped method computed in the forward
     base, base_bias = wide(record.base()), record.base_bias()
     weight, bias = base, None if base_bias is None else wide(base_bias)
     for entry in adapter.entries(record):

@@ -53,6 +53,16 @@ def test_attaching_changes_neither_dtype_nor_bits_under_autocast(case, kind):
         close(value, expected, 2**-7)
 
 
+@on_few
+def test_a_trained_adapter_runs_under_autocast_as_in_float32(case, kind):
+    model, _, _ = adapt(case, kind)
+    expected = model(kind.input())
+    with torch.autocast("cpu", torch.bfloat16):
+        value = model(kind.input())
+    close(value, expected, 0.05)
+    value.float().square().sum().backward()
+
+
 @everything
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 def test_the_forward_is_the_layer_with_the_adapted_weight_and_bias(case, kind, dtype):
@@ -69,6 +79,16 @@ def test_trained_values_change_the_output(case, kind):
     model, _, bare = adapt(case, kind)
     x = kind.input()
     assert (model(x) - bare(x)).abs().max() > 1e-4 * bare(x).abs().max()
+
+
+@on_few
+def test_the_adapted_weight_follows_values_changed_after_a_forward(case, kind):
+    model, adapter, _ = adapt(case, kind)
+    model(kind.input()).sum().backward()
+    train(adapter, seed=8)
+    weight = adapter.adapted_weight("layer")
+    model(kind.input())
+    assert torch.equal(weight, adapter.adapted_weight("layer"))
 
 
 @everything

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from layer_kinds import FEW, KINDS
-from method_cases import Model, adapt, close, pairs, plain, train
+from method_cases import Model, adapt, close, pairs, plain, train, trainable
 from torch import nn
 
 import diffadapt as da
@@ -35,9 +35,9 @@ def test_only_adapter_tensors_are_trained_and_all_are_float32(case, kind):
     model, adapter, _ = adapt(case, kind, torch.bfloat16)
     model(kind.input(torch.bfloat16)).float().square().sum().backward()
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
-    trained = list(adapter.parameters())
+    trained = trainable(adapter)
     assert trained
-    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
     assert all(parameter.grad.dtype == torch.float32 for parameter in trained if parameter.grad is not None)
     assert adapter.num_parameters == sum(parameter.numel() for parameter in trained)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from layer_kinds import FEW, KINDS, LARGE
-from method_cases import FIRST, Model, adapt, changed, close, pairs, plain
+from method_cases import FIRST, Model, adapt, changed, close, pairs, plain, trainable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -50,12 +50,12 @@ def _expected_gradients(adapter, bare, inputs, together=lambda run, x: run(x)):
     """Autograd through the materialised weight: what the lean backward has to equal."""
     weight, bias = changed(adapter)
     total = sum(_loss(together(lambda v: plain(bare, v, weight, bias), x)) for x in inputs)
-    leaves = [*adapter.parameters(), *(x for x in inputs if x.requires_grad)]
+    leaves = [*trainable(adapter), *(x for x in inputs if x.requires_grad)]
     return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
 
 def _assert_gradients(adapter, inputs, expected):
-    found = [leaf.grad for leaf in (*adapter.parameters(), *(x for x in inputs if x.requires_grad))]
+    found = [leaf.grad for leaf in (*trainable(adapter), *(x for x in inputs if x.requires_grad))]
     for value, wanted in zip(found, expected, strict=True):
         close(torch.zeros_like(wanted) if value is None else value, wanted, 1e-9)
 
@@ -110,7 +110,7 @@ def test_gradients_follow_the_strength(case, kind, strength):
 def test_finite_differences_confirm_the_gradients(case, kind):
     model, adapter, _ = adapt(case, kind, torch.float64)
     x = _inputs(kind)[0]
-    trained = [] if any(word in str(case.method) for word in DETACHED) else list(adapter.parameters())
+    trained = [] if any(word in str(case.method) for word in DETACHED) else trainable(adapter)
     leaves = [leaf for leaf in (x, *trained) if leaf.requires_grad]
     if leaves:
         assert torch.autograd.gradcheck(lambda *_: model(x), leaves, fast_mode=True)
@@ -129,7 +129,7 @@ def test_every_trained_tensor_has_a_gradient_within_two_steps(case, kind):
                 reached.add(name)
             if parameter.grad is not None:
                 parameter.data.sub_(parameter.grad, alpha=0.1)
-    assert reached == {name for name, _ in adapter.named_parameters()}
+    assert reached == {name for name, parameter in adapter.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize(**pairs(FIRST, COMPILED))
@@ -170,5 +170,5 @@ def test_half_precision_gradients_are_those_of_float32_to_its_accuracy(case, kin
         for own, other in zip(exact_adapter.parameters(), adapter.parameters(), strict=True):
             own.copy_(other)
     exact(kind.input(torch.bfloat16).float()).square().sum().backward()
-    for own, other in zip(adapter.parameters(), exact_adapter.parameters(), strict=True):
+    for own, other in zip(trainable(adapter), trainable(exact_adapter), strict=True):
         close(own.grad, other.grad, 0.05)
