@@ -13,7 +13,17 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from PIL import Image, ImageDraw
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from diffadapt.training.options import TrainOptions
 
 WIDTH = 32  # of the text states
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "pndm": PNDMScheduler}
@@ -120,3 +130,57 @@ def _scheduler(name: str, prediction_type: str) -> DDIMScheduler | DDPMScheduler
     if name != "ddpm":
         extra["set_alpha_to_one"] = False
     return SCHEDULERS[name](**settings, **extra, steps_offset=1, prediction_type=prediction_type)
+
+
+def tiny_clip(folder: str | Path) -> Path:
+    """Writes a random CLIP model for 32-pixel pictures and returns its folder."""
+    folder = Path(folder)
+    tokenizer = clip_tokenizer(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {
+            "hidden_size": WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        words = {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = CLIPModel(
+            CLIPConfig(
+                text_config={**size, **words, **ends},
+                vision_config={**size, "image_size": 32, "patch_size": 8},
+                projection_dim=16,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size=32, crop_size=32).save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder: str | Path, count: int = 5, *, size: tuple[int, int] = (40, 40)) -> Path:
+    """A folder of pictures: coloured discs on white, each different."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        image = Image.new("RGB", size, "white")
+        colour = (40 * index % 256, 250 - 35 * index % 256, 90 + 20 * index % 160)
+        ImageDraw.Draw(image).ellipse((4 + index, 4, size[0] - 6, size[1] - 4 - index), fill=colour)
+        image.save(folder / f"picture-{index}.png")
+    return folder
+
+
+def train_options(**given: object) -> TrainOptions:
+    """Options of a small run in float32, complete."""
+    small = {
+        "adapter": "lora",
+        "targets": "attention",
+        "resolution": 32,
+        "center_crop": True,
+        "train_batch_size": 2,
+        "max_train_steps": 6,
+        "learning_rate": 1e-3,
+        "mixed_precision": "no",
+    }
+    return TrainOptions(**{**small, **given})

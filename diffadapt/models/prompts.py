@@ -5,16 +5,16 @@ import re
 # The subject where training never put it; {} is the subject as in "sks dog".
 CONTEXTS = {
     "emoji": (
-        "a {} with heart eyes emoji",
-        "a {} with sunglasses emoji",
-        "a crying {} emoji",
-        "an angry {} emoji",
-        "a sleeping {} emoji",
-        "a {} with a party hat emoji",
-        "a {} with a cowboy hat emoji",
-        "a red {} emoji",
-        "a green {} emoji",
-        "a {} emoji in noto style",
+        "a {} emoji on a red background",
+        "a {} emoji on a blue background",
+        "a {} emoji on a green background",
+        "a {} emoji on a purple background",
+        "a {} emoji on a black background",
+        "a {} emoji on a pink background",
+        "a {} emoji next to a pizza emoji",
+        "a {} emoji and a rocket emoji",
+        "a {} emoji next to a red apple emoji",
+        "a {} emoji and a soccer ball emoji",
     ),
     "sd": (
         "a photo of {} in the jungle",

@@ -23,7 +23,7 @@ class Log:
         self.path, self.enabled = Path(path), enabled
         if not enabled:
             return
-        kept = [line for line in self._lines() if json.loads(line).get("step", 0) <= resumed_step]
+        kept = [line for line in self._lines() if json.loads(line).get("index", 0) <= resumed_step]
         self.path.write_text("".join(kept) if resumed_step else "")
 
     def write(self, **event: object) -> None:

@@ -1,0 +1,93 @@
+"""Every kind of picture is read right; what cannot be read is named before training."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffadapt.data.images import check_images, list_images, open_image, to_pixels
+
+
+def saved(path, array, mode=None, **options):
+    Image.fromarray(np.asarray(array), mode).save(path, **options)
+    return path
+
+
+def test_transparency_becomes_white(tmp_path):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:2, :, :] = (255, 0, 0, 255)
+    image = open_image(saved(tmp_path / "a.png", rgba))
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+    assert image.getpixel((0, 3)) == (255, 255, 255)
+
+
+def test_palette_with_a_transparent_colour_becomes_white(tmp_path):
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([9, 9, 9, 200, 0, 0])
+    image.putpixel((1, 1), 1)
+    image.save(tmp_path / "a.png", transparency=0)
+    read = open_image(tmp_path / "a.png")
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+    assert read.getpixel((1, 1)) == (200, 0, 0)
+
+
+def test_16_bit_grey_keeps_its_greys(tmp_path):
+    image = open_image(saved(tmp_path / "a.png", np.array([[0, 32768], [65535, 16384]], np.uint16)))
+    assert [image.getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [0, 128, 255, 64]
+
+
+def test_a_camera_s_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    assert open_image(saved(tmp_path / "a.jpg", pixels, exif=exif)).size == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"), [("L", 128), ("CMYK", (0, 0, 0, 127)), ("LA", (128, 255)), ("1", 1)]
+)
+def test_other_colour_models_become_rgb(tmp_path, mode, value):
+    image = Image.new(mode, (4, 4), value)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    assert open_image(path).mode == "RGB"
+    assert open_image(path).getpixel((1, 1)) in [(128,) * 3, (255,) * 3]
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_unreadable_files_are_all_listed(tmp_path):
+    saved(tmp_path / "good.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "text.png").write_text("no picture")
+    whole = saved(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    whole.write_bytes(whole.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"2 of 3 pictures cannot be read(.|\n)*cut.png(.|\n)*text.png"):
+        check_images(list_images(tmp_path))
+
+
+def test_an_empty_folder_says_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"no pictures in .* expected files ending in"):
+        list_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        list_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (50, 20), (20, 50), (333, 100)])
+def test_any_size_becomes_a_square_in_the_range_of_the_autoencoder(size):
+    pixels = to_pixels(Image.new("RGB", size, (255, 0, 128)), 32)
+    assert pixels.shape == (3, 32, 32)
+    assert torch.allclose(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 128 / 127.5 - 1]), atol=1e-6)
+
+
+def test_the_crop_says_where_the_square_lies():
+    image = Image.new("RGB", (64, 32), "black")
+    image.paste("white", (32, 0, 64, 32))
+    assert to_pixels(image, 32, crop=(0.0, 0.5)).max() == -1
+    assert to_pixels(image, 32, crop=(1.0, 0.5)).min() == 1
+    assert to_pixels(image, 32, crop=(1.0, 0.5), flip=True).min() == 1
+    assert to_pixels(image, 32, crop=(0.5, 0.5)).mean() == pytest.approx(0, abs=0.1)

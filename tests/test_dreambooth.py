@@ -1,0 +1,221 @@
+"""train_scripts/dreambooth.py from the command line to the pictures, on tiny random bases."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from pipelines import tiny_clip, tiny_sd_pipeline, write_pictures
+from safetensors.torch import load_file
+
+import diffadapt as da
+from diffadapt.cli import main as diffadapt
+from diffadapt.models import sd
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "dreambooth.py"
+PROMPT = "a photo of sks dog"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("dreambooth", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dreambooth"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, monkeypatch):
+    """Runs the script in this process. Returns its exit code."""
+
+    def call(*arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["dreambooth.py", *map(str, arguments)])
+        return script.session.run(script.main)
+
+    return call
+
+
+def arguments(tmp_path, output, **base):
+    """The options every run here has."""
+    if not (tmp_path / "base").exists():
+        tiny_sd_pipeline(tmp_path / "base", **base)
+        write_pictures(tmp_path / "mine", 3)
+    return [
+        *("--pretrained_model_name_or_path", tmp_path / "base"),
+        *("--instance_data_dir", tmp_path / "mine"),
+        *("--instance_prompt", PROMPT),
+        *("--output_dir", tmp_path / output),
+        *("--num_inference_steps", 2),
+        *("--num_validation_images", 2),
+        *("--train_batch_size", 2),
+        *("--num_threads", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "vae", "prediction_type", "scheduler"),
+    [
+        ("flora", "kl", "epsilon", "pndm"),
+        ("lora(rank=2)", "tiny", "v_prediction", "ddim"),
+        ("flora", "tiny", "v_prediction", "ddpm"),
+    ],
+)
+def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae, prediction_type, scheduler):
+    base = {"vae": vae, "prediction_type": prediction_type, "scheduler": scheduler}
+    fixed = arguments(tmp_path, "out", **base)
+    assert run(*fixed, "--adapter", adapter, "--max_train_steps", 4, "--targets", "attention+conv") == 0
+    out, shown = tmp_path / "out", capsys.readouterr().out
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    record = json.loads((out / "run.json").read_text())
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert [step["index"] for step in steps] == [1, 2, 3, 4]
+    assert record["parameters"] > 0
+    assert record["seconds"] > 0
+    assert record["peak_memory_bytes"] > 1e6
+    assert not record["demo"]
+    assert config["learning_rate"] == da.make_method("flora" if "flora" in adapter else "lora").learning_rate
+    assert config["resolution"] == 32
+    assert Image.open(out / "grid.png").width > 600
+    assert len(list((out / "samples" / "after").iterdir())) == 4
+    assert "DEMO" not in shown
+    assert f"diffadapt sample --adapter {out}/adapter.safetensors" in shown
+    da.load(sd.load(str(tmp_path / "base")).pipe, out / "adapter.safetensors")
+
+
+def test_pictures_of_the_run_equal_those_of_diffadapt_sample(run, tmp_path):
+    fixed = arguments(tmp_path, "out")
+    assert run(*fixed, "--adapter", "flora", "--max_train_steps", 3, "--learning_rate", "0.05") == 0
+    again = [
+        "--prompt",
+        PROMPT,
+        "--num_images",
+        "2",
+        "--num_inference_steps",
+        "2",
+        "--out",
+        str(tmp_path / "again"),
+    ]
+    assert diffadapt(["sample", "--adapter", str(tmp_path / "out" / "adapter.safetensors"), *again]) == 0
+    first, second = (
+        torch.tensor(list(Image.open(path).tobytes())).int()
+        for path in (tmp_path / "out/samples/after/subject-01.png", tmp_path / "again/001-seed1.png")
+    )
+    assert (first - second).abs().max() <= 2
+
+
+def test_prior_preservation_makes_and_uses_class_pictures(run, tmp_path, capsys):
+    prior = ["--with_prior_preservation", "--class_prompt", "a photo of a dog", "--num_class_images", 4]
+    fixed = [*arguments(tmp_path, "out"), "--adapter", "lora", "--max_train_steps", 2]
+    assert run(*fixed, *prior, "--prior_loss_weight", 0) == 0
+    assert len(list((tmp_path / "out" / "class_images").iterdir())) == 4
+    assert "4 class pictures" in capsys.readouterr().out
+    assert run(*fixed, "--with_prior_preservation") == 2
+    assert "--with_prior_preservation needs --class_prompt" in capsys.readouterr().err
+
+
+def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
+    clip = tiny_clip(tmp_path / "clip")
+    assert run(*arguments(tmp_path, "out"), "--max_train_steps", 2, "--extractor", clip) == 0
+    figures = json.loads((tmp_path / "out" / "run.json").read_text())["figures"]
+    names = ("subject_similarity", "text_agreement", "nearest_training_image", "drift")
+    assert list(figures) == [f"{name}[{clip}]" for name in names]
+    assert all(-1 <= value <= 2 for values in figures.values() for value in values.values())
+    assert "subject_similarity" in capsys.readouterr().out
+
+
+def test_options_of_a_run_can_be_given_back_as_a_file(run, tmp_path):
+    assert run(*arguments(tmp_path, "one"), "--adapter", "flora", "--max_train_steps", 3) == 0
+    assert run("--config", tmp_path / "one" / "config.yaml", "--output_dir", tmp_path / "two") == 0
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--gradient_checkpointing",),
+        ("--gradient_accumulation_steps", 2, "--train_batch_size", 1),
+    ],
+)
+def test_memory_options_change_no_result(run, tmp_path, option):
+    fixed = [
+        *arguments(tmp_path, "one"),
+        "--adapter",
+        "lora",
+        "--max_train_steps",
+        1,
+        "--max_grad_norm",
+        "1e-3",
+    ]
+    assert run(*fixed) == 0
+    assert run(*fixed, "--output_dir", tmp_path / "two", *option) == 0
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+
+
+def test_bf16_trains_float32_tensors(run, tmp_path):
+    fixed = [*arguments(tmp_path, "out"), "--adapter", "flora", "--targets", "attention+conv"]
+    assert run(*fixed, "--mixed_precision", "bf16", "--max_train_steps", 2) == 0
+    assert {t.dtype for t in load_file(tmp_path / "out" / "adapter.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--adapter", "flor"), "unknown method 'flor'"),
+        (("--adapter", "lora", "--rank", "0"), "rank must be a whole number >= 1"),
+        (("--targets", "attenton"), "attenton"),
+        (("--instance_data_dir", "nowhere"), "no folder 'nowhere'"),
+        (("--pretrained_model_name_or_path", "./nowhere"), "no base model at './nowhere'"),
+        (("--resume_from_checkpoint", "latest"), "no checkpoint 'latest'"),
+    ],
+)
+def test_mistakes_are_told_in_words_before_training(run, tmp_path, capsys, wrong, message):
+    assert run(*arguments(tmp_path, "out"), *wrong) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_a_base_without_data_shows_the_full_command(run, tmp_path, capsys):
+    assert run("--pretrained_model_name_or_path", "base") == 2
+    errors = capsys.readouterr().err
+    assert "--instance_data_dir and --instance_prompt are missing" in errors
+    assert "accelerate launch train_scripts/dreambooth.py" in errors
+
+
+def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path):
+    fixed = [*arguments(tmp_path, "stopped"), "--adapter", "flora", "--max_train_steps", 60]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(SCRIPT), *map(str, fixed)]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "stopped" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors[-2000:]
+    assert "--resume_from_checkpoint latest" in out + errors
+    assert not (tmp_path / "stopped" / "run.json").exists()
+
+    assert run(*fixed, "--resume_from_checkpoint", "latest") == 0
+    assert run(*fixed, "--output_dir", tmp_path / "whole") == 0
+    stopped, whole = (load_file(tmp_path / name / "adapter.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
+    indices = [json.loads(line)["index"] for line in log.read_text().splitlines()]
+    assert indices == list(range(1, 61))

@@ -1,0 +1,99 @@
+"""Options: the command line wins over the file, the file over defaults; mistakes name what was meant."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from diffadapt.models.sd import DEFAULTS
+from diffadapt.training.options import (
+    TrainOptions,
+    build_method,
+    choose_base,
+    filled,
+    option,
+    parse,
+    read_config,
+    write_config,
+)
+
+
+@dataclass(frozen=True)
+class Options(TrainOptions):
+    instance_data_dir: str | None = option(None, "pictures")
+    instance_prompt: str | None = option(None, "prompt")
+
+
+DEMO = {"pretrained_model_name_or_path": "embedded:emoji", "instance_data_dir": "x", "instance_prompt": "a y"}
+
+
+def choose(**given):
+    return choose_base(Options(**given), DEMO, data="instance_data_dir", command="THE COMMAND")
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("max_train_steps: 7\nlearning_rate: 1e-4\ncenter_crop: true\nseed: 3\n")
+    options = parse(Options, ["--config", str(tmp_path / "a.yaml"), "--seed", "5", "--no-center_crop"])
+    assert (options.max_train_steps, options.learning_rate, options.seed) == (7, 1e-4, 5)
+    assert options.center_crop is False
+
+
+def test_what_was_written_can_be_read_back(tmp_path):
+    options = filled(choose(adapter="flora(rank=3)", learning_rate=1e-3), {"resolution": 64})
+    write_config(options, tmp_path)
+    assert Options(**read_config(Options, tmp_path / "config.yaml")) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown option 'learning_rat' .* did you mean 'learning_rate'"),
+        ("seed: many", "seed in .* must be of type int, got 'many'"),
+        ("lr_scheduler: cosin", "lr_scheduler in .* must be one of linear"),
+        ("just text", "must hold lines of the form"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(Options, ["--config", str(tmp_path / "a.yaml")])
+
+
+def test_neither_base_nor_data_is_the_demonstration():
+    options = choose()
+    assert options.pretrained_model_name_or_path == "embedded:emoji"
+    assert options.max_train_steps == DEFAULTS["emoji"]["max_train_steps"]
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"pretrained_model_name_or_path": "base"}, "--instance_data_dir and --instance_prompt are missing"),
+        ({"instance_data_dir": "mine", "instance_prompt": "a"}, "--pretrained_model_name_or_path is missing"),
+        ({"pretrained_model_name_or_path": "b", "instance_data_dir": "m"}, "--instance_prompt is missing"),
+    ],
+)
+def test_one_without_the_other_is_an_error_with_the_full_command(given, missing):
+    with pytest.raises(ValueError, match=f"{missing}.*(.|\n)*THE COMMAND"):
+        choose(**given)
+
+
+def test_what_was_tuned_on_the_embedded_base_never_reaches_another():
+    options = choose(pretrained_model_name_or_path="b", instance_data_dir="m", instance_prompt="p")
+    assert options.max_train_steps == DEFAULTS["sd"]["max_train_steps"]
+    assert options.targets == "attention"
+
+
+def test_the_method_takes_options_from_everywhere():
+    base = {"pretrained_model_name_or_path": "embedded:emoji"}
+    method = build_method(
+        Options(adapter="flora", rank=6, adapter_options="kernel_rank=3,init=gaussian", **base)
+    )
+    assert (method.rank, method.kernel_rank, method.init) == (6, 3, "gaussian")
+    assert build_method(Options(adapter="flora(rank=5)", **base)).rank == 5
+    assert build_method(Options(adapter="lora", **base)).rank == DEFAULTS["emoji"]["rank"]
+    with pytest.raises(ValueError, match="kernel_rank"):
+        build_method(Options(adapter="flora", adapter_options="kernel_rang=3", **base))
+    with pytest.raises(ValueError, match="name=value"):
+        build_method(Options(adapter="flora", adapter_options="gaussian", **base))

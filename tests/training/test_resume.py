@@ -1,0 +1,108 @@
+"""A run that was stopped and continued ends in the same bits as one that was not."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from pipelines import tiny_sd_pipeline, train_options, write_pictures
+from safetensors.torch import load_file
+
+import diffadapt as da
+from diffadapt.data.batches import Batches
+from diffadapt.data.examples import folder_examples
+from diffadapt.models import sd
+from diffadapt.training import state
+from diffadapt.training.loop import prepare, train
+from diffadapt.training.objective import Objective
+
+
+def make(tmp_path, **given):
+    """A trainer at step 0 and its batches, with random crops, a posterior and dropout."""
+    base = tmp_path / "base"
+    if not base.exists():
+        tiny_sd_pipeline(base, vae="kl")
+        write_pictures(tmp_path / "mine", 3, size=(48, 40))
+    options = train_options(
+        pretrained_model_name_or_path=str(base),
+        gradient_accumulation_steps=2,
+        lr_scheduler="cosine",
+        lr_warmup_steps=50,
+        **given,
+    )
+    model = sd.load(str(base))
+    examples = folder_examples(tmp_path / "mine", "a sks dog")
+    batches = Batches(model, examples, resolution=32, center_crop=False, seed=options.seed)
+    adapter = da.attach(model.pipe, da.make_method("lora", rank=2, dropout=0.3), seed=options.seed)
+    objective = Objective(model.denoiser, adapter, predict=sd.predict, schedule=model.training_schedule())
+    return prepare(Accelerator(cpu=True), objective, options), batches
+
+
+def tensors(trainer):
+    return {name: value.detach().clone() for name, value in trainer.adapter.state_dict().items()}
+
+
+def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
+    whole, batches = make(tmp_path)
+    losses = [step.loss for step in train(whole, batches)]
+
+    first, batches = make(tmp_path)
+    steps = train(first, batches)
+    part = [next(steps).loss for _ in range(3)]
+    state.save(first, tmp_path / "run")
+
+    second, batches = make(tmp_path)
+    state.restore(second, state.find("latest", tmp_path / "run"))
+    part += [step.loss for step in train(second, batches)]
+
+    assert part == losses
+    for name, value in tensors(whole).items():
+        assert torch.equal(value, tensors(second)[name]), name
+    assert whole.scheduler.get_last_lr() == second.scheduler.get_last_lr()
+
+
+def test_a_checkpoint_holds_no_pickle_and_a_usable_adapter(tmp_path):
+    trainer, batches = make(tmp_path)
+    next(train(trainer, batches))
+    folder = state.save(trainer, tmp_path / "run")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter.safetensors",
+        "state.json",
+        "state.safetensors",
+    ]
+    json.loads((folder / "state.json").read_text())
+    load_file(folder / "state.safetensors")
+    da.load(sd.load(str(tmp_path / "base")).pipe, folder / "adapter.safetensors")
+
+
+def test_an_unfinished_checkpoint_is_never_taken(tmp_path):
+    trainer, batches = make(tmp_path)
+    next(train(trainer, batches))
+    state.save(trainer, tmp_path / "run")
+    (tmp_path / "run" / ".unfinished-checkpoint-2").mkdir()
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    assert state.find("latest", tmp_path / "run").name == "checkpoint-1"
+
+
+def test_other_options_than_the_checkpoints_are_an_error_that_names_them(tmp_path):
+    trainer, batches = make(tmp_path)
+    next(train(trainer, batches))
+    checkpoint = state.save(trainer, tmp_path / "run")
+    other, _ = make(tmp_path, adam_beta2=0.99)
+    with pytest.raises(ValueError, match=r"adam_beta2: 0.999 then, 0.99 now"):
+        state.restore(other, checkpoint)
+
+
+def test_a_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path):
+    trainer, batches = make(tmp_path)
+    next(train(trainer, batches))
+    checkpoint = state.save(trainer, tmp_path / "run")
+    file = checkpoint / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="use an earlier checkpoint"):
+        state.restore(make(tmp_path)[0], checkpoint)
+
+
+def test_no_checkpoint_lists_those_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are: none"):
+        state.find("latest", tmp_path)
