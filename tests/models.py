@@ -27,7 +27,7 @@ class Denoiser(nn.Module):
         self.norm = nn.GroupNorm(2, 8)
         self.ln = nn.LayerNorm(8)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.labels = nn.Embedding(5, 8)
+        self.class_embedding = nn.Embedding(5, 8)
         self.conv_out = nn.Conv2d(8, 4, 1)
 
     def forward(self, x):
@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         rows = hidden.flatten(2).transpose(1, 2)
         for block in self.blocks:
             rows = rows + block(self.ln(rows))
-        rows = rows + self.labels(torch.arange(x.shape[0]) % 5)[:, None]
+        rows = rows + self.class_embedding(torch.arange(x.shape[0]) % 5)[:, None]
         hidden = rows.transpose(1, 2).reshape(hidden.shape)
         return self.conv_out(hidden + self.depthwise(hidden))
 
