@@ -5,15 +5,48 @@ from diffadapt.assets import embedded
 from diffadapt.attaching import attach, attached, detach, disabled
 from diffadapt.checkpoint import load, read_metadata, save
 from diffadapt.merging import merge, unmerge
-from diffadapt.methods import METHODS, FLoRA, LoRA, make_method
+from diffadapt.methods import (
+    METHODS,
+    BitFit,
+    ClassEmbedding,
+    DiffFit,
+    DoRA,
+    FLoRA,
+    Full,
+    Gamma,
+    LieRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MoRA,
+    Norms,
+    OneLoRA,
+    PiSSA,
+    VeRA,
+    make_method,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "Adapter",
+    "BitFit",
+    "ClassEmbedding",
+    "DiffFit",
+    "DoRA",
     "FLoRA",
+    "Full",
+    "Gamma",
+    "LieRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "MoRA",
+    "Norms",
+    "OneLoRA",
+    "PiSSA",
+    "VeRA",
     "attach",
     "attached",
     "detach",

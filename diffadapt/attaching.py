@@ -46,7 +46,7 @@ def attach(
     found: list[Found] = []
     for root, module in roots.items():
         chosen = text_encoder_targets if root.startswith("text_encoder") else targets
-        found += find_sites(module, chosen, f"{root}." if root else "")
+        found += find_sites(module, chosen, f"{root}." if root else "", also=method.also)
     ranks = assign_ranks([choice.site for choice in found], rank_patterns or {})
     return attach_sites(roots, method, found, name=name, seed=seed, ranks=ranks)
 

@@ -24,7 +24,7 @@ class LinearMap:
         return grad @ weight
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Further expressions of the algebra: changes relative to the weight, Kronecker products, sums over features."""
+"""More expressions of the algebra: changes relative to the weight, Kronecker products, feature sums."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Folded(Expression):
 
 @dataclass(frozen=True)
 class Hadamard(Expression):
-    """``weight * factor``, or ``weight * (exp(factor) - 1)``: a change relative to each entry of the weight."""
+    """``weight * factor``, or ``weight * (exp(factor) - 1)``: a change relative to each entry."""
 
     weight: Tensor
     factor: Expression
@@ -136,7 +136,7 @@ class Kron(Expression):
 
 @dataclass(frozen=True)
 class FeatureSum(Expression):
-    """Every input of an output's receptive field, summed, times ``vector (out,)``: keeps the sum, never ``x``."""
+    """The sum over an output's receptive field times ``vector (out,)``: keeps the sum, never ``x``."""
 
     vector: Tensor
     fan_in: int

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffadapt.convolution import LinearMap, conv_map
-from diffadapt.product import branch_sum
+from diffadapt.product import Term, branch_sum
 from diffadapt.update import LayerMap, Update
 
 HALF = (torch.bfloat16, torch.float16)
@@ -158,45 +158,64 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
         x = x.to(torch.get_autocast_dtype(device))
     base = record.base()
     updates = [(entry, entry.owner.update(entry.index, base)) for entry in entries]
-    bias = _effective_bias(record, layer.bias, updates)
-    weight, base = layer.weight.to(x.dtype), base.to(x.dtype)
+    base, base_bias = base.detach().to(x.dtype), record.base_bias()  # detached: torch.compile wants no alias
 
-    def term(entry: Entry, update: Update, coefficient: float) -> list:
+    def term(entry: Entry, update: Update, coefficient: float) -> list[Term]:
+        if update.delta is None:
+            return []
         inputs = entry.owner.dropped(x, entry.index, layer.training)
-        return [] if update.delta is None else [(update.delta, coefficient * update.multiplier, inputs)]
+        return [(update.delta, coefficient * update.multiplier, inputs)]
 
+    def rescaled(entry: Entry, update: Update) -> Tensor:
+        """The whole output under one update that scales rows."""
+        scale = _per_channel(update.scale, x, layer_map)
+        if update.bias_scale is update.scale:  # gamma * (y + beta): one product, bit for bit y at gamma = 1
+            bias = base_bias if update.bias is None else _added(base_bias, update.bias)
+            return scale * branch_sum(layer_map, x, base, bias, term(entry, update, 1.0))
+        bias = effective_bias(base_bias, base_bias, [(1.0, update)])
+        y = scale * branch_sum(layer_map, x, base, None, term(entry, update, 1.0))
+        return y if bias is None else y + _per_channel(bias, x, layer_map)
+
+    if (
+        len(updates) == 1
+        and updates[0][1].scale is not None
+        and updates[0][0].owner.strength == 1
+        and (record.original is None)
+    ):
+        return rescaled(*updates[0])
     additive = [(e, u) for e, u in updates if u.scale is None]
-    rescaled = [(e, u) for e, u in updates if u.scale is not None]
+    bias = effective_bias(base_bias, layer.bias, [(e.owner.strength, u) for e, u in additive])
     terms = [found for e, u in additive for found in term(e, u, e.owner.strength)]
-    if not rescaled:
-        return branch_sum(layer_map, x, weight, bias, terms)
-    rows = (-1, *(1,) * (x.dim() - 2)) if layer_map.channel_dim == 1 else (-1,)
-
-    def rescale(entry: Entry, update: Update) -> Tensor:
-        inner = branch_sum(layer_map, x, base, None, term(entry, update, 1.0))
-        return update.scale.to(x.dtype).reshape(rows) * inner
-
-    if len(updates) == 1 and rescaled[0][0].owner.strength == 1 and record.original is None:
-        y = rescale(*rescaled[0])
-    else:
-        y = branch_sum(layer_map, x, weight, None, terms)
-        plain = layer_map.product(x, base)
-        for entry, update in rescaled:
-            y = y + entry.owner.strength * (rescale(entry, update) - plain)
-    return y if bias is None else y + bias.to(x.dtype).reshape(rows)
+    y = branch_sum(layer_map, x, layer.weight.to(x.dtype), bias, terms)
+    if len(additive) < len(updates):
+        plain = branch_sum(layer_map, x, base, base_bias, [])
+        for entry, update in updates:
+            if update.scale is not None:
+                y = y + entry.owner.strength * (rescaled(entry, update) - plain)
+    return y
 
 
-def _effective_bias(
-    record: Record, resident: Tensor | None, updates: list[tuple[Entry, Update]]
+def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:
+    """A vector ``(out,)`` in the precision of ``x``, shaped to act on the channels of the layer's output."""
+    trailing = x.dim() - 2 if layer_map.channel_dim == 1 else 0
+    return vector.to(x.dtype).reshape(-1, *(1,) * trailing)
+
+
+def _added(base_bias: Tensor | None, bias: Tensor) -> Tensor:
+    return bias if base_bias is None else base_bias + bias
+
+
+def effective_bias(
+    base: Tensor | None, resident: Tensor | None, updates: list[tuple[float, Update]]
 ) -> Tensor | None:
-    """``b + sum_i t_i (b'_i - b)``; None for a layer that has no bias and gets none."""
-    base, total = record.base_bias(), resident
-    for entry, update in updates:
+    """``b + sum_i t_i (b'_i - b)`` over (strength, update); None for a layer that has none and gets none."""
+    total = resident
+    for strength, update in updates:
         if not update.changes_bias() or (base is None and update.bias is None):
             continue
         own = update.bias if update.bias is not None else update.bias_scale
-        start = base if base is not None else own.new_zeros(own.shape)
-        change = entry.owner.strength * (update.bias_vector(start.to(own.dtype)) - start)
+        start = own.new_zeros(own.shape) if base is None else base.to(own.dtype)
+        change = strength * (update.bias_vector(start) - start)
         total = change if total is None else total + change
     return total
 
@@ -214,8 +233,8 @@ def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
 def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
     record = layer._diffadapt
     base = record.base()
-    updates = [(entry, entry.owner.update(entry.index, base)) for entry in entries]
-    bias = _effective_bias(record, layer.bias, updates)
+    updates = [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
+    bias = effective_bias(record.base_bias(), layer.bias, updates)
     return None if bias is None else bias.to(wide(base).dtype)
 
 

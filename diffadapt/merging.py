@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from diffadapt.layers import HALF, Entry, Record, wide
+from diffadapt.layers import HALF, Entry, Record, effective_bias, wide
 
 if TYPE_CHECKING:
     from diffadapt.adapter import Adapter
@@ -39,16 +39,12 @@ def unmerge(adapter: Adapter) -> None:
 def folded(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
     """``W + sum_i t_i (W'_i - W)`` over the entries, and the bias alike, in the adapter's precision."""
     base, base_bias = wide(record.base()), record.base_bias()
-    bias = None if base_bias is None else wide(base_bias)
+    updates = [(entry.owner.strength, entry.owner.update(entry.index, record.base())) for entry in entries]
     weight = base
-    for entry in entries:
-        update, strength = entry.owner.update(entry.index, record.base()), entry.owner.strength
+    for strength, update in updates:
         weight = weight + strength * (update.weight(base) - base)
-        if update.bias is not None or (update.bias_scale is not None and base_bias is not None):
-            start = update.bias.new_zeros(update.bias.shape) if base_bias is None else wide(base_bias)
-            change = strength * (update.bias_vector(start) - start)
-            bias = change if bias is None else bias + change
-    return weight, bias
+    base_bias = None if base_bias is None else wide(base_bias)
+    return weight, effective_bias(base_bias, base_bias, updates)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class PartPlan:
     methods: tuple[Method, ...]
 
     def trained(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the trained tensors by their names in a file: ``label/site/tensor``, ``label//shared``."""
+        """Shapes of the trained tensors by name in a file: ``label/site/tensor``, ``label//shared``."""
         return self._named([method.trained(site) for method, site in self._pairs()])
 
     def stored(self) -> dict[str, tuple[int, ...]]:
@@ -67,7 +67,7 @@ def plan_parts(
     """
     ranks, plans = ranks or {}, []
     for number, part in enumerate(method.parts):
-        indices = tuple(i for i, site in enumerate(sites) if site.kind in part.kinds)
+        indices = tuple(i for i, site in enumerate(sites) if part.serves(site))
         if not indices:
             kinds = ", ".join(sorted(part.kinds))
             raise ValueError(f"{part.name} changes {kinds} layers, and the targets choose none of them")
@@ -101,6 +101,10 @@ class Part(nn.Module):
         self.lent = [method.lent(site) for method, site in zip(self.methods, self.sites, strict=True)]
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def grouped(self) -> bool:
         return self.methods[0].grouped
 
@@ -116,13 +120,15 @@ class Part(nn.Module):
 
     def update(self, index: int, base: Tensor) -> Update:
         tensors = self._lend(index)
-        if self.grouped:
-            tensors["change"] = (self.prepared or self._prepared_now())[index]
-        return self.methods[index].update(self.sites[index], tensors, base)
+        with torch.autocast(base.device.type, enabled=False):  # the factors meet in their own precision
+            if self.grouped:
+                tensors["change"] = (self.prepared or self._prepared_now())[index]
+            return self.methods[index].update(self.sites[index], tensors, base)
 
     def prepare(self, *_) -> None:
         """Compute what the sites of a grouped method share: a hook before the forward of an adapted model."""
-        self.prepared = self._prepared_now() if self.strength != 0 else None
+        with torch.autocast(self.device.type, enabled=False):
+            self.prepared = self._prepared_now() if self.strength != 0 else None
 
     def dropped(self, x: Tensor, index: int, training: bool) -> Tensor:
         """The branch's input under the method's dropout."""
@@ -146,8 +152,7 @@ class Part(nn.Module):
 
     def follow(self, device: torch.device) -> None:
         """Move to the device of the adapted layers, unless they hold no data."""
-        held = next(self.parameters(), None)
-        if held is not None and held.device != device and "meta" not in (device.type, held.device.type):
+        if self.device != device and "meta" not in (device.type, self.device.type):
             self.to(device)
 
     def _lend(self, index: int) -> dict[str, Tensor]:

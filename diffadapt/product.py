@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,8 @@ class WeightSpaceProduct(torch.autograd.Function):
             channels = layer.channel_dim % grad.dim()
             grad_bias = grad.sum([axis for axis in range(grad.dim()) if axis != channels])
         grad_weight = layer.weight_grad(grad, x, weight).flatten(1)
-        grads = form.vjp(grad_weight.to(factors[0].dtype))
+        widest = functools.reduce(torch.promote_types, [factor.dtype for factor in factors])
+        grads = form.vjp(grad_weight.to(widest))
         return None, None, grad_x, None, grad_bias, *grads
 
 

@@ -47,5 +47,9 @@ class Site:
         return self.shape[2:] if self.kind == "conv" else ()
 
     @property
+    def bias_shape(self) -> tuple[int, ...]:
+        return self.shape if self.kind == "norm" else (self.out,)
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)

@@ -26,6 +26,12 @@ _PROJECTIONS = {
     ),
     "other": ("to_qkv", "qkv", "key", "proj_attn", "proj_k"),
 }
+_CLASS_TABLES = (
+    "class_embedding",
+    "class_embedder.embedding_table",
+    "y_embedder.embedding_table",
+    "label_emb",
+)
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_TYPES = (nn.LayerNorm, nn.GroupNorm)
 
@@ -36,6 +42,7 @@ PRESETS = {
     "conv": "every convolution",
     "norm": "every LayerNorm and GroupNorm with weights",
     "embedding": "every embedding table",
+    "class_embedding": "tables of class embeddings",
     "all": "every Linear layer and convolution",
 }
 
@@ -49,22 +56,24 @@ class Found:
     by_name: bool
 
 
-def find_sites(model: nn.Module, targets: str | Sequence[str], prefix: str = "") -> list[Found]:
+def find_sites(
+    model: nn.Module, targets: str | Sequence[str], prefix: str = "", *, also: Sequence[str] = ()
+) -> list[Found]:
     """The layers of ``model`` that ``targets`` choose, in the model's order; a shared weight is one site.
 
     ``targets`` are presets or globs on module names, joined with ``+`` or as a sequence; ``!glob`` excludes.
-    A name without wildcards also matches as the end of a longer one.
+    ``also`` are presets added where they match. A name without wildcards also matches as the end of another.
 
     Raises: ValueError for a target that matches nothing, TypeError for a layer that cannot be adapted.
     """
     tokens = _tokens(targets)
     layers = dict(_weighted_layers(model))
     chosen: dict[str, bool] = {}
-    for token in tokens:
+    for token in (*tokens, *also):
         if token.startswith("!"):
             continue
         matched = [name for name, layer in layers.items() if _matches(token, name, layer)]
-        if not matched:
+        if not matched and token in tokens:
             raise ValueError(f"target {token!r} matches no layer{near(token, [*PRESETS, *layers])}")
         for name in matched:
             chosen[name] = chosen.get(name, False) or token not in PRESETS
@@ -167,6 +176,8 @@ def _matches(token: str, name: str, layer: nn.Module) -> bool:
         return kind in ("linear", "conv")
     if token in ("linear", "conv", "norm", "embedding"):
         return kind == token
+    if token == "class_embedding":
+        return kind == "embedding" and name.endswith(_CLASS_TABLES)
     if token in ("attention", "qv"):
         names = _PROJECTIONS["qv"] if token == "qv" else sum(_PROJECTIONS.values(), ())
         return kind in ("linear", "conv") and any(name == leaf or name.endswith("." + leaf) for leaf in names)

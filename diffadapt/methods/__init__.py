@@ -8,20 +8,66 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from diffadapt.methods.base import Method
+from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.combined import Combined
+from diffadapt.methods.difffit import DiffFit
+from diffadapt.methods.dora import DoRA
 from diffadapt.methods.flora import FLoRA
+from diffadapt.methods.full import Full
+from diffadapt.methods.liera import LieRA
+from diffadapt.methods.loha import LoHa
+from diffadapt.methods.lokr import LoKr
 from diffadapt.methods.lora import LoRA
+from diffadapt.methods.mora import MoRA
+from diffadapt.methods.one_lora import OneLoRA
+from diffadapt.methods.pissa import PiSSA
 from diffadapt.methods.ranked import RankedMethod
+from diffadapt.methods.vectors import BitFit, Gamma, Norms
+from diffadapt.methods.vera import VeRA
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, FLoRA)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        LoRA,
+        DoRA,
+        VeRA,
+        MoRA,
+        PiSSA,
+        LoHa,
+        LoKr,
+        FLoRA,
+        LieRA,
+        OneLoRA,
+        BitFit,
+        DiffFit,
+        Gamma,
+        Norms,
+        ClassEmbedding,
+        Full,
+    )
+}
 
 __all__ = [
     "METHODS",
+    "BitFit",
+    "ClassEmbedding",
     "Combined",
+    "DiffFit",
+    "DoRA",
     "FLoRA",
+    "Full",
+    "Gamma",
+    "LieRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
+    "MoRA",
+    "Norms",
+    "OneLoRA",
+    "PiSSA",
     "RankedMethod",
+    "VeRA",
     "make_method",
     "near",
     "read_method",

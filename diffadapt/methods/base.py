@@ -56,6 +56,10 @@ class Method:
         options = ", ".join(f"{key}={value}" for key, value in self.config.items())
         return f"{self.name}({options})" if options else self.name
 
+    def serves(self, site: Site) -> bool:
+        """Whether the method changes a layer like this one."""
+        return site.kind in self.kinds
+
     def trained(self, site: Site) -> Shapes:
         """Names and shapes of a site's trained tensors. Raises ValueError for a site it cannot change."""
         raise TypeError(f"{type(self).__name__} does not define trained()")
@@ -82,7 +86,7 @@ class Method:
         """Fill the shared tensors, which arrive as zeros."""
 
     def prepare(self, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
-        """The change of every site, computed together once per forward of the model; ``update`` receives it as
+        """The change of every site, computed together once per forward of the model; ``update`` gets it as
         ``change``. None for methods whose sites do not depend on each other."""
         return None
 

@@ -24,5 +24,9 @@ class Combined(Method):
     def learning_rate(self) -> float:
         return min(part.learning_rate for part in self.members)
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        return tuple(preset for part in self.members for preset in part.also)
+
     def __str__(self) -> str:
         return "+".join(str(part) for part in self.members)

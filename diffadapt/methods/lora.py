@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from diffadapt.methods.base import Shapes
+from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
 from diffadapt.methods.draws import draw_uniform
-from diffadapt.methods.ranked import RankedMethod
+from diffadapt.methods.ranked import RankedMethod, check_choice
 from diffadapt.site import Site
-from diffadapt.update import LowRank, Update
+from diffadapt.update import Update
 
 
 @dataclass(frozen=True)
 class LoRA(RankedMethod):
     """``W' = W + multiplier * up @ down``, with ``up (out, r)`` and ``down (r, fan_in)``.
 
-    Parameters: r * (out + fan_in). A convolution's weight is the matrix ``(out, in/groups * kernel)``, as in
-    PEFT.
+    Parameters: r * (out + fan_in); a convolution under ``loralib``: r * k^2 * (in + out/groups).
     Source: arXiv 2106.09685, equation 3; ``rank_stabilized`` (alpha / sqrt(rank)): arXiv 2312.03732.
     """
 
@@ -30,19 +30,25 @@ class LoRA(RankedMethod):
     learning_rate: ClassVar[float] = 5e-4  # diffusers' DreamBooth example
 
     rank_stabilized: bool = False  # multiplier = alpha / sqrt(rank)
+    conv_reshape: str = "peft"  # a convolution as a matrix: peft or loralib
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("conv_reshape", self.conv_reshape, RESHAPES)
 
     def alpha_divisor(self) -> float:
         return math.sqrt(self.rank) if self.rank_stabilized else self.rank
 
     def trained(self, site: Site) -> Shapes:
-        return {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
+        return factor_shapes(site, self.rank, self.conv_reshape)
 
     def start(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
+        fan_in = tensors["down"].shape[1]
         draw_uniform(
-            tensors["down"], 1 / math.sqrt(site.fan_in), generator
+            tensors["down"], 1 / math.sqrt(fan_in), generator
         )  # Kaiming with a = sqrt(5), as in PEFT
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        return Update(LowRank(tensors["up"], tensors["down"]), self.multiplier)
+        return Update(low_rank(site, tensors["up"], tensors["down"]), self.multiplier)

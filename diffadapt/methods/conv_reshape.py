@@ -1,0 +1,39 @@
+"""How a convolution's four axes become a matrix for methods defined on matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffadapt.expressions import Folded
+from diffadapt.methods.base import Shapes
+from diffadapt.site import Site
+from diffadapt.update import Expression, LowRank
+
+RESHAPES = ("peft", "loralib")
+
+
+def factor_shapes(site: Site, rank: int, reshape: str) -> Shapes:
+    """Shapes of ``up`` and ``down``.
+
+    ``peft``: the matrix (out, in/groups * kernel), inner rank r. ``loralib``: the matrix (out/groups * k,
+    in * k), inner rank r * k, as in microsoft/LoRA's ConvLoRA, which the papers' printed counts use.
+    Raises ValueError for a kernel that is not square under ``loralib``.
+    """
+    if reshape == "peft" or not site.kernel:
+        return {"up": (site.out, rank), "down": (rank, site.fan_in)}
+    if len(site.kernel) != 2 or site.kernel[0] != site.kernel[1]:
+        raise ValueError(
+            f"{site.name}: conv_reshape='loralib' needs a square 2-D kernel, got {site.kernel}; use 'peft'"
+        )
+    k, channels = site.kernel[0], site.channels_in * site.groups
+    return {"up": (site.out // site.groups * k, rank * k), "down": (rank * k, channels * k)}
+
+
+def low_rank(site: Site, up: Tensor, down: Tensor) -> Expression:
+    """``up @ down`` as a change of the site's matrix."""
+    product = LowRank(up, down)
+    return (
+        product
+        if up.shape[0] == site.out and down.shape[1] == site.fan_in
+        else Folded(product, (site.out, site.fan_in))
+    )

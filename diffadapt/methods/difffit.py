@@ -1,0 +1,80 @@
+"""DiffFit: biases, output scales, norms and the class table (Xie et al. 2023, arXiv 2304.06648)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.class_embedding import ClassEmbedding
+from diffadapt.methods.vectors import Norms
+from diffadapt.site import Kind, Site
+from diffadapt.update import Update
+
+
+@dataclass(frozen=True)
+class DiffFit(ClassEmbedding):
+    """``y' = gamma * (y + beta)`` for every Linear and convolution, affine norms, and the class table.
+
+    Parameters as 1LoRA's Table 1 counts DiffFit on DiT: 2 per output, norms, table. Its tables for
+    Depth-Anything and LLaMA count one vector per layer: that is ``gamma=False``. The authors' own code places
+    gamma on residual branches and in single layers only, with other totals.
+    """
+
+    name: ClassVar[str] = "difffit"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
+    learning_rate: ClassVar[float] = 1e-3
+
+    gamma: bool = True  # a factor per output, starting at 1
+    beta: bool = True  # a bias per output, starting at 0
+    norms: bool = True  # weights and biases of all norms
+    class_embedding: bool = True  # the class table, where the model has one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.gamma or self.beta or self.norms or self.class_embedding):
+            raise ValueError("difffit: gamma, beta, norms and class_embedding are all off; switch one on")
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        return ("norm",) * self.norms + ("class_embedding",) * self.class_embedding
+
+    def serves(self, site: Site) -> bool:
+        wanted = {"norm": self.norms, "embedding": self.class_embedding}
+        return super().serves(site) and wanted.get(site.kind, self.gamma or self.beta)
+
+    def trained(self, site: Site) -> Shapes:
+        if site.kind == "norm":
+            return Norms().trained(site)
+        if site.kind == "embedding":
+            return {}
+        chosen = {"gamma": self.gamma, "beta": self.beta}
+        return {key: (site.out,) for key, wanted in chosen.items() if wanted}
+
+    def shared(self, sites) -> Shapes:
+        return super().shared([site for site in sites if site.kind == "embedding"])
+
+    def lent(self, site: Site) -> dict[str, str]:
+        return super().lent(site) if site.kind == "embedding" else {}
+
+    def start_shared(self, sites, bases, tensors: Mapping[str, Tensor], seed: int) -> None:
+        tables = [(s, base) for s, base in zip(sites, bases, strict=True) if s.kind == "embedding"]
+        super().start_shared([s for s, _ in tables], [base for _, base in tables], tensors, seed)
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        if "gamma" in tensors:
+            tensors["gamma"].fill_(1)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        if site.kind == "norm":
+            return Norms().update(site, tensors, base)
+        if site.kind == "embedding":
+            return super().update(site, tensors, base)
+        gamma = tensors.get("gamma")
+        return Update(scale=gamma, bias=tensors.get("beta"), bias_scale=gamma)

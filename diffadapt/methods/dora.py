@@ -1,0 +1,59 @@
+"""DoRA: direction and magnitude of each row trained apart (Liu et al. 2024, arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.lora import LoRA
+from diffadapt.site import Site
+from diffadapt.update import LowRank, Update
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """``W' = magnitude * V / ||V||`` by rows, ``V = W + multiplier * up @ down``; norms carry no gradient.
+
+    Norms come from ``||v||^2 = ||w||^2 + 2 s up (down w) + s^2 up (down down^T) up^T``: ``V`` is never built.
+    Parameters: LoRA's and one per output. Source: arXiv 2402.09353, equations 5 and 11; a convolution's norm
+    runs over all dimensions but the first, as in PEFT.
+    """
+
+    name: ClassVar[str] = "dora"
+    learning_rate: ClassVar[float] = 5e-4
+
+    def trained(self, site: Site) -> Shapes:
+        return super().trained(site) | {"magnitude": (site.out,)}
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        super().start(site, tensors, base, generator)
+        tensors["magnitude"].copy_(base.flatten(1).to(tensors["magnitude"].dtype).norm(dim=1))
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        update = super().update(site, tensors, base)
+        with torch.no_grad():
+            norm = _row_norms(base.flatten(1).to(tensors["up"].dtype), update)
+        return Update(update.delta, update.multiplier, scale=rescale(tensors["magnitude"], norm))
+
+
+def rescale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``magnitude / norm`` row by row; 1 for a row of zeros, whose direction is not defined."""
+    return torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1), torch.ones_like(norm))
+
+
+def _row_norms(weight: Tensor, update: Update) -> Tensor:
+    """Norms ``(out,)`` of the rows of ``weight + multiplier * delta``."""
+    delta, s = update.delta, update.multiplier
+    if not isinstance(delta, LowRank):
+        return (weight + s * delta.matrix()).norm(dim=1)
+    cross = weight @ delta.down.T  # (out, r)
+    gram = delta.up @ (delta.down @ delta.down.T)  # (out, r)
+    squares = weight.square().sum(1) + (delta.up * (2 * s * cross + s * s * gram)).sum(1)
+    return squares.clamp(min=0).sqrt()

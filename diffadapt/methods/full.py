@@ -1,0 +1,29 @@
+"""Full fine-tuning of the targets: every weight and bias free, the reference of all four papers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffadapt.expressions import Dense
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.site import Kind, Site
+from diffadapt.update import Update
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """``W' = W + weight``, ``b' = b + bias``, both free and starting at zero. Parameters: the layer's own."""
+
+    name: ClassVar[str] = "full"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
+    learning_rate: ClassVar[float] = 1e-5
+
+    def trained(self, site: Site) -> Shapes:
+        return {"weight": site.shape} | ({"bias": site.bias_shape} if site.has_bias else {})
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        return Update(Dense(tensors["weight"]), bias=tensors.get("bias"))

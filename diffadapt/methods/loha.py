@@ -1,0 +1,43 @@
+"""LoHa: the entrywise product of two low-rank matrices (FedPara, Hyeon-Woo et al. 2021, arXiv 2108.06098)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.expressions import HadamardPair
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.draws import draw_normal
+from diffadapt.methods.ranked import RankedMethod
+from diffadapt.site import Site
+from diffadapt.update import LowRank, Update
+
+
+@dataclass(frozen=True)
+class LoHa(RankedMethod):
+    """``W' = W + multiplier * (up_1 down_1) o (up_2 down_2)``: rank up to r^2 for twice LoRA's parameters.
+
+    Parameters: 2 r (out + fan_in). Source: arXiv 2108.06098, equation 2; start as in LyCORIS.
+    """
+
+    name: ClassVar[str] = "loha"
+    learning_rate: ClassVar[float] = 5e-4
+
+    def trained(self, site: Site) -> Shapes:
+        up, down = (site.out, self.rank), (self.rank, site.fan_in)
+        return {"up_1": up, "down_1": down, "up_2": up, "down_2": down}
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        for key, std in (("up_1", 0.1), ("down_1", 1.0), ("down_2", 1.0)):
+            draw_normal(tensors[key], std, generator)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        first = LowRank(tensors["up_1"], tensors["down_1"])
+        second = LowRank(tensors["up_2"], tensors["down_2"])
+        return Update(HadamardPair(first, second), self.multiplier)

@@ -1,0 +1,63 @@
+"""LoKr: a Kronecker product of a small dense matrix and a low-rank one (LyCORIS, arXiv 2309.14859)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.expressions import Dense, Kron
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.draws import draw_uniform
+from diffadapt.methods.ranked import RankedMethod
+from diffadapt.site import Site
+from diffadapt.update import LowRank, Update
+
+
+@dataclass(frozen=True)
+class LoKr(RankedMethod):
+    """``W' = W + multiplier * left (x) right``, never multiplied out in a forward.
+
+    Outputs and inputs split into two divisors each: ``left (a, b)``, ``right (c, d * kernel)``, the smaller
+    on the left. ``right`` is ``up @ down`` where the rank is below half its longer side, else dense with
+    multiplier 1. Parameters: a b + r (c + d * kernel), or a b + c d * kernel. Source: arXiv 2309.14859, section 3.
+    """
+
+    name: ClassVar[str] = "lokr"
+    learning_rate: ClassVar[float] = 5e-4
+
+    factor: int = -1  # largest left side; -1: as near to the square root as divisors allow
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor != -1 and self.factor < 1:
+            raise ValueError(f"factor must be -1 or at least 1, got {self.factor}")
+
+    def trained(self, site: Site) -> Shapes:
+        (a, c), (b, d) = self._split(site.out), self._split(site.channels_in)
+        kernel = math.prod(site.kernel)
+        if self.rank < max(c, d) / 2:
+            return {"left": (a, b), "up": (c, self.rank), "down": (self.rank, d * kernel)}
+        return {"left": (a, b), "right": (c, d * kernel)}
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        for key in ("left", "down"):
+            if key in tensors:
+                draw_uniform(tensors[key], 1 / math.sqrt(tensors[key].shape[1]), generator)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        if "right" in tensors:
+            return Update(Kron(tensors["left"], Dense(tensors["right"])))
+        return Update(Kron(tensors["left"], LowRank(tensors["up"], tensors["down"])), self.multiplier)
+
+    def _split(self, size: int) -> tuple[int, int]:
+        """The largest divisor up to the square root and ``factor``, and its partner."""
+        limit = math.isqrt(size) if self.factor == -1 else min(self.factor, math.isqrt(size))
+        small = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
+        return small, size // small

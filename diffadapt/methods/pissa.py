@@ -1,0 +1,60 @@
+"""PiSSA: LoRA that starts from the weight's leading singular vectors (Meng et al. 2024, arXiv 2404.02948)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.methods.ranked import check_rank
+from diffadapt.site import Site
+from diffadapt.update import LowRank, Update
+
+
+@dataclass(frozen=True)
+class PiSSA(Method):
+    """``W' = W + up @ down - start_up @ start_down``; the start is the top-r SVD of the loaded weight.
+
+    The paper subtracts the start from the weight; here it is part of the change, stored in the file and not
+    trained, so that the base stays untouched. Parameters: r * (out + fan_in).
+    Source: arXiv 2404.02948, equations 2 to 4.
+    """
+
+    name: ClassVar[str] = "pissa"
+    learning_rate: ClassVar[float] = 1e-4
+
+    rank: int = 4  # singular vectors trained
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("rank", self.rank)
+
+    def trained(self, site: Site) -> Shapes:
+        return {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
+
+    def stored(self, site: Site) -> Shapes:
+        return {f"start_{key}": shape for key, shape in self.trained(site).items()}
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        left, values, right = torch.linalg.svd(base.flatten(1).double(), full_matrices=False)
+        used = min(self.rank, len(values))  # a rank above the weight's own leaves zeros
+        root = values[:used].sqrt()
+        for key in ("up", "start_up"):
+            tensors[key][:, :used] = (left[:, :used] * root).to(tensors[key].dtype)
+        for key in ("down", "start_down"):
+            tensors[key][:used] = (root[:, None] * right[:used]).to(tensors[key].dtype)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        return Update(since_start(tensors))
+
+
+def since_start(tensors: Mapping[str, Tensor]) -> LowRank:
+    """``up @ down - start_up @ start_down`` as one product of rank 2 r."""
+    up = torch.cat([tensors["up"], -tensors["start_up"]], 1)
+    return LowRank(up, torch.cat([tensors["down"], tensors["start_down"]], 0))

@@ -1,0 +1,62 @@
+"""VeRA: frozen random factors shared by layers, two trained vectors for each (arXiv 2310.11454)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.methods.draws import draw_uniform, named_generator
+from diffadapt.methods.ranked import check_rank
+from diffadapt.site import Site
+from diffadapt.update import LowRank, Update
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """``W' = W + diag(out_scale) up diag(rank_scale) down``; ``up`` and ``down`` frozen, one pair per shape.
+
+    Parameters: out + r. The frozen matrices are drawn from the seed again when a file is loaded.
+    Source: arXiv 2310.11454, equation 2; uniform Kaiming start with gain sqrt(2) as in PEFT.
+    """
+
+    name: ClassVar[str] = "vera"
+    learning_rate: ClassVar[float] = 1e-2
+
+    rank: int = 256  # rows of the frozen matrices
+    d_init: float = 0.1  # start of rank_scale
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("rank", self.rank)
+
+    def trained(self, site: Site) -> Shapes:
+        return {"out_scale": (site.out,), "rank_scale": (self.rank,)}
+
+    def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
+        drawn: dict[str, Tensor] = {}
+        for site in sites:
+            shapes = {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
+            for key, name in self.lent(site).items():
+                if name not in drawn:
+                    drawn[name] = torch.empty(shapes[key], dtype=torch.float64)
+                    fan_in = drawn[name].shape[1]
+                    draw_uniform(drawn[name], math.sqrt(6 / fan_in), named_generator(seed, self.name, name))
+        return drawn
+
+    def lent(self, site: Site) -> dict[str, str]:
+        return {key: f"{key}_{site.out}x{site.fan_in}" for key in ("up", "down")}
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        tensors["rank_scale"].fill_(self.d_init)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        up = tensors["out_scale"][:, None] * tensors["up"] * tensors["rank_scale"]
+        return Update(LowRank(up, tensors["down"]))
