@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffadapt as da
+from diffadapt.exits import run
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,8 @@ class Command:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `diffadapt`. Returns the exit code; 2 for mistakes of the user."""
-    from diffadapt.training import session
-
-    session.quiet()
     arguments = _parser().parse_args(argv)
-    return session.run(lambda: COMMANDS[arguments.command].run(arguments))
+    return run(lambda: COMMANDS[arguments.command].run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,8 +89,10 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_sample(arguments: argparse.Namespace) -> int:
-    from diffadapt.sample_command import sample
+    from diffadapt.sample_command import sample  # imports diffusers, which takes seconds
+    from diffadapt.training.session import quiet
 
+    quiet()
     folder = sample(arguments, command=shlex.join(["diffadapt", *sys.argv[1:]]))
     count = arguments.num_images * len(arguments.prompt)
     print(f"{count} images in {folder}, all on {folder / 'sheet.png'}")

@@ -88,7 +88,8 @@ def test_a_strength_is_read_off_the_end_of_a_file_name(tmp_path):
         ),
     ],
 )
-def test_mistakes_end_with_one_line_and_code_2(work, tmp_path, capsys, arguments, message):
+def test_mistakes_end_with_one_line_and_code_2(work, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.delenv("DIFFADAPT_DEBUG", raising=False)
     arguments = [argument.format(work=work) for argument in arguments]
     assert main(["sample", "--prompt", "a", "--out", str(tmp_path), *arguments]) == 2
     errors = capsys.readouterr().err

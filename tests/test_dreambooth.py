@@ -42,7 +42,7 @@ def run(script, monkeypatch):
     def call(*arguments):
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "argv", ["dreambooth.py", *map(str, arguments)])
-        return script.session.run(script.main)
+        return script.run(script.main)
 
     return call
 

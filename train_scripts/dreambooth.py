@@ -16,6 +16,7 @@ import diffadapt as da
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import class_examples
 from diffadapt.data.examples import folder_examples
+from diffadapt.exits import run
 from diffadapt.models import sd
 from diffadapt.models.names import resolve
 from diffadapt.training import session, state
@@ -132,4 +133,4 @@ def fit(trainer: Trainer, batches: Batches) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(session.run(main))
+    sys.exit(run(main))

@@ -1,10 +1,7 @@
-"""The surroundings of a run: processor cores, quiet libraries, clear endings for user mistakes."""
+"""The surroundings of a run: accelerator, precision, processor cores, quiet libraries."""
 
 import logging
 import os
-import sys
-import traceback
-from collections.abc import Callable
 
 import diffusers
 import torch
@@ -12,7 +9,6 @@ import transformers
 from accelerate import Accelerator
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-DEBUG = "DIFFADAPT_DEBUG"  # environment variable: show the traceback of user mistakes too
 
 
 def start(*, mixed_precision: str, num_threads: int | None) -> Accelerator:
@@ -51,17 +47,3 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-
-def run(main: Callable[[], int]) -> int:
-    """Runs a command; mistakes of the user end with their message and exit code 2, without a traceback."""
-    try:
-        return main()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        if os.environ.get(DEBUG):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130

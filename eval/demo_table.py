@@ -1,0 +1,121 @@
+"""The table of docs/dreambooth_demo.md: the demonstration with several adapters at one parameter budget.
+
+    python eval/demo_table.py --adapters lora flora --budget 450000 --seeds 0 1 2
+
+Each run is `train_scripts/dreambooth.py` without further arguments; finished runs are not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import diffadapt as da
+from diffadapt.models import sd
+from diffadapt.training.session import quiet
+
+SCRIPT = Path(__file__).parents[1] / "train_scripts" / "dreambooth.py"
+COLUMNS = {  # figure -> heading
+    "subject_similarity": "similarity to the subject",
+    "text_agreement": "agreement with the text",
+    "drift": "drift on other prompts",
+    "nearest_training_image": "nearest training picture",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapters", nargs="+", default=["lora", "flora"])
+    parser.add_argument("--budget", type=int, default=450_000, help="trained parameters at most")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo_table"))
+    parser.add_argument("--output", type=Path, default=Path("docs/dreambooth_demo.md"))
+    arguments = parser.parse_args()
+    quiet()
+    rows = []
+    for adapter in arguments.adapters:
+        rank = largest_rank(adapter, arguments.budget)
+        records = [run(adapter, rank, seed, arguments.runs) for seed in arguments.seeds]
+        rows.append((f"`{adapter}` (rank {rank})", records))
+    arguments.output.write_text(page(rows, command=" ".join(["python", *sys.argv])))
+    print(arguments.output.read_text())
+
+
+def largest_rank(adapter: str, budget: int) -> int:
+    """The largest rank whose adapter of the embedded base has at most `budget` parameters."""
+    model, targets = sd.load("embedded:emoji"), sd.DEFAULTS["emoji"]["targets"]
+    rank = 0
+    while True:
+        attached = da.attach(model.pipe, da.make_method(adapter, rank=rank + 1), targets=targets)
+        count = attached.num_parameters
+        da.detach(attached)
+        if count > budget:
+            if rank == 0:
+                raise ValueError(f"{adapter} needs {count} parameters at rank 1; raise --budget ({budget})")
+            return rank
+        rank += 1
+
+
+def run(adapter: str, rank: int, seed: int, folder: Path) -> dict:
+    """The record (run.json) of one demonstration."""
+    output = folder / f"{adapter}-rank{rank}-seed{seed}"
+    if not (output / "run.json").exists():
+        options = ["--adapter", adapter, "--rank", rank, "--seed", seed, "--output_dir", output]
+        subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], check=True)
+    return json.loads((output / "run.json").read_text())
+
+
+def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
+    """The document."""
+    first = rows[0][1][0]
+    options = first["options"]
+    lines = [
+        "# The DreamBooth demonstration in figures",
+        "",
+        f"Made by `{command}`:",
+        f"{options['max_train_steps']} steps of {options['train_batch_size']} pictures on",
+        f'the embedded 64-pixel base, prompt "{options["instance_prompt"]}". Mean ± standard deviation over',
+        f"{len(rows[0][1])} seeds. All figures are cosines between features of the embedded encoder",
+        f"(`{options['extractor']}`), comparable with each other only: a demonstration, not a benchmark.",
+        "",
+        f"| adapter | parameters | {' | '.join(COLUMNS.values())} | seconds |",
+        f"|---|---:|{'---:|' * len(COLUMNS)}---:|",
+        "| before training | 0 | "
+        + " | ".join(cell(rows[0][1], name, "before") for name in COLUMNS)
+        + " | |",
+    ]
+    for label, records in rows:
+        cells = [cell(records, name, "after") for name in COLUMNS]
+        seconds = statistics.mean(record["seconds"] for record in records)
+        lines.append(f"| {label} | {records[0]['parameters']:,} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join([*lines, "", *explanation(first)]) + "\n"
+
+
+def explanation(record: dict) -> list[str]:
+    count = record["options"]["num_validation_images"]
+    return [
+        f"- similarity to the subject: mean cosine between {count} drawn pictures and the training pictures.",
+        "- agreement with the text: ten prompts that put the subject in new contexts, picture against words.",
+        "- drift: 1 - cosine between what other prompts give before and after, on the same seeds.",
+        "- nearest training picture: mean cosine to the closest one; near 1 would mean copying.",
+        "- seconds: of a whole run on two CPU cores, with drawing before and after.",
+    ]
+
+
+def cell(records: list[dict], figure: str, when: str) -> str:
+    values = [
+        entry[when]
+        for record in records
+        for name, entry in record["figures"].items()
+        if name.startswith(f"{figure}[") and when in entry
+    ]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
