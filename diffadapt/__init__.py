@@ -3,6 +3,7 @@
 from diffadapt.adapter import Adapter
 from diffadapt.assets import embedded
 from diffadapt.attaching import attach, attached, detach, disabled
+from diffadapt.budget import count_parameters, fit_budget
 from diffadapt.checkpoint import load, read_metadata, save
 from diffadapt.merging import merge, unmerge
 from diffadapt.methods import (
@@ -49,9 +50,11 @@ __all__ = [
     "VeRA",
     "attach",
     "attached",
+    "count_parameters",
     "detach",
     "disabled",
     "embedded",
+    "fit_budget",
     "load",
     "make_method",
     "merge",

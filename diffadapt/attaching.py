@@ -42,13 +42,21 @@ def attach(
     Returns: the adapter, an ``nn.Module`` that owns the trained tensors.
     Raises: ValueError or TypeError saying what does not fit; the model is then as before.
     """
+    roots, found = choose_sites(model, method, targets, text_encoder_targets)
+    ranks = assign_ranks([choice.site for choice in found], rank_patterns or {})
+    return attach_sites(roots, method, found, name=name, seed=seed, ranks=ranks)
+
+
+def choose_sites(
+    model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None = None
+) -> tuple[dict[str, nn.Module], list[Found]]:
+    """The models by component name, and the layers that ``attach`` with these arguments would choose."""
     roots = components(model, text_encoder_targets is not None)
     found: list[Found] = []
     for root, module in roots.items():
         chosen = text_encoder_targets if root.startswith("text_encoder") else targets
         found += find_sites(module, chosen, f"{root}." if root else "", also=method.also)
-    ranks = assign_ranks([choice.site for choice in found], rank_patterns or {})
-    return attach_sites(roots, method, found, name=name, seed=seed, ranks=ranks)
+    return roots, found
 
 
 def attach_sites(

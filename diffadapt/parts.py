@@ -53,9 +53,13 @@ class PartPlan:
         shared = self.methods[0].shared(self.sites)
         return named | {f"{self.label}//{key}": shape for key, shape in shared.items()}
 
+    def counts(self) -> dict[str, int]:
+        """The number of values of every trained tensor."""
+        return {name: math.prod(shape) for name, shape in self.trained().items()}
+
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.trained().values())
+        return sum(self.counts().values())
 
 
 def plan_parts(

@@ -31,8 +31,8 @@ class LieRA(RankedMethod):
 
     ``inner`` is the matrix that acts as the Lie algebra's element. The paper reports couplings without
     formulas; the readings here: ``dora`` renormalises, ``W' = magnitude * V / ||V||`` with ``V`` the changed
-    weight and the norm without gradient; ``pissa`` takes ``up @ down - start_up @ start_down``, as its start is
-    not zero; ``flora`` takes its Tucker product.
+    weight and the norm without gradient; ``pissa`` takes ``up @ down - start_up @ start_down``, since it does
+    not start at zero; ``flora`` takes its Tucker product.
     Source: arXiv 2504.00851, equations 5 to 8; rates are about ten times LoRA's, as changes are relative.
     """
 

@@ -24,7 +24,8 @@ class LoKr(RankedMethod):
 
     Outputs and inputs split into two divisors each: ``left (a, b)``, ``right (c, d * kernel)``, the smaller
     on the left. ``right`` is ``up @ down`` where the rank is below half its longer side, else dense with
-    multiplier 1. Parameters: a b + r (c + d * kernel), or a b + c d * kernel. Source: arXiv 2309.14859, section 3.
+    multiplier 1. Parameters: a b + r (c + d * kernel), or a b + c d * kernel.
+    Source: arXiv 2309.14859, section 3.
     """
 
     name: ClassVar[str] = "lokr"

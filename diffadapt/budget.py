@@ -1,0 +1,126 @@
+"""Parameters of an adapter before it exists: tables per block, and the rank that fits a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diffadapt.attaching import Targets, choose_sites
+from diffadapt.methods import Method, make_method
+from diffadapt.parts import plan_parts
+from diffadapt.targets import assign_ranks
+
+
+@dataclass(frozen=True)
+class ParameterTable:
+    """What a method would train.
+
+    Attributes:
+        blocks: (name of the block, number of sites, trained parameters), in the model's order; tensors that
+            several blocks share come last under ``shared``.
+        base: parameters of the adapted models.
+    """
+
+    blocks: tuple[tuple[str, int, int], ...]
+    base: int
+
+    @property
+    def total(self) -> int:
+        return sum(count for _, _, count in self.blocks)
+
+    @property
+    def percent(self) -> float:
+        """Trained parameters in percent of the base's."""
+        return 100 * self.total / self.base
+
+    @property
+    def bytes(self) -> int:
+        """Size of the trained tensors in float32."""
+        return 4 * self.total
+
+
+def count_parameters(
+    model: object,
+    method: Method,
+    targets: Targets = "attention",
+    *,
+    text_encoder_targets: Targets | None = None,
+    rank_patterns: Mapping[str, int] | None = None,
+    depth: int = 2,
+) -> ParameterTable:
+    """What ``attach`` with the same arguments would train, from shapes alone: the meta device will do.
+
+    ``depth`` is how many pieces of a site's name make a block.
+    """
+    roots, found = choose_sites(model, method, targets, text_encoder_targets)
+    sites = [choice.site for choice in found]
+    ranks = assign_ranks(sites, rank_patterns or {})
+    rows: dict[str, list[int]] = {}
+    for plan in plan_parts(method, sites, ranks):
+        for site in plan.sites:
+            rows.setdefault(_block(site.name, depth), [0, 0])[0] += 1
+        for key, count in plan.counts().items():
+            name = key.split("/")[1]
+            rows.setdefault(_block(name, depth) if name else "shared", [0, 0])[1] += count
+    base = sum(p.numel() for module in roots.values() for p in module.parameters())
+    return ParameterTable(tuple((name, sites, count) for name, (sites, count) in rows.items()), base)
+
+
+def fit_budget(
+    model: object,
+    method: str,
+    targets: Targets = "attention",
+    *,
+    budget: int,
+    text_encoder_targets: Targets | None = None,
+    **options: object,
+) -> Method:
+    """The method with the largest rank whose trained parameters do not exceed ``budget``.
+
+    Args:
+        method: a registered name or combination; ``options`` as in ``make_method``, without ``rank``.
+        budget: trained parameters.
+
+    Raises: ValueError when the method has no rank, or when rank 1 does not fit.
+    """
+    _, found = choose_sites(model, make_method(method, **options), targets, text_encoder_targets)
+    sites = [choice.site for choice in found]
+
+    def count(rank: int) -> int | None:
+        """Parameters at a rank; None above what the method accepts."""
+        try:
+            return sum(
+                plan.num_parameters for plan in plan_parts(make_method(method, rank=rank, **options), sites)
+            )
+        except ValueError:
+            if rank == 1:
+                raise
+            return None
+
+    least = count(1)
+    if least > budget:
+        raise ValueError(f"{method} needs {least:,} parameters at rank 1, more than the budget of {budget:,}")
+    low, high = 1, 2
+    while (trial := count(high)) is not None and trial <= budget and trial > count(low):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        trial = count(middle)
+        low, high = (middle, high) if trial is not None and trial <= budget else (low, middle)
+    return make_method(method, rank=low, **options)
+
+
+def parse_budget(text: str) -> int:
+    """``500000``, ``500k`` or ``1.5M`` as a number. Raises ValueError for anything else."""
+    factor = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        value = 0
+    if not 1 <= value < 10**15:
+        raise ValueError(f"a budget is a number of parameters such as 500000, 500k or 1.5M, got {text!r}")
+    return int(value)
+
+
+def _block(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:depth])
