@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.data.grid import Panel, grid, to_pictures
@@ -108,7 +109,11 @@ def _write_images(
     model: sd.StableDiffusion, wanted: Sequence[Shot], sampler: Sampler, folder: Path
 ) -> list[str]:
     """Every image in its own file and all on one sheet. Returns the files' names."""
-    pictures = [picture for images in draw(model.pipe, wanted, sampler) for picture in to_pictures(images)]
+    pictures = []
+    with tqdm(desc="images", total=len(wanted)) as bar:
+        for images in draw(model.pipe, wanted, sampler):
+            pictures += to_pictures(images)
+            bar.update(len(images))
     names = [f"{index:03d}-seed{shot.seed}.png" for index, shot in enumerate(wanted)]
     for picture, name in zip(pictures, names, strict=True):
         picture.save(folder / name)

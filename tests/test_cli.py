@@ -93,8 +93,7 @@ def test_mistakes_end_with_one_line_and_code_2(work, tmp_path, capsys, monkeypat
     arguments = [argument.format(work=work) for argument in arguments]
     assert main(["sample", "--prompt", "a", "--out", str(tmp_path), *arguments]) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("error: ")
-    assert message in errors
+    assert f"error: {message}" in errors
     assert "Traceback" not in errors
 
 

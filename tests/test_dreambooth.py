@@ -80,7 +80,7 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     record = json.loads((out / "run.json").read_text())
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert [step["index"] for step in steps] == [1, 2, 3, 4]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert record["parameters"] > 0
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 1e6
@@ -133,6 +133,14 @@ def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
     assert list(figures) == [f"{name}[{clip}]" for name in names]
     assert all(-1 <= value <= 2 for values in figures.values() for value in values.values())
     assert "subject_similarity" in capsys.readouterr().out
+
+
+def test_without_pictures_there_is_only_the_adapter(run, tmp_path, capsys):
+    assert run(*arguments(tmp_path, "out"), "--max_train_steps", 1, "--num_validation_images", 0) == 0
+    assert {"adapter.safetensors", "run.json", "config.yaml", "log.jsonl"} == set(
+        os.listdir(tmp_path / "out")
+    )
+    assert "grid.png" not in capsys.readouterr().out
 
 
 def test_options_of_a_run_can_be_given_back_as_a_file(run, tmp_path):
@@ -217,5 +225,5 @@ def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path):
     assert run(*fixed, "--output_dir", tmp_path / "whole") == 0
     stopped, whole = (load_file(tmp_path / name / "adapter.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
-    indices = [json.loads(line)["index"] for line in log.read_text().splitlines()]
+    indices = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert indices == list(range(1, 61))

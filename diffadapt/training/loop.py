@@ -70,7 +70,7 @@ def prepare(accelerator: Accelerator, objective: Objective, options: TrainOption
     scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer,
-        num_warmup_steps=min(options.lr_warmup_steps, int(WARMUP_SHARE * options.max_train_steps)),
+        num_warmup_steps=warmup_steps(options),
         num_training_steps=options.max_train_steps,
     )
     if options.gradient_checkpointing:
@@ -79,6 +79,11 @@ def prepare(accelerator: Accelerator, objective: Objective, options: TrainOption
     wrapped.train()
     objective.denoiser.eval()  # a base's own dropout would be randomness without a key
     return Trainer(accelerator, wrapped, adapter, optimizer, scheduler, options)
+
+
+def warmup_steps(options: TrainOptions) -> int:
+    """Warm-up steps as used: a long warm-up would be the whole of a short run."""
+    return min(options.lr_warmup_steps, int(WARMUP_SHARE * options.max_train_steps))
 
 
 def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:

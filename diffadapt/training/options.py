@@ -78,7 +78,7 @@ class TrainOptions:
     validation_prompt: str | None = option(
         None, "shown before and after; default: the subject in new contexts"
     )
-    num_validation_images: int | None = option(None, "pictures made before and after training")
+    num_validation_images: int | None = option(None, "pictures made before and after; 0: none")
     num_inference_steps: int | None = option(None, "denoising steps of those pictures")
     guidance_scale: float | None = option(None, "classifier-free guidance of those pictures")
     sample_batch_size: int | None = option(None, "pictures drawn at once")

@@ -23,7 +23,7 @@ class Log:
         self.path, self.enabled = Path(path), enabled
         if not enabled:
             return
-        kept = [line for line in self._lines() if json.loads(line).get("index", 0) <= resumed_step]
+        kept = [line for line in self._lines() if json.loads(line).get("step", 0) <= resumed_step]
         self.path.write_text("".join(kept) if resumed_step else "")
 
     def write(self, **event: object) -> None:
@@ -55,7 +55,8 @@ class Progress:
         self.bar.close()
 
     def show(self, step: Step) -> None:
-        self.log.write(**dataclasses.asdict(step))
+        values = dataclasses.asdict(step)
+        self.log.write(step=values.pop("index"), **values)
         speed = f"{step.images / step.seconds:.1f} images/s"
         self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed}", refresh=False)
         self.bar.update()

@@ -152,15 +152,17 @@ class SubjectReport:
     def begin(self) -> None:
         """Writes config.yaml and draws the pictures of the untrained base."""
         write_config(self.options, self.options.output_dir)
-        self._take("before")
+        if self.options.num_validation_images:
+            self._take("before")
 
     def finish(self, adapter: Adapter, *, seconds: Callable[[], float]) -> str:
         """Draws again, writes figures, grid and run.json. Returns the closing words of the run."""
-        options, output = self.options, Path(self.options.output_dir)
-        self._take("after")
-        real = training_pictures(list_images(resolve(options.instance_data_dir)), options.resolution)
-        values = self._figures(real) if options.extractor else {}
-        self._grid(adapter, real).save(output / "grid.png")
+        options, output, values = self.options, Path(self.options.output_dir), {}
+        if options.num_validation_images:
+            self._take("after")
+            real = training_pictures(list_images(resolve(options.instance_data_dir)), options.resolution)
+            values = self._figures(real) if options.extractor else {}
+            self._grid(adapter, real).save(output / "grid.png")
         record = {
             "demo": is_embedded(options.pretrained_model_name_or_path),
             "method": str(adapter.method),

@@ -1,8 +1,10 @@
 """What a person reads: a summary before the first step, figures after the last."""
 
+import shlex
+
 from diffadapt.adapter import Adapter
 from diffadapt.models.names import is_embedded
-from diffadapt.training.loop import Trainer
+from diffadapt.training.loop import Trainer, warmup_steps
 from diffadapt.training.options import TrainOptions
 
 
@@ -16,12 +18,14 @@ def before_training(trainer: Trainer, *, data: str) -> str:
         options.gradient_accumulation_steps,
         trainer.accelerator.num_processes,
     )
+    schedule = options.lr_scheduler
+    schedule += f", warm-up {warmup_steps(options)}" if options.lr_warmup_steps else ""
     rows = {
         "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, frozen",
         "adapter": _adapter(adapter, base_parameters),
         "data": data,
         "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
-        "steps": f"{options.max_train_steps}, rate {rate:g} ({options.lr_scheduler}), seed {options.seed}",
+        "steps": f"{options.max_train_steps}, rate {rate:g} ({schedule}), seed {options.seed}",
         "machine": f"{trainer.accelerator.device}, mixed precision: {options.mixed_precision}",
         "output": options.output_dir,
     }
@@ -40,19 +44,18 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
 def closing_words(options: TrainOptions, figures: dict[str, dict[str, float]], *, seconds: float) -> str:
     """Figures, where to look, and what to do next."""
     output, base = options.output_dir, options.pretrained_model_name_or_path
-    lines = [
-        f"done in {seconds:.0f} s" + (": DEMO on the embedded 64-pixel base" if is_embedded(base) else "")
-    ]
-    lines += (
-        [figures_table(figures)]
-        if figures
-        else ["  no figures: name a CLIP model with --extractor to get them"]
-    )
+    demo = ": DEMO on the embedded 64-pixel base" if is_embedded(base) else ""
+    lines = [f"done in {seconds:.0f} s{demo}"]
+    if figures:
+        lines.append(figures_table(figures))
+    elif options.num_validation_images:
+        lines.append("  no figures: name a CLIP model with --extractor to get them")
+    if options.num_validation_images:
+        lines.append(f"look at  {output}/grid.png   (pictures: {output}/samples, figures: {output}/run.json)")
     lines += [
-        f"look at  {output}/grid.png   (single pictures: {output}/samples, figures: {output}/run.json)",
         "draw more:",
-        f"  diffadapt sample --adapter {output}/adapter.safetensors --prompt {options.instance_prompt!r} "
-        f"--num_images 16 --out {output}/more",
+        f"  diffadapt sample --adapter {output}/adapter.safetensors "
+        f"--prompt {shlex.quote(options.instance_prompt)} --num_images 16 --out {output}/more",
     ]
     if is_embedded(base):
         lines += [
