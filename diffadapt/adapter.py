@@ -92,7 +92,7 @@ class Adapter(nn.Module):
     def adapted_bias(self, site: str | Site) -> Tensor | None:
         """The exact changed bias ``(out,)`` of one site; None where the layer has none and gets none."""
         record = self._record(site)
-        return folded(record, self.entries(record))[1]
+        return folded(record, self.entries(record))[1][0]
 
     def set_dropout_seed(self, seed: int | None) -> None:
         """Make dropout a function of ``seed`` and the site; None returns to torch's global generator."""

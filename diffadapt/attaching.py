@@ -51,6 +51,8 @@ def choose_sites(
     model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None = None
 ) -> tuple[dict[str, nn.Module], list[Found]]:
     """The models by component name, and the layers that ``attach`` with these arguments would choose."""
+    if not isinstance(method, Method):
+        raise TypeError(f"expected a method, got {method!r}; make one with da.make_method({str(method)!r})")
     roots = components(model, text_encoder_targets is not None)
     found: list[Found] = []
     for root, module in roots.items():
@@ -183,5 +185,7 @@ def _swap(
         adapter.records[choice.site.name] = record
     for part in adapter.parts:
         if part.grouped:
-            adapter.hooks += [root.register_forward_pre_hook(part.prepare) for root in adapter.roots.values()]
+            for root in adapter.roots.values():
+                adapter.hooks.append(root.register_forward_pre_hook(part.prepare))
+                adapter.hooks.append(root.register_forward_hook(part.release, always_call=True))
     adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.records)

@@ -82,9 +82,11 @@ def load(
         stored = [
             (str(s["component"]), str(s["path"]), tuple(s["shape"]), s.get("rank")) for s in config["sites"]
         ]
-        seed, base, own_name = int(config["seed"]), config["base"], str(config["name"])
+        seed, base, own_name = config["seed"], config["base"], str(config["name"])
         base_values, base_name = base["values"], base["name"]
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise TypeError(f"seed must be a whole number, got {seed!r}")
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its configuration is malformed ({error!r})") from error
     roots = components(model, any(component.startswith("text_encoder") for component, *_ in stored))
     found, ranks, names = _match(roots, stored, path)

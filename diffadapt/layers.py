@@ -25,7 +25,7 @@ class Owner(Protocol):
 
     strength: float
 
-    def update(self, index: int, base: Tensor) -> Update: ...
+    def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update: ...
 
     def dropped(self, x: Tensor, index: int, training: bool) -> Tensor: ...
 
@@ -48,17 +48,19 @@ class Record:
     layers: list[nn.Module]
     entries: list[Entry] = field(default_factory=list)
     original: Tensor | None = None  # the base weight's bits while an entry is merged
-    original_bias: Tensor | None = None
+    original_biases: list[Tensor | None] = field(default_factory=list)  # of every layer, likewise
 
     def base(self) -> Tensor:
         """The frozen base weight, whatever is merged."""
         return self.layers[0].weight.detach() if self.original is None else self.original
 
-    def base_bias(self) -> Tensor | None:
-        bias = getattr(self.layers[0], "bias", None)
-        if self.original is None:
-            return None if bias is None else bias.detach()
-        return self.original_bias
+    def base_bias(self, layer: nn.Module | None = None) -> Tensor | None:
+        """The frozen bias of a layer, the first by default; layers that share a weight have their own."""
+        number = 0 if layer is None else next(i for i, own in enumerate(self.layers) if own is layer)
+        if self.original is not None:
+            return self.original_biases[number]
+        bias = getattr(self.layers[number], "bias", None)
+        return None if bias is None else bias.detach()
 
     def live(self) -> list[Entry]:
         """The entries that act in the forward pass."""
@@ -75,7 +77,7 @@ class Adapted(nn.Module):
         record = self._diffadapt
         if record.original is not None and record.layers[0] is self:
             record.original = fn(record.original)
-            record.original_bias = None if record.original_bias is None else fn(record.original_bias)
+            record.original_biases = [None if bias is None else fn(bias) for bias in record.original_biases]
         for entry in record.entries:
             entry.owner.follow(self.weight.device)
         return self
@@ -157,8 +159,11 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     base = record.base()
-    updates = [(entry, entry.owner.update(entry.index, base)) for entry in entries]
-    base, base_bias = base.detach().to(x.dtype), record.base_bias()  # detached: torch.compile wants no alias
+    updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
+    base, base_bias = (
+        base.detach().to(x.dtype),
+        record.base_bias(layer),
+    )  # detached: torch.compile wants no alias
 
     def term(entry: Entry, update: Update, coefficient: float) -> list[Term]:
         if update.delta is None:
@@ -234,7 +239,7 @@ def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
     record = layer._diffadapt
     base = record.base()
     updates = [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
-    bias = effective_bias(record.base_bias(), layer.bias, updates)
+    bias = effective_bias(record.base_bias(layer), layer.bias, updates)
     return None if bias is None else bias.to(wide(base).dtype)
 
 

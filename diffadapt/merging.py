@@ -36,15 +36,16 @@ def unmerge(adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def folded(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
-    """``W + sum_i t_i (W'_i - W)`` over the entries, and the bias alike, in the adapter's precision."""
-    base, base_bias = wide(record.base()), record.base_bias()
+def folded(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, list[Tensor | None]]:
+    """``W + sum_i t_i (W'_i - W)`` over the entries, and each layer's bias, in the adapter's precision."""
+    base = wide(record.base())
     updates = [(entry.owner.strength, entry.owner.update(entry.index, record.base())) for entry in entries]
     weight = base
     for strength, update in updates:
         weight = weight + strength * (update.weight(base) - base)
-    base_bias = None if base_bias is None else wide(base_bias)
-    return weight, effective_bias(base_bias, base_bias, updates)
+    bases = [record.base_bias(layer) for layer in record.layers]
+    biases = [None if bias is None else wide(bias) for bias in bases]
+    return weight, [effective_bias(bias, bias, updates) for bias in biases]
 
 
 @torch.no_grad()
@@ -55,24 +56,24 @@ def refold(record: Record) -> tuple[float, float]:
     if not merged:
         if record.original is not None:
             first.weight.data.copy_(record.original)
-            _set_bias(record, record.original_bias)
-            record.original = record.original_bias = None
+            _set_biases(record, record.original_biases)
+            record.original, record.original_biases = None, []
         return 0.0, 0.0
     if record.original is None:
-        bias = record.base_bias()
-        record.original_bias = None if bias is None else bias.clone()
+        biases = [record.base_bias(layer) for layer in record.layers]
+        record.original_biases = [None if bias is None else bias.clone() for bias in biases]
         record.original = first.weight.detach().clone()
-    weight, bias = folded(record, merged)
+    weight, biases = folded(record, merged)
     first.weight.data.copy_(weight)
-    _set_bias(record, bias)
+    _set_biases(record, biases)
     if first.weight.dtype not in HALF:
         return 0.0, 0.0
     rounding, change = weight - first.weight, weight - record.original
     return rounding.square().sum().item(), change.square().sum().item()
 
 
-def _set_bias(record: Record, bias: Tensor | None) -> None:
-    for layer in record.layers:
+def _set_biases(record: Record, biases: Sequence[Tensor | None]) -> None:
+    for layer, bias in zip(record.layers, biases, strict=True):
         resident = getattr(layer, "bias", None)
         if bias is None and resident is not None:
             layer.bias = None  # the layer had none before a merged adapter gave it one
@@ -85,4 +86,4 @@ def _set_bias(record: Record, bias: Tensor | None) -> None:
 def _flag(record: Record, adapter: Adapter, merged: bool) -> None:
     for entry in record.entries:
         if entry.owner in adapter.owners:
-            entry.merged = merged
+            entry.merged = entry.owner.merged = merged

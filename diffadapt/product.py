@@ -41,7 +41,8 @@ class WeightSpaceProduct(torch.autograd.Function):
                 grad_x = layer.input_grad(grad, x, weight) + layer.input_grad(grad, x, change.to(x.dtype))
         if ctx.needs_input_grad[4]:
             channels = layer.channel_dim % grad.dim()
-            grad_bias = grad.sum([axis for axis in range(grad.dim()) if axis != channels])
+            others = [axis for axis in range(grad.dim()) if axis != channels]
+            grad_bias = grad.sum(others) if others else grad  # no axes would mean all of them
         grad_weight = layer.weight_grad(grad, x, weight).flatten(1)
         widest = functools.reduce(torch.promote_types, [factor.dtype for factor in factors])
         grads = form.vjp(grad_weight.to(widest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import ClassVar
@@ -36,7 +37,9 @@ class Method:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, wanted = getattr(self, field.name), str(field.type).split(" | ")
-            if "float" in wanted and type(value) is int:
+            if "float" in wanted and type(value) in (int, float):
+                if not abs(value) <= sys.float_info.max:
+                    raise ValueError(f"{self.name}: {field.name} must be a finite number, got {value!r}")
                 continue
             if type(value).__name__ not in (*wanted, "tuple") and not (value is None and "None" in wanted):
                 raise ValueError(f"{self.name}: {field.name} must be {field.type}, got {value!r}")
@@ -85,7 +88,11 @@ class Method:
     ) -> None:
         """Fill the shared tensors, which arrive as zeros."""
 
-    def prepare(self, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
+    def layout(self, sites: Sequence[Site]) -> object:
+        """What ``prepare`` needs to know of the sites' shapes, worked out once."""
+        return sites
+
+    def prepare(self, layout: object, tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
         """The change of every site, computed together once per forward of the model; ``update`` gets it as
         ``change``. None for methods whose sites do not depend on each other."""
         return None
