@@ -34,28 +34,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/dreambooth_demo.md"))
     arguments = parser.parse_args()
     quiet()
-    rows = []
+    base, targets, rows = sd.load("embedded:emoji"), sd.DEFAULTS["emoji"]["targets"], []
     for adapter in arguments.adapters:
-        rank = largest_rank(adapter, arguments.budget)
+        rank = da.fit_budget(base.pipe, adapter, targets, budget=arguments.budget).rank
         records = [run(adapter, rank, seed, arguments.runs) for seed in arguments.seeds]
         rows.append((f"`{adapter}` (rank {rank})", records))
     arguments.output.write_text(page(rows, command=" ".join(["python", *sys.argv])))
     print(arguments.output.read_text())
-
-
-def largest_rank(adapter: str, budget: int) -> int:
-    """The largest rank whose adapter of the embedded base has at most `budget` parameters."""
-    model, targets = sd.load("embedded:emoji"), sd.DEFAULTS["emoji"]["targets"]
-    rank = 0
-    while True:
-        attached = da.attach(model.pipe, da.make_method(adapter, rank=rank + 1), targets=targets)
-        count = attached.num_parameters
-        da.detach(attached)
-        if count > budget:
-            if rank == 0:
-                raise ValueError(f"{adapter} needs {count} parameters at rank 1; raise --budget ({budget})")
-            return rank
-        rank += 1
 
 
 def run(adapter: str, rank: int, seed: int, folder: Path) -> dict:

@@ -22,7 +22,15 @@ from diffadapt.models.names import resolve
 from diffadapt.training import session, state
 from diffadapt.training.loop import Trainer, prepare, train
 from diffadapt.training.objective import Objective
-from diffadapt.training.options import TrainOptions, build_method, choose_base, filled, option, parse
+from diffadapt.training.options import (
+    TrainOptions,
+    build_method,
+    choose_base,
+    filled,
+    option,
+    parse,
+    recommended_rate,
+)
 from diffadapt.training.record import Progress
 from diffadapt.training.stop import StopRequest
 from diffadapt.training.subject import SubjectReport
@@ -73,7 +81,8 @@ def main() -> int:
         revision=options.revision,
         variant=options.variant,
     )
-    options = filled(options, {"resolution": model.resolution, "learning_rate": method.learning_rate})
+    rate = recommended_rate(options, method)
+    options = filled(options, {"resolution": model.resolution, "learning_rate": rate})
     report = SubjectReport(model, options, autocast=session.autocast_dtype(accelerator))
     batches = encode_data(accelerator, model, options, report)
     adapter = da.attach(model.pipe, method, targets=options.targets, seed=options.seed)

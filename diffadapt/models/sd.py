@@ -16,8 +16,6 @@ from diffadapt.models.names import check_base, is_embedded, resolve
 DEFAULTS = {
     "emoji": {
         "targets": "attention+conv",
-        "rank": 8,
-        "learning_rate": None,  # the method's own
         "train_batch_size": 8,
         "max_train_steps": 150,
         "mixed_precision": "bf16",
@@ -30,8 +28,6 @@ DEFAULTS = {
     },
     "sd": {
         "targets": "attention",
-        "rank": 8,
-        "learning_rate": None,  # the method's own
         "train_batch_size": 4,
         "max_train_steps": 500,
         "mixed_precision": "no",
@@ -42,6 +38,14 @@ DEFAULTS = {
         "sample_batch_size": 4,
         "extractor": None,
     },
+}
+# Ranks and learning rates that were tried on a base; other methods bring their own.
+TUNED = {
+    "emoji": {
+        "lora": {"rank": 8, "learning_rate": 2e-3},
+        "flora": {"rank": 12, "learning_rate": 2e-3},
+    },
+    "sd": {},
 }
 
 

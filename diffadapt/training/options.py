@@ -16,7 +16,7 @@ from typing import TypeVar
 import yaml
 
 from diffadapt.methods import Method, make_method
-from diffadapt.models.sd import DEFAULTS, family_of
+from diffadapt.models.sd import DEFAULTS, TUNED, family_of
 
 Kind = TypeVar("Kind", bound="TrainOptions")
 
@@ -159,14 +159,22 @@ def choose_base(options: Kind, demo: dict[str, object], *, data: str, command: s
 
 
 def build_method(options: TrainOptions) -> Method:
-    """The adapter's method from `--adapter` and its options; methods without a rank take none."""
+    """The method from `--adapter` and its options; without options, at the rank tuned on the base."""
     given = _method_options(options)
     method = make_method(options.adapter, **given)
-    ranked = any(field.name == "rank" for part in method.parts for field in fields(part))
-    if ranked and "rank" not in given:
-        default = DEFAULTS[family_of(options.pretrained_model_name_or_path)]["rank"]
-        method = make_method(options.adapter, **given, rank=default)
+    rank = _tuned(options, method).get("rank")
+    if rank is not None and not given and options.adapter == method.name:
+        method = make_method(options.adapter, rank=rank)
     return method
+
+
+def recommended_rate(options: TrainOptions, method: Method) -> float:
+    """The learning rate to use when none is given: tuned on this base, else the method's own."""
+    return _tuned(options, method).get("learning_rate", method.learning_rate)
+
+
+def _tuned(options: TrainOptions, method: Method) -> dict[str, float]:
+    return TUNED[family_of(options.pretrained_model_name_or_path)].get(method.name, {})
 
 
 def _method_options(options: TrainOptions) -> dict[str, object]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from diffadapt.models.sd import DEFAULTS
+from diffadapt.methods import make_method
+from diffadapt.models.sd import DEFAULTS, TUNED
 from diffadapt.training.options import (
     TrainOptions,
     build_method,
@@ -92,7 +93,9 @@ def test_the_method_takes_options_from_everywhere():
     )
     assert (method.rank, method.kernel_rank, method.init) == (6, 3, "gaussian")
     assert build_method(Options(adapter="flora(rank=5)", **base)).rank == 5
-    assert build_method(Options(adapter="lora", **base)).rank == DEFAULTS["emoji"]["rank"]
+    assert build_method(Options(adapter="lora", **base)).rank == TUNED["emoji"]["lora"]["rank"]
+    assert build_method(Options(adapter="vera", **base)) == make_method("vera")
+    assert build_method(Options(adapter="lora", pretrained_model_name_or_path="b")) == make_method("lora")
     with pytest.raises(ValueError, match="kernel_rank"):
         build_method(Options(adapter="flora", adapter_options="kernel_rang=3", **base))
     with pytest.raises(ValueError, match="name=value"):
