@@ -55,6 +55,10 @@ class PiSSA(Method):
 
 
 def since_start(tensors: Mapping[str, Tensor]) -> LowRank:
-    """``up @ down - start_up @ start_down`` as one product of rank 2 r."""
-    up = torch.cat([tensors["up"], -tensors["start_up"]], 1)
-    return LowRank(up, torch.cat([tensors["down"], tensors["start_down"]], 0))
+    """``up @ down - start_up @ start_down`` as one product of rank 2 r.
+
+    Written as ``(up - start_up) @ down + start_up @ (down - start_down)``: the differences are taken before any
+    rounding to half precision, and the start is exactly zero.
+    """
+    up, down, start_up, start_down = (tensors[key] for key in ("up", "down", "start_up", "start_down"))
+    return LowRank(torch.cat([up - start_up, start_up], 1), torch.cat([down, down - start_down], 0))
