@@ -37,7 +37,7 @@ def use_cores(num_threads: int | None = None, *, processes: int = 1) -> None:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     elif wish is None or (launched and wish == "1"):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(max(1, available_cores() // processes))
 
 
 def quiet() -> None:
@@ -47,3 +47,10 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def available_cores() -> int:
+    """Cores this process may use; where the system does not say, those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
