@@ -7,21 +7,46 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import torch
-from layer_kinds import KINDS, LayerKind
+from layer_kinds import FEW, KINDS, LayerKind
 from torch import Tensor, nn
 
 import diffadapt as da
 from diffadapt.layers import wide
 from diffadapt.targets import describe
 
-OPTIONS: dict[str, list[dict]] = {
+OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the others on a few
     "lora": [{"rank": 2}, {"rank": 3, "alpha": 5.0, "rank_stabilized": True}],
+    "dora": [{"rank": 2, "alpha": 3.0}],
+    "mora": [{"rank": 2}, {"rank": 2, "type": 6}],
+    "loha": [{"rank": 1, "alpha": 2.0}, {"rank": 3}],
+    "lokr": [{"rank": 2, "scale": 1.5}, {"rank": 1, "factor": 2}, {"rank": 9}],
+    "superlora": [
+        {"rank": 2},
+        {"rank": 2, "scale": 1.5, "reshape": False},
+        {"rank": 2, "tensor_order": 3},
+        {"rank": 2, "tensor_order": 4, "core": "cp", "groups": 2},
+        {"rank": 1, "tensor_order": 5, "groups": "layer"},
+        {"tensor_order": 1, "groups": 3},
+        {"rank": 2, "kron_factors": 2, "kron_block": 3},
+        {"rank": 1, "kron_factors": 3, "kron_block": 2, "reshape": False},
+        {"rank": 2, "projection": "shuffle"},
+        {"rank": 2, "projection": "linear_v2", "rho": 0.5, "groups": 1},
+        {"rank": 2, "projection": "nonlinear", "rho": 0.3},
+    ],
     "flora": [
         {"rank": 3, "scale": 2.0},
         {"rank": 9, "rank_in": 2, "rank_out": 4, "kernel_rank": 1, "init": "gaussian"},
     ],
+    "liera": [
+        {"rank": 2, "scale": 0.5},
+        {"rank": 2, "order": "exp"},
+        {"rank": 1, "conv_reshape": "loralib", "order": "exp"},
+        *({"rank": 2, "inner": inner} for inner in ("dora", "pissa", "flora")),
+    ],
+    "1lora": [{}, {"compression": "random"}],
+    "difffit": [{}, {"gamma": False}],
 }
-COMBINATIONS = ["lora(rank=2)+flora(rank=3)"]
+COMBINATIONS = ["lora(rank=2)+flora(rank=3)", "1lora+lora(rank=2)+dora(rank=1)", "difffit+liera(rank=2)"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +70,7 @@ class Case:
         with torch.device("meta"):
             site = describe("layer", kind.make())
         for part in self.method.parts:
-            if site.kind not in part.kinds:
+            if site.kind not in part.kinds or not part.serves(site):
                 return False
             try:
                 part.trained(site)
@@ -72,8 +97,14 @@ CASES += [Case(combination) for combination in COMBINATIONS if _registered(combi
 
 
 def pairs(cases: Iterable[Case] = CASES, kinds: Iterable[LayerKind] = tuple(KINDS.values())) -> dict:
-    """Arguments of ``parametrize`` for every case on every kind of layer it can change."""
-    chosen = [(case, kind) for case in cases for kind in kinds if case.changes(kind)]
+    """Arguments of ``parametrize``: every method on every kind of layer it can change, its further options
+    on a few of them."""
+    chosen = [
+        (case, kind)
+        for case in cases
+        for kind in kinds
+        if case.changes(kind) and (case in FIRST or kind.name in FEW or kind.name not in KINDS)
+    ]
     return {
         "argnames": ("case", "kind"),
         "argvalues": chosen,
