@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from diffadapt.attaching import Targets, choose_sites
 from diffadapt.methods import Method, make_method
 from diffadapt.parts import plan_parts
 from diffadapt.targets import assign_ranks
+
+_MOST = 2**20  # no rank above this is tried
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,8 @@ def fit_budget(
     def count(rank: int) -> int | None:
         """Parameters at a rank; None above what the method accepts."""
         try:
-            return sum(
-                plan.num_parameters for plan in plan_parts(make_method(method, rank=rank, **options), sites)
-            )
+            chosen = make_method(method, rank=rank, **options)
+            return sum(plan.num_parameters for plan in plan_parts(chosen, sites))
         except ValueError:
             if rank == 1:
                 raise
@@ -100,14 +101,26 @@ def fit_budget(
     least = count(1)
     if least > budget:
         raise ValueError(f"{method} needs {least:,} parameters at rank 1, more than the budget of {budget:,}")
+    if count(2) == least == count(_MOST):
+        raise ValueError(
+            f"{method} has {least:,} parameters at every rank; leave out the budget or its own rank"
+        )
+    rank = _last(lambda rank: (trial := count(rank)) is not None and trial <= budget)
+    if rank == _MOST:  # the parameters stop growing before the budget is spent
+        full = count(_MOST)
+        rank = _last(lambda rank: count(rank) < full) + 1
+    return make_method(method, rank=rank, **options)
+
+
+def _last(holds: Callable[[int], bool]) -> int:
+    """The largest rank up to the limit for which something holds, given that it holds up to there."""
     low, high = 1, 2
-    while (trial := count(high)) is not None and trial <= budget and trial > count(low):
+    while high <= _MOST and holds(high):
         low, high = high, 2 * high
-    while high - low > 1:
+    while high - low > 1 and low < _MOST:
         middle = (low + high) // 2
-        trial = count(middle)
-        low, high = (middle, high) if trial is not None and trial <= budget else (low, middle)
-    return make_method(method, rank=low, **options)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def parse_budget(text: str) -> int:

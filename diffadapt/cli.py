@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffadapt as da
+from diffadapt import params_command
 from diffadapt.exits import run
 
 
@@ -99,8 +100,16 @@ def _run_sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_params(arguments: argparse.Namespace) -> int:
+    print(params_command.params(arguments))
+    return 0
+
+
 COMMANDS = {
     "methods": Command("the adapter methods and their options", _no_options, _run_methods),
+    "params": Command(
+        "what an adapter would train, from a config alone", params_command.add_options, _run_params
+    ),
     "info": Command("what is in an adapter file", _info_options, _run_info),
     "sample": Command("draw images with one or more adapters", _sample_options, _run_sample),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffadapt.convolution import LinearMap
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.ranked import check_rank
+from diffadapt.methods.ranked import check_choice, check_rank
 from diffadapt.site import Site
 from diffadapt.update import Expression, LayerMap, Update
 
@@ -76,25 +76,29 @@ class MoRA(Method):
 
     Type 1 sums the inputs in blocks of r' and repeats the result; type 6 rotates every block by its position
     and keeps them apart. Blocks fill up circularly; r' is even for type 6. Parameters: r'^2.
-    Source: arXiv 2405.12130, equations 6 and 9; sizes and padding as in its code, which rounds where 1LoRA's
-    paper writes floor (only rounding gives its printed counts).
+    Source: arXiv 2405.12130, equations 6 and 9; sizes and padding as in its code. 1LoRA's tables compare with
+    MoRA at their own size, r' = sqrt(out r): that is ``sized_like="1lora"``; they write floor where only
+    rounding gives their counts.
     """
 
     name: ClassVar[str] = "mora"
     learning_rate: ClassVar[float] = 3e-4
 
-    rank: int = 8  # of the LoRA with as many parameters
+    rank: int = 8  # of the method with as many parameters
     type: int = 1  # 1 (sum) or 6 (rotated blocks)
+    sized_like: str = "lora"  # which method has as many parameters: lora or 1lora (out per rank)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank("rank", self.rank)
         if self.type not in (1, 6):
             raise ValueError(f"type must be 1 or 6, got {self.type}")
+        check_choice("sized_like", self.sized_like, ("lora", "1lora"))
 
     def side(self, site: Site) -> int:
         """Rows of the square matrix."""
-        side = int(((site.out + site.fan_in) * self.rank) ** 0.5 + 0.5)
+        per_rank = site.out + (site.fan_in if self.sized_like == "lora" else 0)
+        side = int((per_rank * self.rank) ** 0.5 + 0.5)
         return max(2, side // 2 * 2) if self.type == 6 else side
 
     def trained(self, site: Site) -> Shapes:
