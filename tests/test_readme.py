@@ -1,0 +1,64 @@
+"""What the README says, done."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffadapt as da
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+
+
+def test_the_first_two_commands_are_the_main_job_and_the_tests():
+    assert [block.strip() for block in blocks("bash")[:2]] == [
+        "python -m pip install -e . && accelerate launch train_scripts/dreambooth.py --adapter flora",
+        'python -m pip install -e ".[test]" && python -m pytest',
+    ]
+
+
+def test_the_python_example_runs_and_leaves_the_pipeline_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(blocks("python")[0], names)
+    assert (tmp_path / "parrot.safetensors").is_file()
+    assert names["adapter"].merged
+    assert names["adapter"].strength == 0.8
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_named_path_of_the_table_exists():
+    table = README.split("## Where things are")[1].split("## ")[0]
+    for name in re.findall(r"`([\w/.]+)`", table):
+        assert list(ROOT.glob(name)) or list(ROOT.glob(f"*/{name}")), name
+
+
+def test_every_method_is_named():
+    named = set(re.findall(r"`([\w]+)`", README.split("## Methods")[1].split("##")[0]))
+    assert set(da.METHODS) <= named
+
+
+@pytest.mark.parametrize("block", blocks("bash")[2:])
+def test_the_options_of_every_command_exist(block):
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    for command in commands:
+        if command[0] == "diffadapt":
+            program = [sys.executable, "-m", "diffadapt", command[1]]
+        else:
+            program = [sys.executable, str(ROOT / next(word for word in command if word.endswith(".py")))]
+        text = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+        for word in command:
+            assert not word.startswith("--") or f"{word} " in text or f"{word}\n" in text, (word, program)
