@@ -16,6 +16,7 @@ from typing import TypeVar
 import yaml
 
 from diffadapt.methods import Method, make_method
+from diffadapt.models.names import is_embedded
 from diffadapt.models.sd import DEFAULTS, TUNED, family_of
 
 Kind = TypeVar("Kind", bound="TrainOptions")
@@ -128,8 +129,9 @@ def write_config(options: TrainOptions, folder: str | Path) -> None:
     values = dataclasses.asdict(options)
     for name in ("config", "resume_from_checkpoint"):
         del values[name]
+    demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (Path(folder) / "config.yaml").write_text(demo + yaml.safe_dump(values, sort_keys=False))
 
 
 def filled(options: Kind, defaults: dict[str, object]) -> Kind:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
+from diffadapt.models.names import is_embedded
 from diffadapt.training.loop import Trainer
 
 FORMAT = 1
@@ -50,7 +51,12 @@ def save_adapter(trainer: Trainer, folder: str | Path) -> Path:
     """Writes `folder`/adapter.safetensors: what is needed to use the result, and how it was trained."""
     options, path = trainer.options, Path(folder) / "adapter.safetensors"
     training = {name: str(getattr(options, name)) for name in TOLD_OPTIONS if hasattr(options, name)}
-    metadata = {"steps": str(trainer.step), **training}
+    demo = is_embedded(options.pretrained_model_name_or_path or "")
+    metadata = {
+        "steps": str(trainer.step),
+        **training,
+        **({"note": "DEMO on the embedded base"} if demo else {}),
+    }
     da.save(trainer.adapter, path, metadata=metadata, base=options.pretrained_model_name_or_path)
     return path
 

@@ -8,7 +8,7 @@ from diffadapt.training import session
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Runs `use_cores` in an environment on four cores. Returns the threads it set, None when it left them."""
+    """Runs `use_cores` on four cores. Returns the threads it set, None when it left them."""
 
     def call(environment, **options):
         for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
