@@ -23,6 +23,7 @@ from diffadapt.methods import (
     Norms,
     OneLoRA,
     PiSSA,
+    SuperLoRA,
     VeRA,
     make_method,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Norms",
     "OneLoRA",
     "PiSSA",
+    "SuperLoRA",
     "VeRA",
     "attach",
     "attached",

@@ -76,6 +76,12 @@ def plan_parts(
             kinds = ", ".join(sorted(part.kinds))
             raise ValueError(f"{part.name} changes {kinds} layers, and the targets choose none of them")
         chosen = tuple(sites[i] for i in indices)
+        ranked = [site.name for site in chosen if part.grouped and site.name in ranks]
+        if ranked:
+            raise ValueError(
+                f"{part.name} shares its factors among layers, so {ranked[0]} cannot have a rank of its own "
+                f"({ranks[ranked[0]]}); drop its rank pattern"
+            )
         methods = tuple(replace(part, rank=ranks[s.name]) if s.name in ranks else part for s in chosen)
         label = part.name if len(method.parts) == 1 else f"{number}.{part.name}"
         plans.append(PartPlan(label, indices, chosen, methods))
@@ -90,7 +96,10 @@ class Part(nn.Module):
         self.label, self.sites, self.methods, self.seed = plan.label, plan.sites, plan.methods, seed
         self.strength = 1.0
         self.dropout_seed: int | None = None
-        self.prepared: Sequence[Expression] | None = None
+        self.merged = False
+        self.prepared: Sequence[Expression] | None = None  # changes of grouped sites for forward and backward
+        self.in_forward = False  # whether a forward of the model runs, for which ``prepared`` was computed
+        self.exact: tuple[Tensor, Sequence[Expression]] | None = None  # trained values, and their changes
         method, first = self.methods[0], bases[0]
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         options = {"dtype": dtype, "device": first.device}
@@ -101,8 +110,10 @@ class Part(nn.Module):
         self.shared = _parameters(method.shared(self.sites), {}, options)
         self.constants = nn.Module()
         for key, constant in method.constants(self.sites, seed).items():
-            self.constants.register_buffer(key, constant.to(**options), persistent=False)
+            constant = constant.to(**options) if constant.is_floating_point() else constant.to(first.device)
+            self.constants.register_buffer(key, constant, persistent=False)
         self.lent = [method.lent(site) for method, site in zip(self.methods, self.sites, strict=True)]
+        self.layout = method.layout(self.sites)
 
     @property
     def device(self) -> torch.device:
@@ -122,22 +133,31 @@ class Part(nn.Module):
             generator = named_generator(self.seed, self.label, site.name)
             self.methods[index].start(site, self._lend(index), base, generator)
 
-    def update(self, index: int, base: Tensor) -> Update:
+    def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
+        """What the part does to one site; ``in_forward``: as part of a forward of the model, for backward."""
         tensors = self._lend(index)
         with torch.autocast(base.device.type, enabled=False):  # the factors meet in their own precision
             if self.grouped:
-                tensors["change"] = (self.prepared or self._prepared_now())[index]
+                tensors["change"] = (self._for_forward() if in_forward else self._for_reading())[index]
             return self.methods[index].update(self.sites[index], tensors, base)
 
     def prepare(self, *_) -> None:
         """Compute what the sites of a grouped method share: a hook before the forward of an adapted model."""
-        with torch.autocast(self.device.type, enabled=False):
-            self.prepared = self._prepared_now() if self.strength != 0 else None
+        self.in_forward, self.exact, self.prepared = True, None, None
+        if self.strength != 0 and not self.merged:
+            self.prepared = self._prepared_now()
 
-    def dropped(self, x: Tensor, index: int, training: bool) -> Tensor:
-        """The branch's input under the method's dropout."""
+    def release(self, *_) -> None:
+        """After that forward; checkpointed blocks run again in backward, and need the same tensors there."""
+        self.in_forward = False
+        if not torch.is_grad_enabled():
+            self.prepared = None
+
+    def dropped(self, x: Tensor, index: int) -> Tensor:
+        """The branch's input under the method's dropout, which acts while the adapter is in training mode and
+        gradients are recorded: never while sampling, whatever mode the base is in."""
         share = getattr(self.methods[index], "dropout", 0.0)
-        if not training or share == 0:
+        if share == 0 or not self.training or not torch.is_grad_enabled():
             return x
         if self.dropout_seed is None:
             return F.dropout(x, share)
@@ -168,7 +188,27 @@ class Part(nn.Module):
 
     def _prepared_now(self) -> Sequence[Expression]:
         tensors = dict(self.shared.items()) | dict(self.constants.named_buffers())
-        return self.methods[0].prepare(self.sites, tensors)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.methods[0].prepare(self.layout, tensors)
+
+    def _for_forward(self) -> Sequence[Expression]:
+        """The prepared changes, while they belong to this forward or its recomputation in backward."""
+        current = self.in_forward or (
+            not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+        )
+        return self.prepared if current and self.prepared is not None else self._prepared_now()
+
+    def _for_reading(self) -> Sequence[Expression]:
+        """The changes for the values of now; without gradients, computed once for all sites."""
+        if torch.is_grad_enabled():
+            return self._prepared_now()
+        values = torch.cat([tensor.detach().flatten() for tensor in self.shared.values()])
+        if self.exact is not None:
+            known, changes = self.exact
+            if known.device == values.device and torch.equal(known, values):
+                return changes
+        self.exact = values, self._prepared_now()
+        return self.exact[1]
 
     def _apply(self, fn, recurse: bool = True):
         """Move, but never change precision: trained tensors stay as wide as they were made."""
@@ -180,7 +220,7 @@ class Part(nn.Module):
         return super()._apply(move, recurse)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"prepared": None}
+        return self.__dict__ | {"prepared": None, "in_forward": False, "exact": None}
 
 
 def _parameters(trained: Shapes, frozen: Shapes, options: dict) -> nn.ParameterDict:

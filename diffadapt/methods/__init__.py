@@ -22,6 +22,7 @@ from diffadapt.methods.mora import MoRA
 from diffadapt.methods.one_lora import OneLoRA
 from diffadapt.methods.pissa import PiSSA
 from diffadapt.methods.ranked import RankedMethod
+from diffadapt.methods.superlora import SuperLoRA
 from diffadapt.methods.vectors import BitFit, Gamma, Norms
 from diffadapt.methods.vera import VeRA
 
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         LoKr,
         FLoRA,
         LieRA,
+        SuperLoRA,
         OneLoRA,
         BitFit,
         DiffFit,
@@ -67,6 +69,7 @@ __all__ = [
     "OneLoRA",
     "PiSSA",
     "RankedMethod",
+    "SuperLoRA",
     "VeRA",
     "make_method",
     "near",

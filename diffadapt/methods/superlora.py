@@ -1,0 +1,121 @@
+"""SuperLoRA: the changes of many layers as groups of one long vector (Chen et al. 2024, arXiv 2403.11887)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffadapt.fastfood import PROJECTIONS
+from diffadapt.folds import Fold
+from diffadapt.grouping import Group, group_sites, share_of, smallest_root
+from diffadapt.methods.base import Shapes
+from diffadapt.methods.ranked import RankedMethod, check_choice
+from diffadapt.methods.superlora_groups import Layout, plan_groups
+from diffadapt.site import Site
+from diffadapt.update import Expression, Update
+
+
+@dataclass(frozen=True)
+class SuperLoRA(RankedMethod):
+    """``dW_group = F( (x)_k C_k x1 A_k1 ... xM A_kM )``, cut into the layers' weights.
+
+    The weights of all sites are read one behind the other and cut into groups of N entries; a group is folded
+    into ``M = tensor_order`` equal sides ``d``, the smallest with ``d^M >= ceil(rho N)``; surplus is dropped.
+    Parameters of a group, r < d: a vector of rho N (M = 1); 2 d r (M = 2); M d r + r^M (Tucker, M >= 3);
+    M d r (CP); unreshaped (width + ceil(rho N / width)) r, where ``groups="weight"`` is LoRA; K Kronecker
+    factors: (K - 1) b^2 and the last, low rank, over both sides divided by b^(K - 1), rounded up.
+
+    Frozen projections F store nothing. Equal groups share one. With tanhshrink the tensors start where it has
+    a slope, and the start's output is subtracted. The order of the sites is that of the model at attaching.
+
+    Source: arXiv 2403.11887, appendices A.2 and A.10. Choices the paper leaves open: the order, N_in =
+    ceil(rho N), one group size rounded up for all, dense middle Kronecker factors, the starting values.
+    """
+
+    name: ClassVar[str] = "superlora"
+    learning_rate: ClassVar[float] = 1e-3
+    grouped: ClassVar[bool] = True
+
+    groups: str | int = "weight"  # weight, layer (all weights of one parent module), or a number of groups
+    tensor_order: int = 2  # M, sides of the fold: 1 (a dense vector) to 5
+    reshape: bool = True  # fold into equal sides; else rows as wide as the widest layer's
+    core: str = "tucker"  # of three sides or more: tucker or cp
+    kron_factors: int = 1  # K, 1 to 4: the last is low rank, those before it dense
+    kron_block: int = 8  # b, the size of the dense ones
+    rho: float = 1.0  # entries before the projection per entry after it, in (0, 1]
+    projection: str = "none"  # none, shuffle, linear, linear_v2, nonlinear or nonlinear_v2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_groups()
+        check_choice("core", self.core, ("tucker", "cp"))
+        check_choice("projection", self.projection, PROJECTIONS)
+        for option, most in (("tensor_order", 5), ("kron_factors", 4), ("kron_block", None)):
+            value = getattr(self, option)
+            if value < 1 or (most is not None and value > most):
+                limits = ">= 1" if most is None else f"in 1..{most}"
+                raise ValueError(f"superlora: {option} must be {limits}, got {value}")
+        if not 0 < self.rho <= 1:
+            raise ValueError(f"superlora: rho must be in (0, 1], got {self.rho}")
+        if self.rho != 1 and self.projection in ("none", "shuffle"):
+            raise ValueError(
+                f"superlora: projection={self.projection} needs rho=1, got rho={self.rho}; "
+                "use a linear or nonlinear projection to train fewer entries"
+            )
+        for option, value, wanted in (
+            ("reshape=False", self.reshape, True),
+            ("kron_factors", self.kron_factors, 1),
+        ):
+            if value != wanted and self.tensor_order != 2:
+                shown = option if option == "reshape=False" else f"kron_factors={value}"
+                raise ValueError(f"superlora: {shown} needs tensor_order=2, got {self.tensor_order}")
+
+    def trained(self, site: Site) -> Shapes:
+        return {}  # all is shared
+
+    def shared(self, sites: Sequence[Site]) -> Shapes:
+        return {key: shape for plan in self.layout(sites).groups for key, shape in plan.trained.items()}
+
+    def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
+        return {
+            key: value for plan in self.layout(sites).groups for key, value in plan.constants(seed).items()
+        }
+
+    def start_shared(
+        self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
+    ) -> None:
+        for plan in self.layout(sites).groups:
+            plan.start(tensors, seed)
+
+    def layout(self, sites: Sequence[Site]) -> Layout:
+        groups = group_sites(sites, self.groups)
+        return plan_groups(sites, groups, [self._fold(group, sites) for group in groups], self.projection)
+
+    def prepare(self, layout: Layout, tensors: Mapping[str, Tensor]) -> list[Expression]:
+        return layout.changes(tensors)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        return Update(tensors["change"], self.multiplier)
+
+    def _fold(self, group: Group, sites: Sequence[Site]) -> Fold:
+        entries = share_of(group.size, self.rho)
+        if self.tensor_order == 1:
+            return Fold(entries, (entries,))
+        axes = (smallest_root(entries, self.tensor_order),) * self.tensor_order
+        if not self.reshape:
+            axes = (-(-entries // group.width), group.width)
+        if self.rank >= min(axes):
+            first = sites[group.pieces[0].site].name
+            raise ValueError(
+                f"superlora: rank must be below {min(axes)}, the shortest side of the group of {first} "
+                f"({' x '.join(map(str, axes))}), got {self.rank}; lower the rank or the tensor order, or "
+                "use fewer groups"
+            )
+        return Fold(entries, axes, self.rank, self.core, self.kron_factors - 1, self.kron_block)
+
+    def _check_groups(self) -> None:
+        if self.groups not in ("weight", "layer") and (not isinstance(self.groups, int) or self.groups < 1):
+            raise ValueError(f"superlora: groups must be weight, layer or a number >= 1, got {self.groups!r}")
