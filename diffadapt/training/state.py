@@ -164,7 +164,10 @@ def _restore_optimizer(
 
 def _check_options(before: dict[str, object], now: dict[str, object], checkpoint: Path) -> None:
     now = json.loads(json.dumps(now))
-    differing = [k for k in sorted(now) if k not in FREE_OPTIONS and k in before and before[k] != now[k]]
+    free = FREE_OPTIONS | (
+        {"max_train_steps"} if now["lr_scheduler"] == "constant" else set()
+    )  # to go further
+    differing = [k for k in sorted(now) if k not in free and k in before and before[k] != now[k]]
     if differing:
         listed = "\n".join(f"  {name}: {before[name]!r} then, {now[name]!r} now" for name in differing)
         raise ValueError(

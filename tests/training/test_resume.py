@@ -25,10 +25,7 @@ def make(tmp_path, **given):
         write_pictures(tmp_path / "mine", 3, size=(48, 40))
     options = train_options(
         pretrained_model_name_or_path=str(base),
-        gradient_accumulation_steps=2,
-        lr_scheduler="cosine",
-        lr_warmup_steps=50,
-        **given,
+        **{"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 50, **given},
     )
     model = sd.load(str(base))
     examples = folder_examples(tmp_path / "mine", "a sks dog")
@@ -91,6 +88,16 @@ def test_other_options_than_the_checkpoints_are_an_error_that_names_them(tmp_pat
     other, _ = make(tmp_path, adam_beta2=0.99)
     with pytest.raises(ValueError, match=r"adam_beta2: 0.999 then, 0.99 now"):
         state.restore(other, checkpoint)
+
+
+def test_a_run_at_a_constant_rate_can_be_made_longer(tmp_path):
+    short, batches = make(tmp_path, lr_scheduler="constant", max_train_steps=2)
+    long, _ = make(tmp_path, lr_scheduler="constant", max_train_steps=4)
+    whole, _ = make(tmp_path, lr_scheduler="constant", max_train_steps=4)
+    losses = [step.loss for step in train(whole, batches)]
+    first = [step.loss for step in train(short, batches)]
+    state.restore(long, state.save(short, tmp_path / "run"))
+    assert first + [step.loss for step in train(long, batches)] == losses
 
 
 def test_a_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path):
