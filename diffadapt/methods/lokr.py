@@ -31,7 +31,7 @@ class LoKr(RankedMethod):
     name: ClassVar[str] = "lokr"
     learning_rate: ClassVar[float] = 5e-4
 
-    factor: int = -1  # largest left side; -1: as near to the square root as divisors allow
+    factor: int = -1  # a side of the split, as in LyCORIS; -1: nearest to the square root
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,9 @@ class LoKr(RankedMethod):
         return Update(Kron(tensors["left"], LowRank(tensors["up"], tensors["down"])), self.multiplier)
 
     def _split(self, size: int) -> tuple[int, int]:
-        """The largest divisor up to the square root and ``factor``, and its partner."""
+        """``factor`` and its partner where it divides, else the largest divisor below; the smaller first."""
+        if self.factor > 0 and size % self.factor == 0:
+            return min(self.factor, size // self.factor), max(self.factor, size // self.factor)
         limit = math.isqrt(size) if self.factor == -1 else min(self.factor, math.isqrt(size))
         small = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
         return small, size // small
