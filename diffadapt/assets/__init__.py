@@ -1,0 +1,26 @@
+"""Models and images shipped with the package, so that everything runs without a download."""
+
+import difflib
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Every folder here that holds a model card or images, as `embedded` takes it."""
+    marks = [*ROOT.rglob("README.md"), *ROOT.rglob("*.png")]
+    return sorted({mark.parent.relative_to(ROOT).as_posix() for mark in marks} - {"."})
+
+
+def embedded(name: str) -> Path:
+    """The folder of a model or data set shipped with the package, such as `emoji` or `subjects/cat`.
+
+    Raises:
+        ValueError: nothing of that name is shipped; the message names the nearest and lists all.
+    """
+    known = names()
+    if name in known:
+        return ROOT / name
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"nothing called {name!r} is embedded: {hint}there are {', '.join(known)}")
