@@ -48,7 +48,8 @@ class ClassEmbedding(Method):
             name = self.lent(site)["table"]
             if name in filled and not torch.equal(tensors[name], base.to(tensors[name].dtype)):
                 raise ValueError(
-                    f"{site.name} and {filled[name]} are class tables of one shape that differ; target one"
+                    f"{filled[name]} and {site.name} are class tables of one shape that differ; exclude one with "
+                    f"the target '!{site.name}'"
                 )
             tensors[name].copy_(base)
             filled.setdefault(name, site.name)
