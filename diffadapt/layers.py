@@ -27,7 +27,7 @@ class Owner(Protocol):
 
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update: ...
 
-    def dropped(self, x: Tensor, index: int, training: bool) -> Tensor: ...
+    def dropped(self, x: Tensor, index: int) -> Tensor: ...
 
     def follow(self, device: torch.device) -> None: ...
 
@@ -168,7 +168,7 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
     def term(entry: Entry, update: Update, coefficient: float) -> list[Term]:
         if update.delta is None:
             return []
-        inputs = entry.owner.dropped(x, entry.index, layer.training)
+        inputs = entry.owner.dropped(x, entry.index)
         return [(update.delta, coefficient * update.multiplier, inputs)]
 
     def rescaled(entry: Entry, update: Update) -> Tensor:
