@@ -48,8 +48,8 @@ class ClassEmbedding(Method):
             name = self.lent(site)["table"]
             if name in filled and not torch.equal(tensors[name], base.to(tensors[name].dtype)):
                 raise ValueError(
-                    f"{filled[name]} and {site.name} are class tables of one shape that differ; exclude one with "
-                    f"the target '!{site.name}'"
+                    f"{filled[name]} and {site.name} are class tables of one shape that differ; exclude "
+                    f"one with '!{site.name}'"
                 )
             tensors[name].copy_(base)
             filled.setdefault(name, site.name)
