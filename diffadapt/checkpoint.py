@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import attach_sites, components
 from diffadapt.files import write_atomically
+from diffadapt.imports import attach_foreign, open_foreign
 from diffadapt.layers import Record
 from diffadapt.methods import Method, near, read_method
 from diffadapt.parts import plan_parts
 from diffadapt.site import Site
 from diffadapt.targets import Found, choose
+from diffadapt.tensor_file import digest, read_header, read_tensors
 
 FORMAT_VERSION = 1
 
@@ -52,7 +52,7 @@ def save(
         "format": "diffadapt",
         "format_version": str(FORMAT_VERSION),
         "adapter": json.dumps(config),
-        "sha256": _digest(tensors),
+        "sha256": digest(tensors),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
@@ -65,7 +65,7 @@ def load(
     name: str | None = None,
     strict_base: bool = False,
 ) -> Adapter:
-    """Attach the adapter of a file to a model or pipeline.
+    """Attach the adapter of a file to a model or pipeline: ours, or one of another tool (see ``imports``).
 
     Args:
         strength: t in ``W + t (W' - W)``.
@@ -75,6 +75,9 @@ def load(
     Raises: FileNotFoundError; ValueError for a file that is truncated, altered, of another version or of
         another architecture (naming the first name or shape that does not fit). The model is then as before.
     """
+    if not _is_own(path):
+        foreign = open_foreign(path)
+        return attach_foreign(model, foreign, name=name or "default", strength=strength)
     header, tensors = _read(Path(path))
     try:
         config = json.loads(header["adapter"])
@@ -113,7 +116,12 @@ def load(
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:
-    """The header of an adapter file, its JSON decoded; the tensors are checked against their hash."""
+    """The header of an adapter file, its JSON decoded; the tensors are checked against their hash.
+
+    For files of other tools: their header, and under ``adapter`` what was found in them.
+    """
+    if not _is_own(path):
+        return {key: _decode(value) for key, value in open_foreign(path).summary().items()}
     header, _ = _read(Path(path))
     return {key: _decode(value) for key, value in header.items()}
 
@@ -128,37 +136,20 @@ def fingerprint(records: Sequence[Record]) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of the stored tensors."""
-    hasher = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        hasher.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return hasher.hexdigest()
-
-
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
-    if header.get("format") != "diffadapt":
-        raise ValueError(
-            f"{path} is not a diffadapt file; its format is {header.get('format', 'not stated')!r}"
-        )
+    header, tensors = read_tensors(path)
     if header.get("format_version") != str(FORMAT_VERSION):
         version = header.get("format_version")
         raise ValueError(
             f"{path} has format version {version!r}, this diffadapt reads {FORMAT_VERSION}; update it"
         )
-    if header.get("sha256") != _digest(tensors):
+    if header.get("sha256") != digest(tensors):
         raise ValueError(f"{path} was altered or damaged: its tensors do not match their SHA-256")
     return header, tensors
+
+
+def _is_own(path: str | Path) -> bool:
+    return read_header(Path(path)).get("format") == "diffadapt"
 
 
 def _describe(site: Site, adapter: Adapter) -> dict[str, object]:
@@ -235,7 +226,9 @@ def _check_tensors(
             raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
 
 
-def _decode(value: str) -> object:
+def _decode(value: object) -> object:
+    if not isinstance(value, str):
+        return value
     try:
         return json.loads(value)
     except ValueError:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffadapt.chain import ChannelSum, Mix, Shared, Step
 from diffadapt.convolution import LinearMap
-from diffadapt.update import Expression, LayerMap, LowRank, fold_groups
+from diffadapt.update import Expression, LayerMap, LowRank, Tucker, pointwise_weight
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,29 @@ class Hadamard(Expression):
 
 
 @dataclass(frozen=True)
-class HadamardPair(Expression):
-    """The entrywise product of two low-rank matrices (LoHa)."""
+class ColumnScaled(Expression):
+    """``(weight + multiplier * inner) * columns - weight``: each column scaled by ``columns (fan_in,)``."""
 
-    first: LowRank
-    second: LowRank
+    weight: Tensor
+    inner: Expression
+    columns: Tensor
+    multiplier: float
+
+    def matrix(self) -> Tensor:
+        weight = self.weight.flatten(1).to(self.columns.dtype)
+        return (weight + self.multiplier * self.inner.matrix()) * self.columns - weight
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        whole = self.weight.flatten(1).to(self.columns.dtype) + self.multiplier * self.inner.matrix()
+        return None, *self.inner.vjp(self.multiplier * grad * self.columns), (grad * whole).sum(0)
+
+
+@dataclass(frozen=True)
+class HadamardPair(Expression):
+    """The entrywise product of two low-rank matrices (LoHa), or of two Tucker products."""
+
+    first: LowRank | Tucker
+    second: LowRank | Tucker
 
     def matrix(self) -> Tensor:
         return self.first.matrix() * self.second.matrix()
@@ -88,14 +107,28 @@ class HadamardPair(Expression):
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        rank = self.first.up.shape[1] * self.second.up.shape[1]
-        if 4 * rank >= min(shape[0], self.first.down.shape[1]):
-            return None
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        if isinstance(self.first, Tucker) or isinstance(self.second, Tucker):
+            return False
+        (_, fan_in), rank = self.first.down.shape, self.first.up.shape[1] * self.second.up.shape[1]
+        folded = layer.groups == 1 or rank * (layer.groups * fan_in + shape[0]) < shape[0] * fan_in
+        return folded and 4 * rank < min(shape[0], fan_in)
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
         # rows of the Khatri-Rao product: (u1 v1) o (u2 v2) = (u1 o u2)(v1 o v2) over all pairs of ranks
         up = (self.first.up[:, :, None] * self.second.up[:, None, :]).flatten(1)
         down = (self.first.down[:, None, :] * self.second.down[None, :, :]).flatten(0, 1)
-        return LowRank(up, down).product(layer, x, shape)
+        return LowRank(up, down).steps(layer, shape)
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        ranks = self.first.up.shape[1], self.second.up.shape[1]
+        up, down = grads[1].reshape(-1, *ranks), grads[0].reshape(*ranks, -1)
+        return (
+            (up * self.second.up[:, None, :]).sum(2),
+            (down * self.second.down[None, :, :]).sum(1),
+            (up * self.first.up[:, :, None]).sum(1),
+            (down * self.first.down[:, None, :]).sum(0),
+        )
 
 
 @dataclass(frozen=True)
@@ -115,23 +148,23 @@ class Kron(Expression):
         grad_left = torch.einsum("acbm,cm->ab", blocks, right)
         return grad_left, *self.right.vjp(torch.einsum("acbm,ab->cm", blocks, self.left))
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        (rows, columns), left = self.left.shape, self.left.to(x.dtype)
-        block = (shape[0] // rows, shape[1] // columns, *shape[2:])
-        if isinstance(layer, LinearMap):
-            inner = self._inner(layer, x.unflatten(-1, (columns, -1)), block)  # (..., b, c)
-            return (left @ inner).flatten(-2)
-        if layer.groups > 1:
-            return None
-        inner = self._inner(layer, fold_groups(x, columns), block)  # (batch * b, c, *size)
-        mixed = left @ inner.reshape(x.shape[0], columns, -1)
-        return mixed.reshape(x.shape[0], shape[0], *inner.shape[2:])
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        return layer.groups == 1
 
-    def _inner(self, layer: LayerMap, x: Tensor, block: Sequence[int]) -> Tensor:
-        factored = self.right.product(layer, x, block)
-        if factored is not None:
-            return factored
-        return layer.product(x, self.right.matrix().reshape(block).to(x.dtype))
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+        rows, columns = self.left.shape
+        block = (shape[0] // rows, shape[1] // columns, *shape[2:])
+        inner = (Step(layer, self.right.matrix().reshape(block)),)
+        if self.right.is_thin(layer, block):
+            inner = self.right.steps(layer, block)
+        shared = [Step(Shared(step.map, columns), step.weight, step.trained) for step in inner]
+        return *shared, Step(Mix(layer.channel_dim), self.left)
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        *inner, left = grads
+        if len(inner) > 1:
+            return left, *self.right.steps_vjp(inner)
+        return left, *self.right.vjp(inner[0].flatten(1))
 
 
 @dataclass(frozen=True)
@@ -147,13 +180,16 @@ class FeatureSum(Expression):
     def vjp(self, grad: Tensor) -> tuple[Tensor]:
         return (grad.sum(1),)
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor:
-        vector = self.vector.to(x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        return True
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+        groups, column = layer.groups, self.vector[:, None]
+        total = Step(ChannelSum(layer.channel_dim, groups), trained=False)
         if isinstance(layer, LinearMap):
-            return x.sum(-1, keepdim=True, dtype=wide).to(x.dtype) * vector
-        groups = layer.groups
-        total = x.unflatten(1, (groups, -1)).sum(2, dtype=wide).to(x.dtype)  # (batch, groups, *size)
-        window = layer.product(total, total.new_ones(groups, 1, *shape[2:]))
-        per_row = window.repeat_interleave(shape[0] // groups, 1) if groups > 1 else window
-        return per_row * vector.reshape(-1, *(1,) * layer.dims)
+            return total, Step(layer, column)
+        window = Step(layer, column.new_ones(groups, 1, *shape[2:]), trained=False)
+        return total, window, Step(layer.pointwise(groups), pointwise_weight(column, layer))
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return (grads[-1].reshape(self.vector.shape),)

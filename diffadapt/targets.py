@@ -67,7 +67,7 @@ def find_sites(
     Raises: ValueError for a target that matches nothing, TypeError for a layer that cannot be adapted.
     """
     tokens = _tokens(targets)
-    layers = dict(_weighted_layers(model))
+    layers = dict(weighted_layers(model))
     chosen: dict[str, bool] = {}
     for token in (*tokens, *also):
         if token.startswith("!"):
@@ -92,7 +92,7 @@ def choose(model: nn.Module, names: Mapping[str, bool], prefix: str = "") -> lis
 
     ``names`` says for each whether it was named on purpose. Raises ValueError for a name that is not there.
     """
-    layers = dict(_weighted_layers(model))
+    layers = dict(weighted_layers(model))
     for name in names:
         if name not in layers:
             raise ValueError(f"the model has no layer {name!r} with a weight{near(name, layers)}")
@@ -153,7 +153,7 @@ def _tokens(targets: str | Sequence[str]) -> list[str]:
     return tokens
 
 
-def _weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every layer that holds a weight of its own, whether it can be adapted or not."""
     for name, layer in model.named_modules():
         if isinstance(getattr(layer, "weight", None), nn.Parameter):

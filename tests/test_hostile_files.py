@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
-from diffadapt.checkpoint import _digest
+from diffadapt.tensor_file import digest
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def rewrite(path, header=None, tensors=None, **config):
     tensors = load_file(path) if tensors is None else tensors
     if config:
         own["adapter"] = json.dumps(json.loads(own["adapter"]) | config)
-    own = {**own, "sha256": _digest(tensors), **(header or {})}
+    own = {**own, "sha256": digest(tensors), **(header or {})}
     save_file(tensors, path, {key: value for key, value in own.items() if value is not None})
 
 

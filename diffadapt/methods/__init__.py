@@ -14,6 +14,7 @@ from diffadapt.methods.difffit import DiffFit
 from diffadapt.methods.dora import DoRA
 from diffadapt.methods.flora import FLoRA
 from diffadapt.methods.full import Full
+from diffadapt.methods.imported import Imported
 from diffadapt.methods.liera import LieRA
 from diffadapt.methods.loha import LoHa
 from diffadapt.methods.lokr import LoKr
@@ -48,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
         Full,
     )
 }
+
+READABLE = {**METHODS, Imported.name: Imported}  # what a file can hold
 
 __all__ = [
     "METHODS",
@@ -101,9 +104,9 @@ def read_method(parts: object) -> Method:
         name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(options, dict):
             raise ValueError(f"expected a name and options, got {part!r}")
-        if name not in METHODS:
+        if name not in READABLE:
             raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
-        known = {field.name for field in fields(METHODS[name])}
+        known = {field.name for field in fields(READABLE[name])}
         for option in options:
             if option not in known:
                 raise ValueError(f"{name} has no option {option!r}{near(str(option), known)}")
@@ -158,7 +161,7 @@ def _value(text: str) -> object:
 
 
 def _build(name: str, own: dict, given: dict) -> Method:
-    cls = METHODS[name]
+    cls = READABLE[name]
     known = {field.name for field in fields(cls)}
     try:
         return cls(**{**{key: value for key, value in given.items() if key in known}, **own})

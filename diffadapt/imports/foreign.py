@@ -1,0 +1,105 @@
+"""A file or folder of another tool, read and understood but not yet attached to a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffadapt.imports import diffusers_file, kohya, peft_folder
+from diffadapt.imports.forms import Form
+from diffadapt.tensor_file import digest, read_tensors
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+REMEDY = (
+    "it is a pickle, which can run code when opened; convert it to safetensors where you trust it, e.g. "
+    "safetensors.torch.save_file(torch.load(path, weights_only=True), 'new.safetensors')"
+)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What another tool trained.
+
+    Attributes:
+        path: of the file read.
+        family: kohya, diffusers or peft.
+        forms: by the name of the layer in the file.
+        header: the file's own metadata.
+        sha256: over the tensors.
+    """
+
+    path: Path
+    family: str
+    forms: dict[str, Form]
+    header: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+
+    def summary(self) -> dict[str, object]:
+        """What is in it, in the layout of our own files' metadata."""
+        counts = Counter(map(_kind, self.forms.values()))
+        ranks = sorted({form.rank for form in self.forms.values() if form.rank is not None})
+        options = {"family": self.family, "forms": dict(counts), "ranks": ranks}
+        return {
+            **self.header,
+            "format": self.family,
+            "sha256": self.sha256,
+            "adapter": {
+                "method": [{"name": "imported", "options": options}],
+                "sites": sorted(self.forms),
+                "base": {"name": None},
+            },
+        }
+
+
+def open_foreign(path: str | Path) -> Foreign:
+    """Read a file or folder of another tool.
+
+    Raises: FileNotFoundError; ValueError for pickles, for files that cannot be read, and for files with keys
+        of no known kind of adapter, naming them.
+    """
+    path = Path(path)
+    file, config = _choose(path)
+    header, tensors = read_tensors(file)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key} holds values that are not finite numbers")
+    if config is not None:
+        family, forms = "peft", peft_folder.read(tensors, config, file)
+    elif diffusers_file.recognised(tensors):
+        family, forms = "diffusers", diffusers_file.read(tensors, header, file)
+    else:
+        family, forms = "kohya", kohya.read(tensors, file)
+    return Foreign(file, family, forms, header, digest(tensors))
+
+
+def _choose(path: Path) -> tuple[Path, Path | None]:
+    """The file with the tensors, and the configuration of a PEFT folder."""
+    if path.is_dir():
+        if (path / peft_folder.CONFIG).is_file():
+            return _stored(path / peft_folder.TENSORS), path / peft_folder.CONFIG
+        return _stored(path / diffusers_file.TENSORS), None
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is not opened: {REMEDY}")
+    beside = path.with_name(peft_folder.CONFIG)
+    return path, beside if path.name == peft_folder.TENSORS and beside.is_file() else None
+
+
+def _stored(path: Path) -> Path:
+    if path.is_file():
+        return path
+    pickle = path.with_suffix(".bin")
+    if pickle.is_file():
+        raise ValueError(f"{pickle} is not opened: {REMEDY}")
+    raise FileNotFoundError(
+        f"{path.parent} holds neither {peft_folder.CONFIG} with {peft_folder.TENSORS} nor "
+        f"{diffusers_file.TENSORS}; give the adapter file itself"
+    )
+
+
+def _kind(form: Form) -> str:
+    """The form's name, and how it is decomposed."""
+    axes = {"magnitude": "magnitudes of outputs", "input_magnitude": "magnitudes of inputs"}
+    return " with ".join([form.form, *(said for key, said in axes.items() if key in form.tensors)])

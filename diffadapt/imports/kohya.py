@@ -1,0 +1,29 @@
+"""Files of kohya's scripts, LyCORIS, OneTrainer, ComfyUI: ``lora_unet_<path, underscores>.lora_down.weight``.
+
+Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS modules/*.py; ComfyUI weight_adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from diffadapt.imports.forms import Form, form_of, kohya_rule
+from diffadapt.imports.keys import by_layer, shorten
+
+
+def read(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Form]:
+    """Every layer's form. Raises ValueError naming keys that fit no known kind of adapter."""
+    layers, left = by_layer(tensors)
+    forms: dict[str, Form] = {}
+    for layer, roles in layers.items():
+        forms[layer], unused = form_of(layer, roles, kohya_rule)
+        left += unused
+    if left or not forms:
+        raise ValueError(
+            f"{path} is not a diffadapt file, and not wholly LoRA, LoCon, LoHa, LoKr, DoRA, full or norms: "
+            f"{'keys left: ' + shorten(left) if left else 'it holds no tensors'}"
+        )
+    return forms

@@ -1,0 +1,121 @@
+"""Adapters of other tools: every layer in the form its file has, to be used, trained on and saved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.expressions import ColumnScaled, Dense, HadamardPair, Kron
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.methods.dora import rescale
+from diffadapt.site import Kind, Site
+from diffadapt.update import Expression, LowRank, Tucker, Update
+
+Tensors = Mapping[str, Tensor]
+
+
+def _half(tensors: Tensors, number: int) -> LowRank | Tucker:
+    up, down = tensors[f"up_{number}"], tensors[f"down_{number}"]
+    core = tensors.get(f"core_{number}")
+    return LowRank(up, down) if core is None else Tucker(up, core, down)
+
+
+def _kron(tensors: Tensors) -> Kron:
+    left = tensors["left"] if "left" in tensors else tensors["left_up"] @ tensors["left_down"]
+    if "right" in tensors:
+        return Kron(left, Dense(tensors["right"]))
+    core = tensors.get("core")
+    up, down = tensors["up"], tensors["down"]
+    return Kron(left, LowRank(up, down) if core is None else Tucker(up, core, down))
+
+
+# form -> the change its tensors are; every form may also carry bias, magnitude and input_magnitude
+FORMS: dict[str, Callable[[Tensors], Expression | None]] = {
+    "lora": lambda tensors: LowRank(tensors["up"], tensors["down"]),
+    "tucker": lambda tensors: Tucker(tensors["up"], tensors["core"], tensors["down"]),
+    "loha": lambda tensors: HadamardPair(_half(tensors, 1), _half(tensors, 2)),
+    "lokr": _kron,
+    "dense": lambda tensors: Dense(tensors["weight"]),
+    "bias": lambda tensors: None,
+}
+
+
+@dataclass(frozen=True)
+class Imported(Method):
+    """A form, a multiplier and shapes for each layer, by its path in the model; read from files alone.
+
+    ``magnitude (out,)`` normalises the rows of ``W + delta`` as DoRA does; ``input_magnitude (in,)`` its
+    columns, one norm per input channel, which is what DoRA files with ``dora_scale (1, in, ...)`` mean.
+    """
+
+    name: ClassVar[str] = "imported"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
+    learning_rate: ClassVar[float] = 1e-4
+
+    forms: dict  # path -> {"form": name, "multiplier": number, "shapes": {tensor: shape}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for path, own in self.forms.items():
+            known = isinstance(own, dict) and own.get("form") in FORMS
+            if not known or not isinstance(own.get("shapes"), dict):
+                raise ValueError(f"imported: {path} has no form of {', '.join(FORMS)} with shapes: {own!r}")
+            if type(own.get("multiplier")) not in (int, float) or not abs(own["multiplier"]) < float("inf"):
+                raise ValueError(f"imported: the multiplier of {path} is not a finite number: {own!r}")
+
+    def __str__(self) -> str:
+        counts = Counter(own["form"] for own in self.forms.values())
+        return f"imported({', '.join(f'{form}: {count}' for form, count in sorted(counts.items()))})"
+
+    def serves(self, site: Site) -> bool:
+        return bare_path(site.name) in self.forms
+
+    def trained(self, site: Site) -> Shapes:
+        own = self._own(site)
+        try:
+            shapes = {key: tuple(map(int, shape)) for key, shape in own["shapes"].items()}
+            tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+            self._check(site, tensors)
+        except (RuntimeError, TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{site.name} has shape {site.shape}, which a {own['form']} of {own['shapes']} does not fit"
+            ) from error
+        return shapes
+
+    def update(self, site: Site, tensors: Tensors, base: Tensor) -> Update:
+        own = self._own(site)
+        delta, multiplier, scale = FORMS[own["form"]](tensors), float(own["multiplier"]), None
+        if "magnitude" in tensors or "input_magnitude" in tensors:
+            rows = "magnitude" in tensors
+            magnitude = tensors["magnitude" if rows else "input_magnitude"]
+            with torch.no_grad():
+                whole = base.to(magnitude.dtype).flatten(1) + multiplier * delta.matrix()
+                channels = whole[None] if rows else whole.T.unflatten(0, (len(magnitude), -1)).transpose(0, 1)
+                norm = channels.norm(dim=(0, 2))
+            scale = rescale(magnitude, norm)
+            if not rows:
+                columns = scale.repeat_interleave(site.fan_in // len(magnitude))
+                delta, multiplier, scale = ColumnScaled(base, delta, columns, multiplier), 1.0, None
+        return Update(delta, multiplier, scale=scale, bias=tensors.get("bias"))
+
+    def _own(self, site: Site) -> dict:
+        return self.forms[bare_path(site.name)]
+
+    def _check(self, site: Site, tensors: Tensors) -> None:
+        update = self.update(site, tensors, torch.empty(site.shape, device="meta"))
+        if update.delta is not None and update.delta.matrix().shape != (site.out, site.fan_in):
+            raise ValueError("another shape")
+        if update.bias is not None and update.bias.shape != site.bias_shape:
+            raise ValueError("another bias")
+        if update.scale is not None and update.scale.shape != (site.out,):
+            raise ValueError("another magnitude")
+
+
+def bare_path(name: str) -> str:
+    """A site's name without the denoiser's component, the same for a pipeline and its bare denoiser."""
+    return name.removeprefix("unet.").removeprefix("transformer.")
