@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+Wanted = tuple[bool, bool]  # the gradients asked for: of the input, of the weight
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class LinearMap:
     """``x (..., in) -> x @ weight.T (..., out)``."""
 
     channel_dim = -1
+    groups = 1
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -25,6 +27,17 @@ class LinearMap:
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
+        """The wanted gradients of the input and the weight; the input's is added in place to ``into``."""
+        grad_weight = self.weight_grad(grad, x, weight) if wanted[1] else None
+        if not wanted[0] or into is None:
+            return (self.input_grad(grad, x, weight) if wanted[0] else None), grad_weight
+        into.view(-1, into.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+        return into, grad_weight
 
 
 @dataclass(frozen=True)
@@ -46,19 +59,28 @@ class ConvMap:
         conv = _CONV[self.dims]
         return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def ungrouped(self, x: Tensor, weight: Tensor) -> Tensor:
+    def whole(self) -> ConvMap:
         """The same sliding window, every channel into every channel."""
-        return _CONV[self.dims](x, weight, None, self.stride, self.padding, self.dilation)
+        return self if self.groups == 1 else replace(self, groups=1)
 
-    def pointwise(self, x: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
-        """A 1x1 convolution with ``matrix (out, in/groups)``, stride 1."""
-        return _CONV[self.dims](x, matrix.reshape(*matrix.shape, *(1,) * self.dims), groups=groups)
+    def pointwise(self, groups: int = 1) -> ConvMap:
+        """A 1x1 convolution of as many dimensions, stride 1."""
+        ones, zeros = (1,) * self.dims, (0,) * self.dims
+        return ConvMap(ones, zeros, ones, groups)
 
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(grad, x, weight, [True, False, False])[0]
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(grad, x, weight, [False, True, False])[1]
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        return grad.sum([0, *range(2, grad.dim())])
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
+        """The wanted gradients of the input and the weight; the input's is added in place to ``into``."""
+        grad_x, grad_weight, _ = self._backward(grad, x, weight, [*wanted, False])
+        return added(grad_x, into), grad_weight
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
         return torch.ops.aten.convolution_backward(
@@ -74,6 +96,11 @@ class ConvMap:
             self.groups,
             mask,
         )
+
+
+def added(value: Tensor | None, into: Tensor | None) -> Tensor | None:
+    """``value``, added in place to ``into`` where there is one."""
+    return value if value is None or into is None else into.add_(value)
 
 
 def conv_map(layer: nn.Module, x: Tensor) -> tuple[ConvMap, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffadapt.chain import ChainProduct
 from diffadapt.update import Expression, LayerMap, Scaled, Sum
 
 Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the input it sees
@@ -40,9 +41,7 @@ class WeightSpaceProduct(torch.autograd.Function):
             else:
                 grad_x = layer.input_grad(grad, x, weight) + layer.input_grad(grad, x, change.to(x.dtype))
         if ctx.needs_input_grad[4]:
-            channels = layer.channel_dim % grad.dim()
-            others = [axis for axis in range(grad.dim()) if axis != channels]
-            grad_bias = grad.sum(others) if others else grad  # no axes would mean all of them
+            grad_bias = layer.bias_grad(grad)
         grad_weight = layer.weight_grad(grad, x, weight).flatten(1)
         widest = functools.reduce(torch.promote_types, [factor.dtype for factor in factors])
         grads = form.vjp(grad_weight.to(widest))
@@ -55,6 +54,9 @@ def branch_sum(
     """``layer(x)`` with ``weight`` and ``bias``, plus every term's ``coefficient * layer(inputs)``."""
     dense: Expression | None = None
     branches: list[tuple[Tensor, float]] = []
+    bias = None if bias is None else bias.to(x.dtype)
+    if len(terms) == 1 and terms[0][2] is x and terms[0][0].is_thin(layer, weight.shape):
+        return chain_product(layer, x, weight, bias, *terms[0][:2])
     for expression, coefficient, inputs in terms:
         branch = expression.product(layer, inputs, weight.shape)
         if branch is not None:
@@ -66,7 +68,6 @@ def branch_sum(
             branches.append(
                 (weight_space_product(layer, inputs, torch.zeros_like(weight), None, expression), coefficient)
             )
-    bias = None if bias is None else bias.to(x.dtype)
     y = (
         layer.product(x, weight, bias)
         if dense is None
@@ -82,3 +83,10 @@ def weight_space_product(
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return WeightSpaceProduct.apply(layer, change, x, weight, bias, *change.tensors())
+
+
+def chain_product(
+    layer: LayerMap, x: Tensor, weight: Tensor, bias: Tensor | None, change: Expression, coefficient: float
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return ChainProduct.apply(layer, change, coefficient, x, weight, bias, *change.tensors())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from diffadapt.chain import Shared, Step
 from diffadapt.convolution import ConvMap, LinearMap
 
 LayerMap = LinearMap | ConvMap
@@ -31,10 +32,25 @@ class Expression:
         """Gradients of ``tensors()`` given the gradient ``(out, fan_in)`` of ``matrix()``."""
         raise TypeError(f"{type(self).__name__} does not define vjp()")
 
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        """Whether the change, as a layer's weight of that ``shape``, is a chain of maps cheaper than it."""
+        return False
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+        """That chain: at least two maps, the last thin on its input."""
+        raise TypeError(f"{type(self).__name__} does not define steps()")
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of ``tensors()`` given those of the weights of ``steps``."""
+        raise TypeError(f"{type(self).__name__} does not define steps_vjp()")
+
     def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """``layer(x)`` with the change as its weight of that ``shape``, through the factors; None where the
-        expression is only a matrix, or where the matrix is cheaper."""
-        return None
+        """``layer(x)`` with the change alone as its weight, through its chain; None where it has none."""
+        if not self.is_thin(layer, shape):
+            return None
+        for step in self.steps(layer, shape):
+            x = step.map.product(x, step.to(x.dtype).weight)
+        return x
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every factor, depth first."""
@@ -102,17 +118,18 @@ class LowRank(Expression):
     def vjp(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad @ self.down.T, self.up.T @ grad
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        up, down = self.up.to(x.dtype), self.down.to(x.dtype)
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        return layer.groups == 1 or layer.groups * self.down.numel() + self.up.numel() < math.prod(shape)
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
         if isinstance(layer, LinearMap):
-            return layer.product(layer.product(x, down), up)
-        kernels = down.reshape(-1, *shape[1:])  # (r, in/groups, *kernel)
-        if layer.groups == 1:
-            return layer.pointwise(layer.ungrouped(x, kernels), up)
-        if layer.groups * down.numel() + up.numel() >= math.prod(shape):
-            return None
-        hidden = layer.ungrouped(fold_groups(x, layer.groups), kernels)
-        return layer.pointwise(unfold_groups(hidden, layer.groups), up, layer.groups)
+            return Step(layer, self.down), Step(layer, self.up)
+        kernels = self.down.reshape(-1, *shape[1:])  # (r, in/groups, *kernel)
+        first = layer if layer.groups == 1 else Shared(layer.whole(), layer.groups)
+        return Step(first, kernels), Step(layer.pointwise(layer.groups), pointwise_weight(self.up, layer))
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return grads[1].reshape(self.up.shape), grads[0].reshape(self.down.shape)
 
 
 @dataclass(frozen=True)
@@ -134,14 +151,47 @@ class Tucker(Expression):
         grad_down = self.core.transpose(0, 1).flatten(1) @ grad_inner.movedim(1, -1).flatten(0, -2)
         return grad @ inner.flatten(1).T, grad_core, grad_down
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        up, core, down = (factor.to(x.dtype) for factor in (self.up, self.core, self.down))
-        if layer.groups == 1:
-            return layer.pointwise(layer.ungrouped(layer.pointwise(x, down), core), up)
-        if layer.groups * (down.numel() + core.numel()) + up.numel() >= math.prod(shape):
-            return None
-        hidden = layer.ungrouped(layer.pointwise(fold_groups(x, layer.groups), down), core)
-        return layer.pointwise(unfold_groups(hidden, layer.groups), up, layer.groups)
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        inner = self.down.numel() + self.core.numel()
+        return layer.groups == 1 or layer.groups * inner + self.up.numel() < math.prod(shape)
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+        if isinstance(layer, LinearMap):
+            raise TypeError("a Tucker product needs a convolution; multiply the core into a low-rank factor")
+        maps = layer.pointwise(), layer
+        if layer.groups > 1:
+            maps = Shared(maps[0], layer.groups), Shared(layer.whole(), layer.groups)
+        first, last = pointwise_weight(self.down, layer), pointwise_weight(self.up, layer)
+        return Step(maps[0], first), Step(maps[1], self.core), Step(layer.pointwise(layer.groups), last)
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return grads[2].reshape(self.up.shape), grads[1], grads[0].reshape(self.down.shape)
+
+
+class Derived(Expression):
+    """Equal to a ``plain`` expression whose factors are small products of this one's tensors."""
+
+    def plain(self) -> LowRank | Tucker:
+        raise TypeError(f"{type(self).__name__} does not define plain()")
+
+    def derive(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of ``tensors()`` given those of the tensors of ``plain()``."""
+        raise TypeError(f"{type(self).__name__} does not define derive()")
+
+    def matrix(self) -> Tensor:
+        return self.plain().matrix()
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return self.derive(self.plain().vjp(grad))
+
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        return layer.groups == 1 or self.plain().is_thin(layer, shape)
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+        return self.plain().steps(layer, shape)
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return self.derive(self.plain().steps_vjp(grads))
 
 
 @dataclass(frozen=True)
@@ -172,9 +222,6 @@ class Sum(Expression):
         return *self.first.vjp(grad), *self.second.vjp(grad)
 
 
-def fold_groups(x: Tensor, groups: int) -> Tensor:
-    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
-
-
-def unfold_groups(x: Tensor, groups: int) -> Tensor:
-    return x.reshape(x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])
+def pointwise_weight(matrix: Tensor, layer: ConvMap) -> Tensor:
+    """A matrix as the weight of a 1x1 convolution."""
+    return matrix.reshape(*matrix.shape, *(1,) * layer.dims)

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.derived import Cored, CoredTucker
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.draws import draw_normal, draw_orthonormal
 from diffadapt.methods.ranked import RankedMethod, check_choice, check_rank
 from diffadapt.site import Site
-from diffadapt.update import LowRank, Tucker, Update
+from diffadapt.update import Update
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,9 @@ class FLoRA(RankedMethod):
         # core: G, up: A over outputs, down: B^T over inputs, kernel_0, kernel_1: C, D
         core, up, down = tensors["core"], tensors["up"], tensors["down"]
         if site.kind == "linear":
-            # multiply the core into the shorter side: one small product, then a plain low-rank branch
-            low_rank = LowRank(up @ core, down) if site.out <= site.fan_in else LowRank(up, core @ down)
-            return Update(low_rank, self.multiplier)
-        for axis in range(len(site.kernel)):
-            core = torch.movedim(
-                torch.tensordot(core, tensors[f"kernel_{axis}"], ([2 + axis], [1])), -1, 2 + axis
-            )
-        return Update(Tucker(up, core, down), self.multiplier)
+            return Update(Cored(up, core, down), self.multiplier)
+        kernels = tensors["kernel_0"]
+        for axis in range(1, len(site.kernel)):
+            factor = tensors[f"kernel_{axis}"]
+            kernels = (kernels[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)
+        return Update(CoredTucker(up, core, down, kernels, site.kernel), self.multiplier)

@@ -10,13 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.derived import SinceStart
 from diffadapt.expressions import Hadamard
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
 from diffadapt.methods.dora import rescale
 from diffadapt.methods.draws import draw_uniform
 from diffadapt.methods.flora import FLoRA
-from diffadapt.methods.pissa import PiSSA, since_start
+from diffadapt.methods.pissa import PiSSA
 from diffadapt.methods.ranked import RankedMethod, check_choice
 from diffadapt.site import Site
 from diffadapt.update import Expression, Scaled, Update
@@ -79,7 +80,7 @@ class LieRA(RankedMethod):
 
     def _element(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Expression:
         if self.inner == "pissa":
-            return since_start(tensors)
+            return SinceStart(**tensors)
         if self.inner == "flora":
             return self._inner().update(site, tensors, base).delta
         return low_rank(site, tensors["up"], tensors["down"])

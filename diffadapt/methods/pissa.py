@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.derived import SinceStart
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.ranked import check_rank
 from diffadapt.site import Site
-from diffadapt.update import LowRank, Update
+from diffadapt.update import Update
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,4 @@ class PiSSA(Method):
             tensors[key][:used] = (root[:, None] * right[:used]).to(tensors[key].dtype)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        return Update(since_start(tensors))
-
-
-def since_start(tensors: Mapping[str, Tensor]) -> LowRank:
-    """``up @ down - start_up @ start_down`` as one product of rank 2 r.
-
-    Written as ``(up - start_up) @ down + start_up @ (down - start_down)``: the differences are taken before any
-    rounding to half precision, and the start is exactly zero.
-    """
-    up, down, start_up, start_down = (tensors[key] for key in ("up", "down", "start_up", "start_down"))
-    return LowRank(torch.cat([up - start_up, start_up], 1), torch.cat([down, down - start_down], 0))
+        return Update(SinceStart(**tensors))

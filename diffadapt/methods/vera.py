@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.derived import ScaledFactors
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.draws import draw_uniform, named_generator
 from diffadapt.methods.ranked import check_rank
 from diffadapt.site import Site
-from diffadapt.update import LowRank, Update
+from diffadapt.update import Update
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,4 @@ class VeRA(Method):
         tensors["rank_scale"].fill_(self.d_init)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        up = tensors["out_scale"][:, None] * tensors["up"] * tensors["rank_scale"]
-        return Update(LowRank(up, tensors["down"]))
+        return Update(ScaledFactors(**tensors))

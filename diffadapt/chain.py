@@ -1,0 +1,183 @@
+"""A layer's own product plus a chain of thin ones, with a backward that keeps the input and the thin tensors.
+
+The sum is made in place. Wide tensors between the steps, and factors that are themselves products of trained
+tensors, are made again in backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffadapt.convolution import LinearMap, Wanted, added
+
+if TYPE_CHECKING:
+    from diffadapt.update import Expression, LayerMap
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The same map on every one of ``count`` equal runs of channels."""
+
+    inner: LayerMap | Shared | Mix
+    count: int
+
+    @property
+    def channel_dim(self) -> int:
+        return self.inner.channel_dim
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._join(self.inner.product(self._split(x), weight))
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
+        grad_x, grad_weight = self.inner.backward(self._split(grad), self._split(x), weight, wanted)
+        return added(None if grad_x is None else self._join(grad_x), into), grad_weight
+
+    def _split(self, x: Tensor) -> Tensor:
+        if self.channel_dim == -1:
+            return x.unflatten(-1, (self.count, x.shape[-1] // self.count))
+        return x.reshape(x.shape[0] * self.count, x.shape[1] // self.count, *x.shape[2:])
+
+    def _join(self, x: Tensor) -> Tensor:
+        if self.channel_dim == -1:
+            return x.flatten(-2)
+        return x.reshape(x.shape[0] // self.count, self.count * x.shape[1], *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """``weight (a, b)`` between runs of channels: ``b`` equal runs become ``a``."""
+
+    channel_dim: int
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        shape = list(x.shape)
+        shape[self.channel_dim] = shape[self.channel_dim] // weight.shape[1] * weight.shape[0]
+        return (weight @ self._runs(x, weight.shape[1])).reshape(shape)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
+        grad_x = grad_weight = None
+        if wanted[1]:
+            runs = self._runs(grad, weight.shape[0]), self._runs(x, weight.shape[1])
+            grad_weight = torch.tensordot(*runs, ([0, 2], [0, 2]))
+        if wanted[0]:
+            grad_x = self.product(grad, weight.T)
+        return added(grad_x, into), grad_weight
+
+    def _runs(self, x: Tensor, count: int) -> Tensor:
+        """``(n, count, length of a run)``."""
+        rows = x.shape[0] if self.channel_dim == 1 else x.numel() // max(x.shape[-1], 1)
+        return x.reshape(rows, count, x.numel() // max(rows * count, 1))
+
+
+@dataclass(frozen=True)
+class ChannelSum:
+    """The sum over the channels of each of ``groups`` runs, added in float32 or wider."""
+
+    channel_dim: int
+    groups: int = 1
+
+    def product(self, x: Tensor, weight: None = None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.groups == 1:
+            return x.sum(self.channel_dim, keepdim=True, dtype=wide).to(x.dtype)
+        return x.unflatten(1, (self.groups, -1)).sum(2, dtype=wide).to(x.dtype)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: None, wanted: Wanted, into: Tensor | None = None):
+        if not wanted[0]:
+            return None, None
+        if self.groups > 1:
+            grad = grad.repeat_interleave(x.shape[1] // self.groups, 1)
+        return (grad.expand(x.shape) if into is None else into.add_(grad)), None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One map of a chain with its weight; the weight of an untrained step is a constant."""
+
+    map: LayerMap | Shared | Mix | ChannelSum
+    weight: Tensor | None = None
+    trained: bool = True
+
+    def to(self, dtype: torch.dtype) -> Step:
+        return self if self.weight is None else replace(self, weight=self.weight.to(dtype))
+
+
+class ChainProduct(torch.autograd.Function):
+    """``layer(x)`` with ``weight`` and ``bias``, plus ``coefficient`` times the chain of a change."""
+
+    @staticmethod
+    def forward(ctx, layer, form, coefficient, x, weight, bias, *factors):
+        steps = _steps(form.with_tensors(factors), layer, weight, x.dtype)
+        inputs = _inputs(steps, x, coefficient)
+        y = layer.product(x, weight, bias)
+        last = steps[-1]
+        if isinstance(last.map, LinearMap):
+            y.view(-1, y.shape[-1]).addmm_(inputs[-1].reshape(-1, inputs[-1].shape[-1]), last.weight.T)
+        else:
+            y.add_(last.map.product(inputs[-1], last.weight))
+        ctx.layer, ctx.form, ctx.coefficient = layer, form, coefficient
+        ctx.shapes = [tensor.shape for tensor in inputs]
+        ctx.thin = all(2 * tensor.numel() <= x.numel() for tensor in inputs[1:])
+        needed = [step.trained and ctx.thin for step in steps]
+        needed[0] = steps[0].trained or not ctx.thin
+        kept = [tensor if keep else None for tensor, keep in zip(inputs, needed, strict=True)]
+        ctx.save_for_backward(weight, *factors, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            weight, *rest = ctx.saved_tensors
+            count = len(ctx.form.tensors())
+            form, inputs = ctx.form.with_tensors(rest[:count]), rest[count:]
+            steps = _steps(form, ctx.layer, weight, grad.dtype)
+            if not ctx.thin:
+                inputs = _inputs(steps, inputs[0], ctx.coefficient)
+            inputs = [_like(grad, shape, x) for shape, x in zip(ctx.shapes, inputs, strict=True)]
+            grad_x = ctx.layer.input_grad(grad, inputs[0], weight) if needs_x else None
+            grad_x, grads = _back(steps, inputs, grad, grad_x, ctx.coefficient)
+            wide = functools.reduce(torch.promote_types, [factor.dtype for factor in form.tensors()])
+            own = form.steps_vjp([value if value is None else value.to(wide) for value in grads])
+            grad_bias = ctx.layer.bias_grad(grad) if needs_bias else None
+        return None, None, None, grad_x, None, grad_bias, *own
+
+
+def _steps(form: Expression, layer: LayerMap, weight: Tensor, dtype: torch.dtype) -> list[Step]:
+    return [step.to(dtype) for step in form.steps(layer, weight.shape)]
+
+
+def _inputs(steps: Sequence[Step], x: Tensor, coefficient: float) -> list[Tensor]:
+    """What every step sees; the last one sees its input times the coefficient, as it is thin there."""
+    inputs = [x]
+    for step in steps[:-1]:
+        inputs.append(step.map.product(inputs[-1], step.weight))
+    if coefficient != 1:
+        inputs[-1] = coefficient * inputs[-1]
+    return inputs
+
+
+def _back(
+    steps: Sequence[Step], inputs: Sequence[Tensor], grad: Tensor, grad_x: Tensor | None, coefficient: float
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """``grad_x`` (None: not wanted) with the chain's share added, and the gradients of the steps' weights."""
+    grads: list[Tensor | None] = []
+    for number in reversed(range(len(steps))):
+        step, into = steps[number], grad_x if number == 0 else None
+        wanted = (number > 0 or grad_x is not None, step.trained)
+        grad, own = step.map.backward(grad, inputs[number], step.weight, wanted, into)
+        grads.insert(0, own)
+        if number == len(steps) - 1 and coefficient != 1:
+            grad = coefficient * grad
+    return grad, grads
+
+
+def _like(grad: Tensor, shape: torch.Size, x: Tensor | None) -> Tensor:
+    """``x``, or in the place of one that was not kept a tensor of its shape and no memory."""
+    return grad.new_empty(1).expand(shape) if x is None else x
