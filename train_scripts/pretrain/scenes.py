@@ -1,0 +1,100 @@
+"""What the embedded models see: an emoji on white, on a colour, or beside another one, with its caption.
+
+Plain emoji are most of it; the rest gives words like "on a blue background" and "next to a pizza emoji" a
+meaning, so that a subject taught later can be asked for in a new context. Imported by the other recipes.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from emoji_data import STYLES, article, captions, load
+from torch import Tensor
+
+COLOURS = {
+    "red": (226, 68, 68),
+    "orange": (245, 158, 66),
+    "yellow": (250, 222, 90),
+    "green": (98, 178, 92),
+    "blue": (82, 140, 225),
+    "purple": (150, 100, 200),
+    "pink": (245, 160, 190),
+    "black": (24, 24, 28),
+}
+WHITE = (255, 255, 255)
+KINDS, SHARES = ("plain", "ground", "pair"), (80, 12, 8)
+
+
+def composite(rgba: Tensor, colour: tuple[int, int, int] = WHITE) -> Tensor:
+    """Lay (..., H, W, 4) uint8 images on one colour: (..., 3, H, W) in [-1, 1]."""
+    pixels = rgba.movedim(-1, -3).float() / 255
+    colours, alpha = pixels[..., :3, :, :], pixels[..., 3:, :, :]
+    ground = torch.tensor(colour).view(3, 1, 1) / 255
+    return (colours * alpha + ground * (1 - alpha)) * 2 - 1
+
+
+def on_ground(rgba: Tensor, colour: tuple[int, int, int]) -> Tensor:
+    """One emoji at three quarters of its size in the middle of a colour."""
+    small = F.interpolate(composite(rgba, colour)[None], size=48, mode="bilinear", antialias=True)[0]
+    image = (torch.tensor(colour) / 127.5 - 1).view(3, 1, 1).repeat(1, 64, 64)
+    image[:, 8:56, 8:56] = small
+    return image
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """Two (3, 64, 64) images at half size on one white image."""
+    halves = F.interpolate(torch.stack([left, right]), size=32, mode="area")
+    image = torch.ones_like(left)
+    image[:, 16:48, :32], image[:, 16:48, 32:] = halves
+    return image
+
+
+class Scenes:
+    """Images with captions, each a pure function of its number and a random generator."""
+
+    def __init__(self, build: Path) -> None:
+        self.rgba, concept, style, self.concepts = load(build)
+        self.concept, self.style = concept.tolist(), style.tolist()
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        names = self.concepts[self.concept[index]]["names"]
+        return rng.choice(captions(names, STYLES[self.style[index]]))
+
+    def draw(self, index: int, rng: random.Random, *, kind: str | None = None) -> tuple[Tensor, str]:
+        """The image `index` as (3, 64, 64) in [-1, 1] in a scene of some kind, and its caption."""
+        kind = kind or rng.choices(KINDS, SHARES)[0]
+        text = self.caption(index, rng)
+        if kind == "ground":
+            colour = rng.choice(list(COLOURS))
+            text = article(f"{text} on a {colour} background")
+            return on_ground(self.rgba[index], COLOURS[colour]), text
+        if kind == "pair":
+            other = rng.randrange(len(self.concept))
+            names = [rng.choice(self.concepts[self.concept[i]]["names"]) for i in (index, other)]
+            text = article(f"a {names[0]} emoji {rng.choice(('and', 'next to'))} a {names[1]} emoji")
+            return side_by_side(composite(self.rgba[index]), composite(self.rgba[other])), text
+        return composite(self.rgba[index]), text
+
+
+def augment(images: Tensor, generator: torch.Generator, *, zoom: float, gain: float) -> Tensor:
+    """Random flip, scale, shift and colour of (B, 3, H, W) images in [-1, 1]; white comes in at the edges.
+
+    Args:
+        zoom: largest relative change of size; the shift is up to a tenth of the image.
+        gain: largest change of the logarithm of each channel's exponent (white stays white), and of a
+            soft shading's.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) * 2 - 1
+
+    count, _, height, width = images.shape
+    size, flip = 1 + zoom * uniform(count), uniform(count).sign()
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = size * flip, size, 0.2 * uniform(count, 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    ink = F.grid_sample((1 - images) / 2, grid, align_corners=False)  # 0 is white, also outside
+    shade = F.interpolate(uniform(count, 1, 3, 3), size=(height, width), mode="bicubic", align_corners=True)
+    light = (gain * (uniform(count, 3, 1, 1) + shade)).exp()  # an exponent, always positive
+    return (1 - ink).clamp(0, 1) ** light * 2 - 1
