@@ -10,7 +10,7 @@ from torch import Tensor
 PAPER, INK, FAINT, ACCENT = "#ffffff", "#1d2433", "#6b7280", "#b4540a"
 CELL_SIDE = 192  # pixels a picture should at least have on the sheet
 GAP, MARGIN = 10, 28
-TITLE, HEADING, CAPTION = 26, 18, 14  # font sizes
+TITLE, HEADING, CAPTION = 32, 23, 17  # font sizes
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from diffadapt.adapter import Adapter
 from diffadapt.data.grid import Panel, grid, to_pictures
@@ -18,7 +19,7 @@ from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, pa
 from diffadapt.models.names import is_embedded, resolve
 from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
 from diffadapt.models.sd import StableDiffusion
-from diffadapt.sampling import Sampler, Shot, draw_all, shots
+from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.options import TrainOptions, write_config
 from diffadapt.training.record import write_run
 from diffadapt.training.summary import closing_words
@@ -34,11 +35,15 @@ class Showing:
     contexts: list[Shot]
     unrelated: list[Shot]
 
-    def take(self, pipe: DiffusionPipeline, sampler: Sampler) -> Pictures:
-        """Draws all shots."""
+    def take(self, pipe: DiffusionPipeline, sampler: Sampler, *, when: str) -> Pictures:
+        """Draws all shots, with a progress bar that says `when`."""
         wanted = {"subject": self.subject, "contexts": self.contexts, "unrelated": self.unrelated}
-        images = draw_all(pipe, [shot for some in wanted.values() for shot in some], sampler)
-        return dict(zip(wanted, images.split([len(some) for some in wanted.values()]), strict=True))
+        everything, images = [shot for some in wanted.values() for shot in some], []
+        with tqdm(desc=f"pictures {when}", total=len(everything)) as bar:
+            for batch in draw(pipe, everything, sampler):
+                images.append(batch)
+                bar.update(len(batch))
+        return dict(zip(wanted, torch.cat(images).split([len(s) for s in wanted.values()]), strict=True))
 
 
 def showing(
@@ -102,7 +107,7 @@ def training_pictures(paths: Sequence[Path], resolution: int) -> Tensor:
 def comparison(
     plan: Showing, *, real: Tensor, before: Pictures, after: Pictures, title: str, note: str
 ) -> Image.Image:
-    """One sheet: real subject | before | after, below them the new contexts before and after."""
+    """One sheet: real subject | before | after, below them new contexts before | after."""
     count = 9  # pictures shown per block, three by three
     prompt = plan.subject[0].prompt
     top = [
@@ -110,14 +115,14 @@ def comparison(
         Panel(f"before: “{prompt}”", to_pictures(before["subject"][:count]), 3),
         Panel(f"after: “{prompt}”", to_pictures(after["subject"][:count]), 3),
     ]
-    shown = list(plan.contexts)[:10]
-    captions = [shot.prompt for shot in shown]
-    columns = min(5, len(shown))
-    contexts_after = Panel("after, in new contexts", to_pictures(after["contexts"][:10]), columns, captions)
-    contexts_before = Panel(
-        "before, the same prompts and seeds", to_pictures(before["contexts"][:10]), columns
-    )
-    return grid([top, [contexts_after], [contexts_before]], title=title, note=note)
+    captions = [shot.prompt for shot in plan.contexts[:10]]
+    below = [
+        Panel(
+            f"new contexts, {when}", to_pictures(pictures["contexts"][:10]), min(5, len(captions)), captions
+        )
+        for when, pictures in (("before", before), ("after", after))
+    ]
+    return grid([top, below], title=title, note=note)
 
 
 def write_pictures(folder: Path, pictures: Pictures) -> None:
@@ -176,7 +181,7 @@ class SubjectReport:
         return closing_words(options, values, seconds=record["seconds"])
 
     def _take(self, when: str) -> None:
-        self.pictures[when] = self.plan.take(self.model.pipe, self.sampler)
+        self.pictures[when] = self.plan.take(self.model.pipe, self.sampler, when=when)
         write_pictures(Path(self.options.output_dir) / "samples" / when, self.pictures[when])
 
     def _figures(self, real: Tensor) -> dict[str, dict[str, float]]:
