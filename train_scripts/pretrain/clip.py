@@ -1,6 +1,6 @@
 """The image-and-text encoder `clip`: a small CLIPModel trained contrastively on the emoji.
 
-    python train_scripts/pretrain/clip.py --build BUILD --steps 1500        # about 16 minutes on two cores
+    python train_scripts/pretrain/clip.py --build BUILD --steps 1400        # about 16 minutes on two cores
 
 Captions against images, and (half as strong) one vendor's drawing against the other's.
 A tenth of the emoji that both vendors draw is seen from one vendor only; the other drawing measures
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--build", type=Path, required=True, help="folder made by emoji_data.py and tokenizer.py"
     )
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=128, help="concepts per step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,6 +1,6 @@
 """The autoencoder of the embedded base: an AutoencoderTiny, 64x64x3 pixels to 8x8x16 latents.
 
-    python train_scripts/pretrain/vae.py --build BUILD --steps 2000        # about 12 minutes on two cores
+    python train_scripts/pretrain/vae.py --build BUILD --steps 1400        # about 13 minutes on two cores
 
 Most layers work at low resolution: the encoder goes down at once and only one block sees 64x64. The latents
 are held near unit variance by a small penalty, so that the base needs no scaling factor, and get a little
@@ -105,7 +105,7 @@ def folder_images(folder: Path) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="folder made by emoji_data.py")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--noise", type=float, default=0.1, help="deviation of the noise on the latents")
