@@ -5,6 +5,7 @@ from diffadapt.assets import embedded
 from diffadapt.attaching import attach, attached, detach, disabled
 from diffadapt.budget import count_parameters, fit_budget
 from diffadapt.checkpoint import load, read_metadata, save
+from diffadapt.export import ExportReport, export
 from diffadapt.merging import merge, unmerge
 from diffadapt.methods import (
     METHODS,
@@ -37,6 +38,7 @@ __all__ = [
     "ClassEmbedding",
     "DiffFit",
     "DoRA",
+    "ExportReport",
     "FLoRA",
     "Full",
     "Gamma",
@@ -56,6 +58,7 @@ __all__ = [
     "detach",
     "disabled",
     "embedded",
+    "export",
     "fit_budget",
     "load",
     "make_method",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -15,6 +16,8 @@ from diffadapt.parts import Part, PartPlan, plan_parts
 from diffadapt.targets import Found, assign_ranks, find_sites
 
 Targets = str | Sequence[str]
+
+_pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # of models seen inside one
 
 
 def attach(
@@ -157,7 +160,15 @@ def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.
         raise TypeError(
             f"expected an nn.Module or a pipeline with a unet or transformer, got {type(model).__name__}"
         )
+    if hasattr(model, "__weakref__"):
+        _pipelines.update(dict.fromkeys(found.values(), ref(model)))
     return found
+
+
+def pipeline_of(adapter: Adapter) -> object | None:
+    """The pipeline an adapter was attached to or loaded into, while it lives; None for a bare model."""
+    homes = (_pipelines.get(root) for component, root in adapter.roots.items() if component)
+    return next((home() for home in homes if home is not None), None)
 
 
 def _check_all_served(method: Method, found: Sequence[Found], plans: Sequence[PartPlan]) -> None:

@@ -1,0 +1,227 @@
+"""Adapters in the files of other programs, proven against each program's arithmetic when they are written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffadapt.adapter import Adapter
+from diffadapt.export.changes import Change, changes_of
+from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
+from diffadapt.export.kohya import kohya_tensors
+from diffadapt.export.merged import lost_in_rounding, replace_folder, verify_merged, write_merged
+from diffadapt.export.metadata import base_only_note, metadata_of
+from diffadapt.export.names import base_of
+from diffadapt.export.report import ExportReport
+from diffadapt.export.verify import Verdict, verify_diffusers, verify_kohya
+from diffadapt.files import write_atomically
+from diffadapt.methods import near
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = ("kohya", "diffusers", "merged")
+MEANT_FOR = {"kohya": ("ComfyUI",), "diffusers": ("diffusers",), "merged": ("diffusers",)}
+
+__all__ = ["DTYPES", "KINDS", "ExportReport", "Verdict", "export", "write_formats"]
+
+
+def export(
+    adapter: Adapter,
+    path: str | Path,
+    to: str = "kohya",
+    *,
+    rank: int | None = None,
+    dtype: str = "float32",
+    dense: bool = False,
+    force: bool = False,
+    base: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ExportReport:
+    """Write an adapter for other programs, read the file back as they do, and compare.
+
+    Args:
+        to: ``kohya`` (ComfyUI, A1111, LyCORIS), ``diffusers`` (``load_lora_weights``) or ``merged`` (a whole
+            pipeline, or the model alone that was attached to).
+        rank: for diffusers, the rank of the SVD that replaces changes that are no thin products.
+        dtype: precision of the file: float32, float16 or bfloat16.
+        dense: for kohya, whole differences instead of keys that ComfyUI alone reads right.
+        force: write a file that a program it is meant for refuses or reads wrong.
+        base: name of the base, recorded in the file.
+        metadata: further text to keep in the header, e.g. a training summary.
+
+    Returns: who reads the file and how exactly.
+    Raises: ValueError saying why the adapter cannot be held, or which program would not give its weights; no
+        file is written then.
+    """
+    path = Path(path)
+    _check_arguments(to, dtype, rank)
+    changes = changes_of(adapter)
+    title = path.stem if path.suffix == ".safetensors" else path.name
+    if to != "diffusers":
+        _check_biases(changes, to, force)
+    if to == "merged":
+        return _export_merged(adapter, path, changes, DTYPES[dtype], force, base, metadata)
+    family, precision = base_of(adapter), DTYPES[dtype]
+    if to == "kohya":
+        exact = kohya_tensors(changes, family, dense=dense)
+    else:
+        changes = diffusers_changes(changes, rank)
+        exact = diffusers_tensors(changes)
+    tensors = _rounded(exact, precision)
+    header = metadata_of(adapter, tensors, family, title=title, base_name=base, extra=metadata)
+    if to == "diffusers":
+        header["lora_adapter_metadata"] = adapter_config(changes)
+    whole = any(key.endswith(".diff") for key in tensors)
+    if whole:
+        header["diffadapt.base_only"] = base_only_note(adapter)
+    reports: list[ExportReport] = []
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, header)
+        if to == "kohya":
+            verdicts = verify_kohya(str(temporary), changes, family, precision)
+        else:
+            verdicts = verify_diffusers(str(temporary), changes, precision)
+        report = ExportReport(
+            path, to, len(changes), tuple(verdicts), MEANT_FOR[to], whole, rank_error=_rank_error(changes)
+        )
+        _refuse_unless_good(report, force)
+        header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
+        save_file(tensors, temporary, header)
+        reports.append(report)
+
+    write_atomically(path, write)
+    return reports[0]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file that training can leave beside the adapter."""
+
+    to: str
+    ending: str
+
+
+FORMATS = {
+    "kohya": Format("kohya", "_comfyui.safetensors"),
+    "diffusers": Format("diffusers", "_diffusers.safetensors"),
+    "merged": Format("merged", "_merged"),
+}
+
+
+def write_formats(
+    adapter: Adapter,
+    folder: str | Path,
+    name: str,
+    formats: str,
+    *,
+    base: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write the formats (comma-separated: kohya, diffusers, merged; or none) beside an adapter's own file.
+
+    What cannot be written is said instead of failing: the adapter itself is already safe.
+    Returns: a report for each format, as text.
+    """
+    lines = []
+    for chosen in parse_formats(formats):
+        path = Path(folder) / f"{name}{FORMATS[chosen].ending}"
+        try:
+            lines.append(str(export(adapter, path, FORMATS[chosen].to, base=base, metadata=metadata)))
+        except ValueError as error:
+            lines.append(f"no {path.name}: {error}")
+    return lines
+
+
+def parse_formats(formats: str) -> list[str]:
+    """Names of formats from ``kohya,diffusers``. Raises ValueError for an unknown one."""
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in FORMATS:
+            raise ValueError(f"--export_formats: unknown format {name!r}{near(name, [*FORMATS, 'none'])}")
+    return names
+
+
+def _export_merged(
+    adapter: Adapter,
+    folder: Path,
+    changes: list[Change],
+    dtype: torch.dtype,
+    force: bool,
+    base: str | None,
+    metadata: Mapping[str, str] | None,
+) -> ExportReport:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
+        raise ValueError(f"{folder} already exists; choose another name, or replace it with --force")
+    header = metadata_of(adapter, {}, base_of(adapter), title=folder.name, base_name=base, extra=metadata)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_merged(adapter, temporary, changes, dtype, header)
+        verdict = verify_merged(temporary, changes, dtype)
+        lost = lost_in_rounding(changes, dtype)
+        report = ExportReport(
+            folder, "merged", len(changes), (verdict,), MEANT_FOR["merged"], lost_in_rounding=lost
+        )
+        _refuse_unless_good(report, force)
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _check_arguments(to: str, dtype: str, rank: int | None) -> None:
+    if to not in KINDS:
+        raise ValueError(f"cannot export to {to!r}{near(to, KINDS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
+    if rank is not None and to != "diffusers":
+        raise ValueError(f"rank is for diffusers alone: a {to} file holds every change exactly")
+
+
+def _check_biases(changes: list[Change], to: str, force: bool) -> None:
+    """A bias that stock layers have no place for: ComfyUI drops it, from_pretrained too."""
+    gained = [change.name for change in changes if change.base_bias is None and change.bias is not None]
+    if gained and (to == "merged" or not force):
+        raise ValueError(
+            f"{len(gained)} layers, e.g. {gained[0]}, gain a bias that the stock layers do not have, so a "
+            f"{to} file cannot hold it; --to diffusers can, unless norms change too. Else train without: "
+            "difffit(beta=False), or targets that have biases"
+        )
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in the file's precision, on the CPU. Raises ValueError where they do not fit into it."""
+    rounded = {key: tensor.to(dtype).cpu().contiguous().clone() for key, tensor in tensors.items()}
+    for key, tensor in rounded.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{key} does not fit into {dtype}, or is not finite; use dtype float32 or bfloat16"
+            )
+    return rounded
+
+
+def _rank_error(changes: list[Change]) -> float:
+    """Share of the whole change that cutting to a rank leaves out."""
+    left_out = sum((c.adapted - c.target()).square().sum().item() for c in changes if c.approximated)
+    whole = sum((c.adapted - c.weight).square().sum().item() for c in changes)
+    return (left_out / whole) ** 0.5 if whole else 0.0
+
+
+def _refuse_unless_good(report: ExportReport, force: bool) -> None:
+    if report.good or force:
+        return
+    verdict = next(v for v in report.verdicts if v.program in report.meant_for and not v.accepted)
+    raise ValueError(
+        f"{report.path} is not written: {verdict}; use --to merged, which holds every change, or --force"
+    )

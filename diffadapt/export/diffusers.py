@@ -1,0 +1,133 @@
+"""Files for ``load_lora_weights`` of stock diffusers: PEFT's LoRA, with magnitudes where rows are scaled."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+from torch import Tensor
+
+from diffadapt.export.changes import Change
+from diffadapt.export.factors import full_rank, low_rank
+from diffadapt.export.names import clip_path
+from diffadapt.export.programs.peft import geometry_refusal
+from diffadapt.expressions import Dense
+from diffadapt.update import LowRank
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+_MOST_NAMED = 3  # layers listed in an error
+_FULL_RANK_SHARE = 0.25  # of the adapted weights: few enough to be written whole, as factors of full rank
+
+
+def diffusers_changes(changes: list[Change], rank: int | None) -> list[Change]:
+    """The changes in forms that PEFT's LoRA holds: every form low rank, and rows scaled only where no bias of
+    the same model changes.
+
+    Args:
+        rank: of the SVD that replaces changes without structure.
+    Raises: ValueError naming the layers and the reason where one cannot be held.
+    """
+    _check_layers(changes)
+    with_bias = {change.component for change in changes if change.bias is not None}
+    held = []
+    for change in changes:
+        if change.scale is not None and change.component in with_bias:
+            change = change.as_dense()  # PEFT has no DoRA beside lora_bias
+        held.append(change)
+    if rank is not None:
+        return [change.cut(rank) for change in held]
+    dense = [change for change in held if isinstance(change.form, Dense)]
+    entries = sum(change.weight.numel() for change in dense)
+    if entries > _FULL_RANK_SHARE * sum(change.weight.numel() for change in held):
+        raise ValueError(
+            f"{_listed(dense)}: the change is no product of thin matrices, all that diffusers loads; "
+            "give --rank N for its nearest one of rank N, whose error is printed, or use --to merged"
+        )
+    return [replace(c, form=full_rank(c.form.matrix())) if isinstance(c.form, Dense) else c for c in held]
+
+
+def diffusers_tensors(changes: list[Change]) -> dict[str, Tensor]:
+    """The file's tensors, float64, by key; takes what ``diffusers_changes`` gives."""
+    with_scale = {change.component for change in changes if change.scale is not None}
+    with_bias = {change.component for change in changes if change.bias is not None}
+    tensors: dict[str, Tensor] = {}
+    for change in changes:
+        name = f"{change.component}.{clip_path(change.component, change.path)}"
+        down_key, up_key = _factor_keys(change.component)
+        factors, shape = _factors(change), change.weight.shape
+        rank = factors.up.shape[1]
+        tensors[f"{name}.{down_key}.weight"] = factors.down.reshape(rank, *shape[1:])
+        tensors[f"{name}.{up_key}.weight"] = factors.up.reshape(shape[0], rank, *(1,) * (len(shape) - 2))
+        if change.component in with_bias:
+            bias = change.weight.new_zeros(shape[0]) if change.bias is None else change.bias
+            tensors[f"{name}.{up_key}.bias"] = bias
+        if change.component in with_scale:
+            tensors[f"{name}.lora_magnitude_vector"] = _magnitude(change)
+    return tensors
+
+
+def adapter_config(changes: list[Change]) -> str:
+    """PEFT's configuration of every model, as JSON: diffusers from 0.34 on prefers it to guessing from the
+    keys, and versions that guess scale layers of a rank unlike the others' wrong."""
+    config: dict[str, object] = {}
+    for component in dict.fromkeys(change.component for change in changes):
+        own = [change for change in changes if change.component == component]
+        ranks = {change.path.removeprefix("text_model."): _factors(change).up.shape[1] for change in own}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        others = {path: other for path, other in ranks.items() if other != rank}
+        config |= {
+            f"{component}.r": rank,
+            f"{component}.lora_alpha": rank,
+            f"{component}.rank_pattern": others,
+            f"{component}.alpha_pattern": others,
+            f"{component}.target_modules": list(ranks),
+            f"{component}.use_dora": any(change.scale is not None for change in own),
+            f"{component}.lora_bias": any(change.bias is not None for change in own),
+        }
+    return json.dumps(config, sort_keys=True)
+
+
+def _factor_keys(component: str) -> tuple[str, str]:
+    # under PEFT's names diffusers does not load a text encoder whose attention is unchanged
+    if component.startswith("text_encoder"):
+        return "lora_linear_layer.down", "lora_linear_layer.up"
+    return "lora_A", "lora_B"
+
+
+def _factors(change: Change) -> LowRank:
+    if change.form is not None:
+        return low_rank(change.form)
+    out, fan_in = change.matrix_shape
+    return LowRank(change.weight.new_zeros(out, 1), change.weight.new_zeros(1, fan_in))
+
+
+def _magnitude(change: Change) -> Tensor:
+    weight = change.weight.flatten(1)
+    norm = (weight if change.form is None else weight + change.form.matrix()).norm(dim=1)
+    magnitude = norm if change.scale is None else change.scale * norm
+    if change.kind == "linear":
+        return magnitude
+    return magnitude.reshape(1, -1, *(1,) * (change.weight.dim() - 2))
+
+
+def _check_layers(changes: list[Change]) -> None:
+    for change in changes:
+        if change.component not in COMPONENTS:
+            raise ValueError(
+                f"{change.name}: diffusers loads LoRA files into pipelines with a unet or transformer; "
+                "use --to merged"
+            )
+        reason = geometry_refusal(change.layer)
+        if reason:
+            raise ValueError(f"{change.name}: {reason}; use --to merged")
+    others = [change for change in changes if change.kind not in ("linear", "conv")]
+    if others:
+        kinds = " and ".join(sorted({f"{change.kind}s" for change in others}))
+        raise ValueError(f"{_listed(others)}: diffusers has no file for changed {kinds}; use --to merged")
+
+
+def _listed(changes: list[Change]) -> str:
+    names = [change.name for change in changes]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -1,0 +1,124 @@
+"""A whole pipeline with the adapter in its weights, which stock diffusers opens without diffadapt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffadapt.adapter import Adapter
+from diffadapt.attaching import disabled, pipeline_of
+from diffadapt.export.changes import Change
+from diffadapt.export.verify import Verdict, compared
+
+
+def write_merged(
+    adapter: Adapter, folder: Path, changes: Sequence[Change], dtype: torch.dtype, metadata: dict[str, str]
+) -> None:
+    """Write the pipeline of the adapter, or the bare model it was attached to, all weights in ``dtype``.
+
+    The live model is not touched. No change may give a layer a bias that it did not have.
+    """
+    pipeline = pipeline_of(adapter)
+    model = pipeline or _only_root(adapter)
+    with disabled(model):
+        model.save_pretrained(folder, safe_serialization=True)
+    by_place: dict[Path, dict[str, Tensor]] = {}
+    for change in changes:
+        place = folder / change.component if pipeline else folder
+        by_place.setdefault(place, {}).update(_values(change))
+    for place in (folder, *(place for place in folder.iterdir() if place.is_dir())):
+        _rewrite(place, by_place.get(place, {}), dtype)
+    (folder / "diffadapt.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
+
+
+def verify_merged(folder: Path, changes: Sequence[Change], dtype: torch.dtype) -> Verdict:
+    """Read the folder's weights back as ``from_pretrained`` does and compare them with the live adapter's."""
+    stored: dict[str, dict[str, Tensor]] = {}
+    results = []
+    for change in changes:
+        place = folder / change.component if (folder / change.component).is_dir() else folder
+        if str(place) not in stored:
+            stored[str(place)] = {
+                key: t for file in place.glob("*.safetensors") for key, t in load_file(file).items()
+            }
+        tensors = stored[str(place)]
+        weight = tensors[_stored_name(f"{change.path}.weight", tensors)].double()
+        bias = None
+        if change.base_bias is not None:
+            bias = tensors[_stored_name(f"{change.path}.bias", tensors)].double()
+        results.append((weight, bias))
+    largest, share, as_meant = compared(changes, results, torch.float32)
+    if dtype == torch.float32 or as_meant:
+        status = "exact" if as_meant else "wrong"
+        return Verdict("diffusers", "0.42.1", status, largest, share)
+    return Verdict("diffusers", "0.42.1", "approximate", largest, share, f"rounded to {dtype}"[:64])
+
+
+def lost_in_rounding(changes: Sequence[Change], dtype: torch.dtype) -> float:
+    """``|W' - rounded W'| / |W' - W|`` over all layers and biases; 0 in float32."""
+    if dtype == torch.float32:
+        return 0.0
+    lost = changed = 0.0
+    for change in changes:
+        lost += (change.adapted - change.adapted.to(dtype).double()).square().sum().item()
+        changed += (change.adapted - change.weight).square().sum().item()
+        if change.bias is not None and change.base_bias is not None:
+            new = change.base_bias + change.bias
+            lost += (new - new.to(dtype).double()).square().sum().item()
+            changed += change.bias.square().sum().item()
+    return (lost / changed) ** 0.5 if changed else 0.0
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a finished folder in its place; one that was there before is removed last."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _only_root(adapter: Adapter) -> nn.Module:
+    (root,) = adapter.roots.values()
+    if not hasattr(root, "save_pretrained"):
+        raise ValueError(
+            f"a {type(root).__name__} has no save_pretrained; merge with da.merge and save it yourself"
+        )
+    return root
+
+
+def _values(change: Change) -> dict[str, Tensor]:
+    values = {f"{change.path}.weight": change.adapted}
+    if change.bias is not None:
+        values[f"{change.path}.bias"] = change.base_bias + change.bias
+    return values
+
+
+def _rewrite(folder: Path, values: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put values in the place of a model's tensors, and bring all of them to the file's precision."""
+    left = dict(values)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for key in list(left):
+            if name := _stored_name(key, tensors):
+                tensors[name] = left.pop(key)
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {"format": "pt"}
+        cast = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+        save_file({key: t.cpu().contiguous() for key, t in cast.items()}, file, header)
+    if left:
+        raise ValueError(f"{folder} has no place for {next(iter(left))}")
+
+
+def _stored_name(key: str, tensors: dict[str, Tensor]) -> str | None:
+    """A parameter's name in a file; transformers may store a level more or less than the model has."""
+    candidates = (key, f"text_model.{key}", key.removeprefix("text_model."))
+    return next((name for name in candidates if name in tensors), None)
