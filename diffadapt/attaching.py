@@ -12,7 +12,9 @@ from diffadapt.adapter import Adapter
 from diffadapt.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
 from diffadapt.merging import merge, unmerge
 from diffadapt.methods import Method
+from diffadapt.methods.peft_method import PeftMethod
 from diffadapt.parts import Part, PartPlan, plan_parts
+from diffadapt.peft_bridge import attach_peft
 from diffadapt.targets import Found, assign_ranks, find_sites
 
 Targets = str | Sequence[str]
@@ -78,6 +80,8 @@ def attach_sites(
     instead of the method's start; when it raises, the model is as before."""
     if name in {taken for module in roots.values() for taken in attached(module)}:
         raise ValueError(f"the model already has an adapter named {name!r}; detach it or pass another name")
+    if isinstance(method, PeftMethod):
+        return attach_peft(roots, method, found, name=name, seed=seed, ranks=ranks, fill=fill)
     plans = plan_parts(method, [choice.site for choice in found], ranks)
     _check_all_served(method, found, plans)
     records = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from diffadapt.files import write_atomically
 from diffadapt.imports import attach_foreign, open_foreign
 from diffadapt.layers import Record
 from diffadapt.methods import Method, near, read_method
+from diffadapt.methods.peft_method import PeftMethod
 from diffadapt.parts import plan_parts
+from diffadapt.peft_bridge import filling
 from diffadapt.site import Site
 from diffadapt.targets import Found, choose
 from diffadapt.tensor_file import digest, read_header, read_tensors
@@ -93,14 +95,12 @@ def load(
         raise ValueError(f"{path}: its configuration is malformed ({error!r})") from error
     roots = components(model, any(component.startswith("text_encoder") for component, *_ in stored))
     found, ranks, names = _match(roots, stored, path)
-    expected = _expected(method, found, ranks, names)
-    _check_tensors(expected, tensors, path)
-
-    def fill(adapter: Adapter) -> None:
-        own = [tensor for part in adapter.parts for tensor in part.named().values()]
-        for tensor, key in zip(own, expected, strict=True):
-            tensor.data.copy_(tensors[key])
-
+    if isinstance(method, PeftMethod):
+        fill = filling(tensors, path)
+    else:
+        expected = _expected(method, found, ranks, names)
+        _check_tensors(expected, tensors, path)
+        fill = _filling(expected, tensors)
     values = fingerprint([getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found])
     if values != base_values:
         message = (
@@ -113,6 +113,15 @@ def load(
     adapter = attach_sites(used, method, found, name=name or own_name, seed=seed, ranks=ranks, fill=fill)
     adapter.strength = strength
     return adapter
+
+
+def _filling(expected: Mapping[str, tuple], tensors: Mapping[str, Tensor]) -> Callable[[Adapter], None]:
+    def fill(adapter: Adapter) -> None:
+        own = [tensor for part in adapter.parts for tensor in part.named().values()]
+        for tensor, key in zip(own, expected, strict=True):
+            tensor.data.copy_(tensors[key])
+
+    return fill
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:

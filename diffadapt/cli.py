@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffadapt as da
-from diffadapt import params_command
+from diffadapt import combine_command, extract_command, params_command, resize_command
 from diffadapt.exits import run
 
 
@@ -72,12 +72,18 @@ def _run_info(arguments: argparse.Namespace) -> int:
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="several are added up")
-    add("--prompt", action="append", required=True, help="repeat for several prompts")
+    add("--prompt", action="append", help="repeat for several prompts")
+    add("--prompts_file", help="a text file with a prompt on each line")
+    add("--class_labels", help="classes with commas, for a base that is told classes: 0,3,7")
+    add("--grid_adapters", action="store_true", help="the adapters side by side instead of added up")
+    add("--compare", action="store_true", help="the bare base as well, with the same seeds")
     add("--num_images", type=int, default=4, help="images per prompt (default: 4)")
     add("--seed", type=int, default=0, help="seed of the first image, the next has the next (default: 0)")
     add("--out", default="runs/sample", help="folder for the images (default: runs/sample)")
-    add("--strength", type=float, default=1.0, help="of adapters without their own :STRENGTH (default: 1)")
+    add("--strength", default="1", help="of adapters without their own (default: 1); 0,0.5,1 draws each")
     add("--pretrained_model_name_or_path", "--base", dest="base", help="default: the base named in the file")
+    add("--revision", help="branch, tag or commit of a base from the hub")
+    add("--variant", help="variant of the base's files, such as fp16")
     add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
     add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
     add("--scheduler", help="ddim, ddpm, dpm++, euler, euler_a, pndm or unipc; default: the base's own")
@@ -95,7 +101,7 @@ def _run_sample(arguments: argparse.Namespace) -> int:
 
     quiet()
     folder = sample(arguments, command=shlex.join(["diffadapt", *sys.argv[1:]]))
-    count = arguments.num_images * len(arguments.prompt)
+    count = len(json.loads((folder / "sample.json").read_text())["images"])
     print(f"{count} images in {folder}, all on {folder / 'sheet.png'}")
     return 0
 
@@ -105,11 +111,30 @@ def _run_params(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _printing(text: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
+    def run_it(arguments: argparse.Namespace) -> int:
+        print(text(arguments))
+        return 0
+
+    return run_it
+
+
 COMMANDS = {
     "methods": Command("the adapter methods and their options", _no_options, _run_methods),
     "params": Command(
         "what an adapter would train, from a config alone", params_command.add_options, _run_params
     ),
     "info": Command("what is in an adapter file", _info_options, _run_info),
+    "resize": Command(
+        "the same adapter at a smaller rank", resize_command.add_options, _printing(resize_command.resize)
+    ),
+    "extract": Command(
+        "an adapter from a fine-tuned model and its base",
+        extract_command.add_options,
+        _printing(extract_command.extract),
+    ),
+    "combine": Command(
+        "several adapters as one file", combine_command.add_options, _printing(combine_command.combine)
+    ),
     "sample": Command("draw images with one or more adapters", _sample_options, _run_sample),
 }

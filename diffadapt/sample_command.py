@@ -3,88 +3,102 @@
 import argparse
 import dataclasses
 import json
+import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 import diffadapt as da
+from diffadapt.adapter import Adapter
+from diffadapt.combine_command import base_named_in
 from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.looks import AdapterFile, Look, looks_of, parse_adapter, parse_strengths
 from diffadapt.models import sd
+from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.session import DTYPES, use_cores
 
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """One adapter to load, and how strong."""
-
-    path: str
-    strength: float
-
-
-def parse_adapter(text: str, *, strength: float) -> AdapterFile:
-    """FILE or FILE:STRENGTH; a colon that is part of an existing path is left alone."""
-    head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return AdapterFile(text, strength)
-    try:
-        return AdapterFile(head, float(tail))
-    except ValueError:
-        return AdapterFile(text, strength)
+__all__ = ["AdapterFile", "parse_adapter", "sample"]
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     """Writes images, sheet.png and sample.json into the folder `arguments.out`, which it returns."""
     if arguments.num_images < 1:
         raise ValueError(f"--num_images must be at least 1, got {arguments.num_images}")
-    files = [parse_adapter(text, strength=arguments.strength) for text in arguments.adapter]
-    base = arguments.base or recorded_base(files)
+    files = [parse_adapter(text) for text in arguments.adapter]
+    strengths = parse_strengths(arguments.strength)
+    looks = looks_of(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
+    wanted = wanted_shots(arguments)
+    base = arguments.base or base_named_in([file.path for file in files])
     use_cores(arguments.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = arguments.mixed_precision or ("fp16" if device == "cuda" else "no")
     sampler = _sampler(arguments, sd.DEFAULTS[sd.family_of(base)], DTYPES.get(precision))
-    model = sd.load(base, device=device, safety_checker=True)
-    for index, file in enumerate(files):
-        da.load(model.pipe, file.path, strength=file.strength, name=f"adapter-{index}")
-    wanted = [
-        shot
-        for prompt in arguments.prompt
-        for shot in shots(prompt, arguments.num_images, seed=arguments.seed)
-    ]
+    pipe = open_base(base, device=device, revision=arguments.revision, variant=arguments.variant)
+    adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    names = _write_images(model, wanted, sampler, folder)
+    images = _write_images(pipe, adapters, looks, wanted, sampler, folder, base)
     record = {
         "command": command,
         "demo": is_embedded(base),
         "base": base,
+        "revision": arguments.revision,
+        "variant": arguments.variant,
+        "pipeline": type(pipe).__name__,
+        "scheduler": {"class": type(pipe.scheduler).__name__, **dict(pipe.scheduler.config)},
         "adapters": [
-            {**dataclasses.asdict(file), "sha256": da.read_metadata(file.path)["sha256"]} for file in files
+            {"path": file.path, "strength": looks[-1].strengths[i], "sha256": _sha256(file.path)}
+            for i, file in enumerate(files)
         ],
+        "looks": [dataclasses.asdict(look) for look in looks],
         "sampler": {**dataclasses.asdict(sampler), "autocast": precision},
-        "images": [
-            {"file": name, **dataclasses.asdict(shot)} for name, shot in zip(names, wanted, strict=True)
-        ],
-        "versions": {"torch": torch.__version__, "diffadapt": da.__version__},
+        "device": device,
+        "images": images,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "diffadapt": da.__version__,
+        },
     }
-    (folder / "sample.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
     return folder
 
 
-def recorded_base(files: Sequence[AdapterFile]) -> str:
-    """The base that all files name. Raises ValueError when one names none or they differ."""
-    bases = {file.path: da.read_metadata(file.path)["adapter"]["base"]["name"] for file in files}
-    named = set(bases.values())
-    if named == {None} or None in named:
-        raise ValueError("an adapter file does not name its base; give it with --base")
-    if len(named) > 1:
-        listed = ", ".join(f"{path}: {base}" for path, base in bases.items())
-        raise ValueError(f"the adapters were trained on different bases ({listed}); choose one with --base")
-    return named.pop()
+def wanted_shots(arguments: argparse.Namespace) -> list[Shot]:
+    """The images of one look: prompts, those of a file, or class labels, each with consecutive seeds."""
+    prompts = list(arguments.prompt or [])
+    if arguments.prompts_file:
+        lines = Path(arguments.prompts_file).read_text().splitlines()
+        prompts += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if arguments.class_labels is not None and prompts:
+        raise ValueError("give prompts or --class_labels: a base is told either words or classes")
+    if arguments.class_labels is not None:
+        labels = [item.strip() for item in arguments.class_labels.split(",")]
+        if not all(label.isdecimal() for label in labels):
+            raise ValueError(
+                f"--class_labels are numbers with commas, such as 0,3,7, got {arguments.class_labels!r}"
+            )
+        return [
+            Shot(f"class {label}", arguments.seed + i, int(label))
+            for label in labels
+            for i in range(arguments.num_images)
+        ]
+    if not prompts:
+        raise ValueError("nothing to draw; give --prompt, --prompts_file or --class_labels")
+    return [shot for prompt in prompts for shot in shots(prompt, arguments.num_images, seed=arguments.seed)]
+
+
+def _sha256(path: str) -> str:
+    return str(da.read_metadata(path)["sha256"])
 
 
 def _sampler(
@@ -106,20 +120,34 @@ def _sampler(
 
 
 def _write_images(
-    model: sd.StableDiffusion, wanted: Sequence[Shot], sampler: Sampler, folder: Path
-) -> list[str]:
-    """Every image in its own file and all on one sheet. Returns the files' names."""
-    pictures = []
-    with tqdm(desc="images", total=len(wanted)) as bar:
-        for images in draw(model.pipe, wanted, sampler):
-            pictures += to_pictures(images)
-            bar.update(len(images))
-    names = [f"{index:03d}-seed{shot.seed}.png" for index, shot in enumerate(wanted)]
-    for picture, name in zip(pictures, names, strict=True):
-        picture.save(folder / name)
+    pipe: DiffusionPipeline,
+    adapters: Sequence[Adapter],
+    looks: Sequence[Look],
+    wanted: Sequence[Shot],
+    sampler: Sampler,
+    folder: Path,
+    base: str,
+) -> list[dict]:
+    """Every image in its own file and all on one sheet, a panel for each look. Returns a record of each."""
+    panels, records = [], []
     captions = [f"seed {shot.seed}: {shot.prompt}" for shot in wanted]
-    title = "DEMO · " if is_embedded(model.source) else ""
+    with tqdm(desc="images", total=len(wanted) * len(looks)) as bar:
+        for look in looks:
+            for adapter, strength in zip(adapters, look.strengths, strict=True):
+                adapter.strength = strength
+            pictures = []
+            for images in draw(pipe, wanted, sampler):
+                pictures += to_pictures(images)
+                bar.update(len(images))
+            for shot, picture in zip(wanted, pictures, strict=True):
+                name = f"{len(records):03d}-seed{shot.seed}.png"
+                picture.save(folder / name)
+                records.append({"file": name, "look": look.name, **dataclasses.asdict(shot)})
+            heading = look.name if len(looks) > 1 else ""
+            panels.append(Panel(heading, pictures, 4 if len(looks) == 1 else 2, captions))
+    title = "DEMO · " if is_embedded(base) else ""
     title += wanted[0].prompt if len({shot.prompt for shot in wanted}) == 1 else "samples"
-    note = f"{model.source}, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
-    grid([[Panel("", pictures, 4, captions)]], title=title, note=note).save(folder / "sheet.png")
-    return names
+    note = f"{base}, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
+    rows = [panels[start : start + 4] for start in range(0, len(panels), 4)]
+    grid(rows, title=title, note=note).save(folder / "sheet.png")
+    return records

@@ -69,7 +69,7 @@ def open_foreign(path: str | Path) -> Foreign:
     elif diffusers_file.recognised(tensors):
         family, forms = "diffusers", diffusers_file.read(tensors, header, file)
     else:
-        family, forms = "kohya", kohya.read(tensors, file)
+        family, forms = "kohya", kohya.read(tensors, header, file)
     return Foreign(file, family, forms, header, digest(tensors))
 
 
@@ -101,5 +101,9 @@ def _stored(path: Path) -> Path:
 
 def _kind(form: Form) -> str:
     """The form's name, and how it is decomposed."""
-    axes = {"magnitude": "magnitudes of outputs", "input_magnitude": "magnitudes of inputs"}
+    axes = {
+        "magnitude": "magnitudes of outputs",
+        "base_magnitude": "magnitudes of outputs",
+        "input_magnitude": "magnitudes of inputs",
+    }
     return " with ".join([form.form, *(said for key, said in axes.items() if key in form.tensors)])

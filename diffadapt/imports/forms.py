@@ -86,14 +86,14 @@ def _decorate(form: Form, take: Callable[[str], Tensor | None]) -> None:
     bias, up_bias = take("bias"), take("up_bias")
     if up_bias is not None:
         bias = form.multiplier * up_bias.float() + (0 if bias is None else bias)
-    scale, magnitude = take("dora_scale"), take("magnitude")
     if bias is not None:
         form.tensors["bias"] = bias.flatten()
-    if magnitude is not None:
-        form.tensors["magnitude"] = magnitude.flatten()
-    elif scale is not None:
-        by_input = scale.dim() > 1 and scale.shape[0] == 1 and scale.numel() > 1
-        form.tensors["input_magnitude" if by_input else "magnitude"] = scale.flatten()
+    for key in ("magnitude", "base_magnitude", "dora_scale"):
+        value = take(key)
+        if value is not None:
+            by_input = key == "dora_scale" and value.dim() > 1 and value.shape[0] == 1 < value.numel()
+            name = "input_magnitude" if by_input else "magnitude" if key == "dora_scale" else key
+            form.tensors[name] = value.flatten()
     for key in ("new_weight", "new_bias"):
         value = take(key)
         if value is not None:

@@ -38,7 +38,12 @@ _NAMES = (
 _WHOLE = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
 ROLES = {**_LOW_RANK, **_WHOLE, **{f".{name}": name for name in _NAMES}}
 # in PEFT folders: trained values that replace the layer's own
-REPLACED = {".weight": "new_weight", ".bias": "new_bias"}
+REPLACED = {
+    ".weight": "new_weight",
+    ".bias": "new_bias",
+    ".base_layer.weight": "new_weight",
+    ".base_layer.bias": "new_bias",
+}
 
 
 class Named(NamedTuple):

@@ -13,12 +13,19 @@ from torch import Tensor
 from diffadapt.imports.forms import Form, form_of, kohya_rule
 from diffadapt.imports.keys import by_layer, shorten
 
+OURS = "diffadapt.method"  # in the header of files we exported
 
-def read(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Form]:
-    """Every layer's form. Raises ValueError naming keys that fit no known kind of adapter."""
+
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> dict[str, Form]:
+    """Every layer's form; ``dora_scale`` as LyCORIS means it, in our own exports as ComfyUI does.
+
+    Raises: ValueError naming keys that fit no known kind of adapter.
+    """
     layers, left = by_layer(tensors)
     forms: dict[str, Form] = {}
     for layer, roles in layers.items():
+        if OURS in header and "dora_scale" in roles:
+            roles["base_magnitude"] = roles.pop("dora_scale")
         forms[layer], unused = form_of(layer, roles, kohya_rule)
         left += unused
     if left or not forms:

@@ -21,6 +21,8 @@ from diffadapt.methods.lokr import LoKr
 from diffadapt.methods.lora import LoRA
 from diffadapt.methods.mora import MoRA
 from diffadapt.methods.one_lora import OneLoRA
+from diffadapt.methods.peft_method import PREFIX as PEFT
+from diffadapt.methods.peft_method import parse_peft, peft_method
 from diffadapt.methods.pissa import PiSSA
 from diffadapt.methods.ranked import RankedMethod
 from diffadapt.methods.superlora import SuperLoRA
@@ -86,6 +88,9 @@ def make_method(name: str, **options) -> Method:
     ``options`` fill every part that has such an option and does not set it itself.
     Raises ValueError for an unknown name or option, naming the nearest known one.
     """
+    if name.startswith(PEFT):
+        kind, own = parse_peft(name)
+        return peft_method(kind, own, options)
     specs = [_parse(part) for part in _split_parts(name)]
     known = {field.name for spec, _ in specs for field in fields(METHODS[spec])}
     for option in options:
@@ -104,6 +109,8 @@ def read_method(parts: object) -> Method:
         name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(options, dict):
             raise ValueError(f"expected a name and options, got {part!r}")
+        if name.startswith(PEFT) and len(parts) == 1:
+            return peft_method(name.removeprefix(PEFT), options, {})
         if name not in READABLE:
             raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
         known = {field.name for field in fields(READABLE[name])}

@@ -34,7 +34,7 @@ def _kron(tensors: Tensors) -> Kron:
     return Kron(left, LowRank(up, down) if core is None else Tucker(up, core, down))
 
 
-# form -> the change its tensors are; every form may also carry bias, magnitude and input_magnitude
+# form -> the change its tensors are; every form may also carry a bias and a magnitude
 FORMS: dict[str, Callable[[Tensors], Expression | None]] = {
     "lora": lambda tensors: LowRank(tensors["up"], tensors["down"]),
     "tucker": lambda tensors: Tucker(tensors["up"], tensors["core"], tensors["down"]),
@@ -43,6 +43,7 @@ FORMS: dict[str, Callable[[Tensors], Expression | None]] = {
     "dense": lambda tensors: Dense(tensors["weight"]),
     "bias": lambda tensors: None,
 }
+MAGNITUDES = ("magnitude", "input_magnitude", "base_magnitude")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Imported(Method):
     """A form, a multiplier and shapes for each layer, by its path in the model; read from files alone.
 
     ``magnitude (out,)`` normalises the rows of ``W + delta`` as DoRA does; ``input_magnitude (in,)`` its
-    columns, one norm per input channel, which is what DoRA files with ``dora_scale (1, in, ...)`` mean.
+    columns, one norm per input channel, which is what DoRA files with ``dora_scale (1, in, ...)`` mean;
+    ``base_magnitude (out,)`` divides by the rows of ``W`` alone, as ComfyUI reads DoRA.
     """
 
     name: ClassVar[str] = "imported"
@@ -89,19 +91,23 @@ class Imported(Method):
 
     def update(self, site: Site, tensors: Tensors, base: Tensor) -> Update:
         own = self._own(site)
-        delta, multiplier, scale = FORMS[own["form"]](tensors), float(own["multiplier"]), None
-        if "magnitude" in tensors or "input_magnitude" in tensors:
-            rows = "magnitude" in tensors
-            magnitude = tensors["magnitude" if rows else "input_magnitude"]
-            with torch.no_grad():
-                whole = base.to(magnitude.dtype).flatten(1) + multiplier * delta.matrix()
-                channels = whole[None] if rows else whole.T.unflatten(0, (len(magnitude), -1)).transpose(0, 1)
-                norm = channels.norm(dim=(0, 2))
-            scale = rescale(magnitude, norm)
-            if not rows:
-                columns = scale.repeat_interleave(site.fan_in // len(magnitude))
-                delta, multiplier, scale = ColumnScaled(base, delta, columns, multiplier), 1.0, None
-        return Update(delta, multiplier, scale=scale, bias=tensors.get("bias"))
+        delta, multiplier, bias = FORMS[own["form"]](tensors), float(own["multiplier"]), tensors.get("bias")
+        key = next((key for key in MAGNITUDES if key in tensors), None)
+        if key is None:
+            return Update(delta, multiplier, bias=bias)
+        magnitude = tensors[key]
+        with torch.no_grad():
+            whole = base.to(magnitude.dtype).flatten(1)
+            if key != "base_magnitude":
+                whole = whole + multiplier * delta.matrix()
+            if key == "input_magnitude":
+                whole = whole.unflatten(1, (len(magnitude), -1)).transpose(0, 1)
+            norm = whole.flatten(1).norm(dim=1)
+        scale = rescale(magnitude, norm)
+        if key != "input_magnitude":
+            return Update(delta, multiplier, scale=scale, bias=bias)
+        columns = scale.repeat_interleave(site.fan_in // len(magnitude))
+        return Update(ColumnScaled(base, delta, columns, multiplier), bias=bias)
 
     def _own(self, site: Site) -> dict:
         return self.forms[bare_path(site.name)]

@@ -16,7 +16,13 @@ KINDS = {
     "LoHa": {"algo": "loha"},
     "LoHa, Tucker": {"algo": "loha", "use_tucker": True},
     "LoKr": {"algo": "lokr"},
-    "LoKr, both decomposed": {"algo": "lokr", "decompose_both": True, "factor": 8, "linear_dim": 1, "conv_dim": 1},
+    "LoKr, both decomposed": {
+        "algo": "lokr",
+        "decompose_both": True,
+        "factor": 8,
+        "linear_dim": 1,
+        "conv_dim": 1,
+    },
     "LoKr, Tucker": {"algo": "lokr", "use_tucker": True},
     "LoKr, whole factors": {"algo": "lokr", "full_matrix": True, "linear_dim": 1000, "conv_dim": 1000},
     "DoRA by outputs": {"algo": "locon", "dora_wd": True},
@@ -81,7 +87,9 @@ def test_what_was_opened_merges_and_can_be_trained_on(tmp_path, kind):
     da.merge(adapter)
     assert torch.allclose(output(model), live, atol=1e-5)
     da.unmerge(adapter)
-    model(sample=torch.ones(1, 4, 8, 8), timestep=3, encoder_hidden_states=torch.ones(1, 5, 32)).sample.square().sum().backward()
+    model(
+        sample=torch.ones(1, 4, 8, 8), timestep=3, encoder_hidden_states=torch.ones(1, 5, 32)
+    ).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
 
 

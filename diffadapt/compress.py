@@ -1,0 +1,149 @@
+"""Adapters made from changes of weights: one of a smaller rank, several as one, with what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffadapt.adapter import Adapter
+from diffadapt.imports.attach import attach_forms
+from diffadapt.imports.forms import Form
+from diffadapt.layers import Record
+from diffadapt.merging import folded
+from diffadapt.targets import Found
+from diffadapt.update import LowRank
+
+
+@torch.no_grad()
+def resized(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> tuple[dict, float]:
+    """Every weight's change cut to a rank by its singular values, biases and norms as they are.
+
+    Args:
+        rank: the largest rank of a layer.
+        energy: in place of a rank, the share of each layer's squared change to keep, in (0, 1].
+
+    Returns: forms by site name, for ``replaced``; and the share of the whole squared change that is kept.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError("give either a rank or an energy")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be a whole number >= 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    forms, kept, whole = {}, 0.0, 0.0
+    for site in adapter.sites:
+        record = adapter.records[site.name]
+        entries = adapter.entries(record)
+        bias = _bias_change(record, entries)
+        if site.kind in ("norm", "embedding"):
+            change = _change(record, entries)
+            own = total = change.square().sum().item()
+            forms[site.name] = _dense(change, bias)
+        else:
+            left, values, right = _singular(record, entries)
+            total = values.square().sum().item()
+            count = max(1, min(rank, len(values)) if rank else rank_for_energy(values, energy))
+            own = values[:count].square().sum().item()
+            root = values[:count].sqrt()
+            factors = {"up": left[:, :count] * root, "down": root[:, None] * right[:count]}
+            forms[site.name] = Form("lora", factors | _named(bias))
+        kept, whole = kept + own, whole + total
+    return forms, kept / whole if whole else 1.0
+
+
+@torch.no_grad()
+def combined(adapters: Sequence[Adapter]) -> tuple[dict, float]:
+    """The sum of the changes of adapters on one model, each at its strength.
+
+    Low-rank changes are joined by their factors, others become one whole difference.
+    Returns: forms by site name, for ``replaced``; and the relative error of the sum in float32.
+    """
+    sites = {site.name: site for adapter in adapters for site in adapter.sites}
+    forms, lost, whole = {}, 0.0, 0.0
+    for name, site in sites.items():
+        record = next(a.records[name] for a in adapters if name in a.records)
+        entries = [entry for a in adapters if name in a.records for entry in a.entries(record)]
+        change, bias = _change(record, entries), _bias_change(record, entries)
+        factors = _factors(record, entries)
+        narrow = factors is not None and factors[0].shape[1] < min(site.out, site.fan_in)
+        if narrow and site.kind in ("linear", "conv"):
+            forms[name] = Form("lora", {"up": factors[0], "down": factors[1]} | _named(bias))
+            made = factors[0].float() @ factors[1].float()
+        else:
+            forms[name] = _dense(change, bias)
+            made = change.float().flatten(1) if change.dim() > 1 else change.float()[:, None]
+        lost += (made.double() - change.reshape(made.shape)).square().sum().item()
+        whole += change.square().sum().item()
+    return forms, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def replaced(adapters: Sequence[Adapter], forms: Mapping[str, Form], *, name: str = "default") -> Adapter:
+    """A new adapter with these forms on the layers of the given adapters, which are taken off."""
+    from diffadapt.attaching import detach
+
+    roots, found = {}, {}
+    for adapter in adapters:
+        roots |= adapter.roots
+        for site in adapter.sites:
+            found[site.name] = Found(site, tuple(adapter.records[site.name].layers), True)
+    for adapter in adapters:
+        detach(adapter)
+    return attach_forms(roots, forms, [found[site] for site in forms], name=name)
+
+
+def rank_for_energy(values: Tensor, energy: float) -> int:
+    """The smallest rank that keeps this share of the sum of squares of falling singular ``values``."""
+    squares = values.square()
+    if squares.sum() == 0:
+        return 1
+    shares = squares.cumsum(0) / squares.sum()
+    return min(int((shares < energy - 1e-12).sum()) + 1, len(values))
+
+
+def _change(record: Record, entries: Sequence) -> Tensor:
+    """``W' - W`` in float64, in the weight's shape."""
+    base = record.base().double().cpu()
+    return folded(record, entries)[0].double().cpu() - base
+
+
+def _bias_change(record: Record, entries: Sequence) -> Tensor | None:
+    base, new = record.base_bias(), folded(record, entries)[1][0]
+    if new is None:
+        return None
+    change = new.double().cpu() - (0 if base is None else base.double().cpu())
+    return change if change.any() else None
+
+
+def _singular(record: Record, entries: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of the change as a matrix; thin products are never multiplied out."""
+    factors = _factors(record, entries)
+    if factors is None or factors[0].shape[1] >= min(factors[0].shape[0], factors[1].shape[1]):
+        return torch.linalg.svd(_change(record, entries).flatten(1), full_matrices=False)
+    (rows, upper), (columns, lower) = torch.linalg.qr(factors[0]), torch.linalg.qr(factors[1].T)
+    left, values, right = torch.linalg.svd(upper @ lower.T)
+    return rows @ left, values, right @ columns.T
+
+
+def _factors(record: Record, entries: Sequence) -> tuple[Tensor, Tensor] | None:
+    """``up`` and ``down`` of the sum where every change is low-rank and no row is scaled."""
+    ups, downs = [], []
+    for entry in entries:
+        update = entry.owner.update(entry.index, record.base())
+        plain = getattr(update.delta, "plain", None)
+        delta = plain() if callable(plain) else update.delta
+        if update.scale is not None or not (delta is None or isinstance(delta, LowRank)):
+            return None
+        if delta is not None:
+            ups.append(entry.owner.strength * update.multiplier * delta.up.double().cpu())
+            downs.append(delta.down.double().cpu())
+    return (torch.cat(ups, 1), torch.cat(downs, 0)) if ups else None
+
+
+def _dense(change: Tensor, bias: Tensor | None) -> Form:
+    return Form("dense", {"weight": change} | _named(bias))
+
+
+def _named(bias: Tensor | None) -> dict[str, Tensor]:
+    return {} if bias is None else {"bias": bias}
