@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffadapt as da
-from diffadapt import combine_command, extract_command, params_command, resize_command
+from diffadapt import combine_command, export_command, extract_command, params_command, resize_command
 from diffadapt.exits import run
 
 
@@ -125,6 +125,11 @@ COMMANDS = {
         "what an adapter would train, from a config alone", params_command.add_options, _run_params
     ),
     "info": Command("what is in an adapter file", _info_options, _run_info),
+    "export": Command(
+        "an adapter in another program's format, proven when it is written",
+        export_command.add_options,
+        _printing(export_command.export),
+    ),
     "resize": Command(
         "the same adapter at a smaller rank", resize_command.add_options, _printing(resize_command.resize)
     ),

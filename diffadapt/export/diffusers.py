@@ -63,7 +63,7 @@ def diffusers_tensors(changes: list[Change]) -> dict[str, Tensor]:
             bias = change.weight.new_zeros(shape[0]) if change.bias is None else change.bias
             tensors[f"{name}.{up_key}.bias"] = bias
         if change.component in with_scale:
-            tensors[f"{name}.lora_magnitude_vector"] = _magnitude(change)
+            tensors[f"{name}.{_magnitude_key(change.component)}"] = _magnitude(change)
     return tensors
 
 
@@ -93,6 +93,11 @@ def _factor_keys(component: str) -> tuple[str, str]:
     if component.startswith("text_encoder"):
         return "lora_linear_layer.down", "lora_linear_layer.up"
     return "lora_A", "lora_B"
+
+
+def _magnitude_key(component: str) -> str:
+    # transformers 5 puts the adapter's name before the last word, and finds no other spelling
+    return "lora_magnitude_vector.weight" if component.startswith("text_encoder") else "lora_magnitude_vector"
 
 
 def _factors(change: Change) -> LowRank:

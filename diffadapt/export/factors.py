@@ -8,9 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffadapt.expressions import Dense, FeatureSum, Folded, Hadamard, HadamardPair, Kron, Replace
+from diffadapt.expressions import (
+    ColumnScaled,
+    Dense,
+    FeatureSum,
+    Folded,
+    Hadamard,
+    HadamardPair,
+    Kron,
+    Replace,
+)
 from diffadapt.methods.mora import SquareBetween
-from diffadapt.update import Expression, LowRank, Scaled, Sum, Tucker
+from diffadapt.update import Derived, Expression, LowRank, Scaled, Sum, Tucker
 
 Form = LowRank | Tucker | HadamardPair | Kron | Dense
 
@@ -26,21 +35,24 @@ def form_of(expression: Expression, factor: float, base_shape: torch.Size) -> Fo
         first, second = (form_of(part, factor, base_shape) for part in (expression.first, expression.second))
         return added(first, second)
     wide = expression.with_tensors([tensor.detach().double() for tensor in expression.tensors()])
+    if isinstance(wide, Derived):
+        wide = wide.plain()
     if isinstance(wide, LowRank | Tucker):
         return type(wide)(factor * wide.up, *wide.tensors()[1:])
     if isinstance(wide, FeatureSum):
         return LowRank(factor * wide.vector[:, None], wide.vector.new_ones(1, wide.fan_in))
     if isinstance(wide, HadamardPair):
-        return HadamardPair(LowRank(factor * wide.first.up, wide.first.down), wide.second)
+        first, second = low_rank(wide.first), low_rank(wide.second)
+        return HadamardPair(LowRank(factor * first.up, first.down), second)
     if isinstance(wide, Kron):
-        right = wide.right if isinstance(wide.right, LowRank | Dense) else Dense(wide.right.matrix())
+        right = wide.right if isinstance(wide.right, Dense) else low_rank(wide.right)
         return Kron(factor * wide.left, right)
     if isinstance(wide, Folded) and isinstance(wide.inner, LowRank):
         return _unfolded(wide.inner, wide.shape, factor)
     if isinstance(wide, SquareBetween) and not wide.rotated:
         return _repeated(wide, factor)
     matrix = factor * wide.matrix()
-    if isinstance(wide, Dense | Hadamard | Replace):
+    if isinstance(wide, Dense | Hadamard | ColumnScaled | Replace):
         return Dense(matrix)
     return _thinned(matrix)
 

@@ -28,6 +28,7 @@ _PEFT_ENDS = {
     "lora_B.weight": "lora_B.weight",
     "lora_B.bias": "lora_B.bias",
     "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
 }
 
 
@@ -74,7 +75,7 @@ def verify_kohya(path: str, changes: Sequence[Change], base: Base, dtype: torch.
         (A1111, [found_by_a1111(change, base) for change in changes]),
         (LYCORIS, everywhere),
         (SD_SCRIPTS, in_sd_scripts),
-        (DIFFUSERS_KOHYA, everywhere),
+        (DIFFUSERS_KOHYA, ["add_embedding" not in change.path for change in changes]),
     )
     return [_verdict(program, names, finds, grouped, changes, dtype) for program, finds in found]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderTiny,
-    EulerDiscreteScheduler,
+    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import diffadapt as da
 
-# Linear with and without a bias, convolutions of 3 x 3, 1 x 1 and stride 2, one before and one after the blocks.
+# Linear with and without a bias, convolutions of 3 x 3, 1 x 1 and stride 2, before, in and after the blocks.
 LAYERS = (
     "conv_in+conv_out+time_embedding.linear_1+mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     "+mid_block.attentions.0.transformer_blocks.0.attn2.to_k+mid_block.attentions.0.proj_in"
@@ -31,7 +31,7 @@ SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3
 
 
 def sd_folder(folder: Path) -> Path:
-    return tiny_sd_pipeline(folder / "sd")
+    return tiny_sd_pipeline(folder / "sd", prediction_type="v_prediction")
 
 
 def sdxl_folder(folder: Path) -> Path:
@@ -52,7 +52,7 @@ def sdxl_folder(folder: Path) -> Path:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=_sdxl_unet(),
-            scheduler=EulerDiscreteScheduler(),
+            scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
         )
     pipe.save_pretrained(folder / "sdxl")
     return folder / "sdxl"
@@ -98,9 +98,12 @@ def open_pipeline(folder: Path):
     return pipe
 
 
-def trained(pipe, method: str, *, layers: str = LAYERS, text: str | None = TEXT_LAYERS, size: float = 0.05):
+def trained(
+    pipe, method: str, *, layers: str | None = None, text: str | None = TEXT_LAYERS, size: float = 0.05
+):
     """An adapter whose values are far enough from the start to be seen in the pictures."""
-    adapter = da.attach(pipe, da.make_method(method), layers, text_encoder_targets=text)
+    biased = f"{LAYERS}+!to_q+!to_k" if "bitfit" in method else LAYERS
+    adapter = da.attach(pipe, da.make_method(method), layers or biased, text_encoder_targets=text)
     train(adapter, size)
     return adapter
 
