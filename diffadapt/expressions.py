@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffadapt.chain import ChannelSum, Mix, Shared, Step
 from diffadapt.convolution import LinearMap
-from diffadapt.update import Expression, LayerMap, LowRank, Tucker, pointwise_weight
+from diffadapt.update import Expression, LayerMap, LowRank, pointwise_weight
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,25 @@ class ColumnScaled(Expression):
 
 
 @dataclass(frozen=True)
-class HadamardPair(Expression):
-    """The entrywise product of two low-rank matrices (LoHa), or of two Tucker products."""
+class EntrywiseProduct(Expression):
+    """The entrywise product of any two changes, such as the Tucker products of LoHa files."""
 
-    first: LowRank | Tucker
-    second: LowRank | Tucker
+    first: Expression
+    second: Expression
+
+    def matrix(self) -> Tensor:
+        return self.first.matrix() * self.second.matrix()
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())
+
+
+@dataclass(frozen=True)
+class HadamardPair(Expression):
+    """The entrywise product of two low-rank matrices (LoHa)."""
+
+    first: LowRank
+    second: LowRank
 
     def matrix(self) -> Tensor:
         return self.first.matrix() * self.second.matrix()
@@ -108,8 +122,6 @@ class HadamardPair(Expression):
         return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        if isinstance(self.first, Tucker) or isinstance(self.second, Tucker):
-            return False
         (_, fan_in), rank = self.first.down.shape, self.first.up.shape[1] * self.second.up.shape[1]
         folded = layer.groups == 1 or rank * (layer.groups * fan_in + shape[0]) < shape[0] * fan_in
         return folded and 4 * rank < min(shape[0], fan_in)

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from diffadapt.expressions import ColumnScaled, Dense, HadamardPair, Kron
+from diffadapt.expressions import ColumnScaled
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.dora import rescale
+from diffadapt.methods.imported_forms import FORMS, Tensors
 from diffadapt.site import Kind, Site
-from diffadapt.update import Expression, LowRank, Tucker, Update
+from diffadapt.update import Update
 
-Tensors = Mapping[str, Tensor]
-
-
-def _half(tensors: Tensors, number: int) -> LowRank | Tucker:
-    up, down = tensors[f"up_{number}"], tensors[f"down_{number}"]
-    core = tensors.get(f"core_{number}")
-    return LowRank(up, down) if core is None else Tucker(up, core, down)
-
-
-def _kron(tensors: Tensors) -> Kron:
-    left = tensors["left"] if "left" in tensors else tensors["left_up"] @ tensors["left_down"]
-    if "right" in tensors:
-        return Kron(left, Dense(tensors["right"]))
-    core = tensors.get("core")
-    up, down = tensors["up"], tensors["down"]
-    return Kron(left, LowRank(up, down) if core is None else Tucker(up, core, down))
-
-
-# form -> the change its tensors are; every form may also carry a bias and a magnitude
-FORMS: dict[str, Callable[[Tensors], Expression | None]] = {
-    "lora": lambda tensors: LowRank(tensors["up"], tensors["down"]),
-    "tucker": lambda tensors: Tucker(tensors["up"], tensors["core"], tensors["down"]),
-    "loha": lambda tensors: HadamardPair(_half(tensors, 1), _half(tensors, 2)),
-    "lokr": _kron,
-    "dense": lambda tensors: Dense(tensors["weight"]),
-    "bias": lambda tensors: None,
-}
 MAGNITUDES = ("magnitude", "input_magnitude", "base_magnitude")
 
 

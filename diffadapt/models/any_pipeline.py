@@ -59,7 +59,7 @@ def open_single_file(path: str) -> DiffusionPipeline:
     config = {"config": str(beside), "local_files_only": True} if beside.is_dir() else {}
     try:
         return family.from_single_file(path, **config)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"{path}: a single file has no configuration or tokenizer; without a network, put the pipeline's "
             f"folder without weights (model_index.json, every config.json, tokenizer) at {beside} ({error})"

@@ -93,6 +93,19 @@ def test_what_was_opened_merges_and_can_be_trained_on(tmp_path, kind):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
 
 
+@pytest.mark.parametrize(
+    "kind", ["LoHa, Tucker", "LoKr, Tucker", "DoRA by inputs", "DoRA by outputs", "with norms"]
+)
+def test_what_was_opened_can_be_exported_again(tmp_path, kind):
+    path, *_ = written(tmp_path, **KINDS[kind])
+    model, again = unet(), unet()
+    adapter = da.load(model, path)
+    live = output(model)
+    da.export(adapter, tmp_path / "again.safetensors", to="kohya")
+    da.load(again, tmp_path / "again.safetensors")
+    assert torch.allclose(output(again), live, atol=1e-4)
+
+
 def test_the_tucker_file_has_a_core_and_the_decomposed_lokr_its_factors(tmp_path):
     tucker = load_file(written(tmp_path, **KINDS["LoCon, Tucker"])[0])
     assert any(key.endswith("lora_mid.weight") for key in tucker)
