@@ -1,11 +1,11 @@
 """SuperLoRA against a restatement of its formula, the counts of the paper, and models of several layers."""
 
 import copy
-import hashlib
 import itertools
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,17 +437,17 @@ def test_gradients_survive_checkpointing_and_two_forwards(options):
             torch.testing.assert_close(own, factor * expected, rtol=1e-9, atol=1e-10)
 
 
-@some_variants
-@pytest.mark.parametrize("checkpointed", [False, True])
+COMPILED = [(VARIANTS[i], i in (13, 25)) for i in (3, 8, 13, 23, 25)]
+
+
+@pytest.mark.parametrize(("options", "checkpointed"), COMPILED, ids=[str(v) for v, _ in COMPILED])
 def test_compiling_the_model_keeps_gradients(options, checkpointed):
     torch._dynamo.reset()
     plain = gradients(*adapted(options), once)
     model, adapter = adapted(options, checkpointed=checkpointed)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        found = gradients(compiled, adapter, once)
-        for own, expected in zip(found, plain, strict=True):
-            torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+    found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), adapter, once)
+    for own, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
 
 
 @some_variants
@@ -547,32 +547,37 @@ def test_the_order_of_the_layers_at_loading_does_not_matter(options, tmp_path):
 
 
 _OTHER_PROCESS = """
-import hashlib, sys, torch
+import sys, torch
 sys.path.insert(0, {folder!r})
 torch.set_num_threads({threads})
 import diffadapt as da
-from test_superlora import digest, make
-model = make(torch.float32)
-print(digest(da.load(model, {path!r}), model))
+from test_superlora import everything, make
+torch.save(everything(da.load(make(torch.float32), {path!r})), {out!r})
 """
 
 
-def digest(adapter, model):
-    hasher = hashlib.sha256()
-    for site in adapter.sites:
-        hasher.update(adapter.adapted_weight(site).numpy().tobytes())
-    hasher.update(model(inputs(torch.float32)).detach().numpy().tobytes())
-    return hasher.hexdigest()
+def everything(adapter):
+    """The trained tensors, the numbers made again from the seed, and the weights."""
+    weights = [adapter.adapted_weight(site) for site in adapter.sites]
+    return [p.detach() for p in adapter.parameters()], list(adapter.buffers()), weights
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("options", [VARIANTS[11], VARIANTS[25]], ids=str)
-def test_another_process_with_other_threads_gets_the_same_bits(options, tmp_path):
-    model, adapter = adapted(options, torch.float32, seed=7)
-    path = tmp_path / "a.safetensors"
+def test_another_process_makes_the_same_bits(options, threads, tmp_path):
+    _, adapter = adapted(options, torch.float32, seed=7)
+    path, out = str(tmp_path / "a.safetensors"), str(tmp_path / "out.pt")
     da.save(adapter, path)
-    code = _OTHER_PROCESS.format(folder=str(__file__.rpartition("/")[0]), threads=3, path=str(path))
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.split()[-1] == digest(adapter, model)
+    code = _OTHER_PROCESS.format(folder=str(Path(__file__).parent), threads=threads, path=path, out=out)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    torch.set_num_threads(1)
+    trained, made_again, weights = everything(adapter)
+    for own, others in zip((trained, made_again, weights), torch.load(out), strict=True):
+        for tensor, other in zip(own, others, strict=True):
+            if threads == 1 or own is not weights:
+                assert torch.equal(tensor, other)
+            else:  # a product of few rows is summed in another order by more threads
+                torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_seed_of_the_file_makes_the_projection_again(tmp_path):
