@@ -36,7 +36,7 @@ class SuperLoRA(RankedMethod):
     """
 
     name: ClassVar[str] = "superlora"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-3  # as FLoRA's; the paper's is in none of its appendices
     grouped: ClassVar[bool] = True
 
     groups: str | int = "weight"  # weight, layer (all weights of one parent module), or a number of groups

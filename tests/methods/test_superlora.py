@@ -562,8 +562,7 @@ def everything(adapter):
     return [p.detach() for p in adapter.parameters()], list(adapter.buffers()), weights
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("options", [VARIANTS[11], VARIANTS[25]], ids=str)
+@pytest.mark.parametrize(("options", "threads"), [(VARIANTS[25], 1), (VARIANTS[11], 3)], ids=["1", "3"])
 def test_another_process_makes_the_same_bits(options, threads, tmp_path):
     _, adapter = adapted(options, torch.float32, seed=7)
     path, out = str(tmp_path / "a.safetensors"), str(tmp_path / "out.pt")
