@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import torch
-from layer_kinds import FEW, KINDS, LayerKind
+from layer_kinds import KINDS, MAIN, LayerKind
 from torch import Tensor, nn
 
 import diffadapt as da
 from diffadapt.layers import wide
+from diffadapt.site import Site
 from diffadapt.targets import describe
 
 OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the others on a few
@@ -20,19 +22,6 @@ OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the othe
     "mora": [{"rank": 2}, {"rank": 2, "type": 6}],
     "loha": [{"rank": 1, "alpha": 2.0}, {"rank": 3}],
     "lokr": [{"rank": 2, "scale": 1.5}, {"rank": 1, "factor": 2}, {"rank": 9}],
-    "superlora": [
-        {"rank": 2},
-        {"rank": 2, "scale": 1.5, "reshape": False},
-        {"rank": 2, "tensor_order": 3},
-        {"rank": 2, "tensor_order": 4, "core": "cp", "groups": 2},
-        {"rank": 1, "tensor_order": 5, "groups": "layer"},
-        {"tensor_order": 1, "groups": 3},
-        {"rank": 2, "kron_factors": 2, "kron_block": 3},
-        {"rank": 1, "kron_factors": 3, "kron_block": 2, "reshape": False},
-        {"rank": 2, "projection": "shuffle"},
-        {"rank": 2, "projection": "linear_v2", "rho": 0.5, "groups": 1},
-        {"rank": 2, "projection": "nonlinear", "rho": 0.3},
-    ],
     "flora": [
         {"rank": 3, "scale": 2.0},
         {"rank": 9, "rank_in": 2, "rank_out": 4, "kernel_rank": 1, "init": "gaussian"},
@@ -42,6 +31,16 @@ OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the othe
         {"rank": 2, "order": "exp"},
         {"rank": 1, "conv_reshape": "loralib", "order": "exp"},
         *({"rank": 2, "inner": inner} for inner in ("dora", "pissa", "flora")),
+    ],
+    "superlora": [
+        {"rank": 1},
+        {"rank": 2, "reshape": False, "scale": 1.5},
+        {"rank": 2, "tensor_order": 3, "projection": "shuffle"},
+        {"rank": 1, "tensor_order": 5, "core": "cp", "groups": "layer"},
+        {"tensor_order": 1, "groups": 1, "rho": 0.3, "projection": "linear"},
+        {"rank": 1, "kron_factors": 3, "kron_block": 2},
+        {"rank": 2, "projection": "linear_v2", "rho": 0.5},
+        {"rank": 2, "projection": "nonlinear", "rho": 0.5},
     ],
     "1lora": [{}, {"compression": "random"}],
     "difffit": [{}, {"gamma": False}],
@@ -67,19 +66,25 @@ class Case:
 
     def changes(self, kind: LayerKind) -> bool:
         """Whether every part of the method says it can change such a layer."""
-        with torch.device("meta"):
-            site = describe("layer", kind.make())
-        for part in self.method.parts:
-            if site.kind not in part.kinds or not part.serves(site):
-                return False
-            try:
+        site = _site(kind)
+        if not all(site.kind in part.kinds and part.serves(site) for part in self.method.parts):
+            return False
+        try:
+            for part in self.method.parts:
                 part.trained(site)
-            except ValueError:
-                return False
+                part.shared([site])
+        except ValueError:
+            return False
         return True
 
     def __str__(self) -> str:
         return str(self.method).replace(" ", "")
+
+
+@functools.cache
+def _site(kind: LayerKind) -> Site:
+    with torch.device("meta"):
+        return describe("layer", kind.make())
 
 
 def _default(name: str) -> list[dict]:
@@ -96,14 +101,14 @@ CASES = [Case(name, options) for name in da.METHODS for options in OPTIONS.get(n
 CASES += [Case(combination) for combination in COMBINATIONS if _registered(combination)]
 
 
-def pairs(cases: Iterable[Case] = CASES, kinds: Iterable[LayerKind] = tuple(KINDS.values())) -> dict:
-    """Arguments of ``parametrize``: every method on every kind of layer it can change, its further options
-    on a few of them."""
+def pairs(cases: Iterable[Case] = CASES, kinds: Iterable[str] = tuple(KINDS), *, of=KINDS) -> dict:
+    """Arguments of ``parametrize``: methods on the kinds of layers they can change. The first options of a
+    method go on all these kinds, further ones on the three whose code they share."""
     chosen = [
-        (case, kind)
+        (case, of[kind])
         for case in cases
         for kind in kinds
-        if case.changes(kind) and (case in FIRST or kind.name in FEW or kind.name not in KINDS)
+        if (case in FIRST or kind in MAIN) and case.changes(of[kind])
     ]
     return {
         "argnames": ("case", "kind"),
@@ -160,8 +165,6 @@ def plain(bare: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def changed(adapter: da.Adapter) -> tuple[Tensor, Tensor | None]:
     """The adapted weight and bias of a model with one site, as functions autograd can differentiate."""
     (record,) = adapter.records.values()
-    for part in adapter.parts:
-        part.prepared = None  # what a grouped method computed in the forward
     base, base_bias = wide(record.base()), record.base_bias()
     weight, bias = base, None if base_bias is None else wide(base_bias)
     for entry in adapter.entries(record):

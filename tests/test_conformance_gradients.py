@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import FEW, KINDS, LARGE
-from method_cases import FIRST, Model, adapt, changed, close, pairs, plain, trainable
+from layer_kinds import FEW, LARGE, MAIN
+from method_cases import FIRST, Case, Model, adapt, changed, close, pairs, plain, trainable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 everything = pytest.mark.parametrize(**pairs())
-on_few = pytest.mark.parametrize(**pairs(kinds=[KINDS[name] for name in FEW]))
-COMPILED = [KINDS[name] for name in ("linear", "conv-3x3", "conv-groups-2", "embedding", "layer-norm")]
+on_few = pytest.mark.parametrize(**pairs(kinds=FEW))
+COMPILED = ("linear", "conv-3x3", "embedding", "layer-norm")
+DROPPING = [
+    Case(case.spec, {**case.options, "dropout": 0.5})
+    for case in FIRST
+    if hasattr(case.method, "dropout") and case.spec not in ("dora",)
+]
 DETACHED = ("dora",)  # their norm counts as a constant, so finite differences see another gradient
 
 
@@ -66,14 +71,20 @@ def _inputs(kind, grad=True):
 
 
 @everything
-@pytest.mark.parametrize("input_grad", [True, False], ids=["input-grad", "no-input-grad"])
-def test_gradients_are_those_of_the_materialised_weight(case, kind, input_grad):
+def test_gradients_are_those_of_the_materialised_weight(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64)
-    used = _once(model, _inputs(kind, input_grad))
+    used = _once(model, _inputs(kind))
     _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
 
 
-@everything
+@on_few
+def test_gradients_do_not_need_one_of_the_input(case, kind):
+    model, adapter, bare = adapt(case, kind, torch.float64)
+    used = _once(model, _inputs(kind, grad=False))
+    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@on_few
 def test_gradients_at_the_start_are_those_of_the_materialised_weight(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64, trained=False)
     used = _once(model, _inputs(kind))
@@ -98,15 +109,14 @@ def test_a_layer_used_twice_in_one_forward_gets_both_gradients(case, kind):
 
 
 @on_few
-@pytest.mark.parametrize("strength", [-0.5, 0.3])
-def test_gradients_follow_the_strength(case, kind, strength):
+def test_gradients_follow_the_strength(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64)
-    adapter.strength = strength
+    adapter.strength = -0.5
     used = _once(model, _inputs(kind))
     _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
 
 
-@everything
+@on_few
 def test_finite_differences_confirm_the_gradients(case, kind):
     model, adapter, _ = adapt(case, kind, torch.float64)
     x = _inputs(kind)[0]
@@ -116,7 +126,7 @@ def test_finite_differences_confirm_the_gradients(case, kind):
         assert torch.autograd.gradcheck(lambda *_: model(x), leaves, fast_mode=True)
 
 
-@everything
+@on_few
 def test_every_trained_tensor_has_a_gradient_within_two_steps(case, kind):
     model, adapter, _ = adapt(case, kind, torch.float64, trained=False)
     x, reached = kind.input(torch.float64), set()
@@ -141,10 +151,8 @@ def test_compiling_keeps_outputs_and_gradients(case, kind):
     _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
 
 
-@pytest.mark.parametrize(**pairs(kinds=LARGE.values()))
-def test_no_weight_sized_tensor_is_kept_for_backward(case, kind):
-    model, adapter, _ = adapt(case, kind)
-    x = kind.input().requires_grad_()
+def _kept_for_backward(model, adapter, x):
+    """Bytes of every storage kept for backward that is neither the input nor anyone's tensor."""
     own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *adapter.parameters())}
     own |= {t.untyped_storage().data_ptr() for t in adapter.buffers()}
     kept = {}
@@ -154,13 +162,43 @@ def test_no_weight_sized_tensor_is_kept_for_backward(case, kind):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    del y
-    sizes = [t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own]
-    assert max(sizes, default=0) < model.layer.weight.untyped_storage().nbytes() / 2
+        model(x)
+    return [t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own]
 
 
-@pytest.mark.parametrize(**pairs(kinds=[KINDS["linear"], KINDS["conv-3x3"]]))
+@pytest.mark.parametrize(**pairs(kinds=LARGE, of=LARGE))
+def test_no_weight_sized_tensor_is_kept_for_backward(case, kind):
+    model, adapter, _ = adapt(case, kind)
+    kept = _kept_for_backward(model, adapter, kind.input().requires_grad_())
+    size = model.layer.weight.untyped_storage().nbytes()
+    if _keeps_its_group(case):
+        assert sum(kept) < 1.1 * size
+    else:
+        assert max(kept, default=0) < size / 2
+
+
+def _keeps_its_group(case):
+    """The stated exception: SuperLoRA keeps the vector of a group that is projected or not a matrix."""
+    projected, order = case.options.get("projection", "none"), case.options.get("tensor_order", 2)
+    return case.spec == "superlora" and (projected != "none" or order != 2)
+
+
+@pytest.mark.parametrize(**pairs(DROPPING, LARGE, of=LARGE))
+def test_no_weight_sized_tensor_is_kept_for_backward_under_dropout(case, kind):
+    model, adapter, _ = adapt(case, kind)
+    kept = _kept_for_backward(model, adapter, kind.input().requires_grad_())
+    assert max(kept, default=0) < model.layer.weight.untyped_storage().nbytes() / 2
+
+
+@pytest.mark.parametrize(**pairs(DROPPING, MAIN))
+def test_finite_differences_confirm_the_gradients_under_dropout(case, kind):
+    model, adapter, _ = adapt(case, kind, torch.float64)
+    adapter.set_dropout_seed(5)
+    leaves = [_inputs(kind)[0], *trainable(adapter)]
+    assert torch.autograd.gradcheck(lambda x, *_: model(x), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(**pairs(kinds=("linear", "conv-3x3")))
 def test_half_precision_gradients_are_those_of_float32_to_its_accuracy(case, kind):
     model, adapter, bare = adapt(case, kind, torch.bfloat16)
     model(kind.input(torch.bfloat16)).float().square().sum().backward()
