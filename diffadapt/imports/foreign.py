@@ -94,7 +94,7 @@ def _stored(path: Path) -> Path:
     if pickle.is_file():
         raise ValueError(f"{pickle} is not opened: {REMEDY}")
     raise FileNotFoundError(
-        f"no adapter file in {path.parent}: it holds neither {peft_folder.CONFIG} with {peft_folder.TENSORS} nor "
+        f"no adapter file in {path.parent}: neither {peft_folder.CONFIG} with {peft_folder.TENSORS} nor "
         f"{diffusers_file.TENSORS}; give the adapter file itself"
     )
 

@@ -67,7 +67,7 @@ def test_a_file_of_lycoris_gives_its_outputs(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_opened_can_be_saved_as_our_file_and_opened_again(tmp_path, kind):
-    path, base, theirs = written(tmp_path, **KINDS[kind])
+    path, base, _ = written(tmp_path, **KINDS[kind])
     first, second = unet(), unet()
     adapter = da.load(first, path)
     da.save(adapter, tmp_path / "ours.safetensors")
@@ -80,7 +80,7 @@ def test_what_was_opened_can_be_saved_as_our_file_and_opened_again(tmp_path, kin
 
 @pytest.mark.parametrize("kind", ["DoRA by inputs", "LoHa, Tucker", "LoKr, both decomposed"])
 def test_what_was_opened_merges_and_can_be_trained_on(tmp_path, kind):
-    path, _, theirs = written(tmp_path, **KINDS[kind])
+    path, *_ = written(tmp_path, **KINDS[kind])
     model = unet()
     adapter = da.load(model, path)
     live = output(model)
