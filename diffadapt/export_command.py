@@ -1,11 +1,11 @@
 """`diffadapt export`: an adapter file in another program's format, proven before it exists."""
 
 import argparse
-import json
 from pathlib import Path
 
 import diffadapt as da
 from diffadapt.export import DTYPES, KINDS, ExportReport
+from diffadapt.export.metadata import carried
 from diffadapt.models.names import resolve
 
 
@@ -35,7 +35,6 @@ def export(arguments: argparse.Namespace) -> ExportReport:
         raise ValueError(f"{arguments.out}: the file's name must end in .safetensors")
     pipe = open_pipeline(base, revision=arguments.revision, variant=arguments.variant)
     adapter = da.load(pipe, arguments.file, strength=arguments.strength)
-    kept = {key: value for key, value in metadata.items() if key not in OWN_KEYS}
     return da.export(
         adapter,
         arguments.out,
@@ -45,7 +44,7 @@ def export(arguments: argparse.Namespace) -> ExportReport:
         dense=arguments.dense,
         force=arguments.force,
         base=base,
-        metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in kept.items()},
+        metadata=carried(metadata),
     )
 
 
@@ -56,11 +55,3 @@ def open_pipeline(base: str, *, revision: str | None = None, variant: str | None
     pipe = DiffusionPipeline.from_pretrained(resolve(base), revision=revision, variant=variant)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-OWN_KEYS = (
-    "format",
-    "format_version",
-    "adapter",
-    "sha256",
-)  # of our files; what they say is written otherwise

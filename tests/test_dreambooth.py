@@ -91,6 +91,8 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
     assert len(list((out / "samples" / "after").iterdir())) == 4
     assert "DEMO" not in shown
     assert f"diffadapt sample --adapter {out}/adapter.safetensors" in shown
+    assert f"{out}/adapter_comfyui.safetensors: right in ComfyUI, A1111, LyCORIS" in shown
+    assert (out / "adapter_comfyui.safetensors").exists()
     da.load(sd.load(str(tmp_path / "base")).pipe, out / "adapter.safetensors")
 
 
@@ -136,11 +138,18 @@ def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
 
 
 def test_without_pictures_there_is_only_the_adapter(run, tmp_path, capsys):
-    assert run(*arguments(tmp_path, "out"), "--max_train_steps", 1, "--num_validation_images", 0) == 0
+    quiet = ("--num_validation_images", 0, "--export_formats", "none")
+    assert run(*arguments(tmp_path, "out"), "--max_train_steps", 1, *quiet) == 0
     assert {"adapter.safetensors", "run.json", "config.yaml", "log.jsonl"} == set(
         os.listdir(tmp_path / "out")
     )
     assert "grid.png" not in capsys.readouterr().out
+
+
+def test_an_unknown_export_format_is_named_before_the_run(run, tmp_path, capsys):
+    assert run(*arguments(tmp_path, "out"), "--export_formats", "kohia") == 2
+    assert "did you mean kohya" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_of_a_run_can_be_given_back_as_a_file(run, tmp_path):

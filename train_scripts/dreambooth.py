@@ -17,6 +17,7 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import class_examples
 from diffadapt.data.examples import folder_examples
 from diffadapt.exits import run
+from diffadapt.export import parse_formats, write_formats
 from diffadapt.models import sd
 from diffadapt.models.names import resolve
 from diffadapt.training import session, state
@@ -72,6 +73,7 @@ def main() -> int:
     options = choose_base(options, DEMO, data="instance_data_dir", command=FULL_COMMAND)
     if options.with_prior_preservation and not options.class_prompt:
         raise ValueError('--with_prior_preservation needs --class_prompt, as "a photo of a dog"')
+    parse_formats(options.export_formats)
     method = build_method(options)
     accelerator = session.start(mixed_precision=options.mixed_precision, num_threads=options.num_threads)
     model = sd.load(
@@ -100,8 +102,10 @@ def main() -> int:
     if code == 0 and accelerator.is_main_process:
         path = state.save_adapter(trainer, options.output_dir)
         da.detach(adapter)
-        da.load(model.pipe, path)  # the pictures are made through the file, as `diffadapt sample` makes them
+        adapter = da.load(model.pipe, path)  # pictures are made through the file, as by `diffadapt sample`
         print(report.finish(adapter, seconds=lambda: time.perf_counter() - started))
+        for line in write_formats(adapter, path, options.export_formats):
+            print(line)
     accelerator.wait_for_everyone()
     return code
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffadapt.adapter import Adapter
+from diffadapt.checkpoint import read_metadata
 from diffadapt.export.changes import Change, changes_of
 from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
 from diffadapt.export.kohya import kohya_tensors
 from diffadapt.export.merged import lost_in_rounding, replace_folder, verify_merged, write_merged
-from diffadapt.export.metadata import base_only_note, metadata_of
+from diffadapt.export.metadata import base_only_note, carried, metadata_of, network_of
 from diffadapt.export.names import base_of
 from diffadapt.export.report import ExportReport
 from diffadapt.export.verify import Verdict, verify_diffusers, verify_kohya
@@ -62,78 +62,39 @@ def export(
     path = Path(path)
     _check_arguments(to, dtype, rank)
     changes = changes_of(adapter)
-    title = path.stem if path.suffix == ".safetensors" else path.name
     if to != "diffusers":
         _check_biases(changes, to, force)
+    title = path.stem if path.suffix == ".safetensors" else path.name
+    header = metadata_of(adapter, base_of(adapter), title=title, base_name=base, extra=metadata)
     if to == "merged":
-        return _export_merged(adapter, path, changes, DTYPES[dtype], force, base, metadata)
-    family, precision = base_of(adapter), DTYPES[dtype]
-    if to == "kohya":
-        exact = kohya_tensors(changes, family, dense=dense)
-    else:
-        changes = diffusers_changes(changes, rank)
-        exact = diffusers_tensors(changes)
-    tensors = _rounded(exact, precision)
-    header = metadata_of(adapter, tensors, family, title=title, base_name=base, extra=metadata)
+        return _write_folder(adapter, path, changes, DTYPES[dtype], header, force)
     if to == "diffusers":
+        changes = diffusers_changes(changes, rank)
+        tensors = _rounded(diffusers_tensors(changes), DTYPES[dtype])
         header["lora_adapter_metadata"] = adapter_config(changes)
-    whole = any(key.endswith(".diff") for key in tensors)
-    if whole:
-        header["diffadapt.base_only"] = base_only_note(adapter)
-    reports: list[ExportReport] = []
-
-    def write(temporary: Path) -> None:
-        save_file(tensors, temporary, header)
-        if to == "kohya":
-            verdicts = verify_kohya(str(temporary), changes, family, precision)
-        else:
-            verdicts = verify_diffusers(str(temporary), changes, precision)
-        report = ExportReport(
-            path, to, len(changes), tuple(verdicts), MEANT_FOR[to], whole, rank_error=_rank_error(changes)
-        )
-        _refuse_unless_good(report, force)
-        header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
-        save_file(tensors, temporary, header)
-        reports.append(report)
-
-    write_atomically(path, write)
-    return reports[0]
+    else:
+        tensors = _rounded(kohya_tensors(changes, base_of(adapter), dense=dense), DTYPES[dtype])
+    header |= network_of(tensors, adapter)
+    return _write_file(adapter, path, to, changes, tensors, header, force)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A kind of file that training can leave beside the adapter."""
-
-    to: str
-    ending: str
+# what training can leave beside the adapter, and the end of its name
+FORMATS = {"kohya": "_comfyui.safetensors", "diffusers": "_diffusers.safetensors", "merged": "_merged"}
 
 
-FORMATS = {
-    "kohya": Format("kohya", "_comfyui.safetensors"),
-    "diffusers": Format("diffusers", "_diffusers.safetensors"),
-    "merged": Format("merged", "_merged"),
-}
-
-
-def write_formats(
-    adapter: Adapter,
-    folder: str | Path,
-    name: str,
-    formats: str,
-    *,
-    base: str | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> list[str]:
+def write_formats(adapter: Adapter, file: str | Path, formats: str) -> list[str]:
     """Write the formats (comma-separated: kohya, diffusers, merged; or none) beside an adapter's own file.
 
     What cannot be written is said instead of failing: the adapter itself is already safe.
-    Returns: a report for each format, as text.
+    Returns: one line for each format.
     """
-    lines = []
+    lines, file = [], Path(file)
+    header = read_metadata(file)
+    told = {"base": header["adapter"]["base"]["name"], "metadata": carried(header)}
     for chosen in parse_formats(formats):
-        path = Path(folder) / f"{name}{FORMATS[chosen].ending}"
+        path = file.with_name(f"{file.stem}{FORMATS[chosen]}")
         try:
-            lines.append(str(export(adapter, path, FORMATS[chosen].to, base=base, metadata=metadata)))
+            lines.append(export(adapter, path, chosen, **told).line)
         except ValueError as error:
             lines.append(f"no {path.name}: {error}")
     return lines
@@ -150,18 +111,48 @@ def parse_formats(formats: str) -> list[str]:
     return names
 
 
-def _export_merged(
+def _write_file(
+    adapter: Adapter,
+    path: Path,
+    to: str,
+    changes: list[Change],
+    tensors: dict[str, Tensor],
+    header: dict[str, str],
+    force: bool,
+) -> ExportReport:
+    whole = any(key.endswith(".diff") for key in tensors)
+    if whole:
+        header["diffadapt.base_only"] = base_only_note(adapter)
+    dtype = next(iter(tensors.values())).dtype
+    reports: list[ExportReport] = []
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, header)
+        if to == "kohya":
+            verdicts = verify_kohya(str(temporary), changes, base_of(adapter), dtype)
+        else:
+            verdicts = verify_diffusers(str(temporary), changes, dtype)
+        error, layers = _rank_error(changes), len(changes)
+        report = ExportReport(path, to, layers, tuple(verdicts), MEANT_FOR[to], whole, rank_error=error)
+        _refuse_unless_good(report, force)
+        header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
+        save_file(tensors, temporary, header)
+        reports.append(report)
+
+    write_atomically(path, write)
+    return reports[0]
+
+
+def _write_folder(
     adapter: Adapter,
     folder: Path,
     changes: list[Change],
     dtype: torch.dtype,
+    header: dict[str, str],
     force: bool,
-    base: str | None,
-    metadata: Mapping[str, str] | None,
 ) -> ExportReport:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
         raise ValueError(f"{folder} already exists; choose another name, or replace it with --force")
-    header = metadata_of(adapter, {}, base_of(adapter), title=folder.name, base_name=base, extra=metadata)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -21,12 +21,12 @@ ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
 }
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_OWN_KEYS = ("format", "format_version", "adapter", "sha256")  # said again, in other words
 _SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}  # pixels the published models were made for
 
 
 def metadata_of(
     adapter: Adapter,
-    tensors: Mapping[str, Tensor],
     base: Base,
     *,
     title: str,
@@ -42,19 +42,24 @@ def metadata_of(
         "diffadapt.seed": str(adapter.seed),
         "diffadapt.strength": f"{adapter.strength:g}",
         "diffadapt.base_fingerprint": fingerprint(list(adapter.records.values())),
-        "sshs_model_hash": _data_hash(tensors),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title,
         "modelspec.implementation": "diffusers",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "ss_output_name": title,
-        **_network(tensors, adapter),
     }
     if base_name:
         header |= {"diffadapt.base": base_name, "ss_sd_model_name": base_name}
     if base.family in ARCHITECTURES:
         header |= _architecture(base)
     return header
+
+
+def carried(header: Mapping[str, object]) -> dict[str, str]:
+    """Of the header of one of our files, as ``read_metadata`` gives it, what another file should keep: how it
+    was trained."""
+    kept = {key: value for key, value in header.items() if key not in _OWN_KEYS}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in kept.items()}
 
 
 def base_only_note(adapter: Adapter) -> str:
@@ -78,8 +83,8 @@ def _architecture(base: Base) -> dict[str, str]:
     return header
 
 
-def _network(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str]:
-    """kohya's words for what kind of network it is."""
+def network_of(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str]:
+    """kohya's words for what kind of network a file holds."""
     ends = {key.rsplit(".", 1)[-1] if "lora_" not in key else key.split(".", 1)[1] for key in tensors}
     plain = all(("lora_" in end and "mid" not in end) or end == "alpha" for end in ends)
     ranks = Counter(
@@ -92,6 +97,7 @@ def _network(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str]:
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
+        "sshs_model_hash": _data_hash(tensors),
         "ss_network_args": json.dumps({"algo": str(adapter.method)}),
     }
 

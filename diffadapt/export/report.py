@@ -52,6 +52,12 @@ class ExportReport:
         """The verdict of one program, by name."""
         return next(verdict for verdict in self.verdicts if verdict.program == program)
 
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        accepted = ", ".join(self.accepted_by) or "no program"
+        return f"{self.path}: right in {accepted} (maximum error {self.max_error:.1e})"
+
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.layers} layers, for {', '.join(self.meant_for)}"]
         lines += [f"  {verdict}" for verdict in self.verdicts]

@@ -83,6 +83,9 @@ class TrainOptions:
     num_inference_steps: int | None = option(None, "denoising steps of those pictures")
     guidance_scale: float | None = option(None, "classifier-free guidance of those pictures")
     sample_batch_size: int | None = option(None, "pictures drawn at once")
+    export_formats: str = option(
+        "kohya", "also written for other programs: kohya (ComfyUI, A1111), diffusers, merged, A,B or none"
+    )
     extractor: str | None = option(None, "CLIP model for the figures: folder, hub name or embedded:clip")
     num_threads: int | None = option(None, "CPU threads; default: all available cores")
     config: str | None = option(None, "YAML file of options; the command line wins")

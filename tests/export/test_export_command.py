@@ -60,11 +60,15 @@ def test_mistakes_end_in_exit_code_2_without_a_file(saved, tmp_path, capsys):
 def test_formats_are_written_beside_the_adapter_and_impossible_ones_are_explained(folder, tmp_path):
     pipe = open_pipeline(folder)
     adapter = trained(pipe, "liera(rank=2)")
-    kohya, diffusers = write_formats(adapter, tmp_path, "fox", "kohya,diffusers", base=str(folder))
-    assert "for ComfyUI" in kohya
+    da.save(adapter, tmp_path / "fox.safetensors", base=str(folder), metadata={"steps": "3"})
+    kohya, diffusers = write_formats(adapter, tmp_path / "fox.safetensors", "kohya,diffusers")
+    assert "right in ComfyUI, A1111, LyCORIS" in kohya
     assert diffusers.startswith("no fox_diffusers.safetensors: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["fox_comfyui.safetensors"]
-    assert write_formats(adapter, tmp_path, "fox", "none") == []
+    assert {path.name for path in tmp_path.iterdir()} == {"fox.safetensors", "fox_comfyui.safetensors"}
+    assert write_formats(adapter, tmp_path / "fox.safetensors", "none") == []
+    with safe_open(tmp_path / "fox_comfyui.safetensors", framework="pt") as opened:
+        assert opened.metadata()["steps"] == "3"
+        assert opened.metadata()["diffadapt.base"] == str(folder)
 
 
 def test_unknown_formats_are_named():
