@@ -29,7 +29,7 @@ class SuperLoRA(RankedMethod):
     factors: (K - 1) b^2 and the last, low rank, over both sides divided by b^(K - 1), rounded up.
 
     Frozen projections F store nothing. Equal groups share one. With tanhshrink the tensors start where it has
-    a slope, and the start's output is subtracted. The order of the sites is that of the model at attaching.
+    a slope, and the start's output is subtracted. Sites keep the order they have when attached.
 
     Source: arXiv 2403.11887, appendices A.2 and A.10. Choices the paper leaves open: the order, N_in =
     ceil(rho N), one group size rounded up for all, dense middle Kronecker factors, the starting values.
@@ -53,11 +53,9 @@ class SuperLoRA(RankedMethod):
         self._check_groups()
         check_choice("core", self.core, ("tucker", "cp"))
         check_choice("projection", self.projection, PROJECTIONS)
-        for option, most in (("tensor_order", 5), ("kron_factors", 4), ("kron_block", None)):
-            value = getattr(self, option)
-            if value < 1 or (most is not None and value > most):
-                limits = ">= 1" if most is None else f"in 1..{most}"
-                raise ValueError(f"superlora: {option} must be {limits}, got {value}")
+        for option, most in (("tensor_order", 5), ("kron_factors", 4), ("kron_block", 512)):
+            if not 1 <= getattr(self, option) <= most:
+                raise ValueError(f"superlora: {option} must be in 1..{most}, got {getattr(self, option)}")
         if not 0 < self.rho <= 1:
             raise ValueError(f"superlora: rho must be in (0, 1], got {self.rho}")
         if self.rho != 1 and self.projection in ("none", "shuffle"):

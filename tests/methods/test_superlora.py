@@ -601,7 +601,7 @@ def test_the_seed_of_the_file_makes_the_projection_again(tmp_path):
         ({"groups": True}, "groups"),
         ({"tensor_order": 6}, r"tensor_order must be in 1\.\.5, got 6"),
         ({"kron_factors": 5}, r"kron_factors must be in 1\.\.4, got 5"),
-        ({"kron_block": 0}, "kron_block must be >= 1, got 0"),
+        ({"kron_block": 0}, r"kron_block must be in 1\.\.512, got 0"),
         ({"core": "train"}, "core must be one of tucker, cp"),
         ({"projection": "random"}, "projection must be one of"),
         ({"rho": 0.0, "projection": "linear"}, r"rho must be in \(0, 1\], got 0.0"),
