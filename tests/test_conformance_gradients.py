@@ -172,7 +172,7 @@ def test_no_weight_sized_tensor_is_kept_for_backward(case, kind):
     kept = _kept_for_backward(model, adapter, kind.input().requires_grad_())
     size = model.layer.weight.untyped_storage().nbytes()
     if _keeps_its_group(case):
-        assert sum(kept) < 1.1 * size
+        assert sum(kept) < 1.5 * size
     else:
         assert max(kept, default=0) < size / 2
 

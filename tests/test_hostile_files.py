@@ -72,7 +72,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_folder_is_not_a_file(tmp_path):
-    refuse(tmp_path, "no adapter file", FileNotFoundError)
+    refuse(tmp_path, "adapter", FileNotFoundError)
 
 
 class Bomb:
