@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diffadapt.convolution import LinearMap, Wanted, added
+from diffadapt.convolution import LinearMap, Wanted, added, without_autocast
 
 if TYPE_CHECKING:
     from diffadapt.update import Expression, LayerMap
@@ -105,7 +105,9 @@ class Step:
     trained: bool = True
 
     def to(self, dtype: torch.dtype) -> Step:
-        return self if self.weight is None else replace(self, weight=self.weight.to(dtype))
+        if self.weight is None or self.weight.dtype == dtype:
+            return self
+        return Step(self.map, self.weight.to(dtype), self.trained)
 
 
 class ChainProduct(torch.autograd.Function):
@@ -123,7 +125,7 @@ class ChainProduct(torch.autograd.Function):
             y.add_(last.map.product(inputs[-1], last.weight))
         ctx.layer, ctx.form, ctx.coefficient = layer, form, coefficient
         ctx.shapes = [tensor.shape for tensor in inputs]
-        ctx.thin = all(2 * tensor.numel() <= x.numel() for tensor in inputs[1:])
+        ctx.thin = all(2 * tensor.numel() <= max(x.numel(), y.numel()) for tensor in inputs[1:])
         needed = [step.trained and ctx.thin for step in steps]
         needed[0] = steps[0].trained or not ctx.thin
         kept = [tensor if keep else None for tensor, keep in zip(inputs, needed, strict=True)]
@@ -133,7 +135,7 @@ class ChainProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             weight, *rest = ctx.saved_tensors
             count = len(ctx.form.tensors())
             form, inputs = ctx.form.with_tensors(rest[:count]), rest[count:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,6 +97,12 @@ class ConvMap:
             self.groups,
             mask,
         )
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Operators keep the precision of their tensors within; nothing at all where autocast is off."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def added(value: Tensor | None, into: Tensor | None) -> Tensor | None:

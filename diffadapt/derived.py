@@ -36,7 +36,7 @@ class Cored(Derived):
 
 @dataclass(frozen=True)
 class CoredTucker(Derived):
-    """A Tucker product whose core is ``core (r_out, r_in, *kernel ranks)`` times ``kernels`` along its kernel.
+    """A Tucker product with the core ``core (r_out, r_in, *kernel ranks)`` times ``kernels`` on its kernel.
 
     ``kernels (entries, ranks)`` is the Kronecker product of one factor per axis of the kernel ``size``.
     """

@@ -66,6 +66,10 @@ class Hadamard(Expression):
         factor = self.factor.matrix()
         return self._flat(factor) * (torch.expm1(factor) if self.exponential else factor)
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        factor = self.factor.matrix()
+        return torch.addcmul(weight, self._flat(factor), torch.expm1(factor) if self.exponential else factor)
+
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad * self._flat(grad)
         if self.exponential:
@@ -117,6 +121,9 @@ class HadamardPair(Expression):
 
     def matrix(self) -> Tensor:
         return self.first.matrix() * self.second.matrix()
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return torch.addcmul(weight, self.first.matrix(), self.second.matrix())
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())

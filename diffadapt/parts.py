@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffadapt.convolution import without_autocast
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.draws import named_generator
 from diffadapt.site import Site
@@ -136,7 +137,7 @@ class Part(nn.Module):
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
         """What the part does to one site; ``in_forward``: as part of a forward of the model, for backward."""
         tensors = self._lend(index)
-        with torch.autocast(base.device.type, enabled=False):  # the factors meet in their own precision
+        with without_autocast(base.device.type):  # the factors meet in their own precision
             if self.grouped:
                 tensors["change"] = (self._for_forward() if in_forward else self._for_reading())[index]
             return self.methods[index].update(self.sites[index], tensors, base)
@@ -188,7 +189,7 @@ class Part(nn.Module):
 
     def _prepared_now(self) -> Sequence[Expression]:
         tensors = dict(self.shared.items()) | dict(self.constants.named_buffers())
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device.type):
             return self.methods[0].prepare(self.layout, tensors)
 
     def _for_forward(self) -> Sequence[Expression]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.chain import ChainProduct
+from diffadapt.convolution import without_autocast
 from diffadapt.update import Expression, LayerMap, Scaled, Sum
 
 Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the input it sees
@@ -17,35 +18,33 @@ Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the in
 class WeightSpaceProduct(torch.autograd.Function):
     """``layer(x)`` with the weight ``W + delta``: keeps ``x`` and the factors, rebuilds the sum in backward.
 
-    In half precision the change is applied as a product of its own, since ``W + delta`` would round it away.
+    Without a weight, ``delta`` alone. In half precision the change is applied as a product of its own, since
+    ``W + delta`` would round it away.
     """
 
     @staticmethod
-    def forward(ctx, layer, form, x, weight, bias, *factors):
-        change = form.with_tensors(factors).matrix().reshape(weight.shape)
-        ctx.layer, ctx.form = layer, form
+    def forward(ctx, layer, form, shape, x, weight, bias, *factors):
+        form = form.with_tensors(factors)
+        ctx.layer, ctx.form, ctx.shape = layer, form, shape
         ctx.save_for_backward(x, weight, *factors)
-        if x.dtype == change.dtype:
-            return layer.product(x, weight + change, bias)
-        return layer.product(x, weight, bias) + layer.product(x, change.to(x.dtype))
+        if x.dtype == _widest(factors) and weight is not None:
+            return layer.product(x, form.added_to(weight.flatten(1)).reshape(shape), bias)
+        y = layer.product(x, form.matrix().reshape(shape).to(x.dtype))
+        return y if weight is None else layer.product(x, weight, bias) + y
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, *factors = ctx.saved_tensors
-        layer, form = ctx.layer, ctx.form.with_tensors(factors)
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[2]:
-            change = form.matrix().reshape(weight.shape)
-            if x.dtype == change.dtype:
-                grad_x = layer.input_grad(grad, x, weight + change)
-            else:
-                grad_x = layer.input_grad(grad, x, weight) + layer.input_grad(grad, x, change.to(x.dtype))
-        if ctx.needs_input_grad[4]:
-            grad_bias = layer.bias_grad(grad)
-        grad_weight = layer.weight_grad(grad, x, weight).flatten(1)
-        widest = functools.reduce(torch.promote_types, [factor.dtype for factor in factors])
-        grads = form.vjp(grad_weight.to(widest))
-        return None, None, grad_x, None, grad_bias, *grads
+        layer, form, wide = ctx.layer, ctx.form.with_tensors(factors), _widest(factors)
+        grad_x = None
+        if ctx.needs_input_grad[3] and x.dtype == wide and weight is not None:
+            grad_x = layer.input_grad(grad, x, form.added_to(weight.flatten(1)).reshape(ctx.shape))
+        elif ctx.needs_input_grad[3]:
+            grad_x = layer.input_grad(grad, x, form.matrix().reshape(ctx.shape).to(x.dtype))
+            grad_x = grad_x if weight is None else layer.input_grad(grad, x, weight) + grad_x
+        grad_bias = layer.bias_grad(grad) if ctx.needs_input_grad[5] else None
+        grad_weight = layer.weight_grad(grad, x, x.new_empty(1).expand(ctx.shape)).flatten(1)
+        return None, None, None, grad_x, None, grad_bias, *form.vjp(grad_weight.to(wide))
 
 
 def branch_sum(
@@ -65,9 +64,8 @@ def branch_sum(
             scaled = expression if coefficient == 1 else Scaled(expression, coefficient)
             dense = scaled if dense is None else Sum(dense, scaled)
         else:  # dropout: the branch sees another input than the base
-            branches.append(
-                (weight_space_product(layer, inputs, torch.zeros_like(weight), None, expression), coefficient)
-            )
+            branch = weight_space_product(layer, inputs, None, None, expression, shape=weight.shape)
+            branches.append((branch, coefficient))
     y = (
         layer.product(x, weight, bias)
         if dense is None
@@ -79,14 +77,26 @@ def branch_sum(
 
 
 def weight_space_product(
-    layer: LayerMap, x: Tensor, weight: Tensor, bias: Tensor | None, change: Expression
+    layer: LayerMap,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    change: Expression,
+    *,
+    shape: torch.Size | None = None,
 ) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return WeightSpaceProduct.apply(layer, change, x, weight, bias, *change.tensors())
+    """``layer(x)`` with ``weight`` plus a change; without a weight, the change alone in that ``shape``."""
+    shape = weight.shape if weight is not None else shape
+    with without_autocast(x.device.type):
+        return WeightSpaceProduct.apply(layer, change, shape, x, weight, bias, *change.tensors())
 
 
 def chain_product(
     layer: LayerMap, x: Tensor, weight: Tensor, bias: Tensor | None, change: Expression, coefficient: float
 ) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return ChainProduct.apply(layer, change, coefficient, x, weight, bias, *change.tensors())
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])

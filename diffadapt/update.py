@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class Expression:
     def matrix(self) -> Tensor:
         """The exact change ``(out, fan_in)`` in the factors' precision."""
         raise TypeError(f"{type(self).__name__} does not define matrix()")
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """``weight (out, fan_in)`` plus the change, in as few passes over it as there are."""
+        return weight + self.matrix()
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``tensors()`` given the gradient ``(out, fan_in)`` of ``matrix()``."""
@@ -55,8 +59,8 @@ class Expression:
     def tensors(self) -> tuple[Tensor, ...]:
         """Every factor, depth first."""
         found: list[Tensor] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in self.__match_args__:  # the dataclass' fields
+            value = getattr(self, name)
             if isinstance(value, Tensor):
                 found.append(value)
             elif isinstance(value, Expression):
@@ -65,16 +69,16 @@ class Expression:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Expression:
         """The same expression over other factors, given in the order of ``tensors()``."""
-        rest, changed = list(tensors), {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        rest, values = list(tensors), []
+        for name in self.__match_args__:  # the dataclass' fields
+            value = getattr(self, name)
             if isinstance(value, Tensor):
-                changed[field.name] = rest.pop(0)
+                value = rest.pop(0)
             elif isinstance(value, Expression):
                 count = len(value.tensors())
-                changed[field.name] = value.with_tensors(rest[:count])
-                rest = rest[count:]
-        return replace(self, **changed)
+                value, rest = value.with_tensors(rest[:count]), rest[count:]
+            values.append(value)
+        return type(self)(*values)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,9 @@ class LowRank(Expression):
 
     def matrix(self) -> Tensor:
         return self.up @ self.down
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.up, self.down)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad @ self.down.T, self.up.T @ grad
@@ -204,8 +211,11 @@ class Scaled(Expression):
     def matrix(self) -> Tensor:
         return self.factor * self.inner.matrix()
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        return torch.add(weight, self.inner.matrix(), alpha=self.factor)
+
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return self.inner.vjp(self.factor * grad)
+        return tuple(None if own is None else self.factor * own for own in self.inner.vjp(grad))
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,9 @@ class Sum(Expression):
 
     def matrix(self) -> Tensor:
         return self.first.matrix() + self.second.matrix()
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return self.second.added_to(self.first.added_to(weight))
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *self.first.vjp(grad), *self.second.vjp(grad)

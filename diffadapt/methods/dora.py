@@ -45,7 +45,8 @@ class DoRA(LoRA):
 
 def rescale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``magnitude / norm`` row by row; 1 for a row of zeros, whose direction is not defined."""
-    return torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1), torch.ones_like(norm))
+    defined = norm > 0
+    return torch.where(defined, magnitude / torch.where(defined, norm, 1), 1)
 
 
 def _row_norms(weight: Tensor, update: Update) -> Tensor:
@@ -54,6 +55,6 @@ def _row_norms(weight: Tensor, update: Update) -> Tensor:
     if not isinstance(delta, LowRank):
         return (weight + s * delta.matrix()).norm(dim=1)
     cross = weight @ delta.down.T  # (out, r)
-    gram = delta.up @ (delta.down @ delta.down.T)  # (out, r)
-    squares = weight.square().sum(1) + (delta.up * (2 * s * cross + s * s * gram)).sum(1)
+    cross = torch.addmm(cross, delta.up, delta.down @ delta.down.T, alpha=s / 2)
+    squares = torch.linalg.vector_norm(weight, dim=1).square() + 2 * s * (delta.up * cross).sum(1)
     return squares.clamp(min=0).sqrt()

@@ -70,7 +70,8 @@ class LieRA(RankedMethod):
             tensors["magnitude"].copy_(base.flatten(1).to(tensors["magnitude"].dtype).norm(dim=1))
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        element = Scaled(self._element(site, tensors, base), self.multiplier)
+        element = self._element(site, tensors, base)
+        element = element if self.multiplier == 1 else Scaled(element, self.multiplier)
         change = Hadamard(base, element, exponential=self.order == "exp")
         if self.inner != "dora":
             return Update(change)

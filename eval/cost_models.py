@@ -1,0 +1,98 @@
+"""The denoisers whose costs are measured, built from their configurations, and inputs for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+import diffadapt as da
+
+SD15 = {  # 859.5 million parameters
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL = {  # 2567 million parameters
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+EMBEDDED = {  # of the shape of the embedded base, where that is not at hand
+    "sample_size": 8,
+    "in_channels": 16,
+    "out_channels": 16,
+    "block_out_channels": (96, 192),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 4,
+}
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+}
+SIZES = {"sd15": 32, "embedded": 8, "tiny": 8}  # of the latents
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A frozen denoiser: ``sd15`` and ``tiny`` with random weights, ``embedded`` with its own."""
+    torch.manual_seed(0)
+    configs = {"sd15": SD15, "tiny": TINY}
+    model = UNet2DConditionModel(**configs[name]) if name in configs else _embedded()
+    return model.to(dtype).train().requires_grad_(False)
+
+
+def unfilled_sdxl() -> UNet2DConditionModel:
+    """SDXL's denoiser with memory for its weights, and whatever is in it."""
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**SDXL)
+    return model.to_empty(device="cpu")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Fixed inputs; latents and text states take gradients, so that every model runs its whole backward."""
+
+    latents: Tensor
+    step: Tensor
+    text: Tensor
+
+    def loss(self, model: nn.Module) -> Tensor:
+        return model(self.latents, self.step, self.text, return_dict=False)[0].float().square().mean()
+
+
+def inputs(model: UNet2DConditionModel, name: str, batch: int) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    size, config = SIZES[name], model.config
+    latents = torch.randn(batch, config.in_channels, size, size, generator=generator)
+    text = torch.randn(batch, 77, config.cross_attention_dim, generator=generator)
+    latents, text = (value.to(model.dtype).requires_grad_() for value in (latents, text))
+    return Inputs(latents, torch.full((batch,), 500), text)
+
+
+def _embedded() -> UNet2DConditionModel:
+    try:
+        folder = da.embedded("emoji") / "unet"
+    except ValueError:
+        folder = None
+    if folder is None or not folder.is_dir():
+        return UNet2DConditionModel(**EMBEDDED)
+    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
