@@ -121,3 +121,16 @@ def test_strength_is_folded_into_the_file(pipes, tmp_path):
         drawn = latents(stock)
         stock.unload_lora_weights()
         assert (drawn - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", ["flora(rank=4)", "dora(rank=4)", "1lora", "loha(rank=2)"])
+def test_the_embedded_base_draws_the_same_through_stock_diffusers(method, tmp_path):
+    ours, stock = open_pipeline(da.embedded("emoji")), open_pipeline(da.embedded("emoji"))
+    bare = latents(stock, height=64, width=64)
+    adapter = trained(ours, method, layers="attention+conv", text=None, size=0.02)
+    report = da.export(adapter, tmp_path / "file.safetensors", to="diffusers")
+    stock.load_lora_weights(tmp_path / "file.safetensors")
+    expected, drawn = (latents(pipe, height=64, width=64) for pipe in (ours, stock))
+    assert (expected - bare).abs().max() > 1e-2
+    assert (drawn - expected).abs().max() < 1e-4
+    assert report.verdict("diffusers").status == "exact"

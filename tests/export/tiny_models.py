@@ -109,6 +109,6 @@ def trained(
 
 
 @torch.no_grad()
-def latents(pipe) -> Tensor:
+def latents(pipe, **size) -> Tensor:
     """What the pipeline draws for one prompt and seed, before decoding."""
-    return pipe("a red fox", generator=torch.Generator().manual_seed(1), **SIZE).images
+    return pipe("a red fox", generator=torch.Generator().manual_seed(1), **SIZE | size).images

@@ -22,6 +22,8 @@ def apply(layer: Layer, keys: Mapping[str, Tensor]) -> Result:
         change = _lokr(layer, keys)
         used = {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha", "dora_scale"}
     elif "diff" in keys:
+        if layer.kind not in ("linear", "conv"):
+            raise Refused(f"LyCORIS has no whole differences for layers of kind {layer.kind} (ValueError)")
         bias = with_bias(layer.bias, keys.get("diff_b"))
         return Result(layer.weight + keys["diff"], bias, unused(keys, {"diff", "diff_b"}))
     elif "w_norm" in keys:
