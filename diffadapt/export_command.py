@@ -6,7 +6,6 @@ from pathlib import Path
 import diffadapt as da
 from diffadapt.export import DTYPES, KINDS, ExportReport
 from diffadapt.export.metadata import carried
-from diffadapt.models.names import resolve
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def export(arguments: argparse.Namespace) -> ExportReport:
     """Loads the base and the adapter, and writes what was asked for. Returns who reads it and how exactly."""
+    from diffadapt.models.any_pipeline import open_pipeline  # imports diffusers, which takes seconds
+
     metadata = da.read_metadata(arguments.file)
     recorded = metadata.get("adapter", {})
     base = arguments.base or (recorded.get("base") or {}).get("name")
@@ -46,12 +47,3 @@ def export(arguments: argparse.Namespace) -> ExportReport:
         base=base,
         metadata=carried(metadata),
     )
-
-
-def open_pipeline(base: str, *, revision: str | None = None, variant: str | None = None) -> object:
-    """Any pipeline of diffusers, by folder, hub name or ``embedded:NAME``."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(resolve(base), revision=revision, variant=variant)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

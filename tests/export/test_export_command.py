@@ -50,6 +50,20 @@ def test_the_command_writes_a_merged_pipeline(saved, tmp_path):
     assert (latents(open_pipeline(tmp_path / "merged")) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("method", ["flora(rank=3)", "dora(rank=2)", "loha(rank=2)", "lokr(rank=2)"])
+def test_files_of_other_tools_go_from_one_format_to_another(method, folder, tmp_path):
+    pipe = open_pipeline(folder)
+    adapter = trained(pipe, method)
+    expected = latents(pipe)
+    da.export(adapter, tmp_path / "kohya.safetensors", "kohya", dense="dora" in method)
+    command = ["export", str(tmp_path / "kohya.safetensors"), str(tmp_path / "new.safetensors")]
+    rank = ["--rank", "1000"] if "dora" in method else []
+    assert main([*command, "--to", "diffusers", "--base", str(folder), *rank]) == 0
+    stock = open_pipeline(folder)
+    stock.load_lora_weights(tmp_path / "new.safetensors")
+    assert (latents(stock) - expected).abs().max() < 1e-4
+
+
 def test_mistakes_end_in_exit_code_2_without_a_file(saved, tmp_path, capsys):
     file, _ = saved
     assert main(["export", str(file), str(tmp_path / "fox.ckpt"), "--to", "kohya"]) == 2
