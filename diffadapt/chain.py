@@ -116,13 +116,7 @@ class ChainProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, form, coefficient, x, weight, bias, *factors):
         steps = _steps(form.with_tensors(factors), layer, weight, x.dtype)
-        inputs = _inputs(steps, x, coefficient)
-        y = layer.product(x, weight, bias)
-        last = steps[-1]
-        if isinstance(last.map, LinearMap):
-            y.view(-1, y.shape[-1]).addmm_(inputs[-1].reshape(-1, inputs[-1].shape[-1]), last.weight.T)
-        else:
-            y.add_(last.map.product(inputs[-1], last.weight))
+        y, inputs = _sum(layer, steps, coefficient, x, weight, bias)
         ctx.layer, ctx.form, ctx.coefficient = layer, form, coefficient
         ctx.shapes = [tensor.shape for tensor in inputs]
         ctx.thin = all(2 * tensor.numel() <= max(x.numel(), y.numel()) for tensor in inputs[1:])
@@ -145,10 +139,64 @@ class ChainProduct(torch.autograd.Function):
             inputs = [_like(grad, shape, x) for shape, x in zip(ctx.shapes, inputs, strict=True)]
             grad_x = ctx.layer.input_grad(grad, inputs[0], weight) if needs_x else None
             grad_x, grads = _back(steps, inputs, grad, grad_x, ctx.coefficient)
-            wide = functools.reduce(torch.promote_types, [factor.dtype for factor in form.tensors()])
-            own = form.steps_vjp([value if value is None else value.to(wide) for value in grads])
+            own = _own(form, grads)
             grad_bias = ctx.layer.bias_grad(grad) if needs_bias else None
         return None, None, None, grad_x, None, grad_bias, *own
+
+
+class RescaledProduct(torch.autograd.Function):
+    """``scale`` times (``layer(x)`` plus the chain of a change), plus ``bias``, by rows of the weight.
+
+    Keeps ``x`` alone and makes the product again in backward, where ``scale`` needs it.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, form, coefficient, x, weight, bias, scale, *factors):
+        steps = _steps(form.with_tensors(factors), layer, weight, x.dtype)
+        y, _ = _sum(layer, steps, coefficient, x, weight, None)
+        ctx.layer, ctx.form, ctx.coefficient = layer, form, coefficient
+        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.save_for_backward(x, weight, scale, *factors)
+        return y.mul_(scale) if bias is None else y.mul_(scale).add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        with without_autocast(grad.device.type):
+            x, weight, scale, *factors = ctx.saved_tensors
+            form = ctx.form.with_tensors(factors)
+            steps = _steps(form, ctx.layer, weight, grad.dtype)
+            y, inputs = _sum(ctx.layer, steps, ctx.coefficient, x, weight, None)
+            grad_scale = y.mul_(grad).sum_to_size(scale.shape)
+            grad_bias = grad.sum_to_size(ctx.bias_shape) if needs_bias else None
+            grad = grad * scale
+            grad_x = ctx.layer.input_grad(grad, x, weight) if needs_x else None
+            grad_x, grads = _back(steps, inputs, grad, grad_x, ctx.coefficient)
+        return None, None, None, grad_x, None, grad_bias, grad_scale, *_own(form, grads)
+
+
+def _sum(
+    layer: LayerMap,
+    steps: Sequence[Step],
+    coefficient: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The layer's product with the chain's added in place, and what every step saw."""
+    inputs, last = _inputs(steps, x, coefficient), steps[-1]
+    y = layer.product(x, weight, bias)
+    if isinstance(last.map, LinearMap):
+        y.view(-1, y.shape[-1]).addmm_(inputs[-1].reshape(-1, inputs[-1].shape[-1]), last.weight.T)
+    else:
+        y.add_(last.map.product(inputs[-1], last.weight))
+    return y, inputs
+
+
+def _own(form: Expression, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of a change's tensors, in their precision, given those of its steps' weights."""
+    wide = functools.reduce(torch.promote_types, [factor.dtype for factor in form.tensors()])
+    return form.steps_vjp([value if value is None else value.to(wide) for value in grads])
 
 
 def _steps(form: Expression, layer: LayerMap, weight: Tensor, dtype: torch.dtype) -> list[Step]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffadapt.convolution import LinearMap, conv_map
-from diffadapt.product import Term, branch_sum
+from diffadapt.product import Term, branch_sum, rescaled_product
 from diffadapt.update import LayerMap, Update
 
 HALF = (torch.bfloat16, torch.float16)
@@ -160,10 +160,8 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
         x = x.to(torch.get_autocast_dtype(device))
     base = record.base()
     updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
-    base, base_bias = (
-        base.detach().to(x.dtype),
-        record.base_bias(layer),
-    )  # detached: torch.compile wants no alias
+    base = base.detach().to(x.dtype)  # detached: torch.compile wants no alias
+    base_bias = record.base_bias(layer)
 
     def term(entry: Entry, update: Update, coefficient: float) -> list[Term]:
         if update.delta is None:
@@ -178,8 +176,8 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
             bias = base_bias if update.bias is None else _added(base_bias, update.bias)
             return scale * branch_sum(layer_map, x, base, bias, term(entry, update, 1.0))
         bias = effective_bias(base_bias, base_bias, [(1.0, update)])
-        y = scale * branch_sum(layer_map, x, base, None, term(entry, update, 1.0))
-        return y if bias is None else y + _per_channel(bias, x, layer_map)
+        bias, terms = None if bias is None else _per_channel(bias, x, layer_map), term(entry, update, 1.0)
+        return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
 
     if (
         len(updates) == 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffadapt.chain import ChainProduct
+from diffadapt.chain import ChainProduct, RescaledProduct
 from diffadapt.convolution import without_autocast
 from diffadapt.update import Expression, LayerMap, Scaled, Sum
 
@@ -45,6 +45,27 @@ class WeightSpaceProduct(torch.autograd.Function):
         grad_bias = layer.bias_grad(grad) if ctx.needs_input_grad[5] else None
         grad_weight = layer.weight_grad(grad, x, x.new_empty(1).expand(ctx.shape)).flatten(1)
         return None, None, None, grad_x, None, grad_bias, *form.vjp(grad_weight.to(wide))
+
+
+def rescaled_product(
+    layer: LayerMap,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    terms: Sequence[Term],
+    *,
+    recompute: bool,
+) -> Tensor:
+    """``scale`` times ``branch_sum``, plus ``bias``; ``recompute``: without keeping the product if it can."""
+    if recompute and len(terms) == 1 and terms[0][2] is x and terms[0][0].is_thin(layer, weight.shape):
+        change, coefficient, _ = terms[0]
+        with without_autocast(x.device.type):
+            return RescaledProduct.apply(
+                layer, change, coefficient, x, weight, bias, scale, *change.tensors()
+            )
+    y = branch_sum(layer, x, weight, None, terms)
+    return scale * y if bias is None else torch.addcmul(bias, scale, y)
 
 
 def branch_sum(

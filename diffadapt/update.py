@@ -83,13 +83,17 @@ class Expression:
 
 @dataclass(frozen=True)
 class Update:
-    """What one method does to one layer. Row vectors are ``(out,)``; all in the adapter's precision."""
+    """What one method does to one layer. Row vectors are ``(out,)``; all in the adapter's precision.
+
+    ``recompute``: make the unscaled product again in backward, where ``scale`` needs it; do not keep it.
+    """
 
     delta: Expression | None = None
     multiplier: float = 1.0
     scale: Tensor | None = None
     bias: Tensor | None = None
     bias_scale: Tensor | None = None
+    recompute: bool = False
 
     def weight(self, base: Tensor) -> Tensor:
         """The exact ``W'`` for a base weight of any shape."""

@@ -33,6 +33,7 @@ EVERY = (
     *(
         name for name in da.METHODS if name not in ("class_embedding", "imported")
     ),  # needs such; has no options
+    "dora(recompute=true)",
     "liera(order=exp)",
     "mora(type=6)",
     "superlora(reshape=false)",

@@ -25,7 +25,7 @@ class Counts:
         kept_bytes: tensors kept between forward and backward, each storage once, without the base's own.
         flops: floating-point operations of products and convolutions, forward and backward.
         operators: operators dispatched, forward and backward.
-        launches: those of them that are no views: what a GPU would launch.
+        launches: those of them that compute: neither views nor allocations. What a GPU would launch.
     """
 
     kept_bytes: int
@@ -34,11 +34,22 @@ class Counts:
     launches: int
 
 
+_ATEN = torch.ops.aten
+_FREE = {
+    _ATEN._unsafe_view,
+    _ATEN.detach,
+    _ATEN.empty,
+    _ATEN.new_empty,
+    _ATEN.empty_like,
+    _ATEN.empty_strided,
+}
+
+
 def _addmm_flops(total: torch.Size, first: torch.Size, second: torch.Size, **_) -> int:
     return 2 * first[0] * first[1] * second[1]
 
 
-_IN_PLACE = {torch.ops.aten.addmm_: _addmm_flops}  # which the counter does not know
+_IN_PLACE = {_ATEN.addmm_: _addmm_flops}  # which the counter does not know
 
 
 class _Operators(TorchDispatchMode):
@@ -49,7 +60,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == "aten":
             self.operators += 1
-            self.launches += not operator.is_view
+            self.launches += not operator.is_view and operator.overloadpacket not in _FREE
         return operator(*args, **(kwargs or {}))
 
 

@@ -18,7 +18,7 @@ from diffadapt.targets import describe
 
 OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the others on a few
     "lora": [{"rank": 2}, {"rank": 3, "alpha": 5.0, "rank_stabilized": True}],
-    "dora": [{"rank": 2, "alpha": 3.0}],
+    "dora": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "recompute": True}],
     "mora": [{"rank": 2}, {"rank": 2, "type": 6}],
     "loha": [{"rank": 1, "alpha": 2.0}, {"rank": 3}],
     "lokr": [{"rank": 2, "scale": 1.5}, {"rank": 1, "factor": 2}, {"rank": 9}],

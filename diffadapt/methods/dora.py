@@ -27,6 +27,8 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     learning_rate: ClassVar[float] = 5e-4
 
+    recompute: bool = False  # make the product again in backward: less memory, one product more
+
     def trained(self, site: Site) -> Shapes:
         return super().trained(site) | {"magnitude": (site.out,)}
 
@@ -40,7 +42,8 @@ class DoRA(LoRA):
         update = super().update(site, tensors, base)
         with torch.no_grad():
             norm = _row_norms(base.flatten(1).to(tensors["up"].dtype), update)
-        return Update(update.delta, update.multiplier, scale=rescale(tensors["magnitude"], norm))
+        scale = rescale(tensors["magnitude"], norm)
+        return Update(update.delta, update.multiplier, scale=scale, recompute=self.recompute)
 
 
 def rescale(magnitude: Tensor, norm: Tensor) -> Tensor:
