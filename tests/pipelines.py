@@ -181,6 +181,7 @@ def train_options(**given: object) -> TrainOptions:
         "train_batch_size": 2,
         "max_train_steps": 6,
         "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
         "mixed_precision": "no",
     }
     return TrainOptions(**{**small, **given})

@@ -17,19 +17,21 @@ DEFAULTS = {
     "emoji": {
         "targets": "attention+conv",
         "train_batch_size": 8,
-        "max_train_steps": 150,
+        "max_train_steps": 300,
+        "lr_scheduler": "cosine",
         "mixed_precision": "bf16",
         "center_crop": True,
         "num_validation_images": 16,
         "num_inference_steps": 20,
         "guidance_scale": 4.0,
-        "sample_batch_size": 16,
+        "sample_batch_size": 20,
         "extractor": "embedded:clip",
     },
     "sd": {
         "targets": "attention",
         "train_batch_size": 4,
         "max_train_steps": 500,
+        "lr_scheduler": "constant",
         "mixed_precision": "no",
         "center_crop": False,
         "num_validation_images": 4,
@@ -43,7 +45,7 @@ DEFAULTS = {
 TUNED = {
     "emoji": {
         "lora": {"rank": 8, "learning_rate": 2e-3},
-        "flora": {"rank": 12, "learning_rate": 2e-3},
+        "flora": {"rank": 14, "learning_rate": 2e-3},
     },
     "sd": {},
 }

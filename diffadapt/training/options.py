@@ -47,8 +47,8 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(1, "microsteps per optimizer step")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
     learning_rate: float | None = option(None, "default: what the adapter's method recommends")
-    lr_scheduler: str = option(
-        "constant",
+    lr_scheduler: str | None = option(
+        None,
         "learning-rate schedule, by diffusers' name",
         choices=(
             "linear",
