@@ -1,4 +1,6 @@
-"""Parameter-efficient fine-tuning of diffusion models. What is listed here is the public API."""
+"""Parameter-efficient fine-tuning of diffusion models."""
+
+# What is listed here is the public API.
 
 from diffadapt.adapter import Adapter
 from diffadapt.assets import embedded
