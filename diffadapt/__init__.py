@@ -9,6 +9,7 @@ from diffadapt.budget import count_parameters, fit_budget
 from diffadapt.checkpoint import load, read_metadata, save
 from diffadapt.export import ExportReport, export
 from diffadapt.merging import merge, unmerge
+from diffadapt.method_names import make_method
 from diffadapt.methods import (
     METHODS,
     BitFit,
@@ -28,7 +29,6 @@ from diffadapt.methods import (
     PiSSA,
     SuperLoRA,
     VeRA,
-    make_method,
 )
 
 __version__ = "0.1.0"

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from diffadapt.layers import Entry, Record
 from diffadapt.merging import folded, refold
-from diffadapt.methods import Method, near
+from diffadapt.methods import Method
+from diffadapt.nearest import near
 from diffadapt.parts import Part
 from diffadapt.site import Site
 

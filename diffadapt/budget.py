@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from diffadapt.attaching import Targets, choose_sites
-from diffadapt.methods import Method, make_method
+from diffadapt.method_names import make_method
+from diffadapt.methods import Method
 from diffadapt.parts import plan_parts
 from diffadapt.targets import assign_ranks
 

@@ -17,8 +17,10 @@ from diffadapt.attaching import attach_sites, components
 from diffadapt.files import write_atomically
 from diffadapt.imports import attach_foreign, open_foreign
 from diffadapt.layers import Record
-from diffadapt.methods import Method, near, read_method
+from diffadapt.method_names import read_method
+from diffadapt.methods import Method
 from diffadapt.methods.peft_method import PeftMethod
+from diffadapt.nearest import near
 from diffadapt.parts import plan_parts
 from diffadapt.peft_bridge import filling
 from diffadapt.site import Site
@@ -45,7 +47,7 @@ def save(
     config = {
         "name": adapter.name,
         "seed": adapter.seed,
-        "method": [{"name": part.name, "options": part.config} for part in adapter.method.parts],
+        "method": [{"name": part.name, "options": part.settings} for part in adapter.method.parts],
         "sites": [_describe(site, adapter) for site in adapter.sites],
         "base": {"name": base, "values": fingerprint(list(adapter.records.values()))},
     }

@@ -5,7 +5,8 @@ import dataclasses
 import json
 
 from diffadapt.budget import ParameterTable, count_parameters, fit_budget, parse_budget
-from diffadapt.methods import Method, make_method
+from diffadapt.method_names import make_method
+from diffadapt.methods import Method
 from diffadapt.models.config_only import model_from_config
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from diffadapt.layers import ADAPTED, ORIGINAL
-from diffadapt.methods import near
+from diffadapt.nearest import near
 from diffadapt.site import Kind, Site
 
 _PROJECTIONS = {

@@ -177,7 +177,7 @@ def test_the_header_tells_configuration_base_and_notes(files):
     header = da.read_metadata(path)
     assert header["note"] == "three cats"
     assert header["adapter"]["base"]["name"] == "tiny"
-    assert header["adapter"]["method"] == [{"name": "lora", "options": CASES[0].method.config}]
+    assert header["adapter"]["method"] == [{"name": "lora", "options": CASES[0].method.settings}]
     assert header["adapter"]["sites"][0] == {"component": "", "path": "conv_in", "shape": [8, 4, 3, 3]}
 
 
@@ -239,7 +239,7 @@ def test_another_architecture_is_refused_naming_the_first_difference(path, make,
 def test_a_header_is_json_and_the_tensors_are_what_the_plan_says(path):
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    assert json.loads(header["adapter"])["method"] == [{"name": "lora", "options": {"rank": 2}}]
+    assert json.loads(header["adapter"])["method"] == [{"name": "lora", "options": da.LoRA(rank=2).settings}]
     shapes = {key: tuple(tensor.shape) for key, tensor in load_file(path).items()}
     assert shapes["lora/conv_out/up"] == (4, 2)
     assert shapes["lora/depthwise/down"] == (2, 9)

@@ -1,7 +1,8 @@
 """Models and images shipped with the package, so that everything runs without a download."""
 
-import difflib
 from pathlib import Path
+
+from diffadapt.nearest import near
 
 ROOT = Path(__file__).parent
 
@@ -21,6 +22,4 @@ def embedded(name: str) -> Path:
     known = names()
     if name in known:
         return ROOT / name
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"nothing called {name!r} is embedded: {hint}there are {', '.join(known)}")
+    raise ValueError(f"nothing called {name!r} is embedded{near(name, known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,12 +17,12 @@ from diffadapt.export.changes import Change, changes_of
 from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
 from diffadapt.export.kohya import kohya_tensors
 from diffadapt.export.merged import lost_in_rounding, replace_folder, verify_merged, write_merged
-from diffadapt.export.metadata import base_only_note, carried, metadata_of, network_of
+from diffadapt.export.metadata import base_only_note, carried, data_hash, metadata_of, network_of
 from diffadapt.export.names import base_of
 from diffadapt.export.report import ExportReport
 from diffadapt.export.verify import Verdict, verify_diffusers, verify_kohya
 from diffadapt.files import write_atomically
-from diffadapt.methods import near
+from diffadapt.nearest import near
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("kohya", "diffusers", "merged")
@@ -75,7 +75,7 @@ def export(
     else:
         tensors = _rounded(kohya_tensors(changes, base_of(adapter), dense=dense), DTYPES[dtype])
     header |= network_of(tensors, adapter)
-    return _write_file(adapter, path, to, changes, tensors, header, force)
+    return _write_file(adapter, path, to, changes, tensors, DTYPES[dtype], header, force)
 
 
 # what training can leave beside the adapter, and the end of its name
@@ -117,13 +117,13 @@ def _write_file(
     to: str,
     changes: list[Change],
     tensors: dict[str, Tensor],
+    dtype: torch.dtype,
     header: dict[str, str],
     force: bool,
 ) -> ExportReport:
     whole = any(key.endswith(".diff") for key in tensors)
     if whole:
         header["diffadapt.base_only"] = base_only_note(adapter)
-    dtype = next(iter(tensors.values())).dtype
     reports: list[ExportReport] = []
 
     def write(temporary: Path) -> None:
@@ -135,6 +135,7 @@ def _write_file(
         error, layers = _rank_error(changes), len(changes)
         report = ExportReport(path, to, layers, tuple(verdicts), MEANT_FOR[to], whole, rank_error=error)
         _refuse_unless_good(report, force)
+        header["sshs_model_hash"] = data_hash(temporary)
         header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
         save_file(tensors, temporary, header)
         reports.append(report)
@@ -191,21 +192,28 @@ def _check_biases(changes: list[Change], to: str, force: bool) -> None:
         )
 
 
-def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _rounded(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors in the file's precision, on the CPU. Raises ValueError where they do not fit into it."""
-    rounded = {key: tensor.to(dtype).cpu().contiguous().clone() for key, tensor in tensors.items()}
-    for key, tensor in rounded.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{key} does not fit into {dtype}, or is not finite; use dtype float32 or bfloat16"
-            )
+    rounded: dict[str, Tensor] = {}
+    for key, tensor in tensors:
+        # rounding a magnitude would change the weight, not the change of it
+        wide = "dora_scale" in key or "lora_magnitude_vector" in key
+        value = tensor.to(torch.float32 if wide else dtype)
+        rounded[key] = value.cpu().contiguous().clone()
+        if not value.isfinite().all():
+            raise ValueError(f"{key} does not fit into {dtype}; use dtype float32 or bfloat16")
     return rounded
 
 
 def _rank_error(changes: list[Change]) -> float:
     """Share of the whole change that cutting to a rank leaves out."""
-    left_out = sum((c.adapted - c.target()).square().sum().item() for c in changes if c.approximated)
-    whole = sum((c.adapted - c.weight).square().sum().item() for c in changes)
+    if not any(change.approximated for change in changes):
+        return 0.0
+    left_out = whole = 0.0
+    for change in changes:
+        adapted = change.adapted
+        left_out += (adapted - change.target()).square().sum().item() if change.approximated else 0.0
+        whole += (adapted - change.weight).square().sum().item()
     return (left_out / whole) ** 0.5 if whole else 0.0
 
 

@@ -8,41 +8,45 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
-from diffadapt.export.factors import Form, added, form_of, nearest, rows_scaled
+from diffadapt.export.factors import Form, added, form_of, rows_scaled
 from diffadapt.expressions import Dense
 from diffadapt.layers import Entry, Record
 from diffadapt.merging import folded
 from diffadapt.site import Kind
+from diffadapt.update import LowRank
 
 
 @dataclass(frozen=True)
 class Change:
     """``W' = scale * (W + form)``, ``b' = b + bias`` for one layer; strengths are folded in. All float64.
 
+    What is as large as a weight is made when it is asked for, so that a large model fits into memory.
+
     Attributes:
         component: the model of the pipeline that holds the layer, e.g. ``unet`` or ``text_encoder_2``.
         path: the layer's name in that model.
         kind: what the layer does with its weight.
         layer: the layer itself.
-        weight: the frozen ``W``, in its own shape.
-        base_bias: the frozen ``b``, None where the layer has none.
-        form: the change of the matrix ``(out, fan_in)``; None where only rows are scaled or nothing changes.
+        record, entries: its frozen weight, and what the adapter does to it.
+        factors: the change of the matrix in factors; None where it is whole, or nothing but rows are scaled.
+        is_whole: whether the change has no structure.
         scale: a factor ``(out,)`` for every row; None for ones.
+        base_bias: the frozen ``b``, None where the layer has none.
         bias: the change of the bias ``(out,)``; None where it stays.
-        adapted: the live adapter's ``W'``, in the weight's own shape.
-        approximated: whether ``form`` was cut to a lower rank.
+        approximated: whether ``factors`` were cut to a lower rank.
     """
 
     component: str
     path: str
     kind: Kind
     layer: nn.Module
-    weight: Tensor
-    base_bias: Tensor | None
-    form: Form | None
+    record: Record
+    entries: list[Entry]
+    factors: Form | None
+    is_whole: bool
     scale: Tensor | None
+    base_bias: Tensor | None
     bias: Tensor | None
-    adapted: Tensor
     approximated: bool = False
 
     @property
@@ -50,28 +54,48 @@ class Change:
         return f"{self.component}.{self.path}" if self.component else self.path
 
     @property
+    def shape(self) -> torch.Size:
+        return self.record.base().shape
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight[0].numel()
+        return self.shape[0], self.shape[1:].numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen ``W``, in its own shape."""
+        return self.record.base().double()
+
+    @property
+    def adapted(self) -> Tensor:
+        """The live adapter's ``W'``, in the weight's own shape."""
+        return folded(self.record, self.entries)[0].double()
+
+    @property
+    def form(self) -> Form | None:
+        """The change of the matrix ``(out, fan_in)``; None where nothing but rows are scaled."""
+        if not self.is_whole:
+            return self.factors
+        adapted = self.adapted
+        adapted = adapted if self.scale is None else adapted / per_row(self.scale, adapted)
+        return Dense((adapted - self.weight).flatten(1))
 
     def target(self) -> Tensor:
         """The ``W'`` a file made from ``form`` and ``scale`` should give; ``adapted`` unless approximated."""
         if not self.approximated:
             return self.adapted
-        weight = (
-            self.weight if self.form is None else self.weight + self.form.matrix().reshape_as(self.weight)
-        )
+        weight = self.weight
+        if self.factors is not None:
+            weight = weight + self.factors.matrix().reshape_as(weight)
         return weight if self.scale is None else per_row(self.scale, weight) * weight
 
-    def as_dense(self) -> Change:
+    def as_whole(self) -> Change:
         """The same change as one difference of the weight, without a row scale."""
-        return replace(self, form=Dense((self.adapted - self.weight).flatten(1)), scale=None)
+        return replace(self, factors=None, is_whole=True, scale=None)
 
-    def cut(self, rank: int) -> Change:
-        """The change with a dense form replaced by its nearest of a rank."""
-        if not isinstance(self.form, Dense):
-            return self
-        low = nearest(self.form.matrix(), min(rank, *self.matrix_shape))
-        return replace(self, form=low, approximated=True)
+    def factored(self, factors: LowRank, *, approximated: bool) -> Change:
+        """The change with other factors in the place of its form."""
+        return replace(self, factors=factors, is_whole=False, approximated=approximated)
 
 
 def per_row(vector: Tensor, like: Tensor) -> Tensor:
@@ -83,9 +107,7 @@ def per_row(vector: Tensor, like: Tensor) -> Tensor:
 def changes_of(adapter: Adapter) -> list[Change]:
     """Every layer an adapter changes; layers that share a weight are listed each."""
     if not adapter.records:
-        raise ValueError(
-            f"adapter {adapter.name!r} is detached, so it has no weights to compare with; load it"
-        )
+        raise ValueError(f"adapter {adapter.name!r} is detached, so it changes no weights; load it")
     names = {
         id(module): (component or _component_of(root), path)
         for component, root in adapter.roots.items()
@@ -95,28 +117,18 @@ def changes_of(adapter: Adapter) -> list[Change]:
     for site in adapter.sites:
         record = adapter.records[site.name]
         entries = adapter.entries(record)
-        adapted, biases = folded(record, entries)
-        weight = record.base().double()
+        biases = folded(record, entries)[1]
         form, scale = (None, None) if site.kind == "norm" else _combined(record, entries)
+        whole = site.kind == "norm" or isinstance(form, Dense)
         for layer, new_bias in zip(record.layers, biases, strict=True):
-            component, path = names[id(layer)]
             base_bias = record.base_bias(layer)
             base_bias = None if base_bias is None else base_bias.double()
-            bias = _bias_change(base_bias, new_bias)
-            found.append(
-                Change(
-                    component,
-                    path,
-                    site.kind,
-                    layer,
-                    weight,
-                    base_bias,
-                    form,
-                    scale,
-                    bias,
-                    adapted.double(),
-                )
+            known = {"base_bias": base_bias, "bias": _bias_change(base_bias, new_bias), "scale": scale}
+            factors = None if whole else form
+            change = Change(
+                *names[id(layer)], site.kind, layer, record, entries, factors, is_whole=whole, **known
             )
+            found.append(change)
     return found
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from diffadapt.export.changes import Change
-from diffadapt.export.factors import full_rank, low_rank
+from diffadapt.export.factors import full_rank, low_rank, nearest, nothing
 from diffadapt.export.names import clip_path
 from diffadapt.export.programs.peft import geometry_refusal
-from diffadapt.expressions import Dense
 from diffadapt.update import LowRank
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -33,38 +32,36 @@ def diffusers_changes(changes: list[Change], rank: int | None) -> list[Change]:
     held = []
     for change in changes:
         if change.scale is not None and change.component in with_bias:
-            change = change.as_dense()  # PEFT has no DoRA beside lora_bias
+            change = change.as_whole()  # PEFT has no DoRA beside lora_bias
         held.append(change)
-    if rank is not None:
-        return [change.cut(rank) for change in held]
-    dense = [change for change in held if isinstance(change.form, Dense)]
-    entries = sum(change.weight.numel() for change in dense)
-    if entries > _FULL_RANK_SHARE * sum(change.weight.numel() for change in held):
-        raise ValueError(
-            f"{_listed(dense)}: the change is no product of thin matrices, all that diffusers loads; "
-            "give --rank N for its nearest one of rank N, whose error is printed, or use --to merged"
-        )
-    return [replace(c, form=full_rank(c.form.matrix())) if isinstance(c.form, Dense) else c for c in held]
+    dense = [change for change in held if change.is_whole]
+    if rank is None:
+        entries, whole = (sum(change.shape.numel() for change in some) for some in (dense, held))
+        if entries > _FULL_RANK_SHARE * whole:
+            raise ValueError(
+                f"{_listed(dense)}: the change is no product of thin matrices, all that diffusers loads; "
+                "give --rank N for its nearest one of rank N, whose error is printed, or use --to merged"
+            )
+        rank = max((min(change.matrix_shape) for change in dense), default=1)
+    return [_thin(change, rank) if change.is_whole else change for change in held]
 
 
-def diffusers_tensors(changes: list[Change]) -> dict[str, Tensor]:
-    """The file's tensors, float64, by key; takes what ``diffusers_changes`` gives."""
+def diffusers_tensors(changes: list[Change]) -> Iterator[tuple[str, Tensor]]:
+    """The file's keys and tensors, float64, one layer after the other; takes what ``diffusers_changes`` gives."""
     with_scale = {change.component for change in changes if change.scale is not None}
     with_bias = {change.component for change in changes if change.bias is not None}
-    tensors: dict[str, Tensor] = {}
     for change in changes:
         name = f"{change.component}.{clip_path(change.component, change.path)}"
         down_key, up_key = _factor_keys(change.component)
-        factors, shape = _factors(change), change.weight.shape
+        factors, shape = _factors(change), change.shape
         rank = factors.up.shape[1]
-        tensors[f"{name}.{down_key}.weight"] = factors.down.reshape(rank, *shape[1:])
-        tensors[f"{name}.{up_key}.weight"] = factors.up.reshape(shape[0], rank, *(1,) * (len(shape) - 2))
+        yield f"{name}.{down_key}.weight", factors.down.reshape(rank, *shape[1:])
+        yield f"{name}.{up_key}.weight", factors.up.reshape(shape[0], rank, *(1,) * (len(shape) - 2))
         if change.component in with_bias:
-            bias = change.weight.new_zeros(shape[0]) if change.bias is None else change.bias
-            tensors[f"{name}.{up_key}.bias"] = bias
+            bias = factors.up.new_zeros(shape[0]) if change.bias is None else change.bias
+            yield f"{name}.{up_key}.bias", bias
         if change.component in with_scale:
-            tensors[f"{name}.{_magnitude_key(change.component)}"] = _magnitude(change)
-    return tensors
+            yield f"{name}.{_magnitude_key(change.component)}", _magnitude(change)
 
 
 def adapter_config(changes: list[Change]) -> str:
@@ -73,7 +70,7 @@ def adapter_config(changes: list[Change]) -> str:
     config: dict[str, object] = {}
     for component in dict.fromkeys(change.component for change in changes):
         own = [change for change in changes if change.component == component]
-        ranks = {change.path.removeprefix("text_model."): _factors(change).up.shape[1] for change in own}
+        ranks = {change.path.removeprefix("text_model."): _rank(change) for change in own}
         rank = Counter(ranks.values()).most_common(1)[0][0]
         others = {path: other for path, other in ranks.items() if other != rank}
         config |= {
@@ -100,20 +97,27 @@ def _magnitude_key(component: str) -> str:
     return "lora_magnitude_vector.weight" if component.startswith("text_encoder") else "lora_magnitude_vector"
 
 
+def _thin(change: Change, rank: int) -> Change:
+    """A whole change as factors: the identity and itself where the rank suffices, else its nearest of the rank."""
+    matrix = change.form.matrix()
+    if rank >= min(matrix.shape):
+        return change.factored(full_rank(matrix), approximated=False)
+    return change.factored(nearest(matrix, rank), approximated=True)
+
+
 def _factors(change: Change) -> LowRank:
-    if change.form is not None:
-        return low_rank(change.form)
-    out, fan_in = change.matrix_shape
-    return LowRank(change.weight.new_zeros(out, 1), change.weight.new_zeros(1, fan_in))
+    return nothing(*change.matrix_shape) if change.factors is None else low_rank(change.factors)
+
+
+def _rank(change: Change) -> int:
+    return _factors(change).up.shape[1]
 
 
 def _magnitude(change: Change) -> Tensor:
     weight = change.weight.flatten(1)
-    norm = (weight if change.form is None else weight + change.form.matrix()).norm(dim=1)
+    norm = (weight if change.factors is None else weight + change.factors.matrix()).norm(dim=1)
     magnitude = norm if change.scale is None else change.scale * norm
-    if change.kind == "linear":
-        return magnitude
-    return magnitude.reshape(1, -1, *(1,) * (change.weight.dim() - 2))
+    return magnitude if change.kind == "linear" else magnitude.reshape(1, -1, *(1,) * (len(change.shape) - 2))
 
 
 def _check_layers(changes: list[Change]) -> None:

@@ -104,6 +104,11 @@ def full_rank(matrix: Tensor) -> LowRank:
     return LowRank(eye, matrix) if out <= fan_in else LowRank(matrix, eye)
 
 
+def nothing(out: int, fan_in: int) -> LowRank:
+    """A change of rank 1 that changes nothing."""
+    return LowRank(torch.zeros(out, 1, dtype=torch.float64), torch.zeros(1, fan_in, dtype=torch.float64))
+
+
 def nearest(matrix: Tensor, rank: int) -> LowRank:
     """The product of two factors of a rank nearest to a matrix in the Frobenius norm: its truncated SVD."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)

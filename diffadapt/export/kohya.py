@@ -6,13 +6,14 @@ Every multiplier is folded into the factors and ``alpha`` equals the rank, so th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffadapt.export.changes import Change, per_row
-from diffadapt.export.factors import full_rank, low_rank
+from diffadapt.export.factors import full_rank, low_rank, nothing
 from diffadapt.export.names import Base, kohya_name
 from diffadapt.export.programs.lycoris import split_read_from
 from diffadapt.expressions import Dense, HadamardPair, Kron
@@ -22,25 +23,24 @@ from diffadapt.update import LowRank, Tucker
 _COMFYUI_EPSILON = torch.finfo(torch.float32).eps
 
 
-def kohya_tensors(changes: list[Change], base: Base, *, dense: bool) -> dict[str, Tensor]:
-    """The file's tensors, float64, by key.
+def kohya_tensors(changes: list[Change], base: Base, *, dense: bool) -> Iterator[tuple[str, Tensor]]:
+    """The file's keys and tensors, float64, one layer after the other.
 
     ``dense`` writes whole differences where the compact keys are right in ComfyUI alone: scaled rows, and
     biases of layers whose weight stays.
     Raises: ValueError for layers that have no name there.
     """
-    tensors: dict[str, Tensor] = {}
     for change in changes:
         name = kohya_name(change.component, change.path, base)
         for key, value in _layer_tensors(change, dense).items():
-            tensors[f"{name}.{key}"] = value
-    return tensors
+            yield f"{name}.{key}", value
 
 
 def _layer_tensors(change: Change, dense: bool) -> dict[str, Tensor]:
     if change.kind == "norm":
-        bias = torch.zeros_like(change.weight) if change.bias is None else change.bias
-        return {"w_norm": change.adapted - change.weight, "b_norm": bias}
+        difference = change.adapted - change.weight
+        bias = torch.zeros_like(difference) if change.bias is None else change.bias
+        return {"w_norm": difference, "b_norm": bias}
     if change.bias is not None and (dense or change.scale is not None):
         return {"diff": change.target() - change.weight, "diff_b": change.bias}
     if change.scale is not None and dense:
@@ -54,23 +54,20 @@ def _layer_tensors(change: Change, dense: bool) -> dict[str, Tensor]:
 def _comfyui_magnitude(change: Change) -> Tensor:
     """ComfyUI divides by the norm of W where DoRA divides by that of the changed weight. What it multiplies
     with is made so that its result is ``scale * (W + form)``: exact at every strength."""
-    norm = change.weight.flatten(1).norm(dim=1)
-    return per_row(change.scale * (norm + _COMFYUI_EPSILON), change.weight)
+    weight = change.weight
+    return per_row(change.scale * (weight.flatten(1).norm(dim=1) + _COMFYUI_EPSILON), weight)
 
 
 def _factors(change: Change) -> dict[str, Tensor]:
-    form, kernel = change.form, change.weight.shape[2:]
+    form, shape = change.form, change.shape
     if form is None and change.scale is None:
         return {}
     if form is None:  # a row scale needs a weight change beside it
-        form = LowRank(
-            change.weight.new_zeros(change.weight.shape[0], 1),
-            change.weight.new_zeros(1, change.matrix_shape[1]),
-        )
-    if isinstance(form, Tucker) and all(size == 1 for size in kernel):
+        form = nothing(*change.matrix_shape)
+    if isinstance(form, Tucker) and all(size == 1 for size in shape[2:]):
         form = low_rank(form)
     if isinstance(form, LowRank):
-        return _lora(form, change.weight.shape)
+        return _lora(form, shape)
     if isinstance(form, Tucker):
         return _tucker(form)
     if isinstance(form, HadamardPair):
@@ -80,8 +77,8 @@ def _factors(change: Change) -> dict[str, Tensor]:
     if change.scale is not None:
         # ComfyUI reads no whole difference with a row scale: the identity is its other factor
         product = full_rank(form.matrix()) if isinstance(form, Dense) else low_rank(form)
-        return _lora(product, change.weight.shape)
-    return {"diff": form.matrix().reshape_as(change.weight)}
+        return _lora(product, shape)
+    return {"diff": form.matrix().reshape(shape)}
 
 
 def _lora(form: LowRank, shape: torch.Size) -> dict[str, Tensor]:
@@ -119,7 +116,7 @@ def _loha(form: HadamardPair) -> dict[str, Tensor]:
 
 def _lokr(form: Kron, change: Change) -> dict[str, Tensor]:
     """LoKr keys, where LyCORIS guesses the split they were made with from their shapes; else plain ones."""
-    (a, b), (out, channels, *kernel) = form.left.shape, change.weight.shape
+    (a, b), (out, channels, *kernel) = form.left.shape, change.shape
     block, entries = (out // a, channels // b), math.prod(kernel)
     whole_rows = a * block[0] == out and b * block[1] == channels
     if isinstance(form.right, LowRank) and whole_rows:
@@ -132,8 +129,8 @@ def _lokr(form: Kron, change: Change) -> dict[str, Tensor]:
         return {"lokr_w1": form.left, "lokr_w2": right, "alpha": _alpha(1)}
     product = low_rank(form)
     if product.up.shape[1] < min(change.matrix_shape) or change.scale is not None:
-        return _lora(product, change.weight.shape)
-    return {"diff": form.matrix().reshape_as(change.weight)}
+        return _lora(product, change.shape)
+    return {"diff": form.matrix().reshape(change.shape)}
 
 
 def _alpha(rank: int) -> Tensor:

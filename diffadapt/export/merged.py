@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import disabled, pipeline_of
 from diffadapt.export.changes import Change
-from diffadapt.export.verify import Verdict, compared
+from diffadapt.export.programs import with_bias
+from diffadapt.export.verify import Tally, Verdict
 
 
 def write_merged(
@@ -30,36 +31,34 @@ def write_merged(
     model = pipeline or _only_root(adapter)
     with disabled(model):
         model.save_pretrained(folder, safe_serialization=True)
-    by_place: dict[Path, dict[str, Tensor]] = {}
+    values: dict[Path, dict[str, Callable[[], Tensor]]] = {}
     for change in changes:
         place = folder / change.component if pipeline else folder
-        by_place.setdefault(place, {}).update(_values(change))
+        values.setdefault(place, {}).update(_values(change))
     for place in (folder, *(place for place in folder.iterdir() if place.is_dir())):
-        _rewrite(place, by_place.get(place, {}), dtype)
+        _rewrite(place, values.get(place, {}), dtype)
     (folder / "diffadapt.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
 
 
 def verify_merged(folder: Path, changes: Sequence[Change], dtype: torch.dtype) -> Verdict:
     """Read the folder's weights back as ``from_pretrained`` does and compare them with the live adapter's."""
-    stored: dict[str, dict[str, Tensor]] = {}
-    results = []
+    stored: dict[Path, dict[str, Tensor]] = {}
+    tally = Tally(torch.float32)
     for change in changes:
         place = folder / change.component if (folder / change.component).is_dir() else folder
-        if str(place) not in stored:
-            stored[str(place)] = {
-                key: t for file in place.glob("*.safetensors") for key, t in load_file(file).items()
-            }
-        tensors = stored[str(place)]
+        if place not in stored:
+            files = [load_file(file) for file in sorted(place.glob("*.safetensors"))]
+            stored[place] = {key: tensor for tensors in files for key, tensor in tensors.items()}
+        tensors, live, bias = stored[place], change.adapted, with_bias(change.base_bias, change.bias)
         weight = tensors[_stored_name(f"{change.path}.weight", tensors)].double()
-        bias = None
-        if change.base_bias is not None:
-            bias = tensors[_stored_name(f"{change.path}.bias", tensors)].double()
-        results.append((weight, bias))
-    largest, share, as_meant = compared(changes, results, torch.float32)
-    if dtype == torch.float32 or as_meant:
-        status = "exact" if as_meant else "wrong"
-        return Verdict("diffusers", "0.42.1", status, largest, share)
-    return Verdict("diffusers", "0.42.1", "approximate", largest, share, f"rounded to {dtype}"[:64])
+        tally.add(weight, live, change.weight, live.to(dtype).double())
+        if bias is not None:
+            found = tensors[_stored_name(f"{change.path}.bias", tensors)].double()
+            tally.add(found, bias, change.base_bias, bias.to(dtype).double())
+    status, reason = ("exact", "") if dtype == torch.float32 else ("approximate", "as asked for")
+    if not tally.as_meant:
+        status, reason = "wrong", "the stored weights are not the live ones"
+    return Verdict("diffusers", "0.42.1", status, tally.largest, tally.share, reason)
 
 
 def lost_in_rounding(changes: Sequence[Change], dtype: torch.dtype) -> float:
@@ -68,8 +67,9 @@ def lost_in_rounding(changes: Sequence[Change], dtype: torch.dtype) -> float:
         return 0.0
     lost = changed = 0.0
     for change in changes:
-        lost += (change.adapted - change.adapted.to(dtype).double()).square().sum().item()
-        changed += (change.adapted - change.weight).square().sum().item()
+        adapted = change.adapted
+        lost += (adapted - adapted.to(dtype).double()).square().sum().item()
+        changed += (adapted - change.weight).square().sum().item()
         if change.bias is not None and change.base_bias is not None:
             new = change.base_bias + change.bias
             lost += (new - new.to(dtype).double()).square().sum().item()
@@ -95,21 +95,21 @@ def _only_root(adapter: Adapter) -> nn.Module:
     return root
 
 
-def _values(change: Change) -> dict[str, Tensor]:
-    values = {f"{change.path}.weight": change.adapted}
+def _values(change: Change) -> dict[str, Callable[[], Tensor]]:
+    values: dict[str, Callable[[], Tensor]] = {f"{change.path}.weight": lambda: change.adapted}
     if change.bias is not None:
-        values[f"{change.path}.bias"] = change.base_bias + change.bias
+        values[f"{change.path}.bias"] = lambda: change.base_bias + change.bias
     return values
 
 
-def _rewrite(folder: Path, values: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _rewrite(folder: Path, values: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
     """Put values in the place of a model's tensors, and bring all of them to the file's precision."""
     left = dict(values)
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         for key in list(left):
             if name := _stored_name(key, tensors):
-                tensors[name] = left.pop(key)
+                tensors[name] = left.pop(key)().to(dtype)
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {"format": "pt"}
         cast = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}

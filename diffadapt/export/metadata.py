@@ -7,8 +7,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
 from diffadapt.adapter import Adapter
@@ -97,12 +97,15 @@ def network_of(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "sshs_model_hash": _data_hash(tensors),
         "ss_network_args": json.dumps({"algo": str(adapter.method)}),
     }
 
 
-def _data_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the bytes behind the header: kohya's ``sshs_model_hash``, which does not depend on it."""
-    data = safetensors.torch.save(dict(tensors))
-    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+def data_hash(path: Path) -> str:
+    """SHA-256 of the bytes behind a file's header: kohya's ``sshs_model_hash``, which does not depend on it."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()

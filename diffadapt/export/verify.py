@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffadapt.export.changes import Change
 from diffadapt.export.names import Base, clip_path, found_by_a1111, found_by_comfyui, kohya_name
-from diffadapt.export.programs import Layer, Program, Refused
+from diffadapt.export.programs import Layer, Program, Refused, Result, with_bias
 from diffadapt.export.programs.a1111 import A1111
 from diffadapt.export.programs.comfyui import COMFYUI
 from diffadapt.export.programs.lycoris import LYCORIS
@@ -66,92 +66,102 @@ class Verdict:
 
 def verify_kohya(path: str, changes: Sequence[Change], base: Base, dtype: torch.dtype) -> list[Verdict]:
     """Verdicts of every program that reads kohya's key names."""
-    names = [kohya_name(change.component, change.path, base) for change in changes]
+    finds = {
+        COMFYUI: found_by_comfyui,
+        A1111: lambda change: found_by_a1111(change, base),
+        LYCORIS: lambda change: True,
+        SD_SCRIPTS: lambda change: not base.is_sdxl or change.component != "unet",
+        DIFFUSERS_KOHYA: lambda change: "add_embedding" not in change.path,
+    }
     grouped = _grouped(load_file(path), lambda key: tuple(key.split(".", 1)))
-    in_sd_scripts = [not base.is_sdxl or change.component != "unet" for change in changes]
-    everywhere = [True] * len(changes)
-    found = (
-        (COMFYUI, [found_by_comfyui(change) for change in changes]),
-        (A1111, [found_by_a1111(change, base) for change in changes]),
-        (LYCORIS, everywhere),
-        (SD_SCRIPTS, in_sd_scripts),
-        (DIFFUSERS_KOHYA, ["add_embedding" not in change.path for change in changes]),
-    )
-    return [_verdict(program, names, finds, grouped, changes, dtype) for program, finds in found]
+    return _verdicts(finds, lambda c: kohya_name(c.component, c.path, base), grouped, changes, dtype)
 
 
 def verify_diffusers(path: str, changes: Sequence[Change], dtype: torch.dtype) -> list[Verdict]:
     """The verdict of stock diffusers on a file with PEFT's keys."""
-    names = [f"{change.component}.{clip_path(change.component, change.path)}" for change in changes]
     grouped = _grouped(load_file(path), _peft_key)
-    return [_verdict(DIFFUSERS, names, [True] * len(names), grouped, changes, dtype)]
+    finds = {DIFFUSERS: lambda change: True}
+    return _verdicts(
+        finds, lambda c: f"{c.component}.{clip_path(c.component, c.path)}", grouped, changes, dtype
+    )
 
 
-def compared(
-    changes: Sequence[Change], results: Iterable[tuple[Tensor, Tensor | None]], dtype: torch.dtype
-) -> tuple[float, float, bool]:
-    """The largest difference from the live adapter, its share of the change, and whether every layer is what
-    the file was meant to give, up to rounding."""
-    largest = error = changed = 0.0
-    as_meant = True
-    for change, (weight, bias) in zip(changes, results, strict=True):
-        meant_bias = _bias(change.base_bias, change.bias)
-        bias_off = _difference(bias, meant_bias)
-        off = weight - change.adapted
-        largest = max(largest, *(_largest(part) for part in (off, bias_off)))
-        error += off.square().sum().item() + bias_off.square().sum().item()
-        for value, start in ((change.adapted, change.weight), (meant_bias, change.base_bias)):
-            if value is not None:
-                changed += (value if start is None else value - start).square().sum().item()
-        for part, meant, start in (
-            (weight - change.target(), change.target(), change.weight),
-            (bias_off, meant_bias, change.base_bias),
-        ):
-            as_meant &= _largest(part) <= _tolerance(meant, start, dtype)
-    share = math.sqrt(error / changed) if changed else 0.0
-    return largest, share, as_meant
+@dataclass
+class Tally:
+    """Differences from the live adapter, added up layer by layer."""
+
+    dtype: torch.dtype
+    largest: float = 0.0
+    error: float = 0.0  # squared
+    changed: float = 0.0  # squared
+    as_meant: bool = True  # whether every layer is what the file was meant to give, up to rounding
+
+    def add(
+        self, found: Tensor | None, live: Tensor | None, start: Tensor | None, meant: Tensor | None
+    ) -> None:
+        """One weight or bias: as found, as the live adapter has it, before, and as the file should give it."""
+        if live is not None:
+            self.changed += (live if start is None else live - start).square().sum().item()
+        off = _difference(found, live)
+        self.largest = max(self.largest, _largest(off))
+        self.error += off.square().sum().item()
+        self.as_meant &= _largest(_difference(found, meant)) <= _tolerance(meant, start, self.dtype)
+
+    @property
+    def share(self) -> float:
+        """Of the whole change, in Frobenius norms, that the differences amount to."""
+        return math.sqrt(self.error / self.changed) if self.changed else 0.0
 
 
-def _verdict(
-    program: Program,
-    names: Sequence[str],
-    finds: Sequence[bool],
+def _verdicts(
+    finds: Mapping[Program, Callable[[Change], bool]],
+    name_of: Callable[[Change], str],
     grouped: Mapping[str, Mapping[str, Tensor]],
     changes: Sequence[Change],
     dtype: torch.dtype,
-) -> Verdict:
-    results, ignored = [], []
-    try:
-        for name, found, change in zip(names, finds, changes, strict=True):
-            layer = Layer(name, change.kind, change.weight, change.base_bias, change.layer, found)
-            keys = grouped.get(name, {})
-            if not keys or not found:
-                results.append((layer.weight, layer.bias))
-                ignored += [f"{name}.{key}" for key in keys]
-                continue
-            result = program.apply(layer, keys)
-            results.append((result.weight, result.bias))
-            ignored += [f"{name}.{key}" for key in sorted(result.ignored)]
-    except Refused as refusal:
-        return Verdict(program.name, program.version, "refused", reason=str(refusal))
-    largest, share, as_meant = compared(changes, results, dtype)
-    if not as_meant:
-        reason = (
-            f"it passes by {len(ignored)} keys, e.g. {ignored[0]}" if ignored else "it computes otherwise"
-        )
-        return Verdict(program.name, program.version, "wrong", largest, share, reason)
-    rounded = dtype != torch.float32 or any(change.approximated for change in changes)
-    reason = "as asked for" if rounded else ""
-    status = "approximate" if rounded else "exact"
-    return Verdict(program.name, program.version, status, largest, share, reason)
+) -> list[Verdict]:
+    """Every program on one layer after the other: what is as large as a weight lives for one layer."""
+    tallies = {program: Tally(dtype) for program in finds}
+    ignored: dict[Program, list[str]] = {program: [] for program in finds}
+    refused: dict[Program, str] = {}
+    for change in changes:
+        name, live, meant = name_of(change), change.adapted, change.target()
+        layer = Layer(name, change.kind, change.weight, change.base_bias, change.layer)
+        keys = {key: tensor.double() for key, tensor in grouped.get(name, {}).items()}
+        bias = with_bias(change.base_bias, change.bias)
+        for program, is_found in finds.items():
+            result = Result(layer.weight, layer.bias, frozenset(keys))
+            try:
+                if keys and is_found(change):
+                    result = program.apply(layer, keys)
+            except Refused as refusal:
+                refused.setdefault(program, str(refusal))
+            ignored[program] += [f"{name}.{key}" for key in sorted(result.ignored)]
+            tallies[program].add(result.weight, live, layer.weight, meant)
+            tallies[program].add(result.bias, bias, layer.bias, bias)
+    asked = dtype != torch.float32 or any(change.approximated for change in changes)
+    return [_verdict(p, tallies[p], ignored[p], refused.get(p), asked) for p in finds]
 
 
-def _grouped(tensors: Mapping[str, Tensor], split) -> dict[str, dict[str, Tensor]]:
-    """Tensors by layer and key, float64."""
+def _verdict(program: Program, tally: Tally, ignored: list[str], refusal: str | None, asked: bool) -> Verdict:
+    if refusal:
+        return Verdict(program.name, program.version, "refused", reason=refusal)
+    status, reason = ("approximate", "as asked for") if asked else ("exact", "")
+    if not tally.as_meant:
+        status, reason = "wrong", "it computes otherwise"
+        if ignored:
+            reason = f"it passes by {len(ignored)} keys, e.g. {ignored[0]}"
+    return Verdict(program.name, program.version, status, tally.largest, tally.share, reason)
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors by layer and key."""
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, end = split(key)
-        grouped.setdefault(name, {})[end] = tensor.double()
+        grouped.setdefault(name, {})[end] = tensor
     return grouped
 
 
@@ -162,18 +172,12 @@ def _peft_key(key: str) -> tuple[str, str]:
     raise Refused(f"diffusers knows no key {key}")
 
 
-def _bias(base: Tensor | None, change: Tensor | None) -> Tensor | None:
-    if change is None:
-        return base
-    return change if base is None else base + change
-
-
-def _difference(bias: Tensor | None, meant: Tensor | None) -> Tensor:
-    if bias is None and meant is None:
+def _difference(found: Tensor | None, meant: Tensor | None) -> Tensor:
+    if found is None and meant is None:
         return torch.zeros(1, dtype=torch.float64)
-    if bias is None or meant is None:
-        return bias if meant is None else meant
-    return bias - meant
+    if found is None or meant is None:
+        return found if meant is None else meant
+    return found - meant
 
 
 def _largest(tensor: Tensor) -> float:

@@ -50,10 +50,15 @@ class Method:
         return (self,)
 
     @property
+    def settings(self) -> dict:
+        """Every option, as a file stores it: later defaults do not change what it means."""
+        return asdict(self)
+
+    @property
     def config(self) -> dict:
-        """The options that differ from their defaults, as JSON-ready values."""
+        """The options that differ from their defaults, for people to read."""
         defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
-        return {key: value for key, value in asdict(self).items() if defaults.get(key, MISSING) != value}
+        return {key: value for key, value in self.settings.items() if defaults.get(key, MISSING) != value}
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.config.items())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from diffadapt.methods.base import Method
+from diffadapt.nearest import near
 from diffadapt.site import Kind
 
 if TYPE_CHECKING:
@@ -35,8 +36,12 @@ class PeftMethod(Method):
         return PREFIX + self.type
 
     @property
-    def config(self) -> dict:
+    def settings(self) -> dict:
         return dict(self.options)
+
+    @property
+    def config(self) -> dict:
+        return self.settings
 
     def configuration(self, targets: str) -> PeftConfig:
         """PEFT's configuration for the layers that match the pattern ``targets``.
@@ -74,8 +79,6 @@ def peft_method(kind: str, options: dict, given: dict) -> PeftMethod:
 
     Raises: ValueError for an unknown type or option, naming near ones.
     """
-    from diffadapt.methods import near
-
     known = [name for name in config_class(kind.upper()).__dataclass_fields__ if name not in _OURS]
     own = {
         ("r" if key == "rank" and "r" in known else key): value for key, value in (given | options).items()
@@ -90,8 +93,6 @@ def peft_method(kind: str, options: dict, given: dict) -> PeftMethod:
 
 def config_class(kind: str) -> type[PeftConfig]:
     """The configuration of a PEFT type. Raises ImportError without PEFT, ValueError for no type."""
-    from diffadapt.methods import near
-
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:

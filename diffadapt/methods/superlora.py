@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffadapt.fastfood import PROJECTIONS
-from diffadapt.folds import Fold
-from diffadapt.grouping import Group, group_sites, share_of, smallest_root
+from diffadapt.grouped.fastfood import PROJECTIONS
+from diffadapt.grouped.folds import Fold
+from diffadapt.grouped.grouping import Group, group_sites, share_of, smallest_root
+from diffadapt.grouped.plan import Layout, plan_groups
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.ranked import RankedMethod, check_choice
-from diffadapt.methods.superlora_groups import Layout, plan_groups
 from diffadapt.site import Site
 from diffadapt.update import Expression, Update
 

@@ -6,7 +6,6 @@ rising order: the dataclass, the base family's defaults (for fields left None), 
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from dataclasses import MISSING, dataclass, fields
@@ -15,9 +14,11 @@ from typing import TypeVar
 
 import yaml
 
-from diffadapt.methods import Method, make_method
+from diffadapt.method_names import make_method
+from diffadapt.methods import Method
 from diffadapt.models.names import is_embedded
 from diffadapt.models.sd import DEFAULTS, TUNED, family_of
+from diffadapt.nearest import near
 
 Kind = TypeVar("Kind", bound="TrainOptions")
 
@@ -117,9 +118,7 @@ def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
     names = [field.name for field in fields(kind)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-            raise ValueError(f"unknown option {name!r} in {path}{hint}")
+            raise ValueError(f"unknown option {name!r} in {path}{near(str(name), names)}")
     hints, choices = typing.get_type_hints(kind), {f.name: f.metadata["choices"] for f in fields(kind)}
     for name, value in values.items():
         if choices[name] is not None and value is not None and value not in choices[name]:

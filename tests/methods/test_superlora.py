@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffadapt as da
 from diffadapt.convolution import LinearMap
-from diffadapt.fastfood import draw_projection
+from diffadapt.grouped.fastfood import draw_projection
 from diffadapt.update import LowRank
 
 VARIANTS = [

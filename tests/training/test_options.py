@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from diffadapt.methods import make_method
+from diffadapt.method_names import make_method
 from diffadapt.models.sd import DEFAULTS, TUNED
 from diffadapt.training.options import (
     TrainOptions,
@@ -47,7 +47,7 @@ def test_what_was_written_can_be_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "unknown option 'learning_rat' .* did you mean 'learning_rate'"),
+        ("learning_rat: 1", "unknown option 'learning_rat' .* did you mean learning_rate"),
         ("seed: many", "seed in .* must be of type int, got 'many'"),
         ("lr_scheduler: cosin", "lr_scheduler in .* must be one of linear"),
         ("just text", "must hold lines of the form"),

@@ -25,7 +25,6 @@ class Layer:
         kind: linear, conv, norm or embedding.
         weight, bias: its values, float64; no bias where it has none.
         module: the layer, for its geometry.
-        found: whether the program finds the layer under that name.
     """
 
     name: str
@@ -33,7 +32,6 @@ class Layer:
     weight: Tensor
     bias: Tensor | None
     module: nn.Module
-    found: bool = True
 
 
 @dataclass(frozen=True)

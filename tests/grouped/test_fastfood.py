@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import hadamard
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffadapt.fastfood import draw_projection, padded_size, project, walsh_hadamard
+from diffadapt.grouped.fastfood import draw_projection, padded_size, project, walsh_hadamard
 
 SIZES = [(5, 5), (7, 30), (30, 7), (64, 64), (65, 64), (1, 3), (1, 1), (33, 300)]
 LINEAR = ("linear", "linear_v2")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffadapt.grouping import group_sites, share_of, smallest_root
+from diffadapt.grouped.grouping import group_sites, share_of, smallest_root
 from diffadapt.site import Site
 
 SITES = [

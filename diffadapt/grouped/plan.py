@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffadapt.expressions import Dense, Kron
-from diffadapt.fastfood import draw_projection, padded_size, project
-from diffadapt.folds import Fold
-from diffadapt.grouping import Group, Piece
+from diffadapt.grouped.fastfood import draw_projection, padded_size, project
+from diffadapt.grouped.folds import Fold
+from diffadapt.grouped.grouping import Group, Piece
+from diffadapt.grouped.slices import KronRows, Slice, join, part_shapes
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.draws import named_generator
 from diffadapt.site import Site
-from diffadapt.slices import KronRows, Slice, join, part_shapes
 from diffadapt.update import Expression, LowRank
 
 

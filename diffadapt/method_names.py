@@ -1,0 +1,96 @@
+"""Methods from text: a name with options, or what a file says."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+
+from diffadapt.methods import METHODS, READABLE, Combined, Method
+from diffadapt.methods.peft_method import PREFIX as PEFT
+from diffadapt.methods.peft_method import parse_peft, peft_method
+from diffadapt.nearest import near
+
+
+def make_method(name: str, **options) -> Method:
+    """A method by registered name, e.g. ``flora``, ``flora(rank=8)`` or ``1lora+lora(rank=4)``.
+
+    ``options`` fill every part that has such an option and does not set it itself.
+    Raises ValueError for an unknown name or option, naming the nearest known one.
+    """
+    if name.startswith(PEFT):
+        kind, own = parse_peft(name)
+        return peft_method(kind, own, options)
+    specs = [_parse(part) for part in _split_parts(name)]
+    known = {field.name for spec, _ in specs for field in fields(METHODS[spec])}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}{near(option, known)}")
+    parts = tuple(_build(spec, own, options) for spec, own in specs)
+    return parts[0] if len(parts) == 1 else Combined(members=parts)
+
+
+def read_method(parts: object) -> Method:
+    """The method of a file: ``[{"name": ..., "options": {...}}]``. Raises ValueError for anything else."""
+    if not isinstance(parts, list) or not parts:
+        raise ValueError(f"expected a list of methods, got {parts!r}")
+    methods = []
+    for part in parts:
+        name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(options, dict):
+            raise ValueError(f"expected a name and options, got {part!r}")
+        if name.startswith(PEFT) and len(parts) == 1:
+            return peft_method(name.removeprefix(PEFT), options, {})
+        if name not in READABLE:
+            raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
+        known = {field.name for field in fields(READABLE[name])}
+        for option in options:
+            if option not in known:
+                raise ValueError(f"{name} has no option {option!r}{near(str(option), known)}")
+        methods.append(_build(name, options, {}))
+    return methods[0] if len(methods) == 1 else Combined(members=tuple(methods))
+
+
+def _split_parts(name: str) -> list[str]:
+    """Split on the plus signs outside parentheses."""
+    parts, depth = [""], 0
+    for char in name:
+        depth += (char == "(") - (char == ")")
+        if char == "+" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts]
+
+
+def _parse(part: str) -> tuple[str, dict]:
+    name, bracket, inside = part.partition("(")
+    name = name.strip()
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
+    if not bracket:
+        return name, {}
+    if not inside.endswith(")"):
+        raise ValueError(f"method {part!r} lacks its closing parenthesis; write e.g. {name}(rank=4)")
+    known, options = {field.name for field in fields(METHODS[name])}, {}
+    for item in filter(None, (item.strip() for item in inside[:-1].split(","))):
+        option, equals, text = (piece.strip() for piece in item.partition("="))
+        if not equals or option not in known:
+            raise ValueError(f"{name} has no option {option!r}{near(option, known)}")
+        options[option] = _value(text)
+    return name, options
+
+
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError):
+        return text  # a bare word, such as gaussian
+
+
+def _build(name: str, own: dict, given: dict) -> Method:
+    cls = READABLE[name]
+    known = {field.name for field in fields(cls)}
+    try:
+        return cls(**{**{key: value for key, value in given.items() if key in known}, **own})
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
