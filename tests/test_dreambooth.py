@@ -137,6 +137,31 @@ def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
     assert "subject_similarity" in capsys.readouterr().out
 
 
+def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, capsys):
+    short = [
+        "--max_train_steps",
+        2,
+        "--num_validation_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--num_threads",
+        1,
+    ]
+    out = tmp_path / "out"
+    assert run("--adapter", "flora", "--output_dir", out, *short) == 0
+    record, shown = json.loads((out / "run.json").read_text()), capsys.readouterr().out
+    assert record["demo"]
+    assert record["options"]["pretrained_model_name_or_path"] == "embedded:emoji"
+    assert "subject_similarity[embedded:clip]" in record["figures"]
+    assert "DEMO" in shown
+    assert "DEMO" in (out / "config.yaml").read_text()
+    assert "DEMO" in da.read_metadata(out / "adapter.safetensors")["note"]
+    again = ["--prompt", "a sks cat face emoji", "--num_images", "1", "--out", str(tmp_path / "again")]
+    assert diffadapt(["sample", "--adapter", str(out / "adapter.safetensors"), *again]) == 0
+    assert json.loads((tmp_path / "again" / "sample.json").read_text())["demo"]
+
+
 def test_without_pictures_there_is_only_the_adapter(run, tmp_path, capsys):
     quiet = ("--num_validation_images", 0, "--export_formats", "none")
     assert run(*arguments(tmp_path, "out"), "--max_train_steps", 1, *quiet) == 0
