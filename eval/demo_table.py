@@ -65,16 +65,13 @@ def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
         f"{len(rows[0][1])} seeds. All figures are cosines between features of the embedded encoder",
         f"(`{options['extractor']}`), comparable with each other only: a demonstration, not a benchmark.",
         "",
-        f"| adapter | parameters | {' | '.join(COLUMNS.values())} | seconds |",
-        f"|---|---:|{'---:|' * len(COLUMNS)}---:|",
-        "| before training | 0 | "
-        + " | ".join(cell(rows[0][1], name, "before") for name in COLUMNS)
-        + " | |",
+        f"| adapter | parameters | {' | '.join(COLUMNS.values())} |",
+        f"|---|---:|{'---:|' * len(COLUMNS)}",
+        "| before training | 0 | " + " | ".join(cell(rows[0][1], name, "before") for name in COLUMNS) + " |",
     ]
     for label, records in rows:
         cells = [cell(records, name, "after") for name in COLUMNS]
-        seconds = statistics.mean(record["seconds"] for record in records)
-        lines.append(f"| {label} | {records[0]['parameters']:,} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(f"| {label} | {records[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *explanation(first)]) + "\n"
 
 
@@ -85,7 +82,6 @@ def explanation(record: dict) -> list[str]:
         "- agreement with the text: ten prompts that put the subject in new contexts, picture against words.",
         "- drift: 1 - cosine between what other prompts give before and after, on the same seeds.",
         "- nearest training picture: mean cosine to the closest one; near 1 would mean copying.",
-        "- seconds: of a whole run on two CPU cores, with drawing before and after.",
     ]
 
 
