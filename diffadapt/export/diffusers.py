@@ -47,7 +47,7 @@ def diffusers_changes(changes: list[Change], rank: int | None) -> list[Change]:
 
 
 def diffusers_tensors(changes: list[Change]) -> Iterator[tuple[str, Tensor]]:
-    """The file's keys and tensors, float64, one layer after the other; takes what ``diffusers_changes`` gives."""
+    """The file's keys and tensors, float64, layer by layer; takes what ``diffusers_changes`` gives."""
     with_scale = {change.component for change in changes if change.scale is not None}
     with_bias = {change.component for change in changes if change.bias is not None}
     for change in changes:
@@ -98,7 +98,7 @@ def _magnitude_key(component: str) -> str:
 
 
 def _thin(change: Change, rank: int) -> Change:
-    """A whole change as factors: the identity and itself where the rank suffices, else its nearest of the rank."""
+    """A whole change as factors: the identity and itself where the rank suffices, else its nearest."""
     matrix = change.form.matrix()
     if rank >= min(matrix.shape):
         return change.factored(full_rank(matrix), approximated=False)

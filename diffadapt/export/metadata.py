@@ -102,7 +102,7 @@ def network_of(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str
 
 
 def data_hash(path: Path) -> str:
-    """SHA-256 of the bytes behind a file's header: kohya's ``sshs_model_hash``, which does not depend on it."""
+    """SHA-256 of the bytes behind a file's header: kohya's ``sshs_model_hash``."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))

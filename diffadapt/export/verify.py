@@ -99,7 +99,7 @@ class Tally:
     def add(
         self, found: Tensor | None, live: Tensor | None, start: Tensor | None, meant: Tensor | None
     ) -> None:
-        """One weight or bias: as found, as the live adapter has it, before, and as the file should give it."""
+        """One weight or bias: as found, as the live adapter has it, before, and as the file should give."""
         if live is not None:
             self.changed += (live if start is None else live - start).square().sum().item()
         off = _difference(found, live)
