@@ -6,7 +6,6 @@ tensors, are made again in backward.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffadapt.convolution import LinearMap, Wanted, added, without_autocast
+from diffadapt.convolution import LinearMap, Wanted, added, widest, without_autocast
 
 if TYPE_CHECKING:
     from diffadapt.update import Expression, LayerMap
@@ -83,7 +82,7 @@ class ChannelSum:
     groups: int = 1
 
     def product(self, x: Tensor, weight: None = None) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.groups == 1:
             return x.sum(self.channel_dim, keepdim=True, dtype=wide).to(x.dtype)
         return x.unflatten(1, (self.groups, -1)).sum(2, dtype=wide).to(x.dtype)
@@ -195,7 +194,7 @@ def _sum(
 
 def _own(form: Expression, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a change's tensors, in their precision, given those of its steps' weights."""
-    wide = functools.reduce(torch.promote_types, [factor.dtype for factor in form.tensors()])
+    wide = widest(form.tensors())
     return form.steps_vjp([value if value is None else value.to(wide) for value in grads])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +99,12 @@ class ConvMap:
             self.groups,
             mask,
         )
+
+
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The precision that holds the values of all."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:

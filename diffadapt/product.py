@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffadapt.chain import ChainProduct, RescaledProduct
-from diffadapt.convolution import without_autocast
+from diffadapt.convolution import widest, without_autocast
 from diffadapt.update import Expression, LayerMap, Scaled, Sum
 
 Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the input it sees
@@ -27,7 +26,7 @@ class WeightSpaceProduct(torch.autograd.Function):
         form = form.with_tensors(factors)
         ctx.layer, ctx.form, ctx.shape = layer, form, shape
         ctx.save_for_backward(x, weight, *factors)
-        if x.dtype == _widest(factors) and weight is not None:
+        if x.dtype == widest(factors) and weight is not None:
             return layer.product(x, form.added_to(weight.flatten(1)).reshape(shape), bias)
         y = layer.product(x, form.matrix().reshape(shape).to(x.dtype))
         return y if weight is None else layer.product(x, weight, bias) + y
@@ -35,7 +34,7 @@ class WeightSpaceProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, *factors = ctx.saved_tensors
-        layer, form, wide = ctx.layer, ctx.form.with_tensors(factors), _widest(factors)
+        layer, form, wide = ctx.layer, ctx.form.with_tensors(factors), widest(factors)
         grad_x = None
         if ctx.needs_input_grad[3] and x.dtype == wide and weight is not None:
             grad_x = layer.input_grad(grad, x, form.added_to(weight.flatten(1)).reshape(ctx.shape))
@@ -117,7 +116,3 @@ def chain_product(
 ) -> Tensor:
     with without_autocast(x.device.type):
         return ChainProduct.apply(layer, change, coefficient, x, weight, bias, *change.tensors())
-
-
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])

@@ -140,7 +140,7 @@ class LowRank(Expression):
         return Step(first, kernels), Step(layer.pointwise(layer.groups), pointwise_weight(self.up, layer))
 
     def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return grads[1].reshape(self.up.shape), grads[0].reshape(self.down.shape)
+        return grads[1].flatten(1), grads[0].flatten(1)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Tucker(Expression):
         return Step(maps[0], first), Step(maps[1], self.core), Step(layer.pointwise(layer.groups), last)
 
     def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return grads[2].reshape(self.up.shape), grads[1], grads[0].reshape(self.down.shape)
+        return grads[2].flatten(1), grads[1], grads[0].flatten(1)
 
 
 class Derived(Expression):
@@ -202,7 +202,8 @@ class Derived(Expression):
         return self.plain().steps(layer, shape)
 
     def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return self.derive(self.plain().steps_vjp(grads))
+        up, *core, down = reversed(grads)
+        return self.derive((up.flatten(1), *core, down.flatten(1)))
 
 
 @dataclass(frozen=True)

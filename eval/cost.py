@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ EVERY = (
 )
 CONV = ("lora", "flora", "1lora", "dora", "liera")
 SUBSET = (*CONV, "loha", "lokr")
-NAIVE = ("dora", "liera", "liera(order=exp)", "loha", "superlora")  # also tried in plain autograd
+NAIVE = ("liera", "liera(order=exp)", "superlora")  # also tried in plain autograd
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,25 @@ class Table:
     methods: Sequence[str]
     batch: int = 1
     dtype: str = "float32"
-    rivals: bool = True  # the same methods by others and in plain autograd
+    rivals: tuple[str, ...] = ("peft", "lycoris", "naive")  # whose versions of the same methods
 
-    def variants(self) -> list[str]:
+    def variants(self, methods: Sequence[str] | None = None) -> list[str]:
+        """What is measured, of all methods or of some, each beside its rivals."""
         found = ["floor", "peft:lora"]
-        for name in self.methods:
+        for name in self.methods if methods is None else methods:
             found.append(f"diffadapt:{name}")
-            if self.rivals:
-                found += cost_page.RIVALS.get(found[-1], ())
-                found += [f"naive:{name}"] * (name in NAIVE)
+            rivals = (*cost_page.RIVALS.get(found[-1], ()), *[f"naive:{name}"] * (name in NAIVE))
+            found += [rival for rival in rivals if rival.partition(":")[0] in self.rivals]
         return [*found, "merged:lora"]
 
 
 _SD, _SMALL = "Stable Diffusion 1.5", "The embedded base"
 TABLES = {
     # PiSSA starts from 128 singular value decompositions: minutes
-    "attention": Table(f"{_SD}, attention, batch 1", "sd15", "attention", [m for m in EVERY if m != "pissa"]),
+    "attention": Table(f"{_SD}, attention, batch 1", "sd15", "attention", [m for m in EVERY if m != "pissa"], rivals=("peft", "naive")),
     "conv": Table(f"{_SD}, convolutions, batch 1", "sd15", "conv", CONV),
     "batch4": Table(f"{_SD}, attention, batch 4", "sd15", "attention", SUBSET[:5], 4),
-    "bf16": Table(f"{_SD} in bfloat16, attention, batch 1", "sd15", "attention", CONV, 1, "bfloat16", False),
+    "bf16": Table(f"{_SD} in bfloat16, attention, batch 1", "sd15", "attention", CONV, 1, "bfloat16", ()),
     "embedded": Table(f"{_SMALL}, attention, batch 16", "embedded", "attention", EVERY, 16),
     "embedded-conv": Table(f"{_SMALL}, convolutions, batch 16", "embedded", "conv", SUBSET, 16),
     "tiny": Table("A tiny UNet, attention, batch 2: to try the script", "tiny", "attention", SUBSET, 2),
@@ -84,6 +85,8 @@ def main() -> None:
     choices = [*TABLES, "attach"]
     parser.add_argument("--tables", nargs="+", choices=choices, default=[t for t in choices if t != "tiny"])
     parser.add_argument("--repeats", type=int, default=5, help="rounds; 0 counts operators and times nothing")
+    parser.add_argument("--methods", nargs="+", help="only these; default: the table's own")
+    parser.add_argument("--minutes", type=float, default=60, help="start no further round of a table after")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--records", type=Path, default=Path("runs/cost.json"), help="finished tables")
     parser.add_argument("--output", type=Path, help="where to write the page")
@@ -96,7 +99,8 @@ def main() -> None:
         if name == "attach":
             records[name] = cost_attach.measure(arguments.repeats)
         else:
-            records[name] = measure(TABLES[name], arguments.repeats)
+            variants = TABLES[name].variants(arguments.methods)
+            records[name] = measure(TABLES[name], variants, arguments.repeats, minutes=arguments.minutes)
         records[name]["machine"] = f"{platform.machine()}, {arguments.threads} threads"
         records[name]["versions"] = cost_page.versions()
         arguments.records.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +112,12 @@ def main() -> None:
         arguments.output.write_text(text)
 
 
-def measure(table: Table, repeats: int) -> dict:
+def measure(table: Table, variants: Sequence[str], repeats: int, *, minutes: float = 60) -> dict:
     """The table's title, base parameters and, for every variant, its counts and timings."""
     base = cost_models.build(table.base, getattr(torch, table.dtype))
     inputs = cost_models.inputs(base, table.base, table.batch)
     rows, models = {}, {}
-    for variant in table.variants():
+    for variant in variants:
         try:
             model = cost_rivals.make(base, variant, table.targets, RANK)
             counts = cost_measure.count_step(model, base, inputs.loss)
@@ -124,7 +128,10 @@ def measure(table: Table, repeats: int) -> dict:
         rows[variant] = {"parameters": trained, **asdict(counts), "timings": []}
         models[variant] = model
         print(f"{variant}: {rows[variant]}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
     for _ in range(repeats):
+        if time.perf_counter() - start > 60 * minutes:
+            break
         for variant, model in models.items():
             timing = cost_measure.time_step(model, inputs.loss)
             rows[variant]["timings"].append(asdict(timing))

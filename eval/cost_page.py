@@ -104,8 +104,10 @@ def _values(row: dict, figure: str) -> list[float]:
 
 def _table(name: str, record: dict) -> list[str]:
     rows = record["rows"]
+    rounds = max(len(row["timings"]) for row in rows.values())
     lines = [
-        f"{record['base']:,} parameters, {record['sites']} adapted layers, rank {record['rank']}.",
+        f"{record['base']:,} parameters, {record['sites']} adapted layers, rank {record['rank']}, "
+        f"{rounds} rounds.",
         "",
         "| | trained | step, s | x floor | x PEFT LoRA | eval x floor | kept, MiB | x PEFT LoRA "
         "| peak x PEFT LoRA | GFLOP | x PEFT LoRA | operators | launches |",

@@ -100,7 +100,7 @@ def test_a_ratio_is_the_median_over_rounds():
 
 
 def test_the_script_writes_a_page_with_every_row_and_the_goals(tmp_path, monkeypatch):
-    table = cost.Table("Tiny", "tiny", "attention", ("lora",), rivals=False)
+    table = cost.Table("Tiny", "tiny", "attention", ("lora",), rivals=())
     monkeypatch.setitem(cost.TABLES, "tiny", table)
     page, records = tmp_path / "cost.md", tmp_path / "runs" / "cost.json"
     options = {"tables": "tiny", "repeats": 1, "threads": 1, "records": records, "output": page}
