@@ -69,8 +69,15 @@ class Table:
 
 _SD, _SMALL = "Stable Diffusion 1.5", "The embedded base"
 TABLES = {
-    # PiSSA starts from 128 singular value decompositions: minutes
-    "attention": Table(f"{_SD}, attention, batch 1", "sd15", "attention", [m for m in EVERY if m != "pissa"], rivals=("peft", "naive")),
+    "attention": Table(
+        f"{_SD}, attention, batch 1",
+        "sd15",
+        "attention",
+        [
+            name for name in EVERY if name != "pissa"
+        ],  # it starts from 128 singular value decompositions: minutes
+        rivals=("peft", "naive"),
+    ),
     "conv": Table(f"{_SD}, convolutions, batch 1", "sd15", "conv", CONV),
     "batch4": Table(f"{_SD}, attention, batch 4", "sd15", "attention", SUBSET[:5], 4),
     "bf16": Table(f"{_SD} in bfloat16, attention, batch 1", "sd15", "attention", CONV, 1, "bfloat16", ()),

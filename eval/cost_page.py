@@ -65,7 +65,7 @@ def page(records: Sequence[tuple[str, dict]]) -> str:
         lines += [f"## {record['title']}", ""]
         lines += _attaching(record) if name == "attach" else _table(name, record)
         lines += ["", f"Measured on {record['machine']}; {record['versions']}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, _REASONS])
 
 
 def versions() -> str:
@@ -191,3 +191,18 @@ _INTRODUCTION = [
     "- merged: the adapter folded into the weights, its layers as they run then.",
     f"- Two runs of one model differ by up to {100 * SLACK['step']:.0f} % in time; goals on times allow it.",
 ]
+
+_REASONS = """## Why the goals that are missed are missed
+
+- FLoRA's core is one product more than LoRA's two: on attention 0.07 % more FLOPs, and the core is kept. For
+  a convolution it multiplies core and kernel factors, forward and backward, so it dispatches more operators
+  than LoRA, most of them tiny; in FLOPs and bytes it costs less.
+- LoRA of a convolution dispatches more views than PEFT's: its factors are stored as matrices and seen as
+  kernels. It launches fewer kernels.
+- LieRA and folded SuperLoRA form the weight's gradient, one product more than the frozen model's two, and
+  make the changed weight again in backward. Plain autograd keeps that weight instead, for every layer.
+- LoHa keeps its own factors, which are twice LoRA's: visible for convolutions.
+- DoRA keeps its product before the rows are scaled; `recompute=True` makes it again in backward.
+- On small models, where a layer takes well under a millisecond, what is measured is one operator after
+  another, not arithmetic.
+"""
