@@ -188,8 +188,9 @@ _INTRODUCTION = [
     "- GFLOP (`torch.utils.flop_counter`), operators dispatched, and those of them that compute, not view",
     "  or allocate (what a GPU pays as launches): forward and backward, the same on every machine.",
     "- plain autograd: the same method with the changed weight as a tensor that autograd sees.",
-    "- merged: the adapter folded into the weights, its layers as they run then.",
-    f"- Two runs of one model differ by up to {100 * SLACK['step']:.0f} % in time; goals on times allow it.",
+    "- merged: the adapter folded into the weights.",
+    "- A merged model runs the same operators as the floor: how far its time is from 1.00 is the noise. Goals",
+    f"  on times allow {100 * SLACK['step']:.0f} % of it.",
 ]
 
 _REASONS = """## Why the goals that are missed are missed
