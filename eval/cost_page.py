@@ -189,7 +189,7 @@ _INTRODUCTION = [
     "  or allocate (what a GPU pays as launches): forward and backward, the same on every machine.",
     "- plain autograd: the same method with the changed weight as a tensor that autograd sees.",
     "- merged: the adapter folded into the weights.",
-    "- A merged model runs the same operators as the floor: how far its time is from 1.00 is the noise. Goals",
+    "- A merged model runs the same operators as the floor: how far its time is from 1.00 is noise. Goals",
     f"  on times allow {100 * SLACK['step']:.0f} % of it.",
 ]
 

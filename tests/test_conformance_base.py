@@ -51,8 +51,9 @@ def test_trained_tensors_are_float64_on_a_float64_base(case, kind):
 def test_changing_the_precision_of_the_model_leaves_the_adapter_alone(case, kind):
     model, adapter, _ = adapt(case, kind)
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
-    for change in (lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double):
-        change(model)
+    both = nn.ModuleList([model, adapter])  # as in the module that a training loop wraps
+    for change in (model.bfloat16, model.half, model.double, both.bfloat16, both.double):
+        change()
         for name, tensor in adapter.state_dict().items():
             assert tensor.dtype == before[name].dtype
             assert torch.equal(tensor, before[name])

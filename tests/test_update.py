@@ -177,3 +177,10 @@ def test_a_tucker_matrix_is_the_einsum_of_its_factors():
 def test_a_kron_matrix_is_torchs():
     left, right = rand(2, 3), low_rank(4, 5)
     close(expressions.Kron(left, right).matrix(), torch.kron(left, right.matrix()), 1e-13)
+
+
+def test_a_small_relative_change_keeps_float32s_accuracy():
+    # exp(1e-5) - 1 taken as a difference would be off by 1e-3 of itself
+    factor = LowRank(torch.full((1, 1), 1e-5), torch.ones(1, 1))
+    change = expressions.Hadamard(torch.full((1, 1), 3.0), factor, exponential=True).matrix().item()
+    assert change == pytest.approx(3 * 1.000005e-5, rel=1e-6)
