@@ -10,7 +10,7 @@ from torch import Tensor
 from diffadapt.adapter import Adapter
 from diffadapt.imports.attach import attach_forms
 from diffadapt.imports.forms import Form
-from diffadapt.layers import Record
+from diffadapt.layers import Entry, Record
 from diffadapt.merging import folded
 from diffadapt.targets import Found
 from diffadapt.update import LowRank
@@ -38,11 +38,11 @@ def resized(adapter: Adapter, *, rank: int | None = None, energy: float | None =
         entries = adapter.entries(record)
         bias = _bias_change(record, entries)
         if site.kind in ("norm", "embedding"):
-            change = _change(record, entries)
+            change = weight_change(record, entries)
             own = total = change.square().sum().item()
             forms[site.name] = _dense(change, bias)
         else:
-            left, values, right = _singular(record, entries)
+            left, values, right = singular_vectors(record, entries)
             total = values.square().sum().item()
             count = max(1, min(rank, len(values)) if rank else rank_for_energy(values, energy))
             own = values[:count].square().sum().item()
@@ -65,7 +65,7 @@ def combined(adapters: Sequence[Adapter]) -> tuple[dict, float]:
     for name, site in sites.items():
         record = next(a.records[name] for a in adapters if name in a.records)
         entries = [entry for a in adapters if name in a.records for entry in a.entries(record)]
-        change, bias = _change(record, entries), _bias_change(record, entries)
+        change, bias = weight_change(record, entries), _bias_change(record, entries)
         factors = _factors(record, entries)
         narrow = factors is not None and factors[0].shape[1] < min(site.out, site.fan_in)
         if narrow and site.kind in ("linear", "conv"):
@@ -102,13 +102,15 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
     return min(int((shares < energy - 1e-12).sum()) + 1, len(values))
 
 
-def _change(record: Record, entries: Sequence) -> Tensor:
-    """``W' - W`` in float64, in the weight's shape."""
-    base = record.base().double().cpu()
-    return folded(record, entries)[0].double().cpu() - base
+def weight_change(record: Record, entries: Sequence[Entry]) -> Tensor:
+    """``W' - W`` under the entries, in float64 and in the weight's shape: no small change is rounded away."""
+    base = record.base()
+    wide = base.double()
+    updates = [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
+    return sum(strength * (update.weight(wide) - wide) for strength, update in updates).cpu()
 
 
-def _bias_change(record: Record, entries: Sequence) -> Tensor | None:
+def _bias_change(record: Record, entries: Sequence[Entry]) -> Tensor | None:
     base, new = record.base_bias(), folded(record, entries)[1][0]
     if new is None:
         return None
@@ -116,17 +118,17 @@ def _bias_change(record: Record, entries: Sequence) -> Tensor | None:
     return change if change.any() else None
 
 
-def _singular(record: Record, entries: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values of the change as a matrix; thin products are never multiplied out."""
+def singular_vectors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, Tensor]:
+    """``U (out, n), S (n,), Vh (n, fan_in)`` of the change; thin products are never multiplied out."""
     factors = _factors(record, entries)
     if factors is None or factors[0].shape[1] >= min(factors[0].shape[0], factors[1].shape[1]):
-        return torch.linalg.svd(_change(record, entries).flatten(1), full_matrices=False)
+        return torch.linalg.svd(weight_change(record, entries).flatten(1), full_matrices=False)
     (rows, upper), (columns, lower) = torch.linalg.qr(factors[0]), torch.linalg.qr(factors[1].T)
     left, values, right = torch.linalg.svd(upper @ lower.T)
     return rows @ left, values, right @ columns.T
 
 
-def _factors(record: Record, entries: Sequence) -> tuple[Tensor, Tensor] | None:
+def _factors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor] | None:
     """``up`` and ``down`` of the sum where every change is low-rank and no row is scaled."""
     ups, downs = [], []
     for entry in entries:
