@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import diffadapt as da
 from diffadapt.cli import main as diffadapt
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "dreambooth.py"
@@ -93,7 +93,7 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
     assert f"diffadapt sample --adapter {out}/adapter.safetensors" in shown
     assert f"{out}/adapter_comfyui.safetensors: right in ComfyUI, A1111, LyCORIS" in shown
     assert (out / "adapter_comfyui.safetensors").exists()
-    da.load(sd.load(str(tmp_path / "base")).pipe, out / "adapter.safetensors")
+    da.load(load_base(str(tmp_path / "base")).pipe, out / "adapter.safetensors")
 
 
 def test_pictures_of_the_run_equal_those_of_diffadapt_sample(run, tmp_path):

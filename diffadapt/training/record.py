@@ -9,9 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from diffadapt.files import write_atomically
 from diffadapt.training.loop import Step, Trainer
+from diffadapt.training.tracking import start_trackers, track_pictures
 
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
@@ -24,7 +27,8 @@ class Log:
         if not enabled:
             return
         kept = [line for line in self._lines() if json.loads(line).get("step", 0) <= resumed_step]
-        self.path.write_text("".join(kept) if resumed_step else "")
+        text = "".join(kept) if resumed_step else ""
+        write_atomically(self.path, lambda path: path.write_text(text))
 
     def write(self, **event: object) -> None:
         if self.enabled:
@@ -39,11 +43,13 @@ class Log:
 
 
 class Progress:
-    """The progress bar and the log of one run, on the main process."""
+    """The progress bar, the log and the trackers of one run."""
 
     def __init__(self, trainer: Trainer):
-        options, self.main = trainer.options, trainer.accelerator.is_main_process
+        options, self.accelerator = trainer.options, trainer.accelerator
+        self.main = self.accelerator.is_main_process
         self.log = Log(Path(options.output_dir) / "log.jsonl", resumed_step=trainer.step, enabled=self.main)
+        start_trackers(self.accelerator, dataclasses.asdict(options), step=trainer.step)
         self.bar = tqdm(
             desc="steps", total=options.max_train_steps, initial=trainer.step, disable=not self.main
         )
@@ -55,11 +61,23 @@ class Progress:
         self.bar.close()
 
     def show(self, step: Step) -> None:
-        values = dataclasses.asdict(step)
-        self.log.write(step=values.pop("index"), **values)
-        speed = f"{step.images / step.seconds:.1f} images/s"
-        self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed}", refresh=False)
+        """One step: in the bar, as a line of the log, and to the trackers."""
+        values = {name: value for name, value in dataclasses.asdict(step).items() if name != "index"}
+        self.record(step.index, **values)
+        speed, memory = step.images / step.seconds, peak_memory_bytes() / 2**30
+        self.bar.set_postfix_str(
+            f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s, {memory:.1f} GiB", refresh=False
+        )
         self.bar.update()
+
+    def record(self, step: int, **values: float) -> None:
+        """Figures of a step: a line of the log, and to the trackers."""
+        self.log.write(step=step, **values)
+        self.accelerator.log(values, step=step)
+
+    def track_pictures(self, name: str, images: Tensor, step: int) -> None:
+        """Pictures (N, 3, H, W) in [0, 1] to the trackers."""
+        track_pictures(self.accelerator, name, images, step)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -78,4 +96,5 @@ def write_run(path: str | Path, values: dict[str, object]) -> None:
     """Writes run.json: the given values with the peak memory and the versions of everything that matters."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
     content = {**values, "peak_memory_bytes": peak_memory_bytes(), "versions": versions}
-    Path(path).write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+    text = json.dumps(content, indent=1, sort_keys=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 
 import diffusers
 import torch
@@ -11,9 +12,23 @@ from accelerate import Accelerator
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def start(*, mixed_precision: str, num_threads: int | None) -> Accelerator:
-    """An accelerator that uses the machine: on a CPU all available cores, unless told otherwise."""
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+def start(
+    *,
+    mixed_precision: str,
+    num_threads: int | None,
+    trackers: Sequence[str] = (),
+    logging_dir: str | None = None,
+) -> Accelerator:
+    """An accelerator that uses the machine: on a CPU all available cores, unless told otherwise.
+
+    Raises: ValueError for fp16 where there is no GPU.
+    """
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if mixed_precision == "fp16" and (use_cpu or not torch.accelerator.is_available()):
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, log_with=list(trackers) or None, project_dir=logging_dir
+    )
     use_cores(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return accelerator
 

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
+from diffadapt.adapter import Adapter
 from diffadapt.models.names import is_embedded
 from diffadapt.training.loop import Trainer
 
@@ -59,6 +62,20 @@ def save_adapter(trainer: Trainer, folder: str | Path) -> Path:
     }
     da.save(trainer.adapter, path, metadata=metadata, base=options.pretrained_model_name_or_path)
     return path
+
+
+@contextmanager
+def through_file(adapter: Adapter, pipe: object, path: Path) -> Iterator[Adapter]:
+    """Within the context the model works with the adapter of a file instead of the one that is trained."""
+    strength, adapter.strength = adapter.strength, 0.0
+    try:
+        loaded = da.load(pipe, path, name="validation")
+        try:
+            yield loaded
+        finally:
+            da.detach(loaded)
+    finally:
+        adapter.strength = strength
 
 
 def save(trainer: Trainer, folder: str | Path) -> Path:

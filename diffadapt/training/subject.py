@@ -1,55 +1,32 @@
 """Before and after a subject run: the pictures that show what was learned, and figures of it."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from diffadapt.adapter import Adapter
-from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.data.grid import Panel, to_pictures
 from diffadapt.data.images import list_images, open_image, to_pixels
 from diffadapt.metrics.features import ClipFeatures, load_clip
 from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
-from diffadapt.models.names import is_embedded, resolve
+from diffadapt.models.names import resolve
 from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
-from diffadapt.models.sd import StableDiffusion
-from diffadapt.sampling import Sampler, Shot, draw, shots
-from diffadapt.training.options import TrainOptions, write_config
-from diffadapt.training.record import write_run
-from diffadapt.training.summary import closing_words
+from diffadapt.sampling import Shot, shots
+from diffadapt.training.report import Figures, Pictures, Report
+from diffadapt.training.setup import Setup
 
-Pictures = dict[str, Tensor]  # kind of shot -> (N, 3, H, W) in [0, 1]
-
-
-@dataclass(frozen=True)
-class Showing:
-    """The same shots are made before and after: of the subject, in new contexts, and of unrelated things."""
-
-    subject: list[Shot]
-    contexts: list[Shot]
-    unrelated: list[Shot]
-
-    def take(self, pipe: DiffusionPipeline, sampler: Sampler, *, when: str) -> Pictures:
-        """Draws all shots, with a progress bar that says `when`."""
-        wanted = {"subject": self.subject, "contexts": self.contexts, "unrelated": self.unrelated}
-        everything, images = [shot for some in wanted.values() for shot in some], []
-        with tqdm(desc=f"pictures {when}", total=len(everything)) as bar:
-            for batch in draw(pipe, everything, sampler):
-                images.append(batch)
-                bar.update(len(batch))
-        return dict(zip(wanted, torch.cat(images).split([len(s) for s in wanted.values()]), strict=True))
+SHOWN_SUBJECTS, SHOWN_CONTEXTS = 9, 10  # pictures per block of the grid
 
 
 def showing(
     family: str, instance_prompt: str, *, count: int, validation_prompt: str | None, seed: int, measured: bool
-) -> Showing:
-    """The shots of a run; unrelated prompts, and all ten contexts, only when figures are made of them."""
+) -> dict[str, list[Shot]]:
+    """The shots of a run by kind: of the subject, in new contexts, and of unrelated things.
+
+    Unrelated prompts, and all ten contexts, are there only when figures are made of them.
+    """
     if validation_prompt is not None:
         context_shots = shots(validation_prompt, count, seed=seed)
     else:
@@ -57,7 +34,11 @@ def showing(
         prompts = prompts if measured else prompts[:count]
         context_shots = [Shot(prompt, seed + i) for i, prompt in enumerate(prompts)]
     unrelated = [Shot(prompt, seed + i) for i, prompt in enumerate(UNRELATED[family])] if measured else []
-    return Showing(shots(instance_prompt, count, seed=seed), context_shots, unrelated)
+    return {
+        "subject": shots(instance_prompt, count, seed=seed),
+        "contexts": context_shots,
+        "unrelated": unrelated,
+    }
 
 
 def figures(
@@ -91,126 +72,66 @@ def figures(
     return {f"{name}[{extractor.name}]": value for name, value in values.items()}
 
 
-def context_texts(plan: Showing, *, instance_prompt: str, class_prompt: str | None) -> list[str]:
-    """The context prompts without the made-up word for the subject."""
-    return [
-        without_identifier(shot.prompt, instance_prompt=instance_prompt, class_prompt=class_prompt)
-        for shot in plan.contexts
-    ]
-
-
 def training_pictures(paths: Sequence[Path], resolution: int) -> Tensor:
     """(N, 3, resolution, resolution) in [0, 1]."""
     return torch.stack([to_pixels(open_image(path), resolution) / 2 + 0.5 for path in paths])
 
 
-def comparison(
-    plan: Showing, *, real: Tensor, before: Pictures, after: Pictures, title: str, note: str
-) -> Image.Image:
-    """One sheet: real subject | before | after, below them new contexts before | after."""
-    count = 9  # pictures shown per block, three by three
-    prompt = plan.subject[0].prompt
-    top = [
-        Panel("the real subject", to_pictures(real[:count]), 3),
-        Panel(f"before: “{prompt}”", to_pictures(before["subject"][:count]), 3),
-        Panel(f"after: “{prompt}”", to_pictures(after["subject"][:count]), 3),
-    ]
-    captions = [shot.prompt for shot in plan.contexts[:10]]
-    below = [
-        Panel(
-            f"new contexts, {when}", to_pictures(pictures["contexts"][:10]), min(5, len(captions)), captions
-        )
-        for when, pictures in (("before", before), ("after", after))
-    ]
-    return grid([top, below], title=title, note=note)
+class SubjectReport(Report):
+    """Pictures and figures of one subject: as trained, in new contexts, and of unrelated things."""
 
-
-def write_pictures(folder: Path, pictures: Pictures) -> None:
-    """Every picture as its own file: folder/subject-00.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, images in pictures.items():
-        for index, picture in enumerate(to_pictures(images)):
-            picture.save(folder / f"{kind}-{index:02d}.png")
-
-
-class SubjectReport:
-    """Collects the pictures of a run and writes grid.png, samples/ and run.json. For the main process."""
-
-    def __init__(self, model: StableDiffusion, options: TrainOptions, *, autocast: torch.dtype | None):
-        self.model, self.options = model, options
-        self.sampler = Sampler(
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.sample_batch_size,
-            autocast=autocast,
-        )
-        self.plan = showing(
-            model.family,
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        options = self.options
+        self.shots = showing(
+            self.model.family,
             options.instance_prompt,
             count=options.num_validation_images,
             validation_prompt=options.validation_prompt,
             seed=options.seed,
             measured=options.extractor is not None,
         )
-        self.pictures: dict[str, Pictures] = {}
 
-    def begin(self) -> None:
-        """Writes config.yaml and draws the pictures of the untrained base."""
-        write_config(self.options, self.options.output_dir)
-        if self.options.num_validation_images:
-            self._take("before")
-
-    def finish(self, adapter: Adapter, *, seconds: Callable[[], float]) -> str:
-        """Draws again, writes figures, grid and run.json. Returns the closing words of the run."""
-        options, output, values = self.options, Path(self.options.output_dir), {}
-        if options.num_validation_images:
-            self._take("after")
-            real = training_pictures(list_images(resolve(options.instance_data_dir)), options.resolution)
-            values = self._figures(real) if options.extractor else {}
-            self._grid(adapter, real).save(output / "grid.png")
-        record = {
-            "demo": is_embedded(options.pretrained_model_name_or_path),
-            "method": str(adapter.method),
-            "parameters": adapter.num_parameters,
-            "steps": options.max_train_steps,
-            "seconds": round(seconds(), 1),
-            "figures": values,
-            "options": dataclasses.asdict(options),
-        }
-        write_run(output / "run.json", record)
-        return closing_words(options, values, seconds=record["seconds"])
-
-    def _take(self, when: str) -> None:
-        self.pictures[when] = self.plan.take(self.model.pipe, self.sampler, when=when)
-        write_pictures(Path(self.options.output_dir) / "samples" / when, self.pictures[when])
-
-    def _figures(self, real: Tensor) -> dict[str, dict[str, float]]:
+    def figures(self) -> Figures:
         prompts = {"instance_prompt": self.options.instance_prompt, "class_prompt": self.options.class_prompt}
         return figures(
             load_clip(self.options.extractor),
-            real=real,
+            real=self._real(),
             before=self.pictures["before"],
             after=self.pictures["after"],
-            texts=context_texts(self.plan, **prompts),
+            texts=[without_identifier(shot.prompt, **prompts) for shot in self.shots["contexts"]],
         )
 
-    def _grid(self, adapter: Adapter, real: Tensor) -> Image.Image:
-        options = self.options
-        title = (
-            f"{adapter.method.name} on {options.pretrained_model_name_or_path}: “{options.instance_prompt}”"
+    def panels(self) -> list[list[Panel]]:
+        """The real subject | before | after, below them new contexts before | after."""
+        prompt = self.shots["subject"][0].prompt
+        captions = [shot.prompt for shot in self.shots["contexts"][:SHOWN_CONTEXTS]]
+        top, below = [Panel("the real subject", to_pictures(self._real()[:SHOWN_SUBJECTS]), 3)], []
+        for when in ("before", "after"):
+            drawn, elsewhere = (self.pictures[when][kind] for kind in ("subject", "contexts"))
+            top.append(Panel(f"{when}: “{prompt}”", to_pictures(drawn[:SHOWN_SUBJECTS]), 3))
+            pictures, columns = to_pictures(elsewhere[:SHOWN_CONTEXTS]), min(5, len(captions))
+            below.append(Panel(f"new contexts, {when}", pictures, columns, captions))
+        return [top, below]
+
+    def subject(self) -> str:
+        return f"“{self.options.instance_prompt}”"
+
+    def data_note(self) -> str:
+        return f"{len(self._paths())} training pictures"
+
+    def draw_command(self) -> str:
+        return f"--prompt {shlex.quote(self.options.instance_prompt)}"
+
+    def next_command(self) -> str:
+        return (
+            f"accelerate launch train_scripts/dreambooth.py --adapter {self.options.adapter} "
+            "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
+            "--instance_data_dir PICTURES --instance_prompt 'a photo of sks dog' --output_dir runs/dog"
         )
-        note = (
-            f"{len(real)} training pictures, {options.max_train_steps} steps, "
-            f"{adapter.num_parameters:,} trained parameters"
-        )
-        if is_embedded(options.pretrained_model_name_or_path):
-            title = f"DEMO · {title}"
-            note += " · a small base shipped for demonstration; for real pictures name a real base"
-        return comparison(
-            self.plan,
-            real=real,
-            before=self.pictures["before"],
-            after=self.pictures["after"],
-            title=title,
-            note=note,
-        )
+
+    def _paths(self) -> list[Path]:
+        return list_images(resolve(self.options.instance_data_dir))
+
+    def _real(self) -> Tensor:
+        return training_pictures(self._paths(), self.options.resolution)

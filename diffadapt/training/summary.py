@@ -1,14 +1,13 @@
 """What a person reads: a summary before the first step, figures after the last."""
 
-import shlex
-
 from diffadapt.adapter import Adapter
+from diffadapt.data.batches import Batches
 from diffadapt.models.names import is_embedded
 from diffadapt.training.loop import Trainer, warmup_steps
 from diffadapt.training.options import TrainOptions
 
 
-def before_training(trainer: Trainer, *, data: str) -> str:
+def before_training(trainer: Trainer, batches: Batches) -> str:
     """What is trained, on what, how long."""
     options, adapter = trainer.options, trainer.adapter
     base_parameters = trainer.accelerator.unwrap_model(trainer.objective).denoiser.num_parameters()
@@ -23,7 +22,7 @@ def before_training(trainer: Trainer, *, data: str) -> str:
     rows = {
         "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, frozen",
         "adapter": _adapter(adapter, base_parameters),
-        "data": data,
+        "data": batches.description,
         "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
         "steps": f"{options.max_train_steps}, rate {rate:g} ({schedule}), seed {options.seed}",
         "machine": f"{trainer.accelerator.device}, mixed precision: {options.mixed_precision}",
@@ -41,10 +40,17 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(rows)
 
 
-def closing_words(options: TrainOptions, figures: dict[str, dict[str, float]], *, seconds: float) -> str:
-    """Figures, where to look, and what to do next."""
+def closing_words(
+    options: TrainOptions, figures: dict[str, dict[str, float]], *, seconds: float, draw: str, further: str
+) -> str:
+    """Figures, where to look, and what to do next.
+
+    Args:
+        draw: options of `diffadapt sample` that say what to draw.
+        further: shown after the demonstration: the command for own data.
+    """
     output, base = options.output_dir, options.pretrained_model_name_or_path
-    demo = ": DEMO on the embedded 64-pixel base" if is_embedded(base) else ""
+    demo = ": DEMO on an embedded base" if is_embedded(base) else ""
     lines = [f"done in {seconds:.0f} s{demo}"]
     if figures:
         lines.append(figures_table(figures))
@@ -54,16 +60,11 @@ def closing_words(options: TrainOptions, figures: dict[str, dict[str, float]], *
         lines.append(f"look at  {output}/grid.png   (pictures: {output}/samples, figures: {output}/run.json)")
     lines += [
         "draw more:",
-        f"  diffadapt sample --adapter {output}/adapter.safetensors "
-        f"--prompt {shlex.quote(options.instance_prompt)} --num_images 16 --out {output}/more",
+        f"  diffadapt sample --adapter {output}/adapter.safetensors {draw} "
+        f"--num_images 16 --out {output}/more",
     ]
     if is_embedded(base):
-        lines += [
-            "your own pictures, on a real base:",
-            f"  accelerate launch train_scripts/dreambooth.py --adapter {options.adapter} \\",
-            "    --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\",
-            "    --instance_data_dir PICTURES --instance_prompt 'a photo of sks dog' --output_dir runs/dog",
-        ]
+        lines += ["your own pictures, on a real base:", f"  {further}"]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import diffadapt as da
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 from diffadapt.training import session
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
@@ -21,10 +21,10 @@ from diffadapt.training.objective import Objective
 
 def main(base: str, pictures: str, output: str, batch: str) -> None:
     accelerator = session.start(mixed_precision="no", num_threads=1)
-    model = sd.load(base, device=accelerator.device, dtype=torch.float64)  # rounding hides nothing
+    model = load_base(base, device=accelerator.device, dtype=torch.float64)  # rounding hides nothing
     batches = Batches(model, folder_examples(pictures, "a sks dog"), resolution=32, center_crop=True, seed=5)
     adapter = da.attach(model.pipe, da.make_method("flora", rank=4), targets="attention+conv", seed=0)
-    objective = Objective(model.denoiser, adapter, predict=sd.predict, schedule=model.training_schedule())
+    objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
     trainer = prepare(accelerator, objective, train_options(train_batch_size=int(batch), max_train_steps=20))
     parameters = list(adapter.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.05)

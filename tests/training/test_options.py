@@ -5,17 +5,10 @@ from dataclasses import dataclass
 import pytest
 
 from diffadapt.method_names import make_method
-from diffadapt.models.sd import DEFAULTS, TUNED
-from diffadapt.training.options import (
-    TrainOptions,
-    build_method,
-    choose_base,
-    filled,
-    option,
-    parse,
-    read_config,
-    write_config,
-)
+from diffadapt.models.families import DEFAULTS, TUNED
+from diffadapt.training.defaults import build_method, choose_base, filled
+from diffadapt.training.options import TrainOptions, option
+from diffadapt.training.parsing import pairs, parse, read_config, write_config
 
 
 @dataclass(frozen=True)
@@ -25,6 +18,14 @@ class Options(TrainOptions):
 
 
 DEMO = {"pretrained_model_name_or_path": "embedded:emoji", "instance_data_dir": "x", "instance_prompt": "a y"}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder that is a pipeline as far as its index says."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return str(tmp_path / "base")
 
 
 def choose(**given):
@@ -80,23 +81,35 @@ def test_one_without_the_other_is_an_error_with_the_full_command(given, missing)
         choose(**given)
 
 
-def test_what_was_tuned_on_the_embedded_base_never_reaches_another():
-    options = choose(pretrained_model_name_or_path="b", instance_data_dir="m", instance_prompt="p")
+def test_what_was_tuned_on_the_embedded_base_never_reaches_another(base):
+    options = choose(pretrained_model_name_or_path=base, instance_data_dir="m", instance_prompt="p")
     assert options.max_train_steps == DEFAULTS["sd"]["max_train_steps"]
     assert options.targets == "attention"
 
 
-def test_the_method_takes_options_from_everywhere():
-    base = {"pretrained_model_name_or_path": "embedded:emoji"}
+def test_the_method_takes_options_from_everywhere(base):
+    embedded = {"pretrained_model_name_or_path": "embedded:emoji"}
     method = build_method(
-        Options(adapter="flora", rank=6, adapter_options="kernel_rank=3,init=gaussian", **base)
+        Options(adapter="flora", rank=6, adapter_options="kernel_rank=3,init=gaussian", **embedded)
     )
     assert (method.rank, method.kernel_rank, method.init) == (6, 3, "gaussian")
-    assert build_method(Options(adapter="flora(rank=5)", **base)).rank == 5
-    assert build_method(Options(adapter="lora", **base)).rank == TUNED["emoji"]["lora"]["rank"]
-    assert build_method(Options(adapter="vera", **base)) == make_method("vera")
-    assert build_method(Options(adapter="lora", pretrained_model_name_or_path="b")) == make_method("lora")
+    assert build_method(Options(adapter="flora(rank=5)", **embedded)).rank == 5
+    assert build_method(Options(adapter="lora", **embedded)).rank == TUNED["emoji"]["lora"]["rank"]
+    assert build_method(Options(adapter="vera", **embedded)) == make_method("vera")
+    assert build_method(Options(adapter="lora", pretrained_model_name_or_path=base)) == make_method("lora")
     with pytest.raises(ValueError, match="kernel_rank"):
-        build_method(Options(adapter="flora", adapter_options="kernel_rang=3", **base))
+        build_method(Options(adapter="flora", adapter_options="kernel_rang=3", **embedded))
     with pytest.raises(ValueError, match="name=value"):
-        build_method(Options(adapter="flora", adapter_options="gaussian", **base))
+        build_method(Options(adapter="flora", adapter_options="gaussian", **embedded))
+
+
+def test_pairs_keep_brackets_together_and_know_numbers():
+    assert pairs("betas=(0.9, 0.99),lr=1e-4, nesterov=true ,mode=fast", "--x") == {
+        "betas": (0.9, 0.99),
+        "lr": 1e-4,
+        "nesterov": True,
+        "mode": "fast",
+    }
+    assert pairs(None, "--x") == {}
+    with pytest.raises(ValueError, match="--x takes name=value"):
+        pairs("momentum", "--x")

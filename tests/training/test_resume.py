@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import diffadapt as da
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 from diffadapt.training import state
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
@@ -27,11 +27,11 @@ def make(tmp_path, **given):
         pretrained_model_name_or_path=str(base),
         **{"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 50, **given},
     )
-    model = sd.load(str(base))
+    model = load_base(str(base))
     examples = folder_examples(tmp_path / "mine", "a sks dog")
     batches = Batches(model, examples, resolution=32, center_crop=False, seed=options.seed)
     adapter = da.attach(model.pipe, da.make_method("lora", rank=2, dropout=0.3), seed=options.seed)
-    objective = Objective(model.denoiser, adapter, predict=sd.predict, schedule=model.training_schedule())
+    objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
     return prepare(Accelerator(cpu=True), objective, options), batches
 
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_holds_no_pickle_and_a_usable_adapter(tmp_path):
     ]
     json.loads((folder / "state.json").read_text())
     load_file(folder / "state.safetensors")
-    da.load(sd.load(str(tmp_path / "base")).pipe, folder / "adapter.safetensors")
+    da.load(load_base(str(tmp_path / "base")).pipe, folder / "adapter.safetensors")
 
 
 def test_an_unfinished_checkpoint_is_never_taken(tmp_path):

@@ -1,0 +1,105 @@
+"""What is used where nothing is said: the embedded demonstration, the family's defaults, the tuned method."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TypeVar
+
+from diffadapt.budget import fit_budget, parse_budget
+from diffadapt.method_names import make_method
+from diffadapt.methods import Method
+from diffadapt.models.families import DEFAULTS, TUNED, family_of
+from diffadapt.training.options import TrainOptions
+from diffadapt.training.parsing import pairs
+
+Kind = TypeVar("Kind", bound=TrainOptions)
+OWN_RATE = {"prodigy": 1.0}  # optimizers that estimate the rate: what they are given is a factor
+
+
+def filled(options: Kind, defaults: Mapping[str, object]) -> Kind:
+    """Options with the given defaults in the places left None."""
+    names = {field.name for field in fields(options)}
+    missing = {k: v for k, v in defaults.items() if k in names and getattr(options, k) is None}
+    return dataclasses.replace(options, **missing)
+
+
+def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command: str) -> Kind:
+    """The embedded demonstration when neither a base nor data is named, then the defaults of the base.
+
+    Args:
+        demo: values of the demonstration; they never replace given ones.
+        data: the option that names the data.
+        command: a complete one, shown when something is missing.
+    Raises: ValueError when a base is given without data, or data without a base or a prompt.
+    """
+    if options.pretrained_model_name_or_path is None and getattr(options, data) is None:
+        options = filled(options, demo)
+    needed = ("pretrained_model_name_or_path", data, "instance_prompt")
+    missing = [f"--{name}" for name in needed if getattr(options, name, "") is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ValueError(f"{' and '.join(missing)} {verb} missing; the full command:\n  {command}")
+    return filled(options, DEFAULTS[_family(options)])
+
+
+def build_method(options: TrainOptions) -> Method:
+    """The method from `--adapter` and its options; without options, at the rank tuned on the base.
+
+    With `--param_budget` its rank is still to be fitted, by `fitted`.
+    """
+    given = _method_options(options)
+    method = make_method(options.adapter, **given)
+    rank = _tuned(options, method).get("rank")
+    if rank is not None and not given and options.adapter == method.name and options.param_budget is None:
+        method = make_method(options.adapter, rank=rank)
+    return method
+
+
+def fitted(options: TrainOptions, method: Method, model: object) -> Method:
+    """The method at the rank that `--param_budget` allows on the model; without a budget, unchanged.
+
+    Raises: ValueError when a rank is given too, or when nothing fits.
+    """
+    if options.param_budget is None:
+        return method
+    given = _method_options(options)
+    if "rank" in given:
+        raise ValueError("--param_budget chooses the rank; leave --rank out")
+    return fit_budget(
+        model,
+        options.adapter,
+        targets=options.targets,
+        text_encoder_targets=text_targets(options),
+        budget=parse_budget(options.param_budget),
+        **given,
+    )
+
+
+def text_targets(options: TrainOptions) -> str | None:
+    """What of the text encoders is adapted; None: nothing.
+
+    Raises: ValueError for targets without `--train_text_encoder`.
+    """
+    if options.text_encoder_targets is not None and not options.train_text_encoder:
+        raise ValueError("--text_encoder_targets needs --train_text_encoder")
+    return (options.text_encoder_targets or "attention") if options.train_text_encoder else None
+
+
+def recommended_rate(options: TrainOptions, method: Method) -> float:
+    """The rate when none is given: the optimizer's own, else tuned on this base, else the method's."""
+    own = OWN_RATE.get(options.optimizer.lower())
+    return own or _tuned(options, method).get("learning_rate", method.learning_rate)
+
+
+def _family(options: TrainOptions) -> str:
+    return family_of(options.pretrained_model_name_or_path, revision=options.revision)
+
+
+def _tuned(options: TrainOptions, method: Method) -> Mapping[str, float]:
+    return TUNED[_family(options)].get(method.name, {})
+
+
+def _method_options(options: TrainOptions) -> dict[str, object]:
+    named = {name: getattr(options, name) for name in ("rank", "alpha", "scale")}
+    chosen = {name: value for name, value in named.items() if value is not None}
+    return {**chosen, **pairs(options.adapter_options, "--adapter_options")}

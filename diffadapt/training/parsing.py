@@ -1,0 +1,130 @@
+"""Options from the command line and YAML files, and back into a file.
+
+Values come from, in rising order: the dataclass, the base family's defaults (for fields left None, see
+`defaults`), `--config`, the command line.
+"""
+
+import argparse
+import ast
+import dataclasses
+import types
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from diffadapt.files import write_atomically
+from diffadapt.models.names import is_embedded
+from diffadapt.nearest import near
+from diffadapt.training.options import TrainOptions
+
+Kind = TypeVar("Kind", bound=TrainOptions)
+
+
+def parse(kind: type[Kind], argv: list[str] | None = None, *, description: str = "") -> Kind:
+    """Options from the command line and its `--config` file.
+
+    Raises: ValueError for an unknown key or a value of the wrong type in the file.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for field in fields(kind):
+        _add(parser, kind, field)
+    given = vars(parser.parse_args(argv))
+    stored = read_config(kind, given["config"]) if given.get("config") else {}
+    return kind(**{**stored, **given})
+
+
+def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
+    """The values of a YAML file, converted to the types of the options."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the config file {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold lines of the form 'option: value'")
+    names = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in names:
+            raise ValueError(f"unknown option {name!r} in {path}{near(str(name), names)}")
+    hints, choices = typing.get_type_hints(kind), {f.name: f.metadata["choices"] for f in fields(kind)}
+    for name, value in values.items():
+        if choices[name] is not None and value is not None and value not in choices[name]:
+            raise ValueError(f"{name} in {path} must be one of {', '.join(choices[name])}, got {value!r}")
+    return {name: _converted(name, hints[name], value, path) for name, value in values.items()}
+
+
+def write_config(options: TrainOptions, folder: str | Path) -> None:
+    """Writes folder/config.yaml: every option as used, in a form that `--config` takes."""
+    values = dataclasses.asdict(options)
+    for name in ("config", "resume_from_checkpoint"):
+        del values[name]
+    demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
+    text = demo + yaml.safe_dump(values, sort_keys=False)
+    write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text))
+
+
+def pairs(text: str | None, option: str) -> dict[str, object]:
+    """`a=1,b=[2,3],c=word` as a dictionary. Raises ValueError naming the option for anything else."""
+    found: dict[str, object] = {}
+    for part in _split(text or ""):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise ValueError(f"{option} takes name=value,name=value; got {part!r}")
+        found[name] = _literal(value)
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """Split on the commas outside brackets."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part for part in parts if part.strip()]
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError):
+        return text  # a bare word, such as gaussian
+
+
+def _add(parser: argparse.ArgumentParser, kind: type, field: dataclasses.Field) -> None:
+    value_type = _value_type(typing.get_type_hints(kind)[field.name])
+    default = "" if field.default in (None, MISSING) else f" (default: {field.default})"
+    settings = {"default": argparse.SUPPRESS, "help": field.metadata["help"].replace("%", "%%") + default}
+    if value_type is bool:
+        parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **settings)
+    else:
+        parser.add_argument(f"--{field.name}", type=value_type, choices=field.metadata["choices"], **settings)
+
+
+def _value_type(hint: object) -> type:
+    """`int` of `int | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint
+
+
+def _converted(name: str, hint: object, value: object, path: str | Path) -> object:
+    value_type = _value_type(hint)
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    if value_type is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if value_type is str and type(value) in (int, float):
+        return str(value)  # as 500000 for a budget, or a folder called 7
+    if type(value) is not value_type:
+        raise ValueError(f"{name} in {path} must be of type {value_type.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,150 @@
+"""What a run shows of its result: pictures before and after, figures, a grid, run.json and a model card.
+
+`Report` is the part all scripts share. A derived class says what is drawn, measured and put beside what.
+"""
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffadapt.adapter import Adapter
+from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.models.names import is_embedded
+from diffadapt.sampling import Sampler, Shot, draw
+from diffadapt.training import session
+from diffadapt.training.parsing import write_config
+from diffadapt.training.record import write_run
+from diffadapt.training.setup import Setup
+from diffadapt.training.summary import closing_words
+
+Pictures = dict[str, Tensor]  # kind of shot -> (N, 3, H, W) in [0, 1]
+Figures = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
+
+
+class Report(ABC):
+    """Collects the pictures of a run and writes what it leaves for people. For the main process.
+
+    Attributes:
+        shots: kind of shot -> shots; the same are drawn before and after.
+        pictures: "before" and "after" -> kind of shot -> pictures.
+    """
+
+    def __init__(self, setup: Setup):
+        self.model, self.options, self._started = setup.model, setup.options, setup.started
+        options = setup.options
+        self.sampler = Sampler(
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            batch_size=options.sample_batch_size,
+            autocast=session.autocast_dtype(setup.accelerator),
+        )
+        self.shots: dict[str, list[Shot]] = {}
+        self.pictures: dict[str, Pictures] = {}
+
+    @abstractmethod
+    def panels(self) -> list[list[Panel]]:
+        """Rows of panels of the grid, from `self.pictures["before"]` and `["after"]`."""
+
+    @abstractmethod
+    def subject(self) -> str:
+        """What was trained, in few words, for titles: a prompt, or the name of a data set."""
+
+    @abstractmethod
+    def data_note(self) -> str:
+        """What it was trained on, as "5 training pictures"."""
+
+    @abstractmethod
+    def draw_command(self) -> str:
+        """The options of `diffadapt sample` that say what to draw, as `--prompt 'a sks dog'`."""
+
+    @abstractmethod
+    def next_command(self) -> str:
+        """After the demonstration: the full command for own data on a real base."""
+
+    def figures(self) -> Figures:
+        """Figures of `self.pictures`; only asked for with `--extractor`."""
+        return {}
+
+    def validation_shots(self) -> list[Shot]:
+        """What is drawn in between: as many as `--num_validation_images`, of every kind in turn."""
+        kinds = [some for some in self.shots.values() if some]
+        mixed = [some[i] for i in range(max(map(len, kinds), default=0)) for some in kinds if i < len(some)]
+        return mixed[: self.options.num_validation_images]
+
+    def begin(self) -> None:
+        """Writes config.yaml and draws the pictures of the untrained base."""
+        write_config(self.options, self.options.output_dir)
+        if self.options.num_validation_images:
+            self._take("before")
+
+    def validate(self, folder: Path) -> Tensor:
+        """Draws the validation shots with what is attached now into folder/000-seed0.png, ... and sheet.png.
+
+        Returns: (N, 3, H, W) in [0, 1].
+        """
+        wanted = self.validation_shots()
+        images = self._draw(wanted, f"pictures of {folder.name}")
+        pictures = to_pictures(images)
+        for index, (shot, picture) in enumerate(zip(wanted, pictures, strict=True)):
+            picture.save(folder / f"{index:03d}-seed{shot.seed}.png")
+        captions = [shot.prompt for shot in wanted]
+        sheet = grid([[Panel(folder.name, pictures, 4, captions)]], title=self._title(), note="")
+        sheet.save(folder / "sheet.png")
+        return images
+
+    def finish(self, adapter: Adapter) -> str:
+        """Draws again; writes figures, grid, run.json and the model card. Returns the closing words."""
+        options, output, values = self.options, Path(self.options.output_dir), {}
+        if options.num_validation_images:
+            self._take("after")
+            values = self.figures() if options.extractor else {}
+            self._grid(adapter).save(output / "grid.png")
+        record = {
+            "demo": is_embedded(options.pretrained_model_name_or_path),
+            "method": str(adapter.method),
+            "parameters": adapter.num_parameters,
+            "steps": options.max_train_steps,
+            "seconds": round(time.perf_counter() - self._started, 1),
+            "figures": values,
+            "options": dataclasses.asdict(options),
+        }
+        write_run(output / "run.json", record)
+        words = {"draw": self.draw_command(), "further": self.next_command()}
+        return closing_words(options, values, seconds=record["seconds"], **words)
+
+    def _draw(self, wanted: Sequence[Shot], label: str) -> Tensor:
+        images = []
+        with tqdm(desc=label, total=len(wanted), leave=False) as bar:
+            for batch in draw(self.model.pipe, wanted, self.sampler):
+                images.append(batch)
+                bar.update(len(batch))
+        return torch.cat(images)
+
+    def _take(self, when: str) -> None:
+        everything = [shot for some in self.shots.values() for shot in some]
+        parts = self._draw(everything, f"pictures {when}").split([len(s) for s in self.shots.values()])
+        self.pictures[when] = dict(zip(self.shots, parts, strict=True))
+        folder = Path(self.options.output_dir) / "samples" / when
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, images in self.pictures[when].items():
+            for index, picture in enumerate(to_pictures(images)):
+                picture.save(folder / f"{kind}-{index:02d}.png")
+
+    def _title(self, adapter: Adapter | None = None) -> str:
+        base = self.options.pretrained_model_name_or_path
+        name = self.options.adapter if adapter is None else adapter.method.name
+        return ("DEMO · " if is_embedded(base) else "") + f"{name} on {base}: {self.subject()}"
+
+    def _grid(self, adapter: Adapter) -> Image.Image:
+        steps, count = self.options.max_train_steps, adapter.num_parameters
+        note = f"{self.data_note()}, {steps} steps, {count:,} trained parameters"
+        if is_embedded(self.options.pretrained_model_name_or_path):
+            note += " · a small base shipped for demonstration; for real pictures name a real base"
+        return grid(self.panels(), title=self._title(adapter), note=note)

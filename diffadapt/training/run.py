@@ -1,0 +1,94 @@
+"""A run around its loop: what is shown before, what may be done after a step, what is left at the end.
+
+run = Run(trainer, batches, report)
+for step in run.steps():
+    run.log(step)
+    run.validate(step)
+    run.save(step)
+return run.exit_code
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffadapt as da
+from diffadapt.data.batches import Batches
+from diffadapt.export import write_formats
+from diffadapt.training import state
+from diffadapt.training.loop import Step, Trainer, train
+from diffadapt.training.record import Progress
+from diffadapt.training.report import Report
+from diffadapt.training.stop import StopRequest
+from diffadapt.training.summary import before_training
+
+HOW_TO_GO_ON = "stopped; to go on: the same command with --resume_from_checkpoint latest"
+
+
+class Run:
+    """One run from the summary to the closing words, on every process.
+
+    Attributes:
+        exit_code: 0, or 128 + the signal that stopped the run.
+    """
+
+    def __init__(self, trainer: Trainer, batches: Batches, report: Report):
+        self.trainer, self.batches, self.report = trainer, batches, report
+        self.options, self.accelerator = trainer.options, trainer.accelerator
+        self.exit_code = 0
+
+    def steps(self) -> Iterator[Step]:
+        """Summary and first pictures, then the steps of the run; at its end, what the run leaves.
+
+        With `--dry_run` the summary is all. The caller logs, validates and saves after every step.
+        """
+        if self.accelerator.is_main_process:
+            print(before_training(self.trainer, self.batches))
+        if self.options.dry_run:
+            return
+        if self.accelerator.is_main_process:
+            with da.disabled(self.report.model.pipe):
+                self.report.begin()
+        with StopRequest() as stop, Progress(self.trainer) as self.progress:
+            for step in train(self.trainer, self.batches):
+                signal = stop.agreed(self.accelerator)
+                self.exit_code = 128 + signal if signal else 0
+                yield step
+                if signal:
+                    self.progress.say(
+                        "stopped; to go on: the same command with --resume_from_checkpoint latest"
+                    )
+                    return
+        self._finish()
+
+    def log(self, step: Step) -> None:
+        """The progress bar, log.jsonl and the trackers."""
+        self.progress.show(step)
+
+    def save(self, step: Step) -> None:
+        """A checkpoint, when it is time or the run is about to stop."""
+        if self.exit_code or step.index % self.options.checkpointing_steps == 0:
+            state.save(self.trainer, self.options.output_dir)
+
+    def validate(self, step: Step) -> None:
+        """Pictures through a saved file, when it is time."""
+        every = self.options.validation_steps
+        if not every or step.index % every or self.exit_code:
+            return
+        if self.accelerator.is_main_process:
+            folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
+            path = state.save_adapter(self.trainer, folder)
+            with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
+                pictures = self.report.validate(folder)
+            self.progress.track_pictures("validation", pictures, step.index)
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self) -> None:
+        """The adapter's file, the pictures and figures made through it, and the exported files."""
+        if self.accelerator.is_main_process:
+            path = state.save_adapter(self.trainer, self.options.output_dir)
+            da.detach(self.trainer.adapter)
+            adapter = da.load(self.report.model.pipe, path)  # as `diffadapt sample` does
+            print(self.report.finish(adapter))
+            for line in write_formats(adapter, path, self.options.export_formats):
+                print(line)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,91 @@
+"""From options to a trainer at the first step: what every script does in the same way."""
+
+import time
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from accelerate import Accelerator
+
+import diffadapt as da
+from diffadapt.export import parse_formats
+from diffadapt.methods import Method
+from diffadapt.models.families import Base, load_base
+from diffadapt.training import session, state
+from diffadapt.training.defaults import build_method, filled, fitted, recommended_rate, text_targets
+from diffadapt.training.loop import Trainer, prepare
+from diffadapt.training.objective import Objective
+from diffadapt.training.options import TrainOptions
+from diffadapt.training.tracking import check_trackers
+
+Kind = TypeVar("Kind", bound=TrainOptions)
+
+
+@dataclass(frozen=True)
+class Setup(Generic[Kind]):
+    """What a run works with, before there is data."""
+
+    options: Kind  # complete
+    accelerator: Accelerator
+    model: Base
+    method: Method
+    started: float  # time.perf_counter()
+
+
+def set_up(options: Kind) -> Setup[Kind]:
+    """Checks what can be checked, starts the accelerator, loads the base and completes the options.
+
+    Raises: ValueError or OSError with the remedy.
+    """
+    started = time.perf_counter()
+    session.quiet()
+    parse_formats(options.export_formats)
+    trackers = check_trackers(options.report_to)
+    method = build_method(options)
+    text_targets(options)
+    accelerator = session.start(
+        mixed_precision=options.mixed_precision,
+        num_threads=options.num_threads,
+        trackers=trackers,
+        logging_dir=options.logging_dir or f"{options.output_dir}/logs",
+    )
+    model = load_base(
+        options.pretrained_model_name_or_path,
+        device=accelerator.device,
+        dtype=session.weight_dtype(accelerator),
+        revision=options.revision,
+        variant=options.variant,
+        vae=options.pretrained_vae_model_name_or_path,
+    )
+    if options.train_text_encoder:
+        model.train_text_encoder = True  # captions stay token ids, encoded in every step
+    method = fitted(options, method, model.pipe)
+    known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
+    return Setup(filled(options, known), accelerator, model, method, started)
+
+
+def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
+    """Attaches the adapter and prepares objective and optimizer, at step 0 or where a checkpoint stands.
+
+    Args:
+        prior_weight: weight of the class pictures' loss; None when there are none.
+    """
+    options, model = setup.options, setup.model
+    adapter = da.attach(
+        model.pipe,
+        setup.method,
+        targets=options.targets,
+        text_encoder_targets=text_targets(options),
+        seed=options.seed,
+    )
+    objective = Objective(
+        model.denoiser,
+        adapter,
+        predict=model.predict,
+        schedule=model.training_schedule(),
+        prior_weight=prior_weight,
+        snr_gamma=options.snr_gamma,
+    )
+    trainer = prepare(setup.accelerator, objective, options)
+    if options.resume_from_checkpoint:
+        state.restore(trainer, state.find(options.resume_from_checkpoint, options.output_dir))
+    return trainer

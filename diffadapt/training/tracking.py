@@ -1,0 +1,44 @@
+"""Trackers: tensorboard, wandb and the others that accelerate knows, chosen by name, checked at the start."""
+
+import importlib.util
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from torch import Tensor
+
+from diffadapt.nearest import near
+
+# What is imported and what is installed; a name that is not here is imported and installed under itself.
+PACKAGES = {"comet_ml": ("comet_ml", "comet-ml"), "dvclive": ("dvclive", "dvclive")}
+
+PROJECT = "diffadapt"
+
+
+def check_trackers(text: str) -> list[str]:
+    """The trackers of `--report_to`.
+
+    Raises: ValueError for an unknown one, or one that is not installed, naming what to install.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"unknown tracker {name!r} in --report_to{near(name, LOGGER_TYPE_TO_CLASS)}")
+        module, package = PACKAGES.get(name, (name, name))
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"--report_to {name} needs a package: pip install {package}")
+    return names
+
+
+def start_trackers(accelerator: Accelerator, options: Mapping[str, object], *, step: int) -> None:
+    """Opens the trackers of a run that stands at `step`; what tensorboard holds of later steps is hidden."""
+    config = {name: value for name, value in options.items() if value is not None}
+    accelerator.init_trackers(PROJECT, config, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+
+def track_pictures(accelerator: Accelerator, name: str, images: Tensor, step: int) -> None:
+    """Hands pictures (N, 3, H, W) in [0, 1] to the trackers that take them."""
+    values = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({name: values}, step=step)
