@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffadapt.models.latents import to_autoencoder
+
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
     "ddpm": diffusers.DDPMScheduler,
@@ -105,9 +107,14 @@ def _batch_of_classes(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: 
 
 
 def _decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Latents to images, in the autoencoder's own precision: in fp16 some overflow."""
+    """Latents to images in the autoencoder's own precision; in float32 where fp16 would overflow."""
     vae = pipe.vae
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    own, overflows = vae.dtype, vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if overflows:
+        vae.to(torch.float32)
+    pixels = vae.decode(to_autoencoder(vae, latents.to(vae.dtype)), return_dict=False)[0]
+    if overflows:
+        vae.to(own)
     return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import diffadapt as da
-from diffadapt.models import sd
+from diffadapt.models.families import DEFAULTS, load_base
 from diffadapt.training.session import quiet
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "dreambooth.py"
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/dreambooth_demo.md"))
     arguments = parser.parse_args()
     quiet()
-    base, targets, rows = sd.load("embedded:emoji"), sd.DEFAULTS["emoji"]["targets"], []
+    base, targets, rows = load_base("embedded:emoji"), DEFAULTS["emoji"]["targets"], []
     for adapter in arguments.adapters:
         rank = da.fit_budget(base.pipe, adapter, targets, budget=arguments.budget).rank
         records = [run(adapter, rank, seed, arguments.runs) for seed in arguments.seeds]

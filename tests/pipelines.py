@@ -1,4 +1,4 @@
-"""Tiny random Stable Diffusion pipelines in the standard layout, for tests."""
+"""Tiny random Stable Diffusion and SDXL pipelines in the standard layout, for tests."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,11 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
@@ -20,13 +23,20 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
 
 from diffadapt.training.options import TrainOptions
 
 WIDTH = 32  # of the text states
-SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "pndm": PNDMScheduler}
+POOLED = 24  # width of the second text encoder of an SDXL pipeline, and of its pooled text
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "pndm": PNDMScheduler,
+}
 
 
 def tiny_sd_pipeline(
@@ -61,6 +71,58 @@ def tiny_sd_pipeline(
     return folder
 
 
+def tiny_sdxl_pipeline(
+    folder: str | Path,
+    *,
+    vae: str = "tiny",
+    prediction_type: str = "epsilon",
+    scheduler: str = "euler",
+    force_zeros: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Writes a random StableDiffusionXLPipeline for 32-pixel pictures and returns its folder.
+
+    Its text encoders differ in width, its tokenizers in how they pad.
+    """
+    folder = Path(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        first, second = clip_tokenizer(folder / "words"), clip_tokenizer(folder / "words")
+        second.pad_token = "!"
+        pipe = StableDiffusionXLPipeline(
+            vae=_tiny_vae() if vae == "tiny" else _kl_vae(),
+            text_encoder=_text_encoder(first, layers=3),
+            text_encoder_2=_text_encoder(second, CLIPTextModelWithProjection, width=POOLED, layers=3),
+            tokenizer=first,
+            tokenizer_2=second,
+            unet=tiny_sdxl_unet(),
+            scheduler=_scheduler(scheduler, prediction_type),
+            force_zeros_for_empty_prompt=force_zeros,
+            add_watermarker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl_unet() -> UNet2DConditionModel:
+    """Three levels in SDXL's order, without attention on the first; 0.5 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + POOLED,
+        cross_attention_dim=WIDTH + POOLED,
+        norm_num_groups=8,
+    )
+
+
 def tiny_unet() -> UNet2DConditionModel:
     """Two levels of 32 and 64 channels, cross attention on both; 0.9 M parameters."""
     return UNet2DConditionModel(
@@ -87,13 +149,16 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
+def _text_encoder(
+    tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, *, width: int = WIDTH, layers: int = 2
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=24,
             bos_token_id=tokenizer.bos_token_id,
@@ -124,12 +189,13 @@ def _tiny_vae() -> AutoencoderTiny:
     )
 
 
-def _scheduler(name: str, prediction_type: str) -> DDIMScheduler | DDPMScheduler | PNDMScheduler:
+def _scheduler(name: str, prediction_type: str) -> SchedulerMixin:
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    extra = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": False}
-    if name != "ddpm":
-        extra["set_alpha_to_one"] = False
-    return SCHEDULERS[name](**settings, **extra, steps_offset=1, prediction_type=prediction_type)
+    extra = {"pndm": {"skip_prk_steps": True}, "euler": {"timestep_spacing": "leading"}}
+    settings |= extra.get(name, {"clip_sample": False})
+    if name in ("ddim", "pndm"):
+        settings["set_alpha_to_one"] = False
+    return SCHEDULERS[name](**settings, steps_offset=1, prediction_type=prediction_type)
 
 
 def tiny_clip(folder: str | Path) -> Path:

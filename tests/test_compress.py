@@ -151,12 +151,12 @@ def test_methods_without_a_solution_are_named():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    from diffadapt.models import sd
+    from diffadapt.models.families import load_base
 
     folder = tmp_path_factory.mktemp("work")
     base = tiny_sd_pipeline(folder / "base")
     for seed, name in enumerate(("one", "two")):
-        pipe = sd.load(str(base)).pipe
+        pipe = load_base(str(base)).pipe
         adapter = shaken(da.attach(pipe, da.LoRA(rank=4), "attention", seed=seed), seed)
         da.save(adapter, folder / f"{name}.safetensors", base=str(base))
         if name == "one":

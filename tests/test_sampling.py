@@ -4,7 +4,7 @@ import pytest
 import torch
 from pipelines import tiny_sd_pipeline
 
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 from diffadapt.sampling import Sampler, draw, draw_all, shots
 
 TOLERANCE = 2 / 255
@@ -12,7 +12,7 @@ TOLERANCE = 2 / 255
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    return sd.load(str(tiny_sd_pipeline(tmp_path_factory.mktemp("base")))).pipe
+    return load_base(str(tiny_sd_pipeline(tmp_path_factory.mktemp("base")))).pipe
 
 
 @pytest.mark.parametrize("scheduler", [None, "ddim", "ddpm", "dpm++", "euler", "euler_a", "pndm", "unipc"])

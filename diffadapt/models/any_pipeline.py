@@ -2,65 +2,88 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from torch import nn
 
-from diffadapt.models import sd
-from diffadapt.models.names import FAMILIES, resolve
+from diffadapt.models.names import looks_local, pipeline_class, resolve
+from diffadapt.models.single_file import is_single_file, open_single_file
 
 
-def open_pipeline(name: str, *, revision: str | None = None, variant: str | None = None) -> DiffusionPipeline:
-    """The pipeline in float32 on the CPU. Raises FileNotFoundError when a local name is not there."""
+def open_pipeline(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    safety_checker: bool = True,
+) -> DiffusionPipeline:
+    """The pipeline on the CPU: its autoencoder in float32, since some overflow in half, all else in `dtype`.
+
+    Args: as of `families.load_base`.
+    Raises: OSError or ValueError with the remedy when there is no pipeline of that name.
+    """
+    kind = pipeline_class(name, revision=revision)
     place = resolve(name)
-    if place.endswith(".safetensors"):
-        return open_single_file(place)
-    looks_local = place.startswith((".", "~", "/")) or place.count("/") > 1
-    if looks_local and not Path(place).exists():
-        raise FileNotFoundError(f"no base model at {name!r}; give a diffusers folder or a hub name")
-    pipe = DiffusionPipeline.from_pretrained(place, revision=revision, variant=variant)
+    if is_single_file(place):
+        pipe = open_single_file(place)
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module) and component is not getattr(pipe, "vae", None):
+                component.to(dtype)
+    else:
+        without = {} if safety_checker or kind != "StableDiffusionPipeline" else _UNCHECKED
+        pipe = DiffusionPipeline.from_pretrained(
+            place,
+            dtype={"default": dtype, "vae": torch.float32},
+            revision=revision,
+            variant=variant,
+            **without,
+        )
+    if vae is not None:
+        pipe.register_modules(vae=open_autoencoder(vae))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+_UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
+    """An autoencoder in float32: its folder or hub name, a pipeline's folder, or a single file.
+
+    Raises: OSError with what was tried.
+    """
+    place = resolve(name)
+    if is_single_file(place):
+        if not Path(place).is_file():
+            raise FileNotFoundError(f"no autoencoder at {name!r}")
+        return AutoencoderKL.from_single_file(place, torch_dtype=torch.float32)
+    if looks_local(place) and not Path(place).exists():
+        raise FileNotFoundError(f"no autoencoder at {name!r}; give a diffusers folder or a hub name")
+    inside = {"subfolder": "vae"} if (Path(place) / "vae").is_dir() else {}
+    config = AutoencoderKL.load_config(place, **inside)
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+    if config.get("_class_name") not in kinds:
+        raise ValueError(
+            f"{name!r} is a {config.get('_class_name')}; an autoencoder is one of {', '.join(kinds)}"
+        )
+    return kinds[config["_class_name"]].from_pretrained(place, dtype=torch.float32, **inside)
+
+
 def open_base(
-    name: str, *, device: str = "cpu", revision: str | None = None, variant: str | None = None
+    name: str,
+    *,
+    device: str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline to draw with. Raises an error with the remedy when there is none of that name."""
-    if not name.endswith(".safetensors") and _pipeline_class(name) in FAMILIES:
-        return sd.load(name, device=device, revision=revision, variant=variant, safety_checker=True).pipe
-    pipe = open_pipeline(name, revision=revision, variant=variant).to(device)
+    """A pipeline of any kind to draw with. Raises: as `open_pipeline`."""
+    pipe = open_pipeline(name, revision=revision, variant=variant, vae=vae).to(device)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
     return pipe
-
-
-def _pipeline_class(name: str) -> str | None:
-    """The class named in a local folder; None for a hub name or a folder without an index."""
-    index = Path(resolve(name)) / "model_index.json"
-    return json.loads(index.read_text()).get("_class_name") if index.is_file() else None
-
-
-def open_single_file(path: str) -> DiffusionPipeline:
-    """A whole checkpoint in one file. Its layout is known from its keys; its configuration and tokenizer come
-    from the hub's folder of that family, or from a ``config`` folder of the same name beside the file."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    with safe_open(path, framework="pt") as file:
-        is_xl = any(key.startswith("conditioner.embedders.1") for key in file.keys())  # noqa: SIM118
-    family = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    beside = Path(path).with_suffix("")
-    config = {"config": str(beside), "local_files_only": True} if beside.is_dir() else {}
-    try:
-        return family.from_single_file(path, **config)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"{path}: a single file has no configuration or tokenizer; without a network, put the pipeline's "
-            f"folder without weights (model_index.json, every config.json, tokenizer) at {beside} ({error})"
-        ) from error

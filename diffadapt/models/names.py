@@ -1,10 +1,15 @@
-"""Names of base models: a folder, a hub name, or `embedded:NAME` for one that is shipped with the package."""
+"""Names of base models: a folder, a hub name, one checkpoint file, or `embedded:NAME` for a shipped one."""
 
 import json
 from pathlib import Path
 
+from diffadapt.models.single_file import is_single_file, pipeline_of_file
+
 EMBEDDED = "embedded:"
-FAMILIES = {"StableDiffusionPipeline": "sd"}  # pipeline class in model_index.json -> family
+FAMILIES = {  # pipeline class in model_index.json -> family
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+}
 
 
 def is_embedded(name: str) -> bool:
@@ -14,22 +19,48 @@ def is_embedded(name: str) -> bool:
 def resolve(name: str) -> str:
     """What `from_pretrained` or a folder reader takes: an embedded name's real path, others unchanged."""
     if not is_embedded(name):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     from diffadapt.assets import embedded
 
     return str(embedded(name.removeprefix(EMBEDDED)))
 
 
-def check_base(name: str) -> None:
-    """Raises an error with the remedy when a local folder is not a base model of a known family."""
-    folder = Path(resolve(name))
-    index = folder / "model_index.json"
-    if not folder.exists():
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise FileNotFoundError(f"no base model at {name!r}; give a diffusers folder or a hub name")
-        return  # a hub name
+def pipeline_class(name: str, *, revision: str | None = None) -> str:
+    """The class of the pipeline of that name; of a hub name, only its index is fetched.
+
+    Raises: FileNotFoundError, OSError or ValueError with the remedy when there is no pipeline of that name.
+    """
+    place = resolve(name)
+    if is_single_file(place):
+        return pipeline_of_file(place)
+    folder = Path(place)
+    if not folder.exists() and looks_local(place):
+        raise FileNotFoundError(
+            f"no base model at {name!r}; give a diffusers folder, a .safetensors checkpoint or a hub name"
+        )
+    index = folder / "model_index.json" if folder.exists() else _index_on_hub(name, revision)
     if not index.is_file():
         raise ValueError(f"{name!r} has no model_index.json; give the folder of a whole diffusers pipeline")
-    kind = json.loads(index.read_text()).get("_class_name")
-    if kind not in FAMILIES:
-        raise ValueError(f"{name!r} is a {kind}; the known kinds are {', '.join(FAMILIES)}")
+    try:
+        return str(json.loads(index.read_text())["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not the index of a diffusers pipeline ({error!r})") from None
+
+
+def looks_local(place: str) -> bool:
+    """Whether a name can only be a path: hub names have at most one slash and start with a letter."""
+    return place.startswith((".", "~", "/")) or Path(place).is_absolute() or place.count("/") > 1
+
+
+def _index_on_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, "model_index.json", revision=revision))
+    except (OSError, HFValidationError) as error:  # its own errors are kinds of OSError
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"no folder {name!r} here, and the hub does not give a pipeline of that name ({reason}); "
+            "check the name, the network, and for a gated model `hf auth login`"
+        ) from None

@@ -7,7 +7,7 @@ import torch
 from pipelines import tiny_sd_pipeline, write_pictures
 
 from diffadapt.data.images import list_images, open_image, to_pixels
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 from diffadapt.models.prompts import contexts, subject_of, without_identifier
 from diffadapt.training.objective import target_of
 
@@ -15,7 +15,7 @@ from diffadapt.training.objective import target_of
 @pytest.mark.parametrize("vae", ["kl", "tiny"])
 @pytest.mark.parametrize("scheduler", ["pndm", "ddim", "ddpm"])
 def test_a_base_loads_with_every_autoencoder_and_scheduler(tmp_path, vae, scheduler):
-    model = sd.load(str(tiny_sd_pipeline(tmp_path, vae=vae, scheduler=scheduler)))
+    model = load_base(str(tiny_sd_pipeline(tmp_path, vae=vae, scheduler=scheduler)))
     assert model.family == "sd"
     assert model.resolution == 32
     assert model.is_stochastic == (vae == "kl")
@@ -24,7 +24,7 @@ def test_a_base_loads_with_every_autoencoder_and_scheduler(tmp_path, vae, schedu
 
 
 def test_encoded_pictures_are_the_moments_of_the_autoencoder(tmp_path):
-    model = sd.load(str(tiny_sd_pipeline(tmp_path / "base", vae="kl")))
+    model = load_base(str(tiny_sd_pipeline(tmp_path / "base", vae="kl")))
     pixels = torch.stack(
         [to_pixels(open_image(p), 32) for p in list_images(write_pictures(tmp_path / "a", 2))]
     )
@@ -35,14 +35,14 @@ def test_encoded_pictures_are_the_moments_of_the_autoencoder(tmp_path):
 
 
 def test_prompts_become_the_states_the_pipeline_uses(tmp_path):
-    model = sd.load(str(tiny_sd_pipeline(tmp_path)))
+    model = load_base(str(tiny_sd_pipeline(tmp_path)))
     expected, _ = model.pipe.encode_prompt("a dog", "cpu", 1, False)
-    assert torch.allclose(model.encode_prompts(["a dog"]), expected, atol=1e-6)
+    assert torch.allclose(model.encode_captions(["a dog"])["encoder_hidden_states"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_target_follows_the_schedule(tmp_path, kind):
-    schedule = sd.load(str(tiny_sd_pipeline(tmp_path, prediction_type=kind))).training_schedule()
+    schedule = load_base(str(tiny_sd_pipeline(tmp_path, prediction_type=kind))).training_schedule()
     latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     alpha = schedule.alphas_cumprod[t].view(2, 1, 1, 1)
     expected = {
@@ -55,14 +55,14 @@ def test_the_target_follows_the_schedule(tmp_path, kind):
 
 def test_wrong_bases_are_errors_with_a_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match="no base model at"):
-        sd.load(str(tmp_path / "nowhere"))
+        load_base(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"no model_index.json"):
-        sd.load(str(tmp_path))
+        load_base(str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusionPipeline"):
-        sd.load(str(tmp_path))
+        load_base(str(tmp_path))
     with pytest.raises(ValueError, match=r"did you mean|embedded"):
-        sd.load("embedded:emojy")
+        load_base("embedded:emojy")
 
 
 def test_context_prompts_speak_of_the_subject():

@@ -15,7 +15,7 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.data.images import open_image, to_pixels
 from diffadapt.data.randomness import normal
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
 
@@ -43,7 +43,7 @@ def test_first_20_losses_of_lora_equal_diffusers_loop(tmp_path, prediction, vae,
 
 def _our_losses(base, instances, classes):
     """Losses, the adapter's starting factors by site, and what was drawn for each step."""
-    model = sd.load(str(base))
+    model = load_base(str(base))
     batches = Batches(model, instances, classes=classes, resolution=32, center_crop=True, seed=3)
     adapter = da.attach(model.pipe, da.make_method("lora", rank=4), targets="attention", seed=1)
     start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
@@ -57,7 +57,7 @@ def _our_losses(base, instances, classes):
     objective = Objective(
         model.denoiser,
         adapter,
-        predict=sd.predict,
+        predict=model.predict,
         schedule=model.training_schedule(),
         prior_weight=0.7 if classes else None,
     )
@@ -87,7 +87,7 @@ def _their_losses(base, start, draws, instances, classes):
     losses = []
     for chosen, noise, timesteps in draws:
         pictures = [{"instance": instances, "class": classes}[d.role][d.index] for d in chosen]
-        pixels = torch.stack([to_pixels(open_image(p.path), 32) for p in pictures])
+        pixels = torch.stack([to_pixels(open_image(p.source), 32) for p in pictures])
         with torch.no_grad():
             if isinstance(vae, AutoencoderKL):
                 posterior = torch.stack(
@@ -98,7 +98,7 @@ def _their_losses(base, start, draws, instances, classes):
             else:
                 model_input = vae.encode(pixels).latents * vae.config.scaling_factor
             tokens = tokenizer(
-                [p.prompt for p in pictures],
+                [p.caption for p in pictures],
                 truncation=True,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
