@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffadapt as da
-from diffadapt import combine_command, export_command, extract_command, params_command, resize_command
+from diffadapt.commands import combine, export, extract, params, resize
 from diffadapt.exits import run
 
 
@@ -96,7 +96,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_sample(arguments: argparse.Namespace) -> int:
-    from diffadapt.sample_command import sample  # imports diffusers, which takes seconds
+    from diffadapt.commands.sample import sample  # imports diffusers, which takes seconds
     from diffadapt.training.session import quiet
 
     quiet()
@@ -107,7 +107,7 @@ def _run_sample(arguments: argparse.Namespace) -> int:
 
 
 def _run_params(arguments: argparse.Namespace) -> int:
-    print(params_command.params(arguments))
+    print(params.params(arguments))
     return 0
 
 
@@ -121,25 +121,19 @@ def _printing(text: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
 
 COMMANDS = {
     "methods": Command("the adapter methods and their options", _no_options, _run_methods),
-    "params": Command(
-        "what an adapter would train, from a config alone", params_command.add_options, _run_params
-    ),
+    "params": Command("what an adapter would train, from a config alone", params.add_options, _run_params),
     "info": Command("what is in an adapter file", _info_options, _run_info),
     "export": Command(
         "an adapter in another program's format, proven when it is written",
-        export_command.add_options,
-        _printing(export_command.export),
+        export.add_options,
+        _printing(export.export),
     ),
-    "resize": Command(
-        "the same adapter at a smaller rank", resize_command.add_options, _printing(resize_command.resize)
-    ),
+    "resize": Command("the same adapter at a smaller rank", resize.add_options, _printing(resize.resize)),
     "extract": Command(
         "an adapter from a fine-tuned model and its base",
-        extract_command.add_options,
-        _printing(extract_command.extract),
+        extract.add_options,
+        _printing(extract.extract),
     ),
-    "combine": Command(
-        "several adapters as one file", combine_command.add_options, _printing(combine_command.combine)
-    ),
+    "combine": Command("several adapters as one file", combine.add_options, _printing(combine.combine)),
     "sample": Command("draw images with one or more adapters", _sample_options, _run_sample),
 }

@@ -10,8 +10,8 @@ from pipelines import tiny_sd_pipeline
 
 import diffadapt as da
 from diffadapt.cli import main
-from diffadapt.models import sd
-from diffadapt.sample_command import AdapterFile, parse_adapter
+from diffadapt.commands.sample import AdapterFile, parse_adapter
+from diffadapt.models.families import load_base
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     base = tiny_sd_pipeline(folder / "base")
     for seed, name in enumerate(("one", "two")):
-        pipe = sd.load(str(base)).pipe
+        pipe = load_base(str(base)).pipe
         adapter = da.attach(pipe, da.make_method("lora", rank=2), targets="attention+conv", seed=seed)
         torch.manual_seed(seed)
         for parameter in adapter.parameters():

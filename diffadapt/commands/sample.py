@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.adapter import Adapter
-from diffadapt.combine_command import base_named_in
+from diffadapt.commands.combine import base_named_in
 from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.looks import AdapterFile, Look, looks_of, parse_adapter, parse_strengths
-from diffadapt.models import sd
 from diffadapt.models.any_pipeline import open_base
+from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.session import DTYPES, use_cores
@@ -39,7 +39,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     use_cores(arguments.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = arguments.mixed_precision or ("fp16" if device == "cuda" else "no")
-    sampler = _sampler(arguments, sd.DEFAULTS[sd.family_of(base)], DTYPES.get(precision))
+    sampler = _sampler(arguments, drawing_defaults(base, revision=arguments.revision), DTYPES.get(precision))
     pipe = open_base(base, device=device, revision=arguments.revision, variant=arguments.variant)
     adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
     folder = Path(arguments.out)

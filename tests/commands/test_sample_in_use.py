@@ -12,11 +12,11 @@ from pipelines import tiny_sd_pipeline
 import diffadapt as da
 from diffadapt.cli import main
 from diffadapt.looks import AdapterFile, looks_of, parse_strengths
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 
 
 def adapted(base, seed=0, size=0.05):
-    pipe = sd.load(str(base)).pipe
+    pipe = load_base(str(base)).pipe
     adapter = da.attach(pipe, da.make_method("lora", rank=2), targets="attention+conv", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
@@ -173,7 +173,7 @@ def drawn(pipe, **options):
 def test_save_pretrained_writes_the_bare_base(work, tmp_path):
     pipe, _ = adapted(work / "base")
     pipe.save_pretrained(tmp_path)
-    saved, bare = sd.load(str(tmp_path)).pipe, sd.load(str(work / "base")).pipe
+    saved, bare = load_base(str(tmp_path)).pipe, load_base(str(work / "base")).pipe
     assert torch.equal(drawn(saved), drawn(bare))
     assert saved.unet.state_dict().keys() == bare.unet.state_dict().keys()
 

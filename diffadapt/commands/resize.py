@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def resize(arguments: argparse.Namespace) -> str:
     """Writes the file; returns what to say."""
-    from diffadapt.combine_command import base_named_in
+    from diffadapt.commands.combine import base_named_in
     from diffadapt.compress import replaced, resized
     from diffadapt.models.any_pipeline import open_pipeline
 

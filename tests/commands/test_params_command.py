@@ -9,7 +9,7 @@ from pipelines import tiny_sd_pipeline
 from diffadapt.cli import main
 from diffadapt.models.config_only import model_from_config
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 SDXL = str(CONFIGS / "sdxl_unet.json")
 
 
