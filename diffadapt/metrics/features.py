@@ -20,22 +20,26 @@ class ClipFeatures:
     tokenizer: CLIPTokenizer
     processor: CLIPImageProcessor
 
-    @torch.no_grad()
     def images(self, batches: Iterable[Tensor]) -> Tensor:
         """Batches (B, 3, H, W) in [0, 1] -> (N, D) unit vectors, float32."""
-        mean, std = (
-            torch.tensor(v).view(3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std)
-        )
         side = self.model.config.vision_config.image_size
         features = []
         for batch in batches:
             if batch.shape[-2:] != (side, side):
                 batch = interpolate(batch, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            pixels = ((batch - mean) / std).to(self.model.device)
-            features.append(
-                self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
-            )
-        return normalize(torch.cat(features).float(), dim=-1)
+            features.append(self.encode(batch))
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1], S the model's own side -> (B, D) unit vectors, float32."""
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(3, 1, 1)
+            for v in (self.processor.image_mean, self.processor.image_std)
+        )
+        pixels = ((pixels - mean) / std).to(self.model.device)
+        hidden = self.model.vision_model(pixel_values=pixels).pooler_output
+        return normalize(self.model.visual_projection(hidden).float(), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:

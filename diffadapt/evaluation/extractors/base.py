@@ -1,0 +1,74 @@
+"""What an extractor is: images in, one feature vector per layer out, with a name that says which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.evaluation.record import ExtractorSummary
+from diffadapt.evaluation.resize import resize
+
+DTYPE = "float32"  # of networks and of stored features
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network with its preprocessing.
+
+    Attributes:
+        name: "inception", "clip:NAME", "embedded:digits", "package.module:Class", ...
+        sha256: of its weights.
+        side: the pixels its network wants.
+        preset: of the resize (`diffadapt.evaluation.resize`).
+        layers: what one forward gives, each (B, D) float32.
+        features: the layer of distances and neighbours.
+        logits: the layer of class scores for the Inception Score; None where there are none.
+        network: (B, 3, side, side) float32 in [0, 255] -> layer -> (B, D).
+        texts: captions -> (N, D) in the space of `features`; None without a text encoder.
+        smoke: random weights; nothing made with them is a score.
+    """
+
+    name: str
+    sha256: str
+    side: int
+    preset: str
+    layers: tuple[str, ...]
+    features: str
+    network: Callable[[Tensor], dict[str, Tensor]]
+    logits: str | None = None
+    texts: Callable[[Sequence[str]], Tensor] | None = None
+    smoke: bool = False
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, 3, side, side) float32 in [0, 255]."""
+        return resize(images, self.side, self.preset)
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Prepared images -> layer -> (B, D) float32 on the CPU."""
+        features = self.network(pixels)
+        return {layer: features[layer].float().cpu() for layer in self.layers}
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) uint8 -> layer -> (B, D) float32."""
+        return self.forward(self.prepare(images))
+
+    @property
+    def summary(self) -> ExtractorSummary:
+        return ExtractorSummary(
+            self.name, self.sha256, self.preset, self.side, self.layers, DTYPE, smoke=self.smoke
+        )
+
+
+def frozen(network: nn.Module, device: str | torch.device) -> nn.Module:
+    return network.requires_grad_(False).eval().to(device)
+
+
+def standardise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """[0, 255] to zero mean and unit deviation per channel; mean and std as of values in [0, 1]."""
+    shape = (1, 3, 1, 1)
+    shift, scale = (pixels.new_tensor(values).view(shape) * 255 for values in (mean, std))
+    return (pixels - shift) / scale

@@ -1,0 +1,132 @@
+"""Extractors with published weight files: Inception v3 of FID, VGG16 of improved P&R, LPIPS' backbones.
+
+Sources: FID arXiv 1706.08500; Inception Score 1606.03498; improved precision and recall 1904.06991 (fc2 after
+its ReLU, 4096 numbers); LPIPS 1801.03924.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+import torchmetrics.functional.image
+import torchvision
+from torch import Tensor, nn
+
+from diffadapt.evaluation.extractors.base import Extractor, frozen, standardise
+from diffadapt.evaluation.weights import read_state_dict, sha256_of_tensors
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+LPIPS = {  # backbone -> its layers in torchvision after which features are taken
+    "alex": ("alexnet", (1, 4, 7, 9, 11)),
+    "vgg": ("vgg16", (3, 8, 15, 22, 29)),
+    "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
+}
+LPIPS_SIDE = 256  # pixels
+
+
+class Inception(fidelity.FeatureExtractorInceptionV3):
+    """torch-fidelity's network; its own way of reading weights would unpickle anything, so it is not used."""
+
+    def __init__(self, state: dict[str, Tensor] | None):
+        with patch.object(fidelity, "load_state_dict_from_url", lambda *_, **__: state):
+            super().__init__("inception", ["2048", "logits_unbiased"], verbose=False)
+
+    def load_state_dict(self, state: dict[str, Tensor] | None, **options: object) -> object:
+        return None if state is None else super().load_state_dict(state, **options)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x = (pixels - 128) / 128
+        for layer in list(self.children())[:-2]:  # all but AvgPool and fc
+            x = layer(x)
+        pool = self.AvgPool(x).flatten(1)
+        return {"pool": pool, "logits_unbiased": pool.mm(self.fc.weight.T)}
+
+
+def inception(path: Path | None, *, sha256: str, preset: str | None, device: str) -> Extractor:
+    """Layers "pool" (2048) and "logits_unbiased" (1008); resize `tf1` unless told otherwise."""
+    network = frozen(Inception(_state(path)), device)
+    layers = ("pool", "logits_unbiased")
+    return Extractor(
+        "inception",
+        sha256,
+        299,
+        preset or "tf1",
+        layers,
+        "pool",
+        _on(device, network),
+        layers[1],
+        smoke=path is None,
+    )
+
+
+def vgg16(path: Path | None, *, sha256: str, preset: str | None, device: str) -> Extractor:
+    """Layer "fc2_relu" (4096); resize `tf1` unless told otherwise."""
+    model = frozen(_torchvision("vgg16", _state(path)), device)
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        x = model.avgpool(model.features(standardise(pixels, **IMAGENET))).flatten(1)
+        return {"fc2_relu": model.classifier[:5](x)}
+
+    return Extractor(
+        "vgg16",
+        sha256,
+        224,
+        preset or "tf1",
+        ("fc2_relu",),
+        "fc2_relu",
+        _on(device, network),
+        smoke=path is None,
+    )
+
+
+def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, device: str) -> Extractor:
+    """Layer "lpips": squared distances between its vectors are the LPIPS of torchmetrics (and of its authors).
+
+    LPIPS sums over layers the mean over places of w . (a - b)^2, a and b of unit length over channels and w >= 0:
+    the squared distance of sqrt(w / places) * a and sqrt(w / places) * b, all written in one row.
+    """
+    name, taps = LPIPS[kind]
+    features = frozen(_torchvision(name, _state(path)).features, device)
+    heads = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / f"{kind}.pth"
+    stored = read_state_dict(heads)
+    weights = [stored[f"lin{i}.model.1.weight"].to(device) for i in range(len(taps))]  # each (1, C, 1, 1)
+    shift = torch.tensor([-0.030, -0.088, -0.188], device=device).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450], device=device).view(1, 3, 1, 1)
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        x, rows = (pixels / 127.5 - 1 - shift) / scale, []
+        for index, layer in enumerate(features[: taps[-1] + 1]):
+            x = layer(x)
+            if index in taps:
+                unit = x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()
+                places = x.shape[-2] * x.shape[-1]
+                rows.append(((weights[taps.index(index)] / places).sqrt() * unit).flatten(1))
+        return {"lpips": torch.cat(rows, dim=1)}
+
+    both = sha256_of_tensors(stored) if path is None else f"{sha256}+{sha256_of_tensors(stored)}"
+    return Extractor(
+        f"lpips:{kind}", both, LPIPS_SIDE, preset or "clean", ("lpips",), "lpips", _on(device, network),
+        smoke=path is None,
+    )  # fmt: skip
+
+
+def _state(path: Path | None) -> dict[str, Tensor] | None:
+    return None if path is None else read_state_dict(path)
+
+
+def _torchvision(name: str, state: dict[str, Tensor] | None) -> nn.Module:
+    build = getattr(torchvision.models, name)
+    if state is None:
+        return build(weights=None)
+    with torch.device("meta"):
+        model = build(weights=None)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _on(device: str, network: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Tensor], dict[str, Tensor]]:
+    return lambda pixels: network(pixels.to(device))

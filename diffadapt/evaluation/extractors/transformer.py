@@ -1,0 +1,64 @@
+"""Extractors in the format of transformers: CLIP (arXiv 2103.00020), DINO (2104.14294), DINOv2 (2304.07193).
+
+DreamBooth's DINO score (2208.12242) uses the class token of DINO ViT-S/16 on the middle 224 pixels of an image
+whose shorter side is 256.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from diffadapt.evaluation.extractors.base import Extractor, frozen, standardise
+from diffadapt.evaluation.weights import sha256_of_tensors
+from diffadapt.metrics.features import load_clip
+
+SMALLER, LARGER = 224, 256  # the middle SMALLER pixels of an image whose shorter side is LARGER
+KINDS = {"dino": ("vit",), "dinov2": ("dinov2", "dinov2_with_registers")}  # model types in config.json
+
+
+def clip(name: str, folder: Path, *, preset: str | None, device: str) -> Extractor:
+    """Layer "image": unit vectors of the image tower; texts in the same space."""
+    model = load_clip(str(folder))
+    frozen(model.model, device)
+    side = model.model.config.vision_config.image_size
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        return {"image": model.encode(pixels / 255)}
+
+    return Extractor(
+        name, sha256_of_tensors(model.model.state_dict()), side, preset or f"crop-{side}", ("image",), "image",
+        network, texts=model.texts,
+    )  # fmt: skip
+
+
+def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extractor:
+    """Layer "cls": unit vectors, the normalised class token of DINO or DINOv2.
+
+    Raises: ValueError when the folder holds another kind of model.
+    """
+    kind = AutoConfig.from_pretrained(folder).model_type
+    wanted = KINDS[name.partition(":")[0]]
+    if kind not in wanted:
+        raise ValueError(f"{name} needs a model of type {' or '.join(wanted)}, {folder} holds {kind!r}")
+    model = frozen(AutoModel.from_pretrained(folder, dtype="float32"), device)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    side = _side(processor)
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        images = standardise(pixels.to(device), processor.image_mean, processor.image_std)
+        return {"cls": normalize(model(pixel_values=images).last_hidden_state[:, 0], dim=-1)}
+
+    return Extractor(
+        name, sha256_of_tensors(model.state_dict()), side, preset or f"crop-{round(side * LARGER / SMALLER)}",
+        ("cls",), "cls", network,
+    )  # fmt: skip
+
+
+def _side(processor: object) -> int:
+    """The pixels a processor hands on: of its crop where it crops, else of its resize."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    return int((crop or processor.size)["height"])
