@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffadapt.data.examples import Draw, Example, Order
-from diffadapt.data.images import check_images, open_image, to_pixels
+from diffadapt.data.images import View, check_images, open_image, to_pixels, view_of
 from diffadapt.data.randomness import integer, normal, uniform
-from diffadapt.models.sd import StableDiffusion
+from diffadapt.models.families import Base
 
 ENCODE_BATCH = 16  # pictures or prompts encoded at once
 
@@ -37,7 +37,7 @@ class Batches:
 
     def __init__(
         self,
-        model: StableDiffusion,
+        model: Base,
         examples: Sequence[Example],
         *,
         classes: Sequence[Example] = (),
@@ -51,9 +51,10 @@ class Batches:
         self.resolution = resolution
         self.timestep_count = model.training_schedule().config.num_train_timesteps
         self.seed = seed
-        sizes = check_images([e.path for e in [*examples, *classes]])
-        self.center_crop = center_crop or all(width == height for width, height in sizes)
-        self._states = self._encode_prompts()
+        sources = [e.source for e in [*examples, *classes]]
+        self._sizes = dict(zip(sources, check_images(sources), strict=True))
+        self.center_crop = center_crop or all(width == height for width, height in self._sizes.values())
+        self._captions = self._encode_captions()
         self._encoded = self._encode_all() if self.center_crop else None
 
     @property
@@ -74,12 +75,13 @@ class Batches:
             shape = (encoded.shape[1] // 2, *encoded.shape[2:])
             posterior = self._normal("posterior", draws, shape).to(encoded.device)
         latents = self.model.draw_latents(encoded, posterior).cpu()
-        states = torch.stack([self._states[self._example(draw).prompt] for draw in draws])
+        captions = [self._captions[self._example(draw).caption] for draw in draws]
+        conditions = {name: torch.stack([row[name] for row in captions]) for name in captions[0]}
         return Batch(
             latents=latents,
             noise=self._normal("noise", draws, latents.shape[1:]),
             timesteps=torch.tensor([integer(self._key("timestep", d), self.timestep_count) for d in draws]),
-            conditions=self.model.conditions(states),
+            conditions={**conditions, **self.model.size_conditions([self._view(draw) for draw in draws])},
         )
 
     def _example(self, draw: Draw) -> Example:
@@ -98,9 +100,16 @@ class Batches:
         """(len(draws), ...) encoded pictures, cut where each draw says."""
         pixels = []
         for draw in draws:
-            crop = (0.5, 0.5) if self.center_crop else tuple(uniform(self._key("crop", draw), 2))
-            pixels.append(to_pixels(open_image(self._example(draw).path), self.resolution, crop=crop))
+            image = open_image(self._example(draw).source)
+            pixels.append(to_pixels(image, self.resolution, crop=self._crop(draw)))
         return self.model.encode_pixels(torch.stack(pixels)).cpu()
+
+    def _crop(self, draw: Draw) -> tuple[float, float]:
+        return (0.5, 0.5) if self.center_crop else tuple(uniform(self._key("crop", draw), 2))
+
+    def _view(self, draw: Draw) -> View:
+        size = (self.resolution, self.resolution)
+        return view_of(self._sizes[self._example(draw).source], size, crop=self._crop(draw))
 
     def _encode_all(self) -> dict[str, list[Tensor]]:
         """Every picture once: role -> encoded picture per example."""
@@ -111,13 +120,16 @@ class Batches:
             encoded[role] = list(torch.cat(parts)) if parts else []
             for example, values in zip(examples, encoded[role], strict=True):
                 if not torch.isfinite(values).all():
-                    raise ValueError(f"the autoencoder gives non-finite latents for {example.path}")
+                    raise ValueError(f"the autoencoder gives non-finite latents for {example.source}")
         return encoded
 
-    def _encode_prompts(self) -> dict[str, Tensor]:
-        prompts = sorted({e.prompt for examples in self.examples.values() for e in examples})
-        states = {}
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            some = prompts[start : start + ENCODE_BATCH]
-            states.update(zip(some, self.model.encode_prompts(some).cpu(), strict=True))
-        return states
+    def _encode_captions(self) -> dict[str | int, dict[str, Tensor]]:
+        """Every caption once: caption -> its row of each condition."""
+        captions = sorted({e.caption for examples in self.examples.values() for e in examples})
+        rows = {}
+        for start in range(0, len(captions), ENCODE_BATCH):
+            some = captions[start : start + ENCODE_BATCH]
+            encoded = {name: value.cpu() for name, value in self.model.encode_captions(some).items()}
+            for index, caption in enumerate(some):
+                rows[caption] = {name: value[index] for name, value in encoded.items()}
+        return rows

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from diffadapt.data.images import list_images
+from diffadapt.data.images import ImageSource, list_images
 from diffadapt.data.randomness import permutation
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its prompt."""
+    """One picture and what it shows: words, or the number of its class."""
 
-    path: Path
-    prompt: str
+    source: ImageSource
+    caption: str | int
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Draw:
     sample: int  # place within the epoch before shuffling: an index and how often it was used already
 
 
-def folder_examples(folder: str | Path, prompt: str) -> list[Example]:
-    """All pictures of a folder under one prompt."""
-    return [Example(path, prompt) for path in list_images(folder)]
+def folder_examples(folder: str | Path, caption: str | int) -> list[Example]:
+    """All pictures of a folder under one caption."""
+    return [Example(path, caption) for path in list_images(folder)]
 
 
 @dataclass(frozen=True)

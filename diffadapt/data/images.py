@@ -1,36 +1,99 @@
 """Pictures from disk to pixels: all common kinds are read alike, bad files are named before training."""
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
+MAX_PIXELS = 178_956_970  # of one picture; more is a decompression bomb, as for Pillow
+MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
+MANY = 200  # pictures from which on checking shows its progress
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The pictures of a folder in the order of their names.
+class ImageSource(Protocol):
+    """Where a picture comes from; a `Path` is one. `str` gives the name that messages use."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture file held in memory."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a picture is trained on: (height, width) and (top, left) in pixels."""
+
+    original_size: tuple[int, int]  # of the upright picture
+    crop: tuple[int, int]  # corner of the part within the scaled picture (mirrored, when it is mirrored)
+    size: tuple[int, int]  # of the part
+
+
+def list_images(folder: str | Path, *, recursive: bool = False) -> list[Path]:
+    """The pictures of a folder (and of the folders in it) in the order of their names.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no picture in it.
+        ValueError: no picture in it, or links to pictures elsewhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds your pictures")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    paths = sorted(p for p in found if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not paths:
         kinds = " ".join(sorted(EXTENSIONS))
         raise ValueError(f"no pictures in {str(folder)!r}; expected files ending in {kinds}")
+    outside = [str(p) for p in paths if not is_inside(p, folder)]
+    if outside:
+        raise ValueError(
+            f"links that lead out of {str(folder)!r}; copy the files instead:\n{listed(outside)}"
+        )
     return paths
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """One picture as upright 8-bit RGB; transparency becomes white, an animation its first frame."""
-    with Image.open(path) as image:
+def is_inside(path: Path, folder: str | Path) -> bool:
+    """Whether a path, with all links followed, lies within a folder."""
+    return path.resolve().is_relative_to(Path(folder).resolve())
+
+
+def listed(lines: Sequence[str], *, most: int = 20) -> str:
+    """One line each for a message, the first `most` of them."""
+    rest = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in [*lines[:most], *rest])
+
+
+def open_image(source: str | ImageSource) -> Image.Image:
+    """One picture as upright 8-bit RGB; transparency becomes white, an animation its first frame.
+
+    Raises: ValueError for a picture above MAX_PIXELS (before it is unpacked) or MAX_ASPECT; for damaged files
+    whatever Pillow raises.
+    """
+    opened = source if isinstance(source, str | Path) else BytesIO(source.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit stands below
+        image = Image.open(opened)
+    with image:
+        _check_size(image.size)
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):
             return _from_high_depth(image)
@@ -41,46 +104,87 @@ def open_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_images(paths: Sequence[Path]) -> list[tuple[int, int]]:
+def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
     """Reads every picture once, so that nothing unreadable turns up in the middle of a run.
 
     Returns: the (width, height) of each.
-    Raises: ValueError that lists all unreadable files.
+    Raises: ValueError that lists the unreadable files.
     """
     sizes, problems = [], []
-    for path in paths:
+    for source in tqdm(sources, desc="checking pictures", disable=len(sources) < MANY):
         try:
-            sizes.append(open_image(path).size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"  {path}: {error}")
+            sizes.append(open_image(source).size)
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            problems.append(f"{source}: {error or type(error).__name__}")
     if problems:
-        listed = "\n".join(problems)
-        raise ValueError(
-            f"{len(problems)} of {len(paths)} pictures cannot be read; remove or repair:\n{listed}"
-        )
+        count = f"{len(problems)} of {len(sources)}"
+        raise ValueError(f"{count} pictures cannot be read; remove or repair:\n{listed(problems)}")
     return sizes
 
 
 def to_pixels(
-    image: Image.Image, resolution: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
+    image: Image.Image,
+    size: int | tuple[int, int],
+    *,
+    crop: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
 ) -> Tensor:
-    """Scales the shorter side to `resolution`, cuts a square and maps it to [-1, 1].
+    """Scales the picture to just cover `size`, cuts that part out and maps it to [-1, 1].
 
     Args:
-        crop: where the square lies along (width, height), from 0 (left, top) to 1; (0.5, 0.5) is the centre.
-    Returns: (3, resolution, resolution), float32.
+        size: (height, width) of the part, or the side of a square.
+        crop: where the part lies along (width, height), from 0 (left, top) to 1; (0.5, 0.5) is the centre.
+        flip: mirror the part left to right.
+    Returns: (3, height, width), float32.
     """
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = round(crop[0] * (width - resolution))
-    top = round(crop[1] * (height - resolution))
-    image = image.crop((left, top, left + resolution, top + resolution))
+    height, width = (size, size) if isinstance(size, int) else size
+    scaled = _scaled(image.size, (height, width))
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = _corner(scaled, (height, width), crop)
+    image = image.crop((left, top, left + width, top + height))
     if flip:
         image = ImageOps.mirror(image)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), uint8
     return values.float() / 127.5 - 1
+
+
+def view_of(
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    crop: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+) -> View:
+    """What `to_pixels` cuts from a picture of `image_size` (width, height), in numbers.
+
+    A mirrored part has its corner where it lies in the mirrored picture, as in diffusers' SDXL scripts,
+    which mirror before they cut.
+    """
+    (height, width), scaled = size, _scaled(image_size, size)
+    left, top = _corner(scaled, (height, width), crop)
+    if flip:
+        left = scaled[0] - width - left
+    return View(original_size=image_size[::-1], crop=(top, left), size=(height, width))
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are refused as a decompression bomb")
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def _scaled(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the picture when it just covers `size` (height, width)."""
+    scale = max(size[0] / image_size[1], size[1] / image_size[0])
+    return max(size[1], round(image_size[0] * scale)), max(size[0], round(image_size[1] * scale))
+
+
+def _corner(scaled: tuple[int, int], size: tuple[int, int], crop: tuple[float, float]) -> tuple[int, int]:
+    """(left, top) of the part of `size` (height, width) in the scaled picture (width, height)."""
+    return round(crop[0] * (scaled[0] - size[1])), round(crop[1] * (scaled[1] - size[0]))
 
 
 def _from_high_depth(image: Image.Image) -> Image.Image:

@@ -7,13 +7,13 @@ from pipelines import tiny_sd_pipeline, write_pictures
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import class_examples
 from diffadapt.data.examples import Order, folder_examples
-from diffadapt.models import sd
+from diffadapt.models.families import load_base
 from diffadapt.sampling import Sampler
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return sd.load(str(tiny_sd_pipeline(tmp_path_factory.mktemp("base"), vae="kl")))
+    return load_base(str(tiny_sd_pipeline(tmp_path_factory.mktemp("base"), vae="kl")))
 
 
 def same(first, second):
@@ -72,8 +72,8 @@ def test_missing_class_pictures_are_drawn_and_present_ones_kept(tmp_path, model)
     write_pictures(tmp_path, 2)
     make = {"prompt": "a dog", "sampler": Sampler(num_inference_steps=2, batch_size=2), "seed": 0}
     examples = class_examples(model.pipe, tmp_path, count=5, **make)
-    assert [e.path.name for e in examples][:3] == ["class-00000.png", "class-00001.png", "class-00002.png"]
+    assert [e.source.name for e in examples][:3] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert len(examples) == 5
-    before = examples[0].path.stat().st_mtime_ns
+    before = examples[0].source.stat().st_mtime_ns
     assert len(class_examples(model.pipe, tmp_path, count=6, **make)) == 6
-    assert examples[0].path.stat().st_mtime_ns == before
+    assert examples[0].source.stat().st_mtime_ns == before
