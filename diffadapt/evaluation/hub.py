@@ -37,9 +37,10 @@ def folder_of(
     except (LocalEntryNotFoundError, FileNotFoundError, ValueError) as error:
         if not download:
             raise FileNotFoundError(
-                f"the model of {extractor!r} is not on this machine: no folder {name!r}, and no safetensors of it "
-                f"in the cache of the Hugging Face hub (https://huggingface.co/{name})\n"
-                f"  give --weights {extractor}=FOLDER with its config.json and model.safetensors, or allow --download\n"
+                f"the model of {extractor!r} is not on this machine: no folder {name!r}, and no safetensors "
+                f"of it in the cache of the Hugging Face hub (https://huggingface.co/{name})\n"
+                f"  give --weights {extractor}=FOLDER with config.json and model.safetensors, or allow "
+                f"--download\n"
                 f"  available now: {', '.join(available)}"
             ) from error
         folder = _download(name)

@@ -30,7 +30,7 @@ RANDOM = "random weights"  # stands in the place of a hash
 
 
 def canonical(name: str) -> str:
-    """The full name: `clip` -> `clip:openai/clip-vit-base-patch32`, `clip:embedded:clip` -> `embedded:clip`."""
+    """The full name of `clip`, `dino` and `dinov2`; `clip:embedded:clip` is `embedded:clip`."""
     name = name.strip()
     if name in DEFAULT_MODELS:
         return f"{name}:{DEFAULT_MODELS[name]}"

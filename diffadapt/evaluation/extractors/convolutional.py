@@ -29,14 +29,22 @@ LPIPS_SIDE = 256  # pixels
 
 
 class Inception(fidelity.FeatureExtractorInceptionV3):
-    """torch-fidelity's network; its own way of reading weights would unpickle anything, so it is not used."""
+    """torch-fidelity's network; its own way of reading weights would unpickle anything, so it is not used.
+
+    Without a state the weights are random, of a size that keeps the signal alive through all layers.
+    """
 
     def __init__(self, state: dict[str, Tensor] | None):
         with patch.object(fidelity, "load_state_dict_from_url", lambda *_, **__: state):
             super().__init__("inception", ["2048", "logits_unbiased"], verbose=False)
 
     def load_state_dict(self, state: dict[str, Tensor] | None, **options: object) -> object:
-        return None if state is None else super().load_state_dict(state, **options)
+        if state is not None:
+            return super().load_state_dict(state, **options)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        return None
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         x = (pixels - 128) / 128
@@ -84,10 +92,10 @@ def vgg16(path: Path | None, *, sha256: str, preset: str | None, device: str) ->
 
 
 def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, device: str) -> Extractor:
-    """Layer "lpips": squared distances between its vectors are the LPIPS of torchmetrics (and of its authors).
+    """Layer "lpips": the squared distance between two vectors is the LPIPS of their images.
 
-    LPIPS sums over layers the mean over places of w . (a - b)^2, a and b of unit length over channels and w >= 0:
-    the squared distance of sqrt(w / places) * a and sqrt(w / places) * b, all written in one row.
+    LPIPS sums over layers the mean over places of w . (a - b)^2, a and b of unit length over channels and
+    w >= 0: the squared distance of sqrt(w / places) * a and sqrt(w / places) * b, all written in one row.
     """
     name, taps = LPIPS[kind]
     features = frozen(_torchvision(name, _state(path)).features, device)

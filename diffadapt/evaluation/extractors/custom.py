@@ -16,8 +16,8 @@ from diffadapt.evaluation.weights import sha256_of_tensors
 
 CONTRACT = (
     "it is made without arguments, has an integer `side`, and is called with (B, 3, side, side) float32 in "
-    "[0, 255]; it returns (B, D), or a dictionary of such with the attributes `features` (a key, for distances) "
-    "and, for the Inception Score, `logits` (a key); `preset` names its resize, `clean` unless given"
+    "[0, 255]; it returns (B, D), or a dictionary of such with the attributes `features` (a key, for "
+    "distances) and, for the Inception Score, `logits` (a key); `preset` names its resize, else `clean`"
 )
 
 

@@ -1,7 +1,7 @@
 """Extractors in the format of transformers: CLIP (arXiv 2103.00020), DINO (2104.14294), DINOv2 (2304.07193).
 
-DreamBooth's DINO score (2208.12242) uses the class token of DINO ViT-S/16 on the middle 224 pixels of an image
-whose shorter side is 256.
+DreamBooth's DINO score (2208.12242) uses the class token of DINO ViT-S/16 on the middle 224 pixels of an
+image whose shorter side is 256.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ def clip(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
     def network(pixels: Tensor) -> dict[str, Tensor]:
         return {"image": model.encode(pixels / 255)}
 
-    return Extractor(
-        name, sha256_of_tensors(model.model.state_dict()), side, preset or f"crop-{side}", ("image",), "image",
-        network, texts=model.texts,
-    )  # fmt: skip
+    sha256, layer = sha256_of_tensors(model.model.state_dict()), "image"
+    resize = preset or f"crop-{side}"
+    return Extractor(name, sha256, side, resize, (layer,), layer, network, texts=model.texts)
 
 
 def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extractor:
@@ -52,10 +51,8 @@ def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
         images = standardise(pixels.to(device), processor.image_mean, processor.image_std)
         return {"cls": normalize(model(pixel_values=images).last_hidden_state[:, 0], dim=-1)}
 
-    return Extractor(
-        name, sha256_of_tensors(model.state_dict()), side, preset or f"crop-{round(side * LARGER / SMALLER)}",
-        ("cls",), "cls", network,
-    )  # fmt: skip
+    sha256, resize = sha256_of_tensors(model.state_dict()), f"crop-{round(side * LARGER / SMALLER)}"
+    return Extractor(name, sha256, side, preset or resize, ("cls",), "cls", network)
 
 
 def _side(processor: object) -> int:
