@@ -10,8 +10,7 @@ from torch import Tensor
 from diffadapt.adapter import Adapter
 from diffadapt.imports.attach import attach_forms
 from diffadapt.imports.forms import Form
-from diffadapt.layers import Entry, Record
-from diffadapt.merging import folded
+from diffadapt.layers import Entry, Record, effective_bias
 from diffadapt.targets import Found
 from diffadapt.update import LowRank
 
@@ -36,7 +35,7 @@ def resized(adapter: Adapter, *, rank: int | None = None, energy: float | None =
     for site in adapter.sites:
         record = adapter.records[site.name]
         entries = adapter.entries(record)
-        bias = _bias_change(record, entries)
+        bias = bias_change(record, entries)
         if site.kind in ("norm", "embedding"):
             change = weight_change(record, entries)
             own = total = change.square().sum().item()
@@ -65,7 +64,7 @@ def combined(adapters: Sequence[Adapter]) -> tuple[dict, float]:
     for name, site in sites.items():
         record = next(a.records[name] for a in adapters if name in a.records)
         entries = [entry for a in adapters if name in a.records for entry in a.entries(record)]
-        change, bias = weight_change(record, entries), _bias_change(record, entries)
+        change, bias = weight_change(record, entries), bias_change(record, entries)
         factors = _factors(record, entries)
         narrow = factors is not None and factors[0].shape[1] < min(site.out, site.fan_in)
         if narrow and site.kind in ("linear", "conv"):
@@ -110,12 +109,16 @@ def weight_change(record: Record, entries: Sequence[Entry]) -> Tensor:
     return sum(strength * (update.weight(wide) - wide) for strength, update in updates).cpu()
 
 
-def _bias_change(record: Record, entries: Sequence[Entry]) -> Tensor | None:
-    base, new = record.base_bias(), folded(record, entries)[1][0]
+def bias_change(record: Record, entries: Sequence[Entry]) -> Tensor | None:
+    """``b' - b (out,)`` in float64; None where the bias stays as it is."""
+    base = record.base_bias()
+    wide = None if base is None else base.double()
+    updates = [(entry.owner.strength, entry.owner.update(entry.index, record.base())) for entry in entries]
+    new = effective_bias(wide, wide, updates)
     if new is None:
         return None
-    change = new.double().cpu() - (0 if base is None else base.double().cpu())
-    return change if change.any() else None
+    change = new.double() - (0 if wide is None else wide)
+    return change.cpu() if change.any() else None
 
 
 def singular_vectors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, Tensor]:
