@@ -64,7 +64,7 @@ def read_features(path: Path) -> SetFeatures:
 
 
 def by_digest(content: SetFeatures, digests: Sequence[str], names: Sequence[str]) -> SetFeatures:
-    """The rows in the order of `digests`, under new names: files may be renamed, equal ones have equal rows."""
+    """The rows in the order of `digests`, under new names: files may be renamed, equals have equal rows."""
     place = {facts.sha256: index for index, facts in enumerate(content.facts)}
     rows = [place[digest] for digest in digests]
     facts = (Facts(**{**asdict(content.facts[r]), "name": n}) for r, n in zip(rows, names, strict=True))

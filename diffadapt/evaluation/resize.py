@@ -4,6 +4,7 @@
 `torchmetrics` bilinear with smoothing: torchmetrics' default since 1.9
 `clean`       bicubic with smoothing, kept within range, not rounded: clean-fid's (arXiv 2104.11222)
 `crop-S`      bicubic with smoothing so that the shorter side is S, then the middle: CLIP's and DINO's
+`bilinear`    bilinear without smoothing: pytorch-fid's and PIQ's
 `none`        as it is
 """
 
@@ -16,7 +17,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from diffadapt.nearest import near
 
-PRESETS = ("tf1", "clean", "torchmetrics", "none")
+PRESETS = ("tf1", "clean", "torchmetrics", "bilinear", "none")
 
 
 def resize(images: Tensor, side: int, preset: str) -> Tensor:
@@ -33,8 +34,9 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
         return pixels
     if preset == "tf1":
         return interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)
-    if preset == "torchmetrics":
-        return interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    if preset in ("torchmetrics", "bilinear"):
+        smooth = preset == "torchmetrics"
+        return interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=smooth)
     if preset == "clean":
         return _bicubic(pixels, (side, side))
     if preset.startswith("crop-") and preset[5:].isdecimal():

@@ -24,7 +24,7 @@ class Extractor:
         side: the pixels its network wants.
         preset: of the resize (`diffadapt.evaluation.resize`).
         layers: what one forward gives, each (B, D) float32.
-        features: the layer of distances and neighbours.
+        features: the layer of distances and neighbours; None where there is none.
         logits: the layer of class scores for the Inception Score; None where there are none.
         network: (B, 3, side, side) float32 in [0, 255] -> layer -> (B, D).
         texts: captions -> (N, D) in the space of `features`; None without a text encoder.
@@ -36,9 +36,10 @@ class Extractor:
     side: int
     preset: str
     layers: tuple[str, ...]
-    features: str
+    features: str | None
     network: Callable[[Tensor], dict[str, Tensor]]
     logits: str | None = None
+    perceptual: str | None = None  # the layer in which squared distances are LPIPS
     texts: Callable[[Sequence[str]], Tensor] | None = None
     smoke: bool = False
 

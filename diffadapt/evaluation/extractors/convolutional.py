@@ -7,6 +7,7 @@ its ReLU, 4096 numbers); LPIPS 1801.03924.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -46,8 +47,9 @@ class Inception(fidelity.FeatureExtractorInceptionV3):
                 nn.init.kaiming_normal_(module.weight)
         return None
 
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        x = (pixels - 128) / 128
+    def forward(self, pixels: Tensor, *, symmetric: bool = False) -> dict[str, Tensor]:
+        """Scaled as TensorFlow's graph does it; symmetric: to exactly [-1, 1], as pytorch-fid and PIQ do."""
+        x = pixels / 127.5 - 1 if symmetric else (pixels - 128) / 128
         for layer in list(self.children())[:-2]:  # all but AvgPool and fc
             x = layer(x)
         pool = self.AvgPool(x).flatten(1)
@@ -56,7 +58,8 @@ class Inception(fidelity.FeatureExtractorInceptionV3):
 
 def inception(path: Path | None, *, sha256: str, preset: str | None, device: str) -> Extractor:
     """Layers "pool" (2048) and "logits_unbiased" (1008); resize `tf1` unless told otherwise."""
-    network = frozen(Inception(_state(path)), device)
+    model = frozen(Inception(_state(path)), device)
+    network = partial(model, symmetric=preset == "bilinear")
     layers = ("pool", "logits_unbiased")
     return Extractor(
         "inception",
@@ -115,11 +118,17 @@ def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, devi
                 rows.append(((weights[taps.index(index)] / places).sqrt() * unit).flatten(1))
         return {"lpips": torch.cat(rows, dim=1)}
 
-    both = sha256_of_tensors(stored) if path is None else f"{sha256}+{sha256_of_tensors(stored)}"
     return Extractor(
-        f"lpips:{kind}", both, LPIPS_SIDE, preset or "clean", ("lpips",), "lpips", _on(device, network),
+        f"lpips:{kind}",
+        f"{sha256} and {sha256_of_tensors(stored)}",
+        LPIPS_SIDE,
+        preset or "clean",
+        ("lpips",),
+        None,
+        _on(device, network),
+        perceptual="lpips",
         smoke=path is None,
-    )  # fmt: skip
+    )
 
 
 def _state(path: Path | None) -> dict[str, Tensor] | None:
