@@ -1,21 +1,27 @@
-"""Batches by position: latents, noise, timesteps and text states of any stretch of the stream of samples.
+"""Batches by position: latents, noise, timesteps and conditions of any stretch of the stream of samples.
 
 Everything in a batch is a function of (seed, epoch, sample): the same batch comes out after a resume, in any
 number of processes, and whether or not latents are cached.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from diffadapt.data.examples import Draw, Example, Order
-from diffadapt.data.images import View, check_images, open_image, to_pixels, view_of
+from diffadapt.data.buckets import BucketOrder, Buckets, Size
+from diffadapt.data.cache import DiskCache, open_cache
+from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
+from diffadapt.data.examples import Draw, Example, Examples, Order
+from diffadapt.data.images import View, check_images, listed
 from diffadapt.data.randomness import integer, normal, uniform
+from diffadapt.data.stream import Stream
 from diffadapt.models.families import Base
 
-ENCODE_BATCH = 16  # pictures or prompts encoded at once
+MOST_UNREADABLE = 100  # pictures in a row that streaming leaves out
 
 
 @dataclass(frozen=True)
@@ -33,103 +39,199 @@ class Batch:
 
 
 class Batches:
-    """Encodes examples once (moments of the autoencoder, text states) and makes batches from them."""
+    """Encodes examples (moments of the autoencoder, text states) and makes batches from them.
+
+    Args:
+        classes: class pictures of prior preservation.
+        resolution: side of the square that is cut from a picture, in pixels.
+        center_crop: cut the middle, not a random place.
+        random_flip: mirror every other picture, at random.
+        caption_dropout: share of samples that are told the base's empty caption (or null class).
+        noise_offset: deviation of a constant that is added to each channel of the noise.
+        cache_latents: "memory", "disk" or "none"; None: memory where it can be.
+        cache_dir: folder of "disk".
+        buckets: sizes that take the place of the square; cuts are then the middle.
+        is_streaming: pictures are neither checked nor encoded beforehand; unreadable ones are left out.
+    Raises: ValueError for options that exclude each other, and one that lists unreadable pictures.
+    """
 
     def __init__(
         self,
         model: Base,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Stream,
         *,
         classes: Sequence[Example] = (),
         resolution: int,
         center_crop: bool,
         seed: int,
+        random_flip: bool = False,
+        caption_dropout: float = 0.0,
+        noise_offset: float = 0.0,
+        cache_latents: str | None = None,
+        cache_dir: str | None = None,
+        buckets: Buckets | None = None,
+        is_streaming: bool = False,
     ):
-        self.model = model
-        self.examples = {"instance": list(examples), "class": list(classes)}
-        self.order = Order(len(examples), len(classes), seed)
-        self.resolution = resolution
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
+        self.model, self.seed, self.resolution = model, seed, resolution
+        self.random_flip, self.caption_dropout = random_flip, caption_dropout
+        self.noise_offset = noise_offset
+        self.is_streaming = is_streaming or isinstance(examples, Stream)
         self.timestep_count = model.training_schedule().config.num_train_timesteps
-        self.seed = seed
-        sources = [e.source for e in [*examples, *classes]]
-        self._sizes = dict(zip(sources, check_images(sources), strict=True))
-        self.center_crop = center_crop or all(width == height for width, height in self._sizes.values())
-        self._captions = self._encode_captions()
-        self._encoded = self._encode_all() if self.center_crop else None
+        self._sizes: dict[object, Size] = {}  # of buckets, by source
+        sizes = [] if self.is_streaming else check_images([e.source for e in [*examples, *classes]])
+        self.order = self._order(examples, classes, buckets, sizes)
+        squares = bool(sizes) and all(width == height for width, height in sizes)
+        self.center_crop = center_crop or squares or buckets is not None
+        self.cache = open_cache(self._cache_kind(cache_latents), cache_dir)
+        self.pictures = EncodedPictures(model, self.cache)
+        kept = self.cache if isinstance(self.cache, DiskCache) else None
+        self.captions = EncodedCaptions(model, kept, recent=RECENT if self.is_streaming else None)
+        self._cut_captions: list = []
+        if not self.is_streaming:
+            self._prepare([*examples, *classes])
 
     @property
     def description(self) -> str:
-        """What was found, for people."""
-        counts = f"{len(self.examples['instance'])} pictures"
-        if self.examples["class"]:
-            counts += f", {len(self.examples['class'])} class pictures"
-        cut = "encoded once" if self._encoded else "cut at random and encoded in every step"
-        return f"{counts}, {self.resolution} pixels, {cut}"
+        """What was found and what becomes of it, for people."""
+        lines = [", ".join(filter(None, (self._found(), self._shapes(), self._encoding())))]
+        if self.random_flip or self.caption_dropout:
+            changes = ["half of them mirrored"] if self.random_flip else []
+            changes += [f"{self.caption_dropout:.0%} without caption"] if self.caption_dropout else []
+            lines.append(", ".join(changes))
+        if self._cut_captions:
+            cut = [
+                f"{c.lost!r} of {c.caption!r} ({c.length} of {c.limit} tokens)" for c in self._cut_captions
+            ]
+            lines.append(f"too long for the tokenizer, not read:\n{listed(cut, most=5)}")
+        return "\n".join(lines)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions of the endless stream."""
         draws = self.order.draws(positions)
-        encoded = self._encode(draws) if self._encoded is None else self._cached(draws)
+        samples = [self._sample(draw) for draw in draws]  # (caption, encoded, view)
+        encoded = torch.stack([encoded for _, encoded, _ in samples])
         posterior = None
         if self.model.is_stochastic:
-            shape = (encoded.shape[1] // 2, *encoded.shape[2:])
-            posterior = self._normal("posterior", draws, shape).to(encoded.device)
-        latents = self.model.draw_latents(encoded, posterior).cpu()
-        captions = [self._captions[self._example(draw).caption] for draw in draws]
-        conditions = {name: torch.stack([row[name] for row in captions]) for name in captions[0]}
+            posterior = self._normal("posterior", draws, (encoded.shape[1] // 2, *encoded.shape[2:]))
+        latents = self.model.draw_latents(encoded, posterior)
         return Batch(
             latents=latents,
-            noise=self._normal("noise", draws, latents.shape[1:]),
+            noise=self._noise(draws, latents.shape[1:]),
             timesteps=torch.tensor([integer(self._key("timestep", d), self.timestep_count) for d in draws]),
-            conditions={**conditions, **self.model.size_conditions([self._view(draw) for draw in draws])},
+            conditions={
+                **self.captions.rows([caption for caption, _, _ in samples]),
+                **self.model.size_conditions([view for _, _, view in samples]),
+            },
         )
 
-    def _example(self, draw: Draw) -> Example:
-        return self.examples[draw.role][draw.index]
+    def names(self, positions: Sequence[int]) -> list[str]:
+        """The files of these samples, for messages."""
+        return [str(self.order.example(draw).source) for draw in self.order.draws(positions)]
+
+    def _sample(self, draw: Draw) -> tuple[str | int, Tensor, View]:
+        """Caption, encoded picture and view; streaming takes another sample for an unreadable picture."""
+        used = draw
+        for _ in range(MOST_UNREADABLE):
+            example = self.order.example(used)
+            try:
+                encoded, view = self.pictures.get(example.source, self._cut(draw, example))
+            except UnreadablePicture as error:
+                if not self.is_streaming:
+                    raise
+                tqdm.write(f"left out: {error}")
+                used = self.order.substitute(used)
+            else:
+                return self._caption(draw, example), encoded, view
+        raise ValueError(f"{MOST_UNREADABLE} pictures in a row cannot be read")
+
+    def _cut(self, draw: Draw, example: Example) -> Cut:
+        size = self._sizes.get(example.source, (self.resolution, self.resolution))
+        crop = (0.5, 0.5) if self.center_crop else tuple(uniform(self._key("crop", draw), 2))
+        return Cut(size, crop, self.random_flip and uniform(self._key("flip", draw), 1)[0] < 0.5)
+
+    def _caption(self, draw: Draw, example: Example) -> str | int:
+        if self.caption_dropout and uniform(self._key("dropped", draw), 1)[0] < self.caption_dropout:
+            return self.model.empty_caption
+        return example.caption
 
     def _key(self, purpose: str, draw: Draw) -> tuple[str | int, ...]:
         return (purpose, self.seed, draw.role, draw.epoch, draw.sample)
 
+    def _noise(self, draws: Sequence[Draw], shape: Sequence[int]) -> Tensor:
+        noise = self._normal("noise", draws, shape)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * self._normal("noise_offset", draws, (shape[0], 1, 1))
+        return noise
+
     def _normal(self, purpose: str, draws: Sequence[Draw], shape: Sequence[int]) -> Tensor:
         return torch.stack([normal(self._key(purpose, draw), shape) for draw in draws])
 
-    def _cached(self, draws: Sequence[Draw]) -> Tensor:
-        return torch.stack([self._encoded[draw.role][draw.index] for draw in draws])
+    def _order(
+        self,
+        examples: Sequence[Example] | Stream,
+        classes: Sequence[Example],
+        buckets: Buckets | None,
+        sizes: Sequence[tuple[int, int]],
+    ) -> Examples | Stream:
+        if isinstance(examples, Stream):
+            return examples
+        if buckets is None:
+            return Examples(examples, classes, Order(len(examples), len(classes), self.seed))
+        if self.is_streaming or classes:
+            other = "--streaming" if self.is_streaming else "class pictures"
+            raise ValueError(f"aspect-ratio buckets and {other} do not go together")
+        members: dict[Size, list[int]] = {}
+        for index, (example, size) in enumerate(zip(examples, sizes, strict=True)):
+            self._sizes[example.source] = buckets.nearest(size)
+            members.setdefault(self._sizes[example.source], []).append(index)
+        order = BucketOrder([members[size] for size in sorted(members)], buckets.group, self.seed)
+        return Examples(examples, (), order)
 
-    def _encode(self, draws: Sequence[Draw]) -> Tensor:
-        """(len(draws), ...) encoded pictures, cut where each draw says."""
-        pixels = []
-        for draw in draws:
-            image = open_image(self._example(draw).source)
-            pixels.append(to_pixels(image, self.resolution, crop=self._crop(draw)))
-        return self.model.encode_pixels(torch.stack(pixels)).cpu()
+    def _cache_kind(self, wanted: str | None) -> str:
+        if wanted is None:
+            return "memory" if self.center_crop and not self.is_streaming else "none"
+        if wanted == "memory" and self.is_streaming:
+            raise ValueError("--streaming is for sets larger than memory: --cache_latents disk or none")
+        if wanted != "none" and not self.center_crop:
+            raise ValueError(
+                f"--cache_latents {wanted} needs pictures that are always cut alike: add --center_crop "
+                "or --aspect_ratio_buckets"
+            )
+        return wanted
 
-    def _crop(self, draw: Draw) -> tuple[float, float]:
-        return (0.5, 0.5) if self.center_crop else tuple(uniform(self._key("crop", draw), 2))
+    def _prepare(self, examples: Sequence[Example]) -> None:
+        """Encodes everything once, so that a fault shows before the first step."""
+        flips = (False, True) if self.random_flip else (False,)
+        if self.cache is not None:
+            self.pictures.prepare(
+                [
+                    (e.source, Cut(self._sizes.get(e.source, (self.resolution,) * 2), flip=flip))
+                    for e in examples
+                    for flip in flips
+                ]
+            )
+        captions = [e.caption for e in examples]
+        self.captions.prepare(captions + [self.model.empty_caption] * bool(self.caption_dropout))
+        if any(isinstance(caption, str) for caption in captions):
+            self._cut_captions = self.model.cut_captions(captions)
 
-    def _view(self, draw: Draw) -> View:
-        size = (self.resolution, self.resolution)
-        return view_of(self._sizes[self._example(draw).source], size, crop=self._crop(draw))
+    def _found(self) -> str:
+        if isinstance(self.order, Stream):
+            return f"a stream, shuffled in blocks of {self.order.buffer}"
+        classes = f", {len(self.order.classes)} class pictures" if self.order.classes else ""
+        return f"{len(self.order.examples)} pictures{classes}"
 
-    def _encode_all(self) -> dict[str, list[Tensor]]:
-        """Every picture once: role -> encoded picture per example."""
-        encoded = {}
-        for role, examples in self.examples.items():
-            draws = [Draw(role, index, 0, index) for index in range(len(examples))]
-            parts = [self._encode(draws[i : i + ENCODE_BATCH]) for i in range(0, len(draws), ENCODE_BATCH)]
-            encoded[role] = list(torch.cat(parts)) if parts else []
-            for example, values in zip(examples, encoded[role], strict=True):
-                if not torch.isfinite(values).all():
-                    raise ValueError(f"the autoencoder gives non-finite latents for {example.source}")
-        return encoded
+    def _shapes(self) -> str:
+        if not self._sizes:
+            return f"{self.resolution} pixels"
+        counts = Counter(self._sizes.values())
+        return ", ".join(f"{count} of {h} x {w}" for (h, w), count in sorted(counts.items()))
 
-    def _encode_captions(self) -> dict[str | int, dict[str, Tensor]]:
-        """Every caption once: caption -> its row of each condition."""
-        captions = sorted({e.caption for examples in self.examples.values() for e in examples})
-        rows = {}
-        for start in range(0, len(captions), ENCODE_BATCH):
-            some = captions[start : start + ENCODE_BATCH]
-            encoded = {name: value.cpu() for name, value in self.model.encode_captions(some).items()}
-            for index, caption in enumerate(some):
-                rows[caption] = {name: value[index] for name, value in encoded.items()}
-        return rows
+    def _encoding(self) -> str:
+        if isinstance(self.cache, DiskCache):
+            return f"encoded once, kept in {self.cache.folder}"
+        if self.cache is not None:
+            return "encoded once"
+        return ("" if self.center_crop else "cut at random and ") + "encoded in every step"

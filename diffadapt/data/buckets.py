@@ -87,7 +87,7 @@ class BucketOrder:
         bucket, number = self._schedule(epoch)[group - self._epochs[epoch]]
         members = self.members[bucket]
         walk, spot = divmod(number * self.group + place, len(members))
-        index = members[permutation(("bucket", self.seed, bucket, walk), len(members))[spot]]
+        index = members[int(permutation(("bucket", self.seed, bucket, walk), len(members))[spot])]
         return Draw("instance", index, walk, index)
 
     def _complete(self, epochs: int) -> int:
@@ -102,4 +102,4 @@ class BucketOrder:
             for number in range(epoch * len(members) // self.group, (epoch + 1) * len(members) // self.group)
         ]
         order = permutation(("buckets", self.seed, epoch), len(groups))
-        return [groups[index] for index in order]
+        return [groups[index] for index in order.tolist()]

@@ -1,12 +1,15 @@
 """Which pictures are trained on, with which words, and in which order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffadapt.data.images import ImageSource, list_images
 from diffadapt.data.randomness import permutation
+
+if TYPE_CHECKING:
+    from diffadapt.data.buckets import BucketOrder
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,25 @@ class Order:
 
     def _sample(self, position: int) -> int:
         epoch, place = divmod(position, self.length)
-        return _epoch_order(self.seed, epoch, self.length)[place]
+        return int(permutation(("order", self.seed, epoch), self.length)[place])
 
 
-@lru_cache(maxsize=8)
-def _epoch_order(seed: int, epoch: int, length: int) -> list[int]:
-    return permutation(("order", seed, epoch), length)
+@dataclass(frozen=True)
+class Examples:
+    """Examples that can be looked up, and the order in which they are drawn."""
+
+    examples: Sequence[Example]
+    classes: Sequence[Example]
+    order: "Order | BucketOrder"
+
+    def draws(self, positions: Sequence[int]) -> list[Draw]:
+        """The draws of these positions of the endless stream."""
+        return self.order.draws(positions)
+
+    def example(self, draw: Draw) -> Example:
+        """The picture and caption of a draw."""
+        return (self.classes if draw.role == "class" else self.examples)[draw.index]
+
+    def substitute(self, draw: Draw) -> Draw:
+        """The draw with the next example, for one that cannot be read."""
+        return replace(draw, index=(draw.index + 1) % len(self.examples))

@@ -6,6 +6,7 @@ workers or processes sees the same values. Draws are made on the CPU, so they ag
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,5 +39,7 @@ def uniform(key: Key, count: int) -> list[float]:
     return torch.rand(count, generator=generator(key), dtype=torch.float64).tolist()
 
 
-def permutation(key: Key, length: int) -> list[int]:
-    return torch.randperm(length, generator=generator(key)).tolist()
+@lru_cache(maxsize=64)
+def permutation(key: Key, length: int) -> Tensor:
+    """The numbers below `length` in random order, int64; recent ones are kept."""
+    return torch.randperm(length, generator=generator(key))

@@ -6,6 +6,7 @@ from pipelines import tiny_sd_pipeline, write_pictures
 
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import class_examples
+from diffadapt.data.encoding import Cut
 from diffadapt.data.examples import Order, folder_examples
 from diffadapt.models.families import load_base
 from diffadapt.sampling import Sampler
@@ -62,7 +63,8 @@ def test_latents_follow_the_posterior_and_the_scale_of_the_autoencoder(tmp_path,
     examples = folder_examples(write_pictures(tmp_path, 1), "a dog")
     batches = Batches(model, examples, resolution=32, center_crop=True, seed=0)
     drawn = batches.batch(range(200)).latents  # 200 posterior samples of one picture
-    mean, log_variance = batches._encoded["instance"][0].chunk(2)
+    encoded, _ = batches.pictures.get(examples[0].source, Cut((32, 32)))
+    mean, log_variance = encoded.chunk(2)
     scale = model.pipe.vae.config.scaling_factor
     assert torch.allclose(drawn.mean(0), mean * scale, atol=0.4 * scale)
     assert drawn.std(0).mean() == pytest.approx(float((0.5 * log_variance).exp().mean() * scale), rel=0.05)

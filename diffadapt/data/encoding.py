@@ -1,0 +1,134 @@
+"""Pictures and captions through the base's encoders, each once, through a cache.
+
+Everything is encoded alone, not in batches: on most machines a batch changes the last bits, and so an entry
+follows from its content only, whoever makes it and when.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffadapt.data.cache import DiskCache, Entry, MemoryCache, fingerprint, key_of
+from diffadapt.data.images import ImageSource, View, open_image, to_pixels, view_of
+from diffadapt.models.families import Base
+
+MANY = 20  # encodings from which on a progress bar is shown
+RECENT = 1000  # captions whose states are kept while streaming
+AUTOENCODERS = ("vae",)  # parts of a pipeline that pictures pass through
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class UnreadablePicture(ValueError):
+    """A picture that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of a picture is encoded."""
+
+    size: tuple[int, int]  # (height, width) in pixels
+    crop: tuple[float, float] = (0.5, 0.5)  # as in `to_pixels`
+    flip: bool = False
+
+
+class EncodedPictures:
+    """Encoded cuts of pictures.
+
+    Args:
+        cache: where they are kept; None: encoded whenever they are asked for.
+    """
+
+    def __init__(self, model: Base, cache: MemoryCache | DiskCache | None):
+        self.model, self.cache = model, cache
+        self._encoder = fingerprint(*_parts(model, AUTOENCODERS)) if isinstance(cache, DiskCache) else ""
+        self._contents: dict[ImageSource, str] = {}  # SHA-256 of the files of `prepare`
+
+    def prepare(self, wanted: Sequence[tuple[ImageSource, Cut]]) -> None:
+        """Encodes what the cache does not hold yet.
+
+        Raises: UnreadablePicture, or ValueError when an encoding is not finite.
+        """
+        for source in {source for source, _ in wanted}:
+            self._contents[source] = _sha256(source)
+        for source, cut in tqdm(wanted, desc="encoding pictures", disable=len(wanted) < MANY):
+            self.get(source, cut)
+
+    def get(self, source: ImageSource, cut: Cut) -> tuple[Tensor, View]:
+        """What `Base.encode_pixels` gives for one picture (without the batch), and its view."""
+        key = None if self.cache is None else self._key(source, cut)
+        entry = self.cache.get(key) if key else None
+        if entry is None:
+            entry = self._encode(source, cut)
+            if key:
+                self.cache.put(key, entry)
+        height, width = entry["original_size"].tolist()
+        return entry["encoded"], view_of((width, height), cut.size, crop=cut.crop, flip=cut.flip)
+
+    def _key(self, source: ImageSource, cut: Cut) -> str:
+        content = self._contents.get(source) or _sha256(source)
+        return key_of(picture=content, encoder=self._encoder, size=cut.size, crop=cut.crop, flip=cut.flip)
+
+    def _encode(self, source: ImageSource, cut: Cut) -> Entry:
+        try:
+            image = open_image(source)
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            raise UnreadablePicture(f"{source} cannot be read: {error or type(error).__name__}") from None
+        pixels = to_pixels(image, cut.size, crop=cut.crop, flip=cut.flip)
+        encoded = self.model.encode_pixels(pixels[None])[0].cpu()
+        if not torch.isfinite(encoded).all():
+            raise ValueError(f"the autoencoder gives non-finite latents for {source}")
+        return {"encoded": encoded, "original_size": torch.tensor([image.height, image.width])}
+
+
+class EncodedCaptions:
+    """What the base is told for a caption: one row of each of its conditions.
+
+    Args:
+        cache: a folder where text states are kept from run to run.
+        recent: how many captions are held in memory; None: all.
+    """
+
+    def __init__(self, model: Base, cache: DiskCache | None, *, recent: int | None):
+        self.model = model
+        self._is_kept = cache is not None and not getattr(model, "train_text_encoder", False)
+        self.cache = cache
+        self._encoder = fingerprint(*_parts(model, TEXT_ENCODERS)) if self._is_kept else ""
+        self.row = lru_cache(maxsize=recent)(self._find)  # caption -> name -> (...) without the batch
+
+    def prepare(self, captions: Sequence[str | int]) -> None:
+        """Encodes these captions, so that training does not wait for them."""
+        distinct = list(dict.fromkeys(captions))
+        for caption in tqdm(distinct, desc="encoding captions", disable=len(distinct) < MANY):
+            self.row(caption)
+
+    def rows(self, captions: Sequence[str | int]) -> dict[str, Tensor]:
+        """The conditions of these captions, each (len(captions), ...)."""
+        rows = [self.row(caption) for caption in captions]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _find(self, caption: str | int) -> Entry:
+        if not self._is_kept or isinstance(caption, int):
+            return self._encode(caption)
+        key = key_of(caption=caption, encoder=self._encoder)
+        entry = self.cache.get(key)
+        if entry is None:
+            entry = self._encode(caption)
+            self.cache.put(key, entry)
+        return entry
+
+    def _encode(self, caption: str | int) -> Entry:
+        return {name: value[0].cpu() for name, value in self.model.encode_captions([caption]).items()}
+
+
+def _parts(model: Base, names: Sequence[str]) -> list[object]:
+    found = [getattr(model.pipe, name, None) for name in names]
+    return [part for part in found if part is not None]
+
+
+def _sha256(source: ImageSource) -> str:
+    return hashlib.sha256(source.read_bytes()).hexdigest()
