@@ -1,0 +1,192 @@
+"""An evaluation as one self-contained HTML file: figures, plots and images; no script, no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from diffadapt.evaluation import plots
+from diffadapt.evaluation.page_style import STYLE
+from diffadapt.evaluation.record import NOT_A_SCORE, EvaluationRecord
+from diffadapt.evaluation.sheets import NEAREST, Cell, Sheet, ranking_key, sheets
+from diffadapt.evaluation.tables import COLUMNS, score_cells
+from diffadapt.files import write_atomically
+
+Picture = Callable[[str, str], Image.Image]  # (label of a set, image name) -> RGB
+
+THUMBNAIL = 224  # pixels of the longer side of an image on the page, at most
+SMALL = 128  # up to here images are kept pixel by pixel
+STAMPS = {
+    NOT_A_SCORE: "the extractor had random weights: these numbers only show that the command runs",
+    "DEMO": "embedded images or models: a demonstration, comparable with itself only",
+}
+CLASSES = {"value": "value", "remarks": "remarks", "95 % interval": "figure", "real against real": "figure"}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is ever fetched
+
+
+def write_page(record: EvaluationRecord, path: str | Path, picture: Picture) -> None:
+    """Writes the page of an evaluation.
+
+    Args:
+        picture: the image of a name in a set: of every generated set, and of the real images that
+            `record.images` names as nearest.
+    """
+    text = page(record, picture)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def page(record: EvaluationRecord, picture: Picture) -> str:
+    """The whole HTML document."""
+    title = "Evaluation of " + (", ".join(record.labels) or "nothing")
+    body = [
+        _stamp(record.stamp),
+        f"<main><h1>{escape(title)}</h1>",
+        _introduction(record),
+        _warnings(record),
+        f"<h2>Scores</h2>{table(COLUMNS, [score_cells(score) for score in record.scores])}",
+        _plots(record),
+        *(_images(record, label, picture) for label in record.labels),
+        _making(record),
+        "</main>",
+    ]
+    return document(f"{record.stamp}: {title}" if record.stamp else title, "\n".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page in the suite's style, which fetches nothing."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """A table whose rows become cards on a narrow screen; columns without any value are left out."""
+    used = [column for column in columns if any(row.get(column) for row in rows)]
+    head = "".join(f"<th>{escape(column)}</th>" for column in used)
+    lines = [f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>']
+    for row in rows:
+        cells = (_table_cell(column, row.get(column, "")) for column in used)
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def _table_cell(column: str, text: str) -> str:
+    css = CLASSES.get(column, "")
+    return f'<td class="{css}" data-label="{escape(column)}">{escape(text)}</td>'
+
+
+def plot(figure: plots.Figure, description: str) -> str:
+    """A figure as an image inside the page."""
+    return f'<img src="{plots.data_uri(figure)}" alt="{escape(description)}">'
+
+
+def thumbnail(image: Image.Image) -> tuple[str, bool]:
+    """A data URI of an image, made smaller where it is large; and whether to show it pixel by pixel."""
+    image = image.convert("RGB")
+    small = max(image.size) <= SMALL
+    if max(image.size) > THUMBNAIL:
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    content, kind = io.BytesIO(), "PNG" if small else "JPEG"
+    image.save(content, kind, **({"optimize": True} if small else {"quality": 88}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}", small
+
+
+def _stamp(stamp: str) -> str:
+    return f'<div class="stamp">{stamp} <span>· {STAMPS[stamp]}</span></div>' if stamp else ""
+
+
+def _introduction(record: EvaluationRecord) -> str:
+    sets = [f"{summary.count:,} {summary.role} images of {label}" for label, summary in record.sets.items()]
+    extractors = ", ".join(extractor.name for extractor in record.extractors) or "none"
+    command = record.settings.get("command")
+    made = f"<p>Made by <code>{escape(str(command))}</code></p>" if command else ""
+    return f'<p class="faint">{escape("; ".join(sets))}. Extractors: {escape(extractors)}.</p>{made}'
+
+
+def _warnings(record: EvaluationRecord) -> str:
+    lines = [*record.warnings, *(f"not computed: {what}: {why}" for what, why in record.refused.items())]
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<div class="warnings"><ul>{items}</ul></div>' if lines else ""
+
+
+def _plots(record: EvaluationRecord) -> str:
+    by_name: dict[str, list] = {}
+    for score in record.scores:
+        by_name.setdefault(score.name, []).append(score)
+    shown = [plot(plots.interval_plot(own), f"{name} of every set") for name, own in by_name.items()]
+    key = ranking_key(list(record.images))
+    for name in dict.fromkeys(name for name in (key, NEAREST) if name is not None):
+        values = {
+            label: [r.values[name] for r in record.images if r.generated == label and name in r.values]
+            for label in record.labels
+        }
+        values = {label: own for label, own in values.items() if own}
+        if values:
+            shown.append(plot(plots.histogram(values, name), f"{name} of each image"))
+    note = (
+        "Dots: values; bars: 95 % intervals; broken line: the metric between two halves of the real images."
+    )
+    text = f'<p class="faint">{note}</p><div class="plots">{"".join(shown)}</div>'
+    return f"<h2>Plots</h2>{text}" if shown else ""
+
+
+def _images(record: EvaluationRecord, label: str, picture: Picture) -> str:
+    found = sheets(record, label)
+    return (
+        "\n".join([f"<h2>Images of {escape(label)}</h2>", *(_sheet(s, picture) for s in found)])
+        if found
+        else ""
+    )
+
+
+def _sheet(sheet: Sheet, picture: Picture) -> str:
+    pairs = any(len(cell.images) > 1 for cell in sheet.cells)
+    cells = "".join(_cell(cell, picture) for cell in sheet.cells)
+    head = f'<h3>{escape(sheet.heading)}</h3><p class="faint">{escape(sheet.note)}</p>'
+    return f'{head}<div class="sheet{" pairs" if pairs else ""}">{cells}</div>'
+
+
+def _cell(cell: Cell, picture: Picture) -> str:
+    images = []
+    for label, name in cell.images:
+        uri, small = thumbnail(picture(label, name))
+        css = ' class="small"' if small else ""
+        images.append(f'<img{css} src="{uri}" alt="{escape(f"{label}: {name}")}">')
+    caption = f"<figcaption>{escape(cell.caption)}</figcaption>"
+    return f'<figure><div class="images">{"".join(images)}</div>{caption}</figure>'
+
+
+def _making(record: EvaluationRecord) -> str:
+    """Sets, extractors, settings, seeds and versions: what one needs to make the numbers again."""
+    blocks = {
+        **{f"Set: {label} ({summary.role})": vars(summary) for label, summary in record.sets.items()},
+        **{f"Extractor: {extractor.name}": vars(extractor) for extractor in record.extractors},
+        "Settings": record.settings,
+        "Seeds": record.seeds,
+        "Versions": record.versions,
+    }
+    parts = [
+        f"<details><summary>{escape(name)}</summary>{_facts(values)}</details>"
+        for name, values in blocks.items()
+        if values
+    ]
+    return "<h2>How it was made</h2>" + "".join(parts)
+
+
+def _facts(values: Mapping[str, object]) -> str:
+    shown = {str(name): value for name, value in values.items() if value not in (None, "", (), [], {})}
+    items = (f"<dt>{escape(name)}</dt><dd>{escape(_fact(value))}</dd>" for name, value in shown.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _fact(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

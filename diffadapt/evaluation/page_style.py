@@ -1,0 +1,59 @@
+"""How the page of an evaluation looks, from a phone's width to a desk's."""
+
+STYLE = """
+:root { --ink: #1d2433; --faint: #6b7280; --line: #e2e5ea; --accent: #b4540a; --soft: #f6f7f9; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 16px 20px 48px; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 12px 0 4px; }
+h2 { font-size: 1.25rem; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 24px 0 4px; }
+p { margin: 4px 0 10px; }
+.faint { color: var(--faint); font-size: .88rem; }
+.stamp { background: var(--accent); color: #fff; padding: 10px 20px; font-weight: 700; text-align: center; }
+.stamp span { font-weight: 400; }
+.warnings { background: #fff6ec; border-left: 4px solid var(--accent); padding: 8px 14px; margin: 14px 0; }
+.warnings ul { margin: 0; padding-left: 18px; }
+code { font: .86em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--soft); padding: 2px 5px;
+  border-radius: 4px; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th { text-align: left; font-weight: 600; color: var(--faint); border-bottom: 2px solid var(--line); }
+th, td { padding: 7px 12px 7px 0; vertical-align: top; }
+td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td.value { font-weight: 700; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.figure { font-variant-numeric: tabular-nums; }
+td.remarks { color: var(--faint); font-size: .82rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px; }
+.plots img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; padding: 8px; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 12px 10px; }
+.sheet.pairs { grid-template-columns: repeat(auto-fill, minmax(min(230px, 100%), 1fr)); }
+figure { margin: 0; min-width: 0; }
+figure .images { display: flex; gap: 4px; }
+figure img { flex: 1 1 0; min-width: 0; width: 100%; aspect-ratio: 1; object-fit: contain;
+  background: var(--soft); border: 1px solid var(--line); border-radius: 4px; }
+figure img.small { image-rendering: pixelated; }
+figcaption { font-size: .74rem; line-height: 1.3; color: var(--faint); overflow-wrap: anywhere;
+  margin-top: 3px; }
+details { border-bottom: 1px solid var(--line); padding: 8px 0; }
+summary { cursor: pointer; font-weight: 600; }
+dl { display: grid; grid-template-columns: minmax(110px, max-content) 1fr; gap: 3px 16px; font-size: .86rem; }
+dt { color: var(--faint); }
+dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 720px) {
+  main { padding: 8px 14px 32px; }
+  h1 { font-size: 1.35rem; }
+  table.cards thead { display: none; }
+  table.cards tr { display: block; border: 1px solid var(--line); border-radius: 6px; padding: 6px 12px;
+    margin: 10px 0; }
+  table.cards td { display: flex; justify-content: space-between; gap: 14px; padding: 4px 0; border: 0;
+    text-align: right; }
+  table.cards td:empty { display: none; }
+  table.cards td::before { content: attr(data-label); color: var(--faint); text-align: left; flex: none; }
+  table.cards td.remarks { display: block; text-align: left; }
+  table.cards td.remarks::before { content: none; }
+  .sheet { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: 6px; }
+}
+@media print { .stamp { color: #000; border: 2px solid #000; } details { display: block; } }
+"""
