@@ -1,0 +1,42 @@
+"""Reference statistics as others publish them: npz files with mu and sigma (ADM, pytorch-fid)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from diffadapt.metrics.frechet import Statistics
+
+NOTE = (
+    "imported statistics: extractor, resize and images are not known; only the Frechet distance can be taken"
+)
+
+
+def read_statistics(path: str | Path) -> Statistics:
+    """Mean and covariance of a reference set, for `fid` and `fid_infinity` only.
+
+    Args:
+        path: npz with `mu` (D,) and `sigma` (D, D); nothing in it is unpickled. The number of images is not
+            stored.
+    Raises: ValueError naming what is missing or does not fit; OSError when the file cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            mean, covariance = content["mu"], content["sigma"]
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error.args[0]}; a file of statistics has mu and sigma") from None
+    except (BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no npz of statistics ({error})") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit: expected (D,) and (D, D)"
+        )
+    mean, covariance = (torch.from_numpy(np.asarray(array, dtype=np.float64)) for array in (mean, covariance))
+    if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise ValueError(f"{path}: mu or sigma holds NaN or infinity")
+    if not torch.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
+        raise ValueError(f"{path}: sigma is not symmetric, so it is no covariance")
+    return Statistics(mean, (covariance + covariance.T) / 2, None, note=NOTE)

@@ -1,0 +1,78 @@
+"""Inception Score: how sure a classifier is of each image, and how varied its answers are (arXiv 1606.03498).
+
+exp(mean over images of KL(p(y|x) || p(y)))
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffadapt.metrics.checks import Features, as_features
+from diffadapt.metrics.intervals import Estimate, Z, half_samples_interval, normal_interval
+
+
+def inception_score(*, logits: Features, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """Mean and (population) standard deviation over the splits.
+
+    Args:
+        logits: (N, classes); of Inception the layer `logits_unbiased`.
+        splits: parts of about N / splits images. The score rises with the images per part.
+        seed: of the shuffle before splitting, torch-fidelity's.
+    Raises: ValueError when a split would hold fewer than two images.
+    """
+    scores = inception_scores(logits=logits, splits=splits, seed=seed)
+    return float(scores.mean()), float(scores.std(correction=0))
+
+
+def inception_scores(*, logits: Features, splits: int = 10, seed: int = 2020) -> Tensor:
+    """The score of each split, (splits,)."""
+    logits = as_features("logits", logits)
+    if splits < 1 or len(logits) < 2 * splits:
+        raise ValueError(
+            f"{len(logits)} images cannot be cut into {splits} splits of at least 2; use fewer splits"
+        )
+    logits = logits[np.random.RandomState(seed).permutation(len(logits))]
+    ends = [i * len(logits) // splits for i in range(splits + 1)]
+    return torch.stack([_score(logits[start:end]) for start, end in pairwise(ends)])
+
+
+def _score(logits: Tensor) -> Tensor:
+    log_p = logits.log_softmax(dim=1)
+    log_mean = log_p.logsumexp(dim=0) - np.log(len(logits))
+    return (log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp()
+
+
+def is_gap(*, real_logits: Features, generated_logits: Features, splits: int = 10, seed: int = 2020) -> float:
+    """|IS(generated) - IS(real)|, lower is better: the l1 form of SuperLoRA's tables."""
+    generated = inception_score(logits=generated_logits, splits=splits, seed=seed)[0]
+    return abs(generated - inception_score(logits=real_logits, splits=splits, seed=seed)[0])
+
+
+def inception_score_with_interval(*, logits: Features, splits: int = 10, seed: int = 2020) -> Estimate:
+    """The mean score; the splits are independent samples, one split is judged by its random halves."""
+    logits = as_features("logits", logits)
+    value, error, method = _value_and_error(logits, splits, seed)
+    return Estimate(value, normal_interval(value, error, method, low=1.0))
+
+
+def is_gap_with_interval(
+    *, real_logits: Features, generated_logits: Features, splits: int = 10, seed: int = 2020
+) -> Estimate:
+    """`is_gap`; the errors of both sets add in squares."""
+    real = _value_and_error(as_features("real_logits", real_logits), splits, seed)
+    generated = _value_and_error(as_features("generated_logits", generated_logits), splits, seed)
+    gap, error = abs(generated[0] - real[0]), (generated[1] ** 2 + real[1] ** 2) ** 0.5
+    return Estimate(gap, normal_interval(gap, error, generated[2] + ", both sets", low=0.0))
+
+
+def _value_and_error(logits: Tensor, splits: int, seed: int) -> tuple[float, float, str]:
+    scores = inception_scores(logits=logits, splits=splits, seed=seed)
+    value = float(scores.mean())
+    if splits > 1:
+        return value, float(scores.std()) / splits**0.5, f"normal, standard error over {splits} splits"
+    halves = half_samples_interval(value, lambda rows: float(_score(logits[rows])), len(logits))
+    return value, (halves.high - halves.low) / 2 / Z, halves.method

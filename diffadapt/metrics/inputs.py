@@ -1,0 +1,89 @@
+"""The features of one set of images, and what several metrics derive from them, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffadapt.metrics.frechet import Statistics
+from diffadapt.metrics.manifold import neighbour_distances
+
+ROLES = ("features", "logits", "texts", "pixels", "groups", "mirrored")
+NEIGHBOURS = 5  # distances kept per image: radii for every k up to this
+
+
+class Inputs:
+    """What metrics read of one set. Keep the reference's for all generated sets: what it derives is reused.
+
+    Args:
+        features: role -> tensor whose first axis is the images: "features" (N, D); "logits" (N, classes);
+            "texts" (N, D), of the text that belongs to image i; "pixels" (N, 3, H, W), uint8 or in [0, 1];
+            "groups" (N,), integers, the prompt or subject of each image; "mirrored" (N, D), features of the
+            images flipped left to right.
+    Raises: ValueError for an unknown role, no role, or roles of different numbers of images.
+    """
+
+    def __init__(self, features: Mapping[str, Tensor], *, statistics: Statistics | None = None):
+        unknown = [role for role in features if role not in ROLES]
+        if unknown:
+            raise ValueError(f"unknown role {unknown[0]!r}; expected some of {', '.join(ROLES)}")
+        counts = {role: len(tensor) for role, tensor in features.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"roles of different numbers of images: {counts}")
+        if not counts and statistics is None:
+            raise ValueError("a set without features")
+        self.features, self._statistics = dict(features), statistics
+        self._samples: dict[tuple[int, int], Inputs] = {}
+        self._neighbours: dict[int, Tensor] = {}
+
+    @classmethod
+    def of_statistics(cls, statistics: Statistics) -> Inputs:
+        """A reference of which only the Frechet statistics are known."""
+        return cls({}, statistics=statistics)
+
+    @property
+    def n(self) -> int | None:
+        """Images; None for statistics that do not say."""
+        return next((len(tensor) for tensor in self.features.values()), None)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What the set can give; "statistics" where the Frechet distance can be taken of it."""
+        return (*self.features, *(["statistics"] if self._statistics or "features" in self.features else []))
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self.features[role]
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Frechet statistics of "features"; their factor is kept."""
+        return self._statistics or Statistics.of(self["features"])
+
+    def neighbours(self, k: int) -> Tensor:
+        """Distances to at least k nearest others, (N, >= k)."""
+        depth = max(k, min(NEIGHBOURS, self.n - 1))
+        if depth not in self._neighbours:
+            self._neighbours[depth] = neighbour_distances(self["features"], depth)
+        return self._neighbours[depth]
+
+    def rows(self, rows: Tensor) -> Inputs:
+        """The set of some of the images."""
+        return Inputs({role: tensor[rows] for role, tensor in self.features.items()})
+
+    def sample(self, n: int, seed: int) -> Inputs:
+        """n images drawn without replacement; the same object for the same draw."""
+        if n == self.n:
+            return self
+        if (n, seed) not in self._samples:
+            drawn = np.sort(np.random.default_rng(seed).permutation(self.n)[:n])
+            self._samples[n, seed] = self.rows(torch.from_numpy(drawn))
+        return self._samples[n, seed]
+
+    def halves(self, n: int, seed: int) -> tuple[Inputs, Inputs]:
+        """Two disjoint random samples of n images each."""
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(self.n))
+        return self.rows(order[:n]), self.rows(order[n : 2 * n])

@@ -1,0 +1,139 @@
+"""Metrics that cover each set with balls reaching to its k-th nearest neighbours.
+
+Improved precision and recall and realism: Kynkaanniemi et al., arXiv 1904.06991, with its rule for ties `<=`.
+Density and coverage: Naeem et al., arXiv 2002.09797, with its rule `<`. Memory grows with N k, not with N^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffadapt.metrics.checks import Features, as_features, as_pair
+from diffadapt.metrics.intervals import Estimate, mean_interval, proportion_interval
+from diffadapt.metrics.neighbours import Block, Points, measure, nearest, prepare, squared_blocks
+
+
+def precision_recall(*, real: Features, generated: Features, k: int = 3) -> tuple[float, float]:
+    """Share of generated images inside the real set's balls, and of real images inside the generated set's.
+
+    Raises: ValueError for NaN, widths that differ, or a set of no more than k images.
+    """
+    precise, recalled = precision_recall_hits(real=real, generated=generated, k=k)
+    return float(precise.double().mean()), float(recalled.double().mean())
+
+
+def precision_recall_hits(
+    *,
+    real: Features,
+    generated: Features,
+    k: int = 3,
+    real_neighbours: Tensor | None = None,
+    generated_neighbours: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Whether each generated image, and each real one, lies inside a ball of the other set: (M,), (N,) bool.
+
+    Args:
+        real_neighbours, generated_neighbours: what `neighbour_distances` gave for k or more, if known.
+    """
+    real, generated = prepare(*as_pair(real, generated, dtype=None))
+    real_radii, generated_radii = _radii(real, k, real_neighbours), _radii(generated, k, generated_neighbours)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real_radii.device)
+    for block in squared_blocks(generated, real):
+        precise.append(_inside(block, generated, real, real_radii.expand(len(block.squared), -1)).any(dim=1))
+        of_rows = generated_radii[block.rows, None].expand(-1, len(real))
+        recalled |= _inside(block, generated, real, of_rows).any(dim=0)
+    return torch.cat(precise), recalled
+
+
+def density_coverage(*, real: Features, generated: Features, k: int = 5) -> tuple[float, float]:
+    """Mean number of real balls around a generated image over k, and share of real balls that hold one.
+
+    Density may exceed 1. Raises as `precision_recall`.
+    """
+    counts, covered = density_coverage_counts(real=real, generated=generated, k=k)
+    return float(counts.double().mean()) / k, float(covered.double().mean())
+
+
+def density_coverage_counts(
+    *, real: Features, generated: Features, k: int = 5, real_neighbours: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """In how many real balls each generated image lies, (M,); whether each real ball holds one, (N,) bool."""
+    real, generated = prepare(*as_pair(real, generated, dtype=None))
+    radii = _radii(real, k, real_neighbours)
+    counts, covered = [], torch.zeros(len(real), dtype=torch.bool, device=radii.device)
+    for block in squared_blocks(generated, real):
+        inside = _inside(block, generated, real, radii.expand(len(block.squared), -1), strict=True)
+        counts.append(inside.sum(dim=1))
+        covered |= inside.any(dim=0)
+    return torch.cat(counts), covered
+
+
+def neighbour_distances(features: Features, k: int) -> Tensor:
+    """Distances (N, k) of each image to its k nearest others, float64, ascending: radii for smaller k too."""
+    return nearest(prepare(as_features("features", features, dtype=None))[0], k)[0]
+
+
+def _radii(points: Points, k: int, known: Tensor | None) -> Tensor:
+    return nearest(points, k)[0][:, -1] if known is None else known[:, k - 1]
+
+
+def _inside(block: Block, queries: Points, centres: Points, radii: Tensor, strict: bool = False) -> Tensor:
+    """Which pairs of the block lie within their radius (b, N); near ties are decided in float64."""
+    margin = block.squared - radii.float().square()
+    rows, columns = (margin.abs() <= block.bound).nonzero(as_tuple=True)
+    inside = margin < 0
+    distances, limits = measure(queries, centres, rows + block.rows.start, columns), radii[rows, columns]
+    inside[rows, columns] = distances < limits if strict else distances <= limits
+    return inside
+
+
+def realism(*, real: Features, generated: Features, k: int = 3) -> Tensor:
+    """Realism of each generated image (M,): the largest ratio of a real ball's radius to its centre's
+    distance.
+
+    At least 1 inside the manifold. The half of the real images with the larger radii is left out, as in the
+    paper's equation 3: their balls cover what no real image shows. Infinite on a real image itself.
+    """
+    real, generated = as_pair(real, generated, dtype=None)
+    radii = nearest(prepare(real)[0], k)[0][:, -1]
+    kept = radii <= radii.median()
+    real, generated = prepare(real[kept], generated)
+    radii, found = radii[kept], []
+    for block in squared_blocks(generated, real):
+        distances = block.squared.double().clamp(min=0).sqrt()
+        rows, columns = (block.squared < 1e4 * block.bound).nonzero(as_tuple=True)
+        distances[rows, columns] = measure(generated, real, rows + block.rows.start, columns)
+        found.append((radii / distances).amax(dim=1))
+    return torch.cat(found)
+
+
+def precision_recall_with_interval(*, real: Features, generated: Features, **options) -> dict[str, Estimate]:
+    """Both proportions with exact intervals, each given the other set, whose balls are held fixed.
+
+    `options` are those of `precision_recall_hits`.
+    """
+    precise, recalled = precision_recall_hits(real=real, generated=generated, **options)
+    return {
+        "precision": _proportion(precise, "the real set"),
+        "recall": _proportion(recalled, "the generated set"),
+    }
+
+
+def density_coverage_with_interval(
+    *, real: Features, generated: Features, k: int = 5, real_neighbours: Tensor | None = None
+) -> dict[str, Estimate]:
+    """Density with its standard error over generated images, coverage as a proportion of real images."""
+    counts, covered = density_coverage_counts(
+        real=real, generated=generated, k=k, real_neighbours=real_neighbours
+    )
+    counts = counts.double() / k
+    density = Estimate(
+        float(counts.mean()), mean_interval(counts, over="generated images, given the real set")
+    )
+    return {"density": density, "coverage": _proportion(covered, "the generated set")}
+
+
+def _proportion(hits: Tensor, given: str) -> Estimate:
+    inside = int(hits.sum())
+    return Estimate(inside / len(hits), proportion_interval(inside, len(hits), given=given))

@@ -1,0 +1,106 @@
+"""Distances between the rows of two matrices, a block at a time, with the decisions of float64.
+
+A product in float32 sorts out almost every pair; those too near to call are measured again, directly and in
+float64: |a - b|, which is exact for equal rows and the same in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROWS = 512  # rows of the matrix of distances held at a time
+PAIRS = 1024  # pairs measured again at a time
+SPARE = 4  # candidates beyond the k nearest, so that float32's mistakes of order fall among them
+
+
+class Points:
+    """Rows prepared for distances: centred by a common point, in float32, with squared norms.
+
+    Attributes:
+        exact: (N, D) the given rows, any float type; differences are formed of these, in float64.
+        rows: (N, D) float32, centred, which keeps |a|^2 + |b|^2 - 2 a.b from cancelling.
+        squares: (N,) float32, squared norms of `rows`.
+    """
+
+    def __init__(self, exact: Tensor, centre: Tensor):
+        self.exact = exact
+        self.rows = torch.empty(exact.shape, dtype=torch.float32, device=exact.device)
+        for start in range(0, len(exact), ROWS):
+            self.rows[start : start + ROWS] = exact[start : start + ROWS].double() - centre
+        self.squares = torch.cat([rows.square().sum(dim=1) for rows in self.rows.split(ROWS)])
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+
+def prepare(*sets: Tensor) -> list[Points]:
+    """Points of several sets about their common mean."""
+    total = sum(rows.double().sum(dim=0) for matrix in sets for rows in matrix.split(ROWS))
+    centre = total / sum(len(matrix) for matrix in sets)
+    return [Points(matrix, centre) for matrix in sets]
+
+
+class Block(NamedTuple):
+    """Some rows of the matrix of squared distances, float32 (b, N), and the bound of each entry's error."""
+
+    rows: slice
+    squared: Tensor
+    bound: Tensor
+
+
+def squared_blocks(queries: Points, points: Points) -> Iterator[Block]:
+    """The matrix of squared distances, block by block.
+
+    The bound is 4 sqrt(D) roundings of |a|^2 + |b|^2: what a sum of D products errs by, with room.
+    """
+    unit = 4 * torch.finfo(torch.float32).eps * max(queries.rows.shape[1], 16) ** 0.5
+    for start in range(0, len(queries), ROWS):
+        rows = slice(start, min(start + ROWS, len(queries)))
+        norms = queries.squares[rows, None] + points.squares
+        yield Block(rows, torch.addmm(norms, queries.rows[rows], points.rows.T, alpha=-2), norms.mul_(unit))
+
+
+def measure(queries: Points, points: Points, rows: Tensor, columns: Tensor) -> Tensor:
+    """Distances of single pairs in float64."""
+    found = []
+    for i, j in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
+        found.append(torch.linalg.vector_norm(queries.exact[i].double() - points.exact[j].double(), dim=1))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.float64, device=rows.device)
+
+
+def nearest(points: Points, k: int) -> tuple[Tensor, Tensor]:
+    """Distances (N, k), float64, ascending, and row numbers of each point's k nearest others.
+
+    Raises: ValueError when there are no k others.
+    """
+    if not 1 <= k < len(points):
+        raise ValueError(f"{k} nearest neighbours need more than {k} images, got {len(points)}")
+    distances, indices = [], []
+    count = min(k + SPARE, len(points) - 1)
+    for block in squared_blocks(points, points):
+        lower, (start, stop) = block.squared.sub_(block.bound), (block.rows.start, block.rows.stop)
+        lower.diagonal(start).fill_(torch.inf)
+        limits, columns = lower.topk(count, dim=1, largest=False)
+        rows = torch.arange(start, stop, device=columns.device).repeat_interleave(count)
+        exact, order = measure(points, points, rows, columns.flatten()).view(-1, count).sort(dim=1)
+        exact, columns = exact[:, :k].clone(), columns.gather(1, order)[:, :k]
+        unsure = (
+            limits[:, -1] < exact[:, -1].square() if count < len(points) - 1 else limits[:, -1] < -torch.inf
+        )
+        for row in unsure.nonzero().flatten().tolist():
+            exact[row], columns[row] = _nearest_of_row(points, start + row, k)
+        distances.append(exact)
+        indices.append(columns)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def _nearest_of_row(points: Points, row: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest others of one point, every distance in float64."""
+    everything = torch.arange(len(points), device=points.rows.device)
+    distances = measure(points, points, torch.full_like(everything, row), everything)
+    distances[row] = torch.inf
+    return distances.topk(k, largest=False, sorted=True)

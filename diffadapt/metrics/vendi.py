@@ -1,0 +1,42 @@
+"""Vendi score: the effective number of different images in a set (arXiv 2210.02410), needs no reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from diffadapt.metrics.checks import Features, as_features
+from diffadapt.metrics.intervals import Estimate, half_samples_interval
+
+
+def vendi(*, features: Features) -> float:
+    """exp of the entropy of the eigenvalues of K / n, K the cosines between rows: 1 (all alike) to n.
+
+    Raises: ValueError for NaN, or a row of zeros, which has no direction.
+    """
+    return _effective_number(_unit_rows(features))
+
+
+def vendi_with_interval(*, features: Features, seed: int = 0) -> Estimate:
+    """`vendi` and the spread over random halves."""
+    rows = _unit_rows(features)
+    value = _effective_number(rows)
+    interval = half_samples_interval(
+        value, lambda half: _effective_number(rows[half]), len(rows), seed=seed, low=1.0
+    )
+    return Estimate(value, interval)
+
+
+def _unit_rows(features: Features) -> Tensor:
+    features = as_features("features", features)
+    if (features == 0).all(dim=1).any():
+        raise ValueError("features: a row of zeros has no direction, and no cosine with the others")
+    return normalize(features, dim=1)
+
+
+def _effective_number(rows: Tensor) -> float:
+    n, width = rows.shape
+    gram = rows.T @ rows if width < n else rows @ rows.T  # the same non-zero eigenvalues
+    shares = torch.linalg.eigvalsh(gram / n).clamp(min=0)
+    return float(torch.special.entr(shares).sum().exp())
