@@ -1,0 +1,113 @@
+"""Images of given classes from a UNet2DModel in pixel space, with classifier-free guidance.
+
+Stock diffusers draws from a class-conditional UNet2DModel in no pipeline; this one has its folder layout
+(``model_index.json``, ``unet/``, ``scheduler/``) and the call of ``DiTPipeline``.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Draws images of classes 0, 1, ...
+
+    Args:
+        unet: a model with a class embedding (``num_class_embeds`` rows).
+        scheduler: any of diffusers, for epsilon, v or sample prediction.
+        null_class: the row of the class table that stands for "no class", as a base learns it from dropped
+            labels; None: the base has none, and guidance is not possible.
+
+    Raises: ValueError when the model takes no classes or its table has no row ``null_class``.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, null_class: int | None = None):
+        super().__init__()
+        rows = unet.config.num_class_embeds
+        if rows is None:
+            raise ValueError("the model has no class embedding (num_class_embeds), so it takes no classes")
+        if null_class is not None and not 0 <= null_class < rows:
+            raise ValueError(f"null_class {null_class} is no row of the class table; it has {rows}, from 0")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(null_class=null_class)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be drawn, without the null class."""
+        return self.unet.config.num_class_embeds - (self.config.null_class is not None)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int],
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """One image per label.
+
+        Args:
+            guidance_scale: s in ``uncond + s (cond - uncond)``; 1 or less draws without guidance (Ho and
+                Salimans 2022, arXiv 2207.12598, whose w is s - 1).
+            generator: one for all images, or one per image, so that an image does not depend on its batch.
+            output_type: ``"pil"``, ``"np"`` (B, H, W, 3) in [0, 1], or ``"pt"`` (B, 3, H, W) in [0, 1].
+
+        Raises: ValueError for a label that is no class, or guidance without a null class.
+        """
+        labels = self._checked(class_labels, guidance_scale)
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (len(labels), self.unet.config.in_channels, height, width)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        noisy = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
+        noisy = noisy * self.scheduler.init_noise_sigma
+        extra = self._step_options(generator)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            told = self.scheduler.scale_model_input(noisy, timestep)
+            predicted = self._guided(told, timestep, labels, guidance_scale)
+            noisy = self.scheduler.step(predicted, timestep, noisy, **extra).prev_sample
+        images = self._finished(noisy, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _checked(self, class_labels: int | Sequence[int], guidance_scale: float) -> Tensor:
+        """The labels as a tensor (B,) on the device."""
+        labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
+        null = self.config.null_class
+        wrong = [x for x in labels if not 0 <= x < self.unet.config.num_class_embeds or x == null]
+        if wrong or not labels:
+            raise ValueError(
+                f"no class {wrong[0] if wrong else class_labels!r}; the base has {self.num_classes} classes"
+                + ("" if null is None else f" and the null class {null}")
+            )
+        if guidance_scale > 1 and null is None:
+            raise ValueError("this base has no null class, so it cannot be guided; set guidance_scale to 1")
+        return torch.tensor(labels, device=self._execution_device)
+
+    def _guided(self, noisy: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
+        if guidance_scale <= 1:
+            return self.unet(noisy, timestep, class_labels=labels, return_dict=False)[0]
+        both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
+        predicted = self.unet(torch.cat([noisy, noisy]), timestep, class_labels=both, return_dict=False)[0]
+        conditional, unconditional = predicted.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+        """The generators, for schedulers that add noise."""
+        takes = inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if "generator" in takes else {}
+
+    def _finished(self, pixels: Tensor, output_type: str) -> object:
+        images = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)

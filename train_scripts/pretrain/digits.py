@@ -1,0 +1,160 @@
+"""A small class-conditional base: a UNet2DModel in pixel space with a null class for guidance.
+
+    python digits.py --build BUILD --fonts FONTS               # `digits`: about 15 minutes on two cores
+    python digits.py --build BUILD --source handwriting        # the reverse base
+    python digits.py --build BUILD --data FOLDER_OR_DATASET --resolution 32 --channels 64 128 128
+
+v-prediction, bf16 autocast, 10 % dropped labels, averaged weights. Continues from BUILD/unet.state; writes
+BUILD/pipeline (float32), BUILD/samples-*.png at every checkpoint and BUILD/unet.json.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from digits_data import Labelled, find_fonts, handwritten, printed
+from progress import replace_folder, restore, save, set_rate
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.utils import save_image
+
+from diffadapt.data.images import to_pixels
+from diffadapt.pipelines import ClassConditionalPipeline
+
+DROPPED = 0.1  # share of labels replaced by the null class
+
+
+def build_unet(classes: int, resolution: int, channels: list[int]) -> UNet2DModel:
+    """Attention below the top level, so that query and value weights come in several sizes."""
+    lower = len(channels) - 1
+    return UNet2DModel(
+        sample_size=resolution,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * lower,
+        up_block_types=("AttnUpBlock2D",) * lower + ("UpBlock2D",),
+        attention_head_dim=8,
+        norm_num_groups=8,
+        num_class_embeds=classes + 1,
+    )
+
+
+def sampler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",  # ends in pure noise, Nichol and Dhariwal 2021
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=True,
+    )
+
+
+def read(data: str, resolution: int) -> Labelled:
+    """A folder with one folder of pictures per class, or any data set with columns `image` and `label`."""
+    from datasets import load_dataset
+
+    rows = load_dataset(data, split="train")
+    images = [to_pixels(row.convert("RGB"), resolution) for row in rows["image"]]
+    pixels = ((torch.stack(images) + 1) * 127.5).round().to(torch.uint8)
+    return pixels, torch.tensor(rows["label"])
+
+
+def loss_of(unet: nn.Module, noiser: DDPMScheduler, pixels: Tensor, labels: Tensor, generator) -> Tensor:
+    noise = torch.randn(pixels.shape, generator=generator)
+    t = torch.randint(noiser.config.num_train_timesteps, (len(pixels),), generator=generator)
+    noisy, target = noiser.add_noise(pixels, noise, t), noiser.get_velocity(pixels, noise, t)
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        made = unet(noisy, t, class_labels=labels).sample
+    return F.mse_loss(made.float(), target)
+
+
+def batch(data: Labelled, size: int, null: int, generator: torch.Generator) -> Labelled:
+    """Random pictures in [-1, 1] with labels, some of them dropped."""
+    rows = torch.randint(len(data[0]), (size,), generator=generator)
+    dropped = torch.rand(size, generator=generator) < DROPPED
+    return data[0][rows].float() / 127.5 - 1, data[1][rows].masked_fill(dropped, null)
+
+
+def train(models: nn.ModuleDict, data: Labelled, args: argparse.Namespace) -> dict:
+    groups = [{"params": models["unet"].parameters(), "peak": args.lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    start, seconds = restore(args.build / "unet.state", models, optimizer)
+    noiser, null = DDPMScheduler.from_config(sampler().config), models["unet"].config.num_class_embeds - 1
+    live, mean = (list(models[name].parameters()) for name in ("unet", "mean"))
+    begun, losses, figures = time.time() - seconds, [], {"steps": start, "batch": args.batch}
+    for step in range(start, args.steps):
+        set_rate(optimizer, step, args.steps)
+        generator = torch.Generator().manual_seed(step)
+        loss = loss_of(models["unet"], noiser, *batch(data, args.batch, null, generator), generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(live, 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(mean, live, 1 - min(args.decay, (1 + step) / (10 + step)))
+        losses = [*losses[-199:], loss.item()]
+        figures |= {"steps": step + 1, "loss": float(np.mean(losses)), "seconds": time.time() - begun}
+        if (step + 1) % 50 == 0:
+            print(json.dumps({key: round(value, 4) for key, value in figures.items()}), flush=True)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save(args.build / "unet.state", models, optimizer, step + 1, figures["seconds"])
+            write(models["mean"], args.build, step + 1)
+    return figures
+
+
+def write(unet: UNet2DModel, build: Path, step: int) -> None:
+    """Save the pipeline in float32, and a picture of what it draws: a row per try, a column per class."""
+    null = unet.config.num_class_embeds - 1
+    pipe = ClassConditionalPipeline(unet, sampler(), null_class=null)
+    replace_folder(build / "pipeline", pipe.save_pretrained)
+    pipe.set_progress_bar_config(disable=True)
+    labels = list(range(min(null, 20))) * 4
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
+    images = pipe(labels, 2.0, 25, generator=seeds, output_type="pt").images
+    save_image(
+        images.repeat_interleave(3, 2).repeat_interleave(3, 3), build / f"samples-{step:05d}.png", nrow=10
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--source", choices=("printed", "handwriting"), default="printed")
+    parser.add_argument("--data", help="instead of --source: a folder of class folders, or a data set")
+    parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="more fonts than matplotlib's")
+    parser.add_argument("--count", type=int, default=40_000, help="printed digits to render")
+    parser.add_argument("--resolution", type=int, default=16)
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 40, 56], help="of each level")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--decay", type=float, default=0.998, help="of the averaged weights")
+    parser.add_argument("--save_every", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.build.mkdir(parents=True, exist_ok=True)
+    if args.data:
+        data = read(args.data, args.resolution)
+    elif args.source == "handwriting":
+        data = handwritten(args.resolution)["train"]
+    else:
+        data = printed(find_fonts(args.fonts), args.count, args.resolution)
+    unet = build_unet(int(data[1].max()) + 1, args.resolution, args.channels).to(
+        memory_format=torch.channels_last
+    )
+    models = nn.ModuleDict({"unet": unet, "mean": copy.deepcopy(unet).requires_grad_(False).eval()})
+    figures = train(models, data, args)
+    figures |= {"parameters": sum(p.numel() for p in unet.parameters()), "images": len(data[0])}
+    (args.build / "unet.json").write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
