@@ -10,6 +10,7 @@ from torch import nn
 
 from diffadapt.models.names import looks_local, pipeline_class, resolve
 from diffadapt.models.single_file import is_single_file, open_single_file
+from diffadapt.pipelines import ClassConditionalPipeline
 
 
 def open_pipeline(
@@ -35,7 +36,8 @@ def open_pipeline(
                 component.to(dtype)
     else:
         without = {} if safety_checker or kind != "StableDiffusionPipeline" else _UNCHECKED
-        pipe = DiffusionPipeline.from_pretrained(
+        opener = _OWN_PIPELINES.get(kind, DiffusionPipeline)
+        pipe = opener.from_pretrained(
             place,
             dtype={"default": dtype, "vae": torch.float32},
             revision=revision,
@@ -48,6 +50,7 @@ def open_pipeline(
     return pipe
 
 
+_OWN_PIPELINES = {"ClassConditionalPipeline": ClassConditionalPipeline}  # diffusers does not find these
 _UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
 

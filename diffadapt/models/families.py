@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffadapt.models import sd, sdxl
+from diffadapt.models import dit, sd, sdxl, unet2d
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.models.names import EMBEDDED, FAMILIES, is_embedded, pipeline_class
 
-BASES = {"sd": sd.StableDiffusion, "sdxl": sdxl.StableDiffusionXL}  # family -> class of a loaded base
+BASES = {  # family -> class of a loaded base
+    "sd": sd.StableDiffusion,
+    "sdxl": sdxl.StableDiffusionXL,
+    "unet2d": unet2d.UNet2D,
+    "dit": dit.DiT,
+}
 # Values for options that were not given. What was tuned on an embedded base never reaches another base.
-DEFAULTS = {**sd.DEFAULTS, **sdxl.DEFAULTS}
+DEFAULTS = {**sd.DEFAULTS, **sdxl.DEFAULTS, **unet2d.DEFAULTS, **dit.DEFAULTS}
 # Ranks and learning rates that were tried on a base; other methods bring their own.
-TUNED = {**sd.TUNED, **sdxl.TUNED}
+TUNED = {**sd.TUNED, **sdxl.TUNED, **unet2d.TUNED, **dit.TUNED}
 
-Base = sd.StableDiffusion | sdxl.StableDiffusionXL
+Base = sd.StableDiffusion | sdxl.StableDiffusionXL | unet2d.UNet2D | dit.DiT
 
 
 def family_of(name: str, *, revision: str | None = None) -> str:

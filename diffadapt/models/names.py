@@ -9,6 +9,8 @@ EMBEDDED = "embedded:"
 FAMILIES = {  # pipeline class in model_index.json -> family
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
+    "ClassConditionalPipeline": "unet2d",
+    "DiTPipeline": "dit",
 }
 
 

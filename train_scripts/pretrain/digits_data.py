@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
@@ -105,7 +106,7 @@ def _picture(values: np.ndarray) -> Image.Image:
 
 
 def write_handwriting(folder: Path) -> None:
-    """train.parquet and held_out.parquet with columns `image` (PNG) and `label`, as `datasets` reads them."""
+    """train.parquet and test.parquet with columns `image` (PNG) and `label`, as `datasets` reads them."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageColumn
     from sklearn.datasets import load_digits
@@ -113,10 +114,10 @@ def write_handwriting(folder: Path) -> None:
     digits, features = load_digits(), Features({"image": ImageColumn(), "label": ClassLabel(num_classes=10)})
     rows = [{"bytes": _png(values), "path": None} for values in digits.images]
     cut = len(rows) - HELD_OUT
-    for part, where in (("train", slice(0, cut)), ("held_out", slice(cut, None))):
+    for part, where in (("train", slice(0, cut)), ("test", slice(cut, None))):
         columns = {"image": rows[where], "label": digits.target[where].tolist()}
         data = Dataset.from_dict(columns, features=features)
-        data.to_parquet(folder / f"{part}.parquet", compression="zstd", compression_level=22)
+        pq.write_table(data.data.table, folder / f"{part}.parquet", compression="zstd", compression_level=22)
 
 
 def _png(values: np.ndarray) -> bytes:

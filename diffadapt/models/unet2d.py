@@ -1,0 +1,73 @@
+"""Class-conditional UNet2DModel in pixel space: no autoencoder, classes instead of words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.models.labels import ClassBase
+
+# Values for options that were not given. What was tuned on the embedded base never reaches another base.
+DEFAULTS = {
+    "digits": {
+        "targets": "attention+conv",
+        "train_batch_size": 32,
+        "max_train_steps": 300,
+        "lr_scheduler": "cosine",
+        "mixed_precision": "bf16",
+        "center_crop": True,
+        "num_validation_images": 400,
+        "num_inference_steps": 20,
+        "guidance_scale": 1.5,
+        "sample_batch_size": 100,
+        "extractor": "embedded:digits",
+    },
+    "unet2d": {
+        "targets": "attention",
+        "train_batch_size": 32,
+        "max_train_steps": 2000,
+        "lr_scheduler": "constant",
+        "mixed_precision": "no",
+        "center_crop": True,
+        "num_validation_images": 40,
+        "num_inference_steps": 50,
+        "guidance_scale": 1.0,
+        "sample_batch_size": 16,
+        "extractor": None,
+    },
+}
+# Ranks and learning rates that were tried on a base; other methods bring their own.
+TUNED = {"digits": {}, "unet2d": {}}
+
+
+class UNet2D(ClassBase):
+    """A loaded base of this family, in ClassConditionalPipeline's layout. Its latents are the pixels."""
+
+    is_stochastic = False
+
+    @property
+    def resolution(self) -> int:
+        """The side of its pictures in pixels."""
+        return self.denoiser.config.sample_size
+
+    @property
+    def table_rows(self) -> int:
+        return self.denoiser.config.num_class_embeds
+
+    @property
+    def null_class(self) -> int | None:
+        return self.pipe.config.null_class
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], unchanged."""
+        return pixels.to(self.denoiser.device, torch.float32)
+
+    def draw_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        return encoded
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """The denoiser's output (B, 3, H, W)."""
+        labels = conditions["class_labels"]
+        return denoiser(noisy.to(denoiser.dtype), timesteps, class_labels=labels, return_dict=False)[0]
