@@ -82,6 +82,7 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
         classes=classes,
         resolution=options.resolution,
         center_crop=options.center_crop,
+        noise_offset=options.noise_offset,
         seed=options.seed,
     )
 

@@ -3,6 +3,7 @@
 What to do then (log, save, validate, stop) is the script's business and stands in the script.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffadapt.adapter import Adapter
 from diffadapt.data.batches import Batches
 from diffadapt.data.randomness import seed_from
+from diffadapt.training.ema import AdapterAverage
+from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
+from diffadapt.training.optimizers import make_optimizer
 from diffadapt.training.options import TrainOptions
 
 SMALL_ATTENTION = 1024  # tokens up to which plain attention beats the fused kernel's backward on a CPU
@@ -33,6 +37,7 @@ class Step:
     grad_norm: float  # before clipping
     images: int  # pictures in it, over all processes
     seconds: float
+    skipped: bool = False  # left out because its loss or gradient is not finite
 
 
 @dataclass
@@ -45,7 +50,9 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     options: TrainOptions
+    average: AdapterAverage | None = None
     step: int = 0  # optimizer steps made
+    skipped: int = 0  # of them left out because a loss or gradient was not finite
 
     @property
     def batch_size(self) -> int:
@@ -58,27 +65,28 @@ class Trainer:
 
 
 def prepare(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> Trainer:
-    """Optimizer, schedule and the wrapped objective, at step 0."""
+    """Optimizer, schedule, average and the wrapped objective, at step 0.
+
+    Raises: TypeError for trained tensors of low precision, ValueError for an optimizer that cannot be made.
+    """
     adapter = objective.adapter
-    optimizer = torch.optim.AdamW(
-        [p for p in adapter.parameters() if p.requires_grad],
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-    )
+    check_precision(adapter)
+    optimizer = make_optimizer([p for p in adapter.parameters() if p.requires_grad], options)
     scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer,
         num_warmup_steps=warmup_steps(options),
         num_training_steps=options.max_train_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
     )
     if options.gradient_checkpointing:
         objective.denoiser.enable_gradient_checkpointing()  # non-reentrant in diffusers
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     wrapped.train()
     objective.denoiser.eval()  # a base's own dropout would be randomness without a key
-    return Trainer(accelerator, wrapped, adapter, optimizer, scheduler, options)
+    average = AdapterAverage(adapter, options.ema_decay) if options.use_ema else None
+    return Trainer(accelerator, wrapped, adapter, optimizer, scheduler, options, average)
 
 
 def warmup_steps(options: TrainOptions) -> int:
@@ -87,22 +95,29 @@ def warmup_steps(options: TrainOptions) -> int:
 
 
 def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
-    """Trains from the trainer's position to the end of the run."""
+    """Trains from the trainer's position to the end of the run.
+
+    Raises: FloatingPointError when more steps than `--skip_nonfinite` have a loss or gradient that is not
+        finite; ValueError for trained tensors that no gradient reaches.
+    """
+    watch = GradientWatch(trainer.adapter) if trainer.step == 0 else None
     while trainer.step < trainer.options.max_train_steps:
         started = time.perf_counter()
         rate = trainer.scheduler.get_last_lr()[0]
-        loss = _accumulate(trainer, batches)
-        norm = _update(trainer)
+        losses = _accumulate(trainer, batches)
+        norm = _clip(trainer)
+        loss = _mean_loss(trainer, losses)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite and not (
+            _scales(trainer) and math.isfinite(loss)
+        ):  # a scaler finds its scale by trying
+            _count_skipped(trainer, batches, losses.tolist(), norm)
+        elif watch is not None and not watch.is_done:
+            watch.look(rate)
+        _update(trainer, make_step=finite or _scales(trainer))
         trainer.step += 1
-        if trainer.accelerator.num_processes > 1:
-            loss = trainer.accelerator.reduce(loss, reduction="mean")
-        value = loss.item()
-        if not (abs(value) < float("inf")):
-            raise FloatingPointError(
-                f"the loss of step {trainer.step} is {value}; lower --learning_rate (now {rate:g}) "
-                "or use --mixed_precision no"
-            )
-        yield Step(trainer.step, value, rate, norm, trainer.batch_size, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, skipped=not finite)
 
 
 def positions(trainer: Trainer, microstep: int) -> Sequence[int]:
@@ -114,27 +129,61 @@ def positions(trainer: Trainer, microstep: int) -> Sequence[int]:
 
 
 def _accumulate(trainer: Trainer, batches: Batches) -> torch.Tensor:
-    """All microsteps of a step; gradients are in place afterwards. Returns the mean loss of this process."""
+    """All microsteps of a step; gradients are in place afterwards. Returns this process's loss of each."""
     accelerator, microsteps = trainer.accelerator, trainer.options.gradient_accumulation_steps
-    total = torch.zeros((), device=accelerator.device)
+    losses = []
     for microstep in range(microsteps):
         batch = batches.batch(positions(trainer, microstep)).to(accelerator.device)
         key = ("dropout", trainer.options.seed, trainer.step, microstep, accelerator.process_index)
         trainer.adapter.set_dropout_seed(seed_from(key))
         last = microstep == microsteps - 1
         with nullcontext() if last else accelerator.no_sync(trainer.objective), attention(batch.latents):
-            loss = trainer.objective(batch) / microsteps
-            accelerator.backward(loss)
-        total += loss.detach()
-    return total
+            loss = trainer.objective(batch)
+            accelerator.backward(loss / microsteps)
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
-def _update(trainer: Trainer) -> float:
-    norm = trainer.accelerator.clip_grad_norm_(trainer.adapter.parameters(), trainer.options.max_grad_norm)
-    trainer.optimizer.step()
+def _mean_loss(trainer: Trainer, losses: torch.Tensor) -> float:
+    """The mean over microsteps and processes."""
+    loss = losses.mean()
+    if trainer.accelerator.num_processes > 1:
+        loss = trainer.accelerator.reduce(loss, reduction="mean")
+    return loss.item()
+
+
+def _clip(trainer: Trainer) -> float:
+    """Scales the gradients down to the largest norm allowed. Returns their norm before."""
+    return float(
+        trainer.accelerator.clip_grad_norm_(trainer.adapter.parameters(), trainer.options.max_grad_norm)
+    )
+
+
+def _scales(trainer: Trainer) -> bool:
+    """Whether gradients are scaled (fp16): the scaler leaves out steps by itself while it finds its scale."""
+    return trainer.accelerator.scaler is not None
+
+
+def _count_skipped(trainer: Trainer, batches: Batches, losses: Sequence[float], norm: float) -> None:
+    """One more step that is left out; the same on every process, since loss and gradient are shared."""
+    trainer.skipped += 1
+    tolerated = trainer.options.skip_nonfinite
+    if trainer.skipped > tolerated:
+        names = [batches.names(positions(trainer, microstep)) for microstep in range(len(losses))]
+        raise FloatingPointError(
+            nonfinite_message(
+                step=trainer.step + 1, losses=losses, norm=norm, names=names, tolerated=tolerated
+            )
+        )
+
+
+def _update(trainer: Trainer, *, make_step: bool) -> None:
+    if make_step:
+        trainer.optimizer.step()
+        if trainer.average is not None:
+            trainer.average.update()
     trainer.scheduler.step()
     trainer.optimizer.zero_grad()
-    return float(norm)
 
 
 def attention(latents: torch.Tensor) -> AbstractContextManager:

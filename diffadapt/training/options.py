@@ -80,7 +80,7 @@ class TrainOptions:
     adam_epsilon: float = option(1e-8, "for adamw, adamw8bit and prodigy")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     use_ema: bool = option(False, "keep a moving average of the adapter: pictures and files are made of it")
-    ema_decay: float = option(0.9999, "decay of that average; in step t at most (1 + t) / (10 + t)")
+    ema_decay: float = option(0.9999, "decay of that average; in update n at most n / (n + 9)")
     # the loss
     snr_gamma: float | None = option(
         None, "min-SNR weighting of the loss (arXiv 2303.09556); the paper uses 5"
@@ -119,7 +119,10 @@ class TrainOptions:
     export_formats: str = option(
         "kohya", "also written for other programs: kohya (ComfyUI, A1111), diffusers, merged, A,B or none"
     )
-    push_to_hub: bool = option(False, "upload the result to the hub; nothing is sent without this")
+    push_to_hub: bool = option(
+        False,
+        "upload the result to the hub, its grid of training pictures too; else nothing is sent",
+    )
     hub_model_id: str | None = option(None, "name of that repository; default: the output folder's")
     hub_private: bool = option(False, "make that repository private")
     config: str | None = option(None, "YAML file of options; the command line wins")

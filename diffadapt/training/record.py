@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,9 +33,13 @@ class Log:
         write_atomically(self.path, lambda path: path.write_text(text))
 
     def write(self, **event: object) -> None:
+        """Values that are not finite numbers, as the loss of a step that was left out, become null."""
         if self.enabled:
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()
+            }
             with self.path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json.dumps(finite) + "\n")
 
     def _lines(self) -> list[str]:
         """Complete lines: a killed run may leave half a line at the end."""
@@ -60,20 +66,17 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
-    def show(self, step: Step) -> None:
-        """One step: in the bar, as a line of the log, and to the trackers."""
+    def show(self, step: Step, figures: Mapping[str, float]) -> None:
+        """One step and further figures of it: in the bar, as a line of the log, and to the trackers."""
         values = {name: value for name, value in dataclasses.asdict(step).items() if name != "index"}
-        self.record(step.index, **values)
+        values = {**values, **figures}
+        self.log.write(step=step.index, **values)
+        self.accelerator.log({name: float(value) for name, value in values.items()}, step=step.index)
         speed, memory = step.images / step.seconds, peak_memory_bytes() / 2**30
         self.bar.set_postfix_str(
             f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s, {memory:.1f} GiB", refresh=False
         )
         self.bar.update()
-
-    def record(self, step: int, **values: float) -> None:
-        """Figures of a step: a line of the log, and to the trackers."""
-        self.log.write(step=step, **values)
-        self.accelerator.log(values, step=step)
 
     def track_pictures(self, name: str, images: Tensor, step: int) -> None:
         """Pictures (N, 3, H, W) in [0, 1] to the trackers."""

@@ -19,6 +19,7 @@ from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw
 from diffadapt.training import session
+from diffadapt.training.card import write_card
 from diffadapt.training.parsing import write_config
 from diffadapt.training.record import write_run
 from diffadapt.training.setup import Setup
@@ -72,6 +73,10 @@ class Report(ABC):
         """Figures of `self.pictures`; only asked for with `--extractor`."""
         return {}
 
+    def losses(self) -> Figures:
+        """Figures of the model itself, which need neither pictures nor an extractor."""
+        return {}
+
     def validation_shots(self) -> list[Shot]:
         """What is drawn in between: as many as `--num_validation_images`, of every kind in turn."""
         kinds = [some for some in self.shots.values() if some]
@@ -101,10 +106,10 @@ class Report(ABC):
 
     def finish(self, adapter: Adapter) -> str:
         """Draws again; writes figures, grid, run.json and the model card. Returns the closing words."""
-        options, output, values = self.options, Path(self.options.output_dir), {}
+        options, output, values = self.options, Path(self.options.output_dir), self.losses()
         if options.num_validation_images:
             self._take("after")
-            values = self.figures() if options.extractor else {}
+            values |= self.figures() if options.extractor else {}
             self._grid(adapter).save(output / "grid.png")
         record = {
             "demo": is_embedded(options.pretrained_model_name_or_path),
@@ -116,6 +121,7 @@ class Report(ABC):
             "options": dataclasses.asdict(options),
         }
         write_run(output / "run.json", record)
+        write_card(output, options, record, title=self._title(adapter), draw=self.draw_command())
         words = {"draw": self.draw_command(), "further": self.next_command()}
         return closing_words(options, values, seconds=record["seconds"], **words)
 

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import diffadapt as da
+from diffadapt.analysis import summary
 from diffadapt.data.batches import Batches
 from diffadapt.export import write_formats
 from diffadapt.training import state
+from diffadapt.training.hub import push
 from diffadapt.training.loop import Step, Trainer, train
 from diffadapt.training.record import Progress
 from diffadapt.training.report import Report
@@ -42,7 +44,7 @@ class Run:
         With `--dry_run` the summary is all. The caller logs, validates and saves after every step.
         """
         if self.accelerator.is_main_process:
-            print(before_training(self.trainer, self.batches))
+            print(before_training(self.trainer, self.batches, self.report.model.pipe))
         if self.options.dry_run:
             return
         if self.accelerator.is_main_process:
@@ -61,8 +63,10 @@ class Run:
         self._finish()
 
     def log(self, step: Step) -> None:
-        """The progress bar, log.jsonl and the trackers."""
-        self.progress.show(step)
+        """The progress bar, log.jsonl and the trackers; when it is time, figures of the adapter too."""
+        every = self.options.log_adapter_stats
+        is_due = every and step.index % every == 0 and self.accelerator.is_main_process
+        self.progress.show(step, summary(self.trainer.adapter) if is_due else {})
 
     def save(self, step: Step) -> None:
         """A checkpoint, when it is time or the run is about to stop."""
@@ -91,4 +95,6 @@ class Run:
             print(self.report.finish(adapter))
             for line in write_formats(adapter, path, self.options.export_formats):
                 print(line)
+            if self.options.push_to_hub:
+                print(f"uploaded: {push(self.options)}")
         self.accelerator.wait_for_everyone()

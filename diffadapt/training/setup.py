@@ -12,6 +12,7 @@ from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
 from diffadapt.training import session, state
 from diffadapt.training.defaults import build_method, filled, fitted, recommended_rate, text_targets
+from diffadapt.training.hub import check_hub
 from diffadapt.training.loop import Trainer, prepare
 from diffadapt.training.objective import Objective
 from diffadapt.training.options import TrainOptions
@@ -40,6 +41,7 @@ def set_up(options: Kind) -> Setup[Kind]:
     session.quiet()
     parse_formats(options.export_formats)
     trackers = check_trackers(options.report_to)
+    check_hub(options)
     method = build_method(options)
     text_targets(options)
     accelerator = session.start(

@@ -1,14 +1,17 @@
 """What a person reads: a summary before the first step, figures after the last."""
 
+from diffusers import DiffusionPipeline
+
 from diffadapt.adapter import Adapter
 from diffadapt.data.batches import Batches
 from diffadapt.models.names import is_embedded
 from diffadapt.training.loop import Trainer, warmup_steps
+from diffadapt.training.memory import estimate_memory
 from diffadapt.training.options import TrainOptions
 
 
-def before_training(trainer: Trainer, batches: Batches) -> str:
-    """What is trained, on what, how long."""
+def before_training(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline) -> str:
+    """What is trained, on what, how long, and the memory it needs."""
     options, adapter = trainer.options, trainer.adapter
     base_parameters = trainer.accelerator.unwrap_model(trainer.objective).denoiser.num_parameters()
     rate = trainer.optimizer.param_groups[0]["initial_lr"]
@@ -17,27 +20,35 @@ def before_training(trainer: Trainer, batches: Batches) -> str:
         options.gradient_accumulation_steps,
         trainer.accelerator.num_processes,
     )
-    schedule = options.lr_scheduler
+    schedule = f"{options.optimizer}, {options.lr_scheduler}"
     schedule += f", warm-up {warmup_steps(options)}" if options.lr_warmup_steps else ""
+    schedule += f", moving average {options.ema_decay:g}" if options.use_ema else ""
     rows = {
         "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, frozen",
         "adapter": _adapter(adapter, base_parameters),
         "data": batches.description,
         "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
         "steps": f"{options.max_train_steps}, rate {rate:g} ({schedule}), seed {options.seed}",
+        "memory": str(estimate_memory(trainer, batches, pipe)),
         "machine": f"{trainer.accelerator.device}, mixed precision: {options.mixed_precision}",
         "output": options.output_dir,
     }
-    return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+    lines = [f"{name:<8} " + text.replace("\n", "\n" + " " * 11) for name, text in rows.items()]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def figures_rows(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+    """(name, before, after) of every figure, as text; what was not measured is empty."""
+    return [
+        (name, *(f"{values[when]:.3f}" if when in values else "" for when in ("before", "after")))
+        for name, values in figures.items()
+    ]
 
 
 def figures_table(figures: dict[str, dict[str, float]]) -> str:
     """The figures of a run, one a line."""
-    rows = [f"  {'':<44} {'before':>8} {'after':>8}"]
-    for name, values in figures.items():
-        before = f"{values['before']:.3f}" if "before" in values else ""
-        rows.append(f"  {name:<44} {before:>8} {values['after']:>8.3f}")
-    return "\n".join(rows)
+    rows = [("", "before", "after"), *figures_rows(figures)]
+    return "\n".join(f"  {name:<44} {before:>8} {after:>8}" for name, before, after in rows)
 
 
 def closing_words(

@@ -50,7 +50,7 @@ def test_what_was_written_can_be_read_back(tmp_path):
     [
         ("learning_rat: 1", "unknown option 'learning_rat' .* did you mean learning_rate"),
         ("seed: many", "seed in .* must be of type int, got 'many'"),
-        ("lr_scheduler: cosin", "lr_scheduler in .* must be one of linear"),
+        ("lr_scheduler: cosin", "lr_scheduler in .* must be one of constant"),
         ("just text", "must hold lines of the form"),
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),

@@ -1,0 +1,173 @@
+"""Before and after a class-conditional run: pictures of each class, their distance from real ones, loss."""
+
+import shlex
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.data.batches import Batches
+from diffadapt.data.examples import Example
+from diffadapt.data.grid import Panel, to_pictures
+from diffadapt.data.images import open_image, to_pixels
+from diffadapt.evaluation.extractors import Extractor, load_extractor
+from diffadapt.metrics.digit_classifier import NAME as DIGITS
+from diffadapt.metrics.digit_classifier import class_agreement
+from diffadapt.metrics.frechet import fid
+from diffadapt.metrics.naming import score_name
+from diffadapt.sampling import Shot
+from diffadapt.training.loop import attention
+from diffadapt.training.objective import Objective
+from diffadapt.training.report import Figures, Pictures, Report
+from diffadapt.training.setup import Setup
+
+SHOWN_CLASSES, SHOWN_EACH = 10, 5  # columns and rows of each block of the grid
+LOSS_BATCH = 64
+LOSS_ROUNDS = 4  # noises and timesteps per picture in the held-out loss
+
+
+def class_shots(rows: Sequence[int], names: Sequence[str], *, count: int, seed: int) -> list[Shot]:
+    """`count` pictures, the classes in turn, each with its own seed.
+
+    Args:
+        rows: the base's class for each class of the data.
+        names: of the data's classes.
+    """
+    turns = [index % len(rows) for index in range(count)]
+    return [Shot(f"class {names[k]}", seed + index, rows[k]) for index, k in enumerate(turns)]
+
+
+def pixels_of(examples: Sequence[Example], resolution: int) -> Tensor:
+    """(N, 3, resolution, resolution) in [0, 1], the middle of each picture."""
+    pixels = [to_pixels(open_image(e.source), (resolution, resolution)) for e in examples]
+    return torch.stack(pixels) / 2 + 0.5
+
+
+@torch.no_grad()
+def mean_loss(objective: nn.Module, batches: Batches, count: int, device: torch.device) -> float:
+    """The objective over the first `count` samples of the stream: the same noise whenever it is asked."""
+    total = 0.0
+    for start in range(0, count, LOSS_BATCH):
+        places = range(start, min(count, start + LOSS_BATCH))
+        batch = batches.batch(places).to(device)
+        with attention(batch.latents):
+            total += float(objective(batch)) * len(places)
+    return total / count
+
+
+def figures(
+    extractor: Extractor, *, real: Tensor, labels: Sequence[int], before: Pictures, after: Pictures
+) -> Figures:
+    """Frechet distance of what was drawn from the real pictures; of digits, how many a classifier recognises.
+
+    Args:
+        real: (N, 3, H, W) in [0, 1].
+        labels: the data's class of each drawn picture.
+    """
+    reference = _features(extractor, real)
+    name = score_name("fid", extractor.name, extractor.features)
+    values: Figures = {name: {}}
+    for when, pictures in (("before", before), ("after", after)):
+        drawn = _features(extractor, pictures["classes"])
+        values[name][when] = fid(real=reference[extractor.features], generated=drawn[extractor.features])
+        if extractor.name == DIGITS and max(labels) < drawn["logits"].shape[1]:
+            agreement = class_agreement(drawn["logits"], torch.tensor(labels))
+            values.setdefault(f"class_agreement[{extractor.name}]", {})[when] = agreement
+    return values
+
+
+def _features(extractor: Extractor, images: Tensor) -> dict[str, Tensor]:
+    return extractor((images * 255).round().to(torch.uint8))
+
+
+class ClassReport(Report):
+    """Pictures and figures of a set of classes.
+
+    Args:
+        examples: the training pictures, with the base's classes as captions.
+        held_out: pictures the figures are made of, likewise; the training pictures when there are no others.
+        rows: the base's class for each class of the data.
+        names: of the data's classes.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        *,
+        rows: Sequence[int],
+        names: Sequence[str],
+    ):
+        super().__init__(setup)
+        self.examples, self.rows, self.names = examples, rows, names
+        self.held_out = held_out or examples
+        count, seed = self.options.num_validation_images, self.options.seed
+        self.shots = {"classes": class_shots(rows, names, count=count, seed=seed)}
+        self._device = setup.accelerator.device
+        self._batches = Batches(
+            self.model, self.held_out, resolution=self.options.resolution, center_crop=True, seed=0
+        )
+        told = {"predict": self.model.predict, "schedule": self.model.training_schedule()}
+        self._objective = Objective(self.model.denoiser, nn.Identity(), **told)
+        self._losses: dict[str, float] = {}
+
+    def begin(self) -> None:
+        super().begin()
+        self._losses["before"] = self._loss()
+
+    def losses(self) -> Figures:
+        """The loss on the held-out pictures, in float32, with the same noise before and after."""
+        which = "held_out_loss" if self.held_out is not self.examples else "loss_on_training_pictures"
+        return {which: {**self._losses, "after": self._loss()}}
+
+    def figures(self) -> Figures:
+        count = len(self.rows)
+        return figures(
+            load_extractor(self.options.extractor),
+            real=pixels_of(self.held_out, self.options.resolution),
+            labels=[index % count for index in range(len(self.shots["classes"]))],
+            before=self.pictures["before"],
+            after=self.pictures["after"],
+        )
+
+    def panels(self) -> list[list[Panel]]:
+        """Real | before | after; in each block a column per class."""
+        shown = min(SHOWN_CLASSES, len(self.rows))
+        panels = [Panel("real", to_pictures(self._real_block(shown)), shown, self.names[:shown])]
+        for when in ("before", "after"):
+            drawn = self.pictures[when]["classes"]
+            turns = range(0, min(len(drawn), SHOWN_EACH * len(self.rows)), len(self.rows))
+            some = torch.cat([drawn[turn : turn + shown] for turn in turns])
+            panels.append(Panel(when, to_pictures(some), shown))
+        return [panels]
+
+    def subject(self) -> str:
+        return self.options.dataset_name or self.options.train_data_dir
+
+    def data_note(self) -> str:
+        return f"{len(self.examples)} pictures of {len(self.rows)} classes"
+
+    def draw_command(self) -> str:
+        return f"--class_labels {','.join(map(str, self.rows[:SHOWN_CLASSES]))}"
+
+    def next_command(self) -> str:
+        return (
+            "accelerate launch train_scripts/class_conditional.py "
+            f"--adapter {shlex.quote(self.options.adapter)} "
+            "--pretrained_model_name_or_path facebook/DiT-XL-2-256 --train_data_dir CLASS_FOLDERS "
+            "--output_dir runs/classes"
+        )
+
+    def _loss(self) -> float:
+        count = LOSS_ROUNDS * len(self.held_out)
+        return mean_loss(self._objective, self._batches, count, self._device)
+
+    def _real_block(self, shown: int) -> Tensor:
+        """(rows x shown, 3, H, W) in [0, 1]: real pictures, a column per class."""
+        columns = []
+        for row in self.rows[:shown]:
+            found = [e for e in self.held_out if e.caption == row]
+            columns.append((found or [e for e in self.examples if e.caption == row])[:SHOWN_EACH])
+        depth = min(map(len, columns))  # as many of each class as there are of the scarcest
+        return pixels_of([some[i] for i in range(depth) for some in columns], self.options.resolution)

@@ -1,0 +1,48 @@
+"""Uploading a finished run to the hub, when that was asked for; nothing else here sends anything."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+
+from diffadapt.training.options import TrainOptions
+
+LEFT_OUT = [
+    "checkpoint-*",
+    "class_images/*",
+    "logs/*",
+    ".*",
+    "**/.*",
+]  # states, other people's pictures, rests
+
+
+def check_hub(options: TrainOptions) -> None:
+    """Before the first step. Raises: ValueError when an upload was asked for and nobody is logged in."""
+    if options.push_to_hub and get_token() is None:
+        raise ValueError("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
+    if options.hub_model_id is not None and not options.push_to_hub:
+        raise ValueError("--hub_model_id has no effect without --push_to_hub")
+
+
+def push(options: TrainOptions) -> str:
+    """Uploads the output folder without checkpoints. Returns the address of the repository.
+
+    Raises: OSError when the hub refuses; the result stays in the output folder.
+    """
+    output = Path(options.output_dir)
+    try:
+        api = HfApi()
+        name = options.hub_model_id or output.resolve().name
+        repository = api.create_repo(name, exist_ok=True, private=options.hub_private or None).repo_id
+        address = api.upload_folder(
+            repo_id=repository,
+            folder_path=str(output),
+            commit_message="End of training",
+            ignore_patterns=LEFT_OUT,
+        )
+    except (OSError, HFValidationError) as error:
+        raise OSError(
+            f"the result is whole in {output}, but was not uploaded: {error}; later: hf upload "
+            f"{options.hub_model_id or output.name} {output} --exclude 'checkpoint-*'"
+        ) from error
+    return str(address)

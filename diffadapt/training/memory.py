@@ -1,0 +1,76 @@
+"""How much memory a step takes, before the first one: counted where it can be, measured in one forward."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffadapt.data.batches import Batches
+from diffadapt.training.loop import Trainer, attention, positions
+from diffadapt.training.optimizers import state_values
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. What a recomputed block needs for a moment (`--gradient_checkpointing`) is not in it."""
+
+    base: int  # all models of the pipeline, as they are loaded
+    training: int  # trained tensors, their gradients, optimizer state and moving average
+    activations: int  # kept for the backward pass of one microstep
+
+    @property
+    def total(self) -> int:
+        return self.base + self.training + self.activations
+
+    def __str__(self) -> str:
+        parts = {"base": self.base, "adapter and optimizer": self.training, "activations": self.activations}
+        listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+        return f"about {_size(self.total)}: {listed}"
+
+
+def estimate_memory(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline) -> MemoryEstimate:
+    """Counts the models, and what one forward pass at the run's batch size keeps. No training state changes.
+
+    Raises: ValueError with the remedy when the device's memory does not suffice for that.
+    """
+    models = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    weights = [tensor for model in models for tensor in [*model.parameters(), *model.buffers()]]
+    trained = _bytes([p for p in trainer.adapter.parameters() if p.requires_grad])
+    copies = 2 + state_values(trainer.options) + bool(trainer.options.use_ema)  # itself, gradient, state
+    try:
+        activations = _kept_by_forward(trainer, batches, weights)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a batch of {trainer.options.train_batch_size} does not fit into memory ({error}); lower "
+            "--train_batch_size or --resolution, or use --gradient_checkpointing"
+        ) from None
+    return MemoryEstimate(_bytes(weights), int(trained * copies), activations)
+
+
+def _kept_by_forward(trainer: Trainer, batches: Batches, weights: list[Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps, each storage once, without those of the models."""
+    objective, accelerator = trainer.accelerator.unwrap_model(trainer.objective), trainer.accelerator
+    owned = {t.untyped_storage()._cdata for t in [*weights, *trainer.adapter.parameters()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage
+        return tensor
+
+    batch = batches.batch(positions(trainer, 0)).to(accelerator.device)
+    trainer.adapter.set_dropout_seed(0)
+    with saved_tensors_hooks(keep, lambda tensor: tensor), accelerator.autocast(), attention(batch.latents):
+        objective.forward(batch)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
