@@ -1,0 +1,170 @@
+"""The page of an evaluation: what is on it, that it needs nothing else, and that a browser shows it."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from example_records import picture, record
+from PIL import Image
+
+from diffadapt.evaluation.page import THUMBNAIL, page, thumbnail, write_page
+from diffadapt.evaluation.plots import Point, histogram, interval_plot, pareto_front, save_plot
+from diffadapt.evaluation.sheets import sheets
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Elements(HTMLParser):
+    """Every opening tag of a page with its attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_the_page_holds_scores_plots_and_images_and_fetches_nothing():
+    elements = Elements(page(record(), picture))
+    assert not elements.of("script")
+    assert not elements.of("link")
+    images = elements.of("img")
+    assert all(image["src"].startswith("data:image/") for image in images)
+    assert all(image["alt"] for image in images)
+    plots = [image for image in images if "svg" in image["src"][:20]]
+    assert len(plots) == 3  # the score, and two figures of the images
+    assert len(images) - len(plots) == 2 * (12 + 12 + 12 + 2 * 8)
+    for text in (
+        "0.01 to 0.03",
+        "kernel_distance[embedded:clip]",
+        "JPEG against <PNG>",
+        "30 images, needs 128",
+    ):
+        assert text in elements.text
+
+
+def test_text_from_outside_is_escaped():
+    html = page(record(), picture)
+    assert "<b>cat</b>" not in html
+    assert "&lt;b&gt;cat&lt;/b&gt; &amp; number" in html
+    assert "<PNG>" not in html
+
+
+@pytest.mark.parametrize(
+    ("options", "stamp"), [({}, "DEMO"), ({"smoke": True}, "NOT A SCORE"), ({"demo": False}, None)]
+)
+def test_the_stamp_stands_on_top_and_in_the_title(options, stamp):
+    html = page(record(**options), picture)
+    title = re.search("<title>(.*)</title>", html).group(1)
+    assert ('class="stamp"' in html) == (stamp is not None)
+    assert stamp is None or title.startswith(stamp)
+
+
+def test_best_worst_and_nearest_images_are_those_of_their_figures():
+    made = record(("lora",))
+    best, worst, chosen, nearest = sheets(made, "lora", count=5)
+    assert [cell.images[0][1] for cell in best.cells] == [f"lora-{i:03d}.png" for i in (29, 28, 27, 26, 25)]
+    assert [cell.images[0][1] for cell in worst.cells] == [f"lora-{i:03d}.png" for i in range(5)]
+    assert len({cell.images for cell in chosen.cells}) == 5
+    assert nearest.cells[0].images == (("lora", "lora-000.png"), ("reference", "real-0.png"))
+    few = sheets(record(("lora",), count=5), "lora")
+    assert [len(sheet.cells) for sheet in few[:3]] == [2, 2, 5]
+
+
+def test_images_without_figures_are_shown_at_random_only():
+    made = record(("lora",))
+    bare = replace(made, images=tuple(replace(row, values={}, nearest=None) for row in made.images))
+    assert [sheet.heading for sheet in sheets(bare, "lora")] == ["Random"]
+    assert "Images of lora" in page(bare, picture)
+
+
+def test_large_images_become_small_and_small_ones_keep_their_pixels():
+    small = picture("lora", "x")
+    uri, is_small = thumbnail(small)
+    stored = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert is_small
+    assert stored.tobytes() == small.tobytes()
+    uri, is_small = thumbnail(Image.new("RGB", (900, 450)))
+    stored = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert not is_small
+    assert stored.size == (THUMBNAIL, THUMBNAIL // 2)
+
+
+def test_a_page_without_images_or_scores_is_still_a_page():
+    empty = replace(record(), images=(), scores=())
+    assert "Images of" not in page(empty, picture)
+    assert "How it was made" in page(empty, picture)
+
+
+def test_nothing_is_left_when_a_picture_cannot_be_read(tmp_path):
+    def broken(label, name):
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        write_page(record(), tmp_path / "page.html", broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_front_holds_the_points_no_other_beats():
+    points = [Point("a", 1, 5), Point("b", 2, 3), Point("c", 3, 4), Point("d", 4, 1), Point("e", 1, 6)]
+    assert [point.label for point in pareto_front(points, better="lower")] == ["a", "b", "d"]
+    assert [point.label for point in pareto_front(points, better="higher")] == ["e"]
+
+
+def test_a_plot_is_the_same_bytes_every_time_and_stands_equal_values(tmp_path):
+    for name in ("one.svg", "two.svg"):
+        save_plot(interval_plot(record().scores), tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    save_plot(histogram({"a": [1.0, 1.0, 1.0]}, "realism"), tmp_path / "equal.png")
+    assert Image.open(tmp_path / "equal.png").width > 100
+
+
+PROBE = """<script>addEventListener("load", () => {
+  const images = [...document.images], box = document.documentElement;
+  const seen = images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width >= 30);
+  const out = {images: images.length, seen: seen.length, wide: box.scrollWidth, inner: innerWidth};
+  document.title = JSON.stringify(out);
+  document.body.setAttribute("data-probe", JSON.stringify(out));
+});</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_every_image_at_a_desks_and_a_phones_width(tmp_path, width):
+    """The frame around the page gives it the width, which a browser's window cannot go below 500 pixels."""
+    html = page(record(count=14), picture)
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)  # for the probe alone
+    (tmp_path / "page.html").write_text(html.replace("</head>", PROBE + "</head>"))
+    frame = f'<iframe id="f" src="page.html" style="width:{width}px;height:3000px;border:0"></iframe>'
+    read = """<script>f.onload = () => setTimeout(() => {
+      document.body.dataset.probe = f.contentDocument.body.dataset.probe; }, 300);</script>"""
+    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{read}</body>")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
+    command += ["--window-size=1400,3000", "--enable-logging=stderr", "--virtual-time-budget=5000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{tmp_path}/frame.html"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    probe = re.search('<body data-probe="([^"]*)"', done.stdout)
+    assert probe, done.stdout[-500:] + done.stderr[-2000:]
+    seen = json.loads(probe.group(1).replace("&quot;", '"'))
+    assert seen["inner"] == width
+    assert seen["images"] == seen["seen"] > 50
+    assert seen["wide"] <= width  # nothing to scroll sideways
