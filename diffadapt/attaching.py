@@ -61,9 +61,37 @@ def choose_sites(
     roots = components(model, text_encoder_targets is not None)
     found: list[Found] = []
     for root, module in roots.items():
-        chosen = text_encoder_targets if root.startswith("text_encoder") else targets
-        found += find_sites(module, chosen, f"{root}." if root else "", also=method.also)
+        if root.startswith("text_encoder"):
+            chosen = find_sites(module, text_encoder_targets, f"{root}.", also=method.also)
+            found += _useful(chosen, root, roots, text_encoder_targets)
+        else:
+            found += find_sites(module, targets, f"{root}." if root else "", also=method.also)
     return roots, found
+
+
+def _useful(
+    chosen: Sequence[Found], root: str, roots: Mapping[str, nn.Module], targets: Targets
+) -> list[Found]:
+    """Of a text encoder's layers those that have an effect, and that other programs know.
+
+    Stable Diffusion XL reads the states of its first encoder before the last layer, so nothing behind gets a
+    gradient. Presets leave the projection of pooled text alone: many programs have no name for it.
+    """
+    behind: tuple[str, ...] = ()
+    if root == "text_encoder" and {"unet", "text_encoder_2"} <= set(roots):
+        behind = (f"layers.{roots[root].config.num_hidden_layers - 1}.", "final_layer_norm")
+    kept = [
+        choice
+        for choice in chosen
+        if not any(part in choice.site.name for part in behind)
+        and (choice.by_name or not choice.site.name.endswith("text_projection"))
+    ]
+    if not kept:
+        raise ValueError(
+            f"text encoder targets {targets!r} choose only layers of {root} that have no effect: its states "
+            "are read before its last layer"
+        )
+    return kept
 
 
 def attach_sites(

@@ -1,0 +1,110 @@
+"""Names of bases: which family they belong to, what is cut from captions, what replaces an autoencoder."""
+
+import json
+
+import pytest
+import torch
+from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
+
+from diffadapt.data.images import list_images, open_image, to_pixels
+from diffadapt.models import names
+from diffadapt.models.families import DEFAULTS, TUNED, drawing_defaults, family_of, load_base
+from diffadapt.models.prompts import CONTEXTS, UNRELATED
+from diffadapt.models.text import CutCaption
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bases")
+    tiny_sd_pipeline(place / "sd")
+    tiny_sdxl_pipeline(place / "sdxl")
+    tiny_sd_pipeline(place / "kl", vae="kl", seed=1)
+    return place
+
+
+def test_what_was_tuned_on_an_embedded_base_is_for_it_alone(place):
+    assert family_of("embedded:emoji") == "emoji"
+    assert family_of(names.resolve("embedded:emoji")) == "sd"  # a copy under another name
+    assert family_of(str(place / "sd")) == "sd"
+    assert family_of(str(place / "sdxl")) == "sdxl"
+    assert TUNED["sd"] == TUNED["sdxl"] == {}
+    assert DEFAULTS.keys() == TUNED.keys()
+
+
+def test_every_family_of_words_has_prompts_to_show_a_subject_with():
+    for family in ("emoji", "sd", "sdxl"):
+        assert len(CONTEXTS[family]) == 10
+        assert len(UNRELATED[family]) == 12
+
+
+def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
+    index, asked = tmp_path / "model_index.json", []
+
+    def download(repository, file, *, revision):
+        asked.append((repository, file, revision))
+        return str(index)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    assert family_of("somebody/base", revision="v2") == "sdxl"
+    assert asked == [("somebody/base", "model_index.json", "v2")]
+    index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusion"):
+        load_base("somebody/base")
+    assert drawing_defaults("somebody/base") == DEFAULTS["sd"]
+
+
+def test_names_that_lead_nowhere_are_errors_with_a_remedy(tmp_path):
+    for name in (str(tmp_path / "gone"), "./gone", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"no base model at '{name}'; give a diffusers folder"):
+            load_base(name)
+    with pytest.raises(OSError, match=r"no folder 'somebody/gone' here, and the hub does not give"):
+        load_base("somebody/gone")
+    with pytest.raises(ValueError, match=r"has no model_index.json"):
+        family_of("embedded:clip")
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="is not the index of a diffusers pipeline"):
+        load_base(str(tmp_path))
+
+
+def test_revision_and_variant_reach_the_loader(place, tmp_path):
+    pipe = load_base(str(place / "sd")).pipe
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model|variant"):
+        load_base(str(tmp_path))
+    assert load_base(str(tmp_path), variant="fp16").family == "sd"
+
+
+@pytest.mark.parametrize("source", ["autoencoder's folder", "pipeline's folder"])
+def test_another_autoencoder_replaces_the_bases_own(place, tmp_path, source):
+    other = place / "kl" / "vae" if source == "autoencoder's folder" else place / "kl"
+    model, plain = load_base(str(place / "sdxl"), vae=str(other)), load_base(str(place / "kl"))
+    assert model.is_stochastic
+    assert not load_base(str(place / "sdxl")).is_stochastic
+    pixels = to_pixels(open_image(list_images(write_pictures(tmp_path, 1))[0]), 32)[None]
+    assert torch.equal(model.encode_pixels(pixels), plain.encode_pixels(pixels))
+    assert not any(parameter.requires_grad for parameter in model.pipe.vae.parameters())
+
+
+def test_a_wrong_autoencoder_is_an_error(place, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no autoencoder at"):
+        load_base(str(place / "sd"), vae=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="is a UNet2DConditionModel; an autoencoder is one of"):
+        load_base(str(place / "sd"), vae=str(place / "sd" / "unet"))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_captions_that_are_too_long_are_named_with_what_is_lost(place, family):
+    model = load_base(str(place / family))  # 24 tokens, of which start and end take two; one per letter
+    fits, long = "abcdefghijklmnopqrstuv", "abcdefghijk lmnopqrstuvwxyz"
+    assert model.cut_captions([fits, "a dog"]) == []
+    cut = CutCaption(long, length=26, limit=22, lost="wxyz")
+    assert model.cut_captions([long, fits, long]) == [cut]
+    ids = model.tokens([long])["input_ids"]
+    assert torch.equal(ids, model.tokens([long.replace("wxyz", "abc")])["input_ids"])  # really lost
+
+
+def test_each_tokenizer_of_sdxl_has_its_own_limit(place):
+    model = load_base(str(place / "sdxl"))
+    model.pipe.tokenizer_2.model_max_length = 12
+    assert [cut.limit for cut in model.cut_captions(["abcdefghijklmnop"])] == [10]

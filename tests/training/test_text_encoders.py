@@ -1,0 +1,128 @@
+"""Text encoders that are trained: gradients, exact resumes, one file, the same images from it."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, train_options, write_pictures
+
+import diffadapt as da
+from diffadapt.attaching import attached
+from diffadapt.data.batches import Batches
+from diffadapt.data.examples import folder_examples
+from diffadapt.data.images import View
+from diffadapt.models.families import load_base
+from diffadapt.sampling import Sampler, draw_all, shots
+from diffadapt.training import state
+from diffadapt.training.loop import prepare, train
+from diffadapt.training.objective import Objective
+
+WRITERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
+SAMPLER = Sampler(num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """family -> folder of a base; and pictures in the folder beside it"""
+    place = tmp_path_factory.mktemp("bases")
+    write_pictures(place / "pictures", 3, size=(48, 40))
+    return {family: write(place / family) for family, write in WRITERS.items()}
+
+
+def make(folder, method="lora(rank=2)", steps=4):
+    """A trainer at step 0, its batches and its base."""
+    model = load_base(str(folder))
+    model.train_text_encoder = True
+    examples = folder_examples(folder.parent / "pictures", "a sks dog")
+    batches = Batches(model, examples, resolution=32, center_crop=True, seed=0)
+    adapter = da.attach(model.pipe, da.make_method(method), "attention", text_encoder_targets="all")
+    objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
+    options = train_options(
+        pretrained_model_name_or_path=str(folder), max_train_steps=steps, learning_rate=1e-2
+    )
+    return prepare(Accelerator(cpu=True), objective, options), batches, model
+
+
+def tensors(trainer):
+    return {name: value.detach().clone() for name, value in trainer.adapter.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_captions_are_kept_as_token_ids(folders, family):
+    _, batches, model = make(folders[family])
+    ids = batches.batch([0, 1]).conditions["input_ids"]
+    assert ids.dtype == torch.int64
+    assert ids.tolist()[0] == model.pipe.tokenizer("a sks dog", padding="max_length").input_ids
+    assert "encoder_hidden_states" not in batches.batch([0]).conditions
+
+
+@pytest.mark.parametrize("method", ["lora(rank=2)", "superlora(rank=2, projection=linear)", "liera(rank=2)"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_trained_tensor_gets_a_gradient(folders, family, method):
+    trainer, batches, _ = make(folders[family], method, steps=2)
+    before = tensors(trainer)
+    assert len(list(train(trainer, batches))) == 2
+    still = [name for name, value in tensors(trainer).items() if torch.equal(value, before[name])]
+    assert not still
+    roots = {site.name.partition(".")[0] for site in trainer.adapter.sites}
+    assert roots == {"unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
+
+
+def test_the_prediction_with_token_ids_is_that_with_text_states(folders):
+    for folder in folders.values():
+        model, captions = load_base(str(folder)), ["a dog", ""]
+        sizes = model.size_conditions([View((40, 40), (0, 0), (32, 32))] * 2)
+        noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
+        states = {**model.encode_captions(captions), **sizes}
+        model.train_text_encoder = True
+        ids = {**model.encode_captions(captions), **sizes}
+        with torch.no_grad():
+            predicted = [model.predict(model.denoiser, noisy, timesteps, told) for told in (states, ids)]
+        assert torch.equal(*predicted)
+
+
+def test_layers_behind_the_states_that_sdxl_reads_are_left_out(folders):
+    pipe = load_base(str(folders["sdxl"])).pipe
+    adapter = da.attach(pipe, da.LoRA(rank=2), "attention", text_encoder_targets="all")
+    names = [site.name for site in adapter.sites]
+    assert any(name.startswith("text_encoder.") and ".layers.1." in name for name in names)
+    assert not any(name.startswith("text_encoder.") and ".layers.2." in name for name in names)
+    assert any(name.startswith("text_encoder_2.") and ".layers.2." in name for name in names)
+    assert not any(name.endswith("text_projection") for name in names)  # unless named
+    da.detach(adapter)
+    with pytest.raises(ValueError, match=r"choose only layers of text_encoder that have no effect"):
+        da.attach(pipe, da.LoRA(rank=2), "attention", text_encoder_targets="*layers.2.*q_proj")
+    assert not attached(pipe)
+
+
+def test_a_single_text_encoder_is_adapted_to_its_last_layer(folders):
+    pipe = load_base(str(folders["sd"])).pipe
+    adapter = da.attach(pipe, da.LoRA(rank=2), "attention", text_encoder_targets="attention")
+    assert any(".layers.1." in site.name for site in adapter.sites)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_4_steps_equal_2_and_a_resume_of_2_and_the_file_gives_the_images(folders, family, tmp_path):
+    whole, batches, trained = make(folders[family])
+    losses = [step.loss for step in train(whole, batches)]
+
+    first, batches, _ = make(folders[family])
+    steps = train(first, batches)
+    part = [next(steps).loss for _ in range(2)]
+    state.save(first, tmp_path / "run")
+    second, batches, _ = make(folders[family])
+    state.restore(second, state.find("latest", tmp_path / "run"))
+    part += [step.loss for step in train(second, batches)]
+
+    assert part == losses
+    for name, value in tensors(whole).items():
+        assert torch.equal(value, tensors(second)[name]), name
+
+    file = state.save_adapter(whole, tmp_path)
+    fresh = load_base(str(folders[family])).pipe
+    plain = draw_all(fresh, shots("a sks dog", 2), SAMPLER)
+    da.load(fresh, file)
+    images = draw_all(fresh, shots("a sks dog", 2), SAMPLER)
+    assert torch.equal(images, draw_all(trained.pipe, shots("a sks dog", 2), SAMPLER))
+    assert not torch.equal(images, plain)
+    report = da.export(whole.adapter, tmp_path / "kohya.safetensors", "kohya")
+    assert {"ComfyUI", "A1111", "LyCORIS"} <= set(report.accepted_by)
