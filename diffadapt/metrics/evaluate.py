@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from diffadapt.metrics.diversity import Distance
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import Estimate
-from diffadapt.metrics.metric import Job, Metric
+from diffadapt.metrics.jobs import Job
+from diffadapt.metrics.metric import Metric
 from diffadapt.metrics.policy import check_size, common_size
 from diffadapt.metrics.registry import METRICS
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from diffadapt.metrics.diversity import Distance
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import Estimate
+from diffadapt.metrics.jobs import Job
 
 Minimum = Callable[[int, Mapping[str, object]], int]  # (width of the features, options) -> images
-
-
-@dataclass(frozen=True)
-class Job:
-    """One computation of one metric."""
-
-    generated: Inputs
-    real: Inputs | None
-    options: Mapping[str, object]
-    seed: int = 0
-    network: Distance | None = None
 
 
 @dataclass(frozen=True)

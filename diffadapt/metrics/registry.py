@@ -4,91 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
-
-from diffadapt.metrics import copying, diversity, frechet, inception_score, kernel, manifold, msid, vendi
-from diffadapt.metrics import similarity as cosines
-from diffadapt.metrics.intervals import (
-    Estimate,
-    cluster_means,
-    clustered_interval,
-    mean_interval,
-    proportion_interval,
-)
-from diffadapt.metrics.metric import Job, Metric, Minimum
-
-
-def _pair(job: Job) -> dict:
-    return {"real": job.real["features"], "generated": job.generated["features"], **job.options}
-
-
-def _statistics(job: Job) -> dict:
-    return {"real": job.real.statistics, "generated": job.generated.statistics}
-
-
-def _logits(job: Job) -> dict:
-    return {"logits": job.generated["logits"], **job.options}
-
-
-def _both_logits(job: Job) -> dict:
-    return {"real_logits": job.real["logits"], "generated_logits": job.generated["logits"], **job.options}
-
-
-def _kid_subsets(job: Job) -> Estimate:
-    """No interval: the subsets share images, so their spread says nothing of the error; `kid` has one."""
-    return Estimate(kernel.kid_subsets(**_pair(job)))
-
-
-def _precision_recall(job: Job) -> tuple[Estimate, ...]:
-    k = job.options["k"]
-    known = {"real_neighbours": job.real.neighbours(k), "generated_neighbours": job.generated.neighbours(k)}
-    found = manifold.precision_recall_with_interval(**_pair(job), **known)
-    return found["precision"], found["recall"]
-
-
-def _density_coverage(job: Job) -> tuple[Estimate, ...]:
-    known = job.real.neighbours(job.options["k"])
-    found = manifold.density_coverage_with_interval(**_pair(job), real_neighbours=known)
-    return found["density"], found["coverage"]
-
-
-def _image_similarity(job: Job) -> Estimate:
-    return _mean(job, cosines.image_similarities(**_pair(job)))
-
-
-def _text_similarity(job: Job) -> Estimate:
-    return _mean(
-        job, cosines.text_similarities(images=job.generated["features"], texts=job.generated["texts"])
-    )
-
-
-def _mean(job: Job, values: Tensor) -> Estimate:
-    """A mean over images; over prompts or subjects where the set says which image belongs to which."""
-    groups = job.generated.features.get("groups")
-    if groups is not None and len(groups.unique()) > 1:
-        means = list(cluster_means(values, groups).values())
-        interval = clustered_interval(values, groups, over="groups of images", seed=job.seed)
-        return Estimate(sum(means) / len(means), interval)
-    return Estimate(float(values.mean()), mean_interval(values))
-
-
-def _copies(job: Job) -> Estimate:
-    mirrored = job.real.features.get("mirrored")
-    hits = copying.copies(
-        generated=job.generated["features"], training=job.real["features"], mirrored=mirrored, **job.options
-    )
-    count = int(hits.sum())
-    return Estimate(count / len(hits), proportion_interval(count, len(hits), given="the training images"))
-
-
-def _diversity(job: Job) -> Estimate:
-    if job.network is None:
-        raise ValueError(
-            "lpips_diversity needs the weights of an LPIPS backbone; see diffadapt.metrics.diversity"
-        )
-    return diversity.lpips_diversity_with_interval(
-        pixels=job.generated["pixels"], groups=job.generated["groups"], network=job.network, seed=job.seed
-    )
+from diffadapt.metrics import frechet, inception_score, jobs, kernel, msid, vendi
+from diffadapt.metrics.intervals import Estimate
+from diffadapt.metrics.jobs import Job
+from diffadapt.metrics.metric import Metric, Minimum
+from diffadapt.metrics.similarity import ceiling_similarity
 
 
 def _single(estimate: Callable[[Job], Estimate]) -> dict:
@@ -119,8 +39,8 @@ _ALL = (
         _ONE,
         ("statistics",),
         "lower",
-        value=lambda job: (frechet.fid(**_statistics(job)),),
-        estimate=lambda job: (frechet.fid_with_interval(**_statistics(job), seed=job.seed),),
+        value=lambda job: (frechet.fid(**jobs.statistics(job)),),
+        estimate=lambda job: (frechet.fid_with_interval(**jobs.statistics(job), seed=job.seed),),
         minimum=_twice_the_width,
     ),
     Metric(
@@ -129,8 +49,8 @@ _ALL = (
         _ONE,
         ("statistics",),
         "lower",
-        value=lambda job: (frechet.fid_infinity(**_statistics(job), seed=job.seed),),
-        estimate=lambda job: (frechet.fid_infinity_with_interval(**_statistics(job), seed=job.seed),),
+        value=lambda job: (frechet.fid_infinity(**jobs.statistics(job), seed=job.seed),),
+        estimate=lambda job: (frechet.fid_infinity_with_interval(**jobs.statistics(job), seed=job.seed),),
         minimum=_twice_the_width,
     ),
     Metric(
@@ -139,7 +59,7 @@ _ALL = (
         better="lower",
         minimum=_at_least(500),
         **_FEATURES,
-        **_single(lambda job: kernel.kid_with_interval(**_pair(job))),
+        **_single(lambda job: kernel.kid_with_interval(**jobs.pair(job))),
     ),
     Metric(
         "kid_subsets",
@@ -148,7 +68,7 @@ _ALL = (
         minimum=lambda width, options: options["size"],
         options={"subsets": 100, "size": 1000, "seed": 2020},
         **_FEATURES,
-        **_single(_kid_subsets),
+        **_single(jobs.kid_subsets),
     ),
     Metric(
         "inception_score",
@@ -156,8 +76,8 @@ _ALL = (
         ("logits",),
         (),
         "higher",
-        value=lambda job: (inception_score.inception_score(**_logits(job))[0],),
-        estimate=lambda job: (inception_score.inception_score_with_interval(**_logits(job)),),
+        value=lambda job: (inception_score.inception_score(**jobs.logits(job))[0],),
+        estimate=lambda job: (inception_score.inception_score_with_interval(**jobs.logits(job)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         floor="self",
@@ -168,8 +88,8 @@ _ALL = (
         ("logits",),
         ("logits",),
         "lower",
-        value=lambda job: (inception_score.is_gap(**_both_logits(job)),),
-        estimate=lambda job: (inception_score.is_gap_with_interval(**_both_logits(job)),),
+        value=lambda job: (inception_score.is_gap(**jobs.both_logits(job)),),
+        estimate=lambda job: (inception_score.is_gap_with_interval(**jobs.both_logits(job)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         equal_n=True,
@@ -182,7 +102,7 @@ _ALL = (
         options={"k": 3},
         equal_n=True,
         **_FEATURES,
-        **_several(_precision_recall),
+        **_several(jobs.precision_recall),
     ),
     Metric(
         "density_coverage",
@@ -192,14 +112,14 @@ _ALL = (
         options={"k": 5},
         equal_n=True,
         **_FEATURES,
-        **_several(_density_coverage),
+        **_several(jobs.density_coverage),
     ),
     Metric(
         "msid",
         ("msid",),
         better="lower",
-        value=lambda job: (msid.msid(**_pair(job), seed=job.seed),),
-        estimate=lambda job: (msid.msid_with_interval(**_pair(job), seed=job.seed),),
+        value=lambda job: (msid.msid(**jobs.pair(job), seed=job.seed),),
+        estimate=lambda job: (msid.msid_with_interval(**jobs.pair(job), seed=job.seed),),
         minimum=_at_least(2000),
         options={"k": 5},
         equal_n=True,
@@ -225,7 +145,7 @@ _ALL = (
         minimum=_at_least(10),
         extractor="clip",
         floor="self",
-        **_single(_text_similarity),
+        **_single(jobs.text_similarity),
     ),
     *(
         Metric(
@@ -235,9 +155,9 @@ _ALL = (
             minimum=_at_least(4),
             minimum_real=_at_least(2),
             extractor=extractor,
-            floor=lambda real: (cosines.ceiling_similarity(real=real["features"]),),
+            floor=lambda real: (ceiling_similarity(real=real["features"]),),
             **_FEATURES,
-            **_single(_image_similarity),
+            **_single(jobs.image_similarity),
         )
         for key, extractor in (("clip_i", "clip"), ("dino", "dino"))
     ),
@@ -251,7 +171,7 @@ _ALL = (
         extractor="dino",
         floor="",
         **_FEATURES,
-        **_single(_copies),
+        **_single(jobs.copies),
     ),
     Metric(
         "lpips_diversity",
@@ -262,7 +182,7 @@ _ALL = (
         minimum=_at_least(4),
         extractor="lpips",
         floor="self",
-        **_single(_diversity),
+        **_single(jobs.lpips_diversity),
     ),
 )
 
