@@ -62,6 +62,12 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read as arrays: {error}") from None
 
 
+def names_of(path: Path) -> list[str]:
+    """The names of the arrays in an npz."""
+    with _open(path) as archive:
+        return [Path(name).stem for name in archive.namelist()]
+
+
 def _open(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)

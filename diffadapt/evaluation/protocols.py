@@ -63,6 +63,6 @@ def shortfall(chosen: Protocol, name: str, *, n_generated: int, n_real: int) -> 
     if n_generated >= chosen.n_generated and n_real >= chosen.n_real:
         return []
     return [
-        f"the protocol {name} takes {chosen.n_generated:,} generated and {chosen.n_real:,} real images, these "
-        f"are {n_generated:,} and {n_real:,}: not comparable with published numbers"
+        f"the protocol {name} takes {chosen.n_generated:,} generated and {chosen.n_real:,} real images; "
+        f"these are {n_generated:,} and {n_real:,}: not comparable with published numbers"
     ]

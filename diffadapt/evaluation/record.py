@@ -18,6 +18,7 @@ SCHEMA = "diffadapt-evaluation-1"
 NOT_A_SCORE = "NOT A SCORE"  # stamped on everything made with random weights
 IDENTITY = (  # what two scores must share to be compared, in the order in which a difference is named
     "metric",
+    "score",
     "metric_version",
     "extractor",
     "extractor_sha256",

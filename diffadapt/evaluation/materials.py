@@ -1,0 +1,134 @@
+"""What is known of a set once its images are features: the inputs of metrics, its summary, its facts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffadapt.evaluation.cache import identity_of
+from diffadapt.evaluation.extraction import Extracted
+from diffadapt.evaluation.extractors import Extractor
+from diffadapt.evaluation.feature_file import read_features
+from diffadapt.evaluation.image_sets import ImageSet, fingerprint
+from diffadapt.evaluation.pictures import Facts
+from diffadapt.evaluation.record import SetSummary
+from diffadapt.evaluation.weights import sha256_of
+from diffadapt.metrics.frechet_statistics import read_statistics
+from diffadapt.metrics.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Material:
+    """A set ready to be scored.
+
+    Attributes:
+        inputs: extractor name -> what metrics read.
+        facts: of the images in the order of the rows; () for statistics.
+        picture: image name -> the image; raises KeyError where the pixels are not at hand.
+    """
+
+    summary: SetSummary
+    inputs: Mapping[str, Inputs]
+    facts: tuple[Facts, ...]
+    picture: Callable[[str], Image.Image]
+    prompts: tuple[str, ...] = ()
+
+
+def of_images(images: ImageSet, made: Extracted, extractors: Sequence[Extractor], *, role: str) -> Material:
+    """The material of extracted images; texts and groups come from the prompts of drawn ones."""
+    prompts = _prompts_of(images, made.facts)
+    inputs = {e.name: _inputs(e, made.features[e.name], prompts) for e in extractors}
+    by_name = {picture.name: picture for picture in images.pictures}
+
+    def picture(name: str) -> Image.Image:
+        pixels, _ = by_name[name].load()
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    skipped = (*images.ignored, *made.skipped)
+    summary = _summary(role, images.source, images.kind, made.facts, skipped, images.made)
+    return Material(summary, inputs, made.facts, picture, prompts)
+
+
+def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Material:
+    """Saved features (.safetensors) or published statistics (.npz with mu and sigma).
+
+    Raises: ValueError when the features are not those of the only extractor, naming what differs.
+    """
+    if path.suffix == ".npz":
+        statistics = read_statistics(path)
+        summary = SetSummary(role, str(path), "statistics", statistics.n or 0, sha256_of(path))
+        inputs = {e.name: Inputs.of_statistics(statistics) for e in extractors}
+        return Material(summary, inputs, (), _no_picture)
+    content = read_features(path)
+    for extractor in extractors:
+        wanted = identity_of(extractor)
+        other = [
+            f"{n}: {content.identity.get(n)!r}, not {v!r}"
+            for n, v in wanted.items()
+            if content.identity.get(n) != v
+        ]
+        if other:
+            raise ValueError(
+                f"{path} holds features made otherwise than by {extractor.name!r}: {'; '.join(other)}"
+            )
+    inputs = {e.name: _inputs(e, content.layers, ()) for e in extractors}
+    summary = _summary(role, str(path), "features", content.facts, (), {})
+    return Material(summary, inputs, content.facts, _no_picture)
+
+
+def is_material_file(source: str) -> bool:
+    """Whether a name stands for saved features or statistics rather than images."""
+    path = Path(source)
+    if path.suffix == ".safetensors" and path.is_file():
+        return True
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    from diffadapt.evaluation.archives import names_of
+
+    return "mu" in names_of(path)
+
+
+def _inputs(extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str]) -> Inputs:
+    roles = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
+    found = {role: layers[layer] for role, layer in roles.items() if layer is not None}
+    if prompts:
+        order = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        found["groups"] = torch.tensor([order[prompt] for prompt in prompts])
+        if extractor.texts is not None:
+            rows = extractor.texts(list(order)).cpu()
+            found["texts"] = rows[found["groups"]]
+    return Inputs(found)
+
+
+def _prompts_of(images: ImageSet, facts: Sequence[Facts]) -> tuple[str, ...]:
+    if not images.prompts:
+        return ()
+    prompt = dict(zip((picture.name for picture in images.pictures), images.prompts, strict=True))
+    return tuple(prompt[each.name] for each in facts)
+
+
+def _summary(
+    role: str, source: str, kind: str, facts: Sequence[Facts], skipped: Sequence[str], made: Mapping
+) -> SetSummary:
+    return SetSummary(
+        role,
+        source,
+        kind,
+        len(facts),
+        fingerprint(each.sha256 for each in facts),
+        formats=dict(Counter(each.format for each in facts)),
+        sizes=dict(Counter(f"{each.width}x{each.height}" for each in facts)),
+        modes=dict(Counter(each.mode for each in facts)),
+        skipped=tuple(skipped),
+        made=dict(made),
+    )
+
+
+def _no_picture(name: str) -> Image.Image:
+    raise KeyError(name)

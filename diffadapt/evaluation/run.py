@@ -1,0 +1,183 @@
+"""From names of image sets to the record of their scores: one reference, any number of generated sets."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from diffadapt.evaluation import overlap, protocols
+from diffadapt.evaluation.cache import FeatureCache, identity_of
+from diffadapt.evaluation.extraction import extract
+from diffadapt.evaluation.extractors import Extractor
+from diffadapt.evaluation.feature_file import SetFeatures, write_features
+from diffadapt.evaluation.image_sets import ImageSet, open_set
+from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
+from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
+from diffadapt.evaluation.scoring import Plan, image_rows, score_set
+
+REFERENCE = "reference"  # label of the real set
+PACKAGES = (
+    "diffadapt",
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "torch-fidelity",
+    "transformers",
+    "numpy",
+    "pillow",
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Attributes:
+        skip_bad: leave unreadable images out and list them, instead of stopping.
+        cache: folder of the reference's features; None keeps none.
+        save_features: folder for the features of all sets; None writes none.
+        allow_overlap: score a set all of whose images stand in the reference.
+        download: whether named data sets may be fetched.
+    """
+
+    batch_size: int = 32
+    skip_bad: bool = False
+    cache: Path | None = None
+    save_features: Path | None = None
+    allow_overlap: bool = False
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The record, and `picture(label, name)` for pages; KeyError where only features are at hand."""
+
+    record: EvaluationRecord
+    picture: Callable[[str, str], Image.Image]
+
+
+@dataclass
+class _Result:
+    scores: list[Score] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    rows: list[ImageRow] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    materials: dict[str, Material] = field(default_factory=dict)
+
+
+def evaluate_sets(
+    generated: Mapping[str, str | ImageSet],
+    reference: str | ImageSet | None,
+    extractors: Sequence[Extractor],
+    plan: Plan,
+    *,
+    reading: Reading,
+    protocol: str | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Outcome | None:
+    """Scores every generated set against one reference. None on all but the main process.
+
+    Args:
+        generated: label -> a set, or its name as `open_set` takes it, or a file of features.
+        settings: kept in the record: the command, whether it is a demo, ...
+    Raises: what `open_set`, `extract`, `check_sets` and the metrics raise; nothing is written then.
+    """
+    start, result = time.perf_counter(), _Result()
+    real = None
+    if reference is not None:
+        cache = FeatureCache(reading.cache)
+        real = _material(REFERENCE, reference, extractors, reading, role="real", cache=cache)
+        result.materials[REFERENCE] = real
+    for label, source in generated.items():
+        own = _material(label, source, extractors, reading, role="generated", cache=None)
+        if PartialState().is_main_process:
+            _score(label, own, real, extractors, plan, reading, protocol, result)
+            result.materials[label] = replace(own, inputs={})  # features are needed no more
+    if not PartialState().is_main_process:
+        return None
+    facts = {
+        "batch_size": reading.batch_size,
+        "device": str(PartialState().device),
+        "processes": PartialState().num_processes,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    record = EvaluationRecord(
+        scores=tuple(result.scores),
+        sets={label: material.summary for label, material in result.materials.items()},
+        extractors=tuple(extractor.summary for extractor in extractors),
+        seeds={"metrics": plan.seed},
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        warnings=tuple(result.warnings),
+        images=tuple(result.rows),
+        refused=result.refused,
+        settings={**(settings or {}), "protocol": protocol, **facts},
+    )
+    return Outcome(record, lambda label, name: result.materials[label].picture(name))
+
+
+def _material(
+    label: str,
+    source: str | ImageSet,
+    extractors: Sequence[Extractor],
+    reading: Reading,
+    *,
+    role: str,
+    cache: FeatureCache | None,
+) -> Material:
+    if isinstance(source, str) and is_material_file(source):
+        return of_file(Path(source), extractors, role=role)
+    images = open_set(source, download=reading.download) if isinstance(source, str) else source
+    made = extract(
+        images, extractors, batch_size=reading.batch_size, skip_bad=reading.skip_bad, cache=cache, title=label
+    )
+    material = of_images(images, made, extractors, role=role)
+    if reading.save_features is None or not PartialState().is_main_process:
+        return material
+    for extractor in extractors:
+        name = f"{extractor.name.replace('/', '_').replace(':', '-')}.safetensors"
+        content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.facts)
+        write_features(reading.save_features / label / name, content)
+    return replace(material, summary=replace(material.summary, features=str(reading.save_features / label)))
+
+
+def _score(
+    label: str,
+    own: Material,
+    real: Material | None,
+    extractors: Sequence[Extractor],
+    plan: Plan,
+    reading: Reading,
+    protocol: str | None,
+    result: _Result,
+) -> None:
+    result.warnings += overlap.check_repeats(own.facts, label=label)
+    if real is not None and own.facts and real.facts:
+        found = overlap.check_sets(own.facts, real.facts, label=label, allow_overlap=reading.allow_overlap)
+        result.warnings += found
+    if protocol is not None:
+        counts = {"n_generated": own.summary.count, "n_real": real.summary.count if real else 0}
+        result.warnings += protocols.shortfall(protocols.protocol(protocol), protocol, **counts)
+    for extractor in extractors:
+        scores, refused = score_set(label, own, real, extractor, plan)
+        result.scores += scores
+        result.refused |= refused
+    showing = next((e for e in extractors if e.features is not None), None)
+    if showing is not None and own.facts:
+        result.rows += image_rows(label, own, real, showing)
+
+
+def deterministic() -> None:
+    """The same numbers in every run: without it cuDNN chooses kernels by their speed."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,210 @@
+"""Scores of sets from their features: every metric that applies, with interval, floor and identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from diffadapt.evaluation.extractors import Extractor
+from diffadapt.evaluation.materials import Material
+from diffadapt.evaluation.record import ImageRow, Score
+from diffadapt.metrics.copying import nearest_images
+from diffadapt.metrics.evaluate import evaluate
+from diffadapt.metrics.inputs import Inputs
+from diffadapt.metrics.manifold import realism
+from diffadapt.metrics.naming import score_name
+from diffadapt.metrics.registry import METRICS, Metric
+from diffadapt.metrics.similarity import text_similarities
+from diffadapt.nearest import near
+
+ALL = "all"
+REALISM_K = 3
+KINDS = {"embedded:clip": "clip", "embedded:digits": "digits", "dinov2": "dino"}  # name or its head -> kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed.
+
+    Attributes:
+        metrics: keys of the registry; () for all that apply.
+        options: metric -> options that differ from its defaults.
+        allow_small: score below the minimum numbers of images too, and stamp it.
+        intervals: whether to spend the time for them.
+    """
+
+    metrics: tuple[str, ...] = ()
+    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    seed: int = 0
+    allow_small: bool = False
+    intervals: bool = True
+
+
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """`fid,kid` -> keys; `all` -> (). Raises: ValueError naming the nearest metric."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in METRICS and name != ALL:
+            raise ValueError(f"unknown metric {name!r}{near(name, [*METRICS, ALL])}")
+    if not names:
+        raise ValueError("--metrics names no metric; give some with commas, or all")
+    return () if ALL in names else names
+
+
+def check_plan(
+    plan: Plan, extractors: Sequence[Extractor], *, has_reference: bool, has_prompts: bool
+) -> None:
+    """Raises: ValueError, before any image is read, for a metric asked for that no extractor can give."""
+    for key in plan.metrics:
+        metric, reasons = METRICS[key], []
+        for extractor in extractors:
+            reason = _missing(metric, extractor, has_reference=has_reference, has_prompts=has_prompts)
+            if reason is None:
+                break
+            reasons.append(reason)
+        else:
+            raise ValueError(f"{key} cannot be computed: {'; '.join(reasons)}")
+
+
+def score_set(
+    label: str, generated: Material, real: Material | None, extractor: Extractor, plan: Plan
+) -> tuple[list[Score], dict[str, str]]:
+    """All scores of one set under one extractor, and what was refused: metric -> reason.
+
+    Raises: ValueError (TooFewImages) for a metric that was asked for by name.
+    """
+    own, reference = generated.inputs[extractor.name], real and real.inputs[extractor.name]
+    scores: list[Score] = []
+    refused: dict[str, str] = {}
+    for key in plan.metrics or METRICS:
+        metric = METRICS[key]
+        if not _applies(metric, extractor, own, reference, is_named=bool(plan.metrics)):
+            continue
+        try:
+            scores += _scores(label, metric, own, reference, extractor, plan, real)
+        except ValueError as error:  # too few images, also where none of the rules can be waived
+            if plan.metrics:
+                raise
+            refused[f"{label}: {score_name(metric.scores[0], extractor.name)}"] = str(error)
+    return scores, refused
+
+
+def image_rows(
+    label: str, generated: Material, real: Material | None, extractor: Extractor
+) -> list[ImageRow]:
+    """Figures of each image: likeness to its text, realism, and the nearest reference image."""
+    own, reference = generated.inputs[extractor.name], real and real.inputs[extractor.name]
+    values: dict[str, Tensor] = {}
+    nearest: list[str | None] = [None] * len(generated.facts)
+    if "features" in own.roles and "texts" in own.roles:
+        values["clip_t"] = text_similarities(images=own["features"], texts=own["texts"])
+    if reference is not None and "features" in reference.roles and "features" in own.roles:
+        if reference.n > REALISM_K:
+            values["realism"] = realism(real=reference["features"], generated=own["features"], k=REALISM_K)
+        found = nearest_images(generated=own["features"], training=reference["features"])
+        values["nearest_similarity"] = found.similarity
+        nearest = [real.facts[row].name for row in found.index.tolist()]
+    seeds = generated.summary.made.get("seeds") or [None] * len(nearest)
+    finite = {name: column.clamp(max=1e9).tolist() for name, column in values.items()}  # a copy's is infinite
+    return [
+        ImageRow(
+            label,
+            facts.name,
+            {name: column[row] for name, column in finite.items()},
+            nearest[row],
+            "reference" if nearest[row] is not None else None,
+            generated.prompts[row] if generated.prompts else None,
+            seeds[row],
+        )
+        for row, facts in enumerate(generated.facts)
+    ]
+
+
+def kind_of(extractor: Extractor) -> str:
+    """inception, vgg16, clip, dino, lpips, digits, or the module of one's own."""
+    head = extractor.name.partition(":")[0]
+    return KINDS.get(extractor.name) or KINDS.get(head) or head
+
+
+def _scores(
+    label: str, metric: Metric, own: Inputs, reference: Inputs | None, extractor: Extractor, plan: Plan,
+    real: Material | None,
+) -> list[Score]:  # fmt: skip
+    paired = bool(metric.real)
+    options = dict(plan.options.get(metric.key, {}))
+    network = _squared_distance if extractor.perceptual else None
+    result = evaluate(
+        metric.key,
+        generated=own,
+        real=reference,
+        seed=plan.seed,
+        allow_small=plan.allow_small,
+        intervals=plan.intervals,
+        network=network,
+        **options,
+    )
+    layer = extractor.logits if "logits" in metric.generated else extractor.features or extractor.perceptual
+    identity = {
+        "metric": metric.key,
+        "metric_version": metric.version,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "preset": extractor.preset,
+        "layer": layer,
+        "reference": real.summary.fingerprint if paired else None,
+        "options": dict(result.options),
+        "n_generated": result.n["generated"],
+        "n_real": result.n.get("real"),
+        "seed": plan.seed,
+    }
+    return [
+        Score(
+            score_name(score, extractor.name),
+            metric.key,
+            label,
+            estimate.value,
+            estimate.interval,
+            dict(result.n),
+            (result.floor or {}).get(score),
+            metric.better,
+            {**identity, "score": score},
+            result.notes,
+        )
+        for score, estimate in result.values.items()
+    ]
+
+
+def _applies(
+    metric: Metric, extractor: Extractor, own: Inputs, reference: Inputs | None, *, is_named: bool
+) -> bool:
+    """Whether the features at hand are what a metric reads and, unless named, of the kind it is for."""
+    has_roles = all(role in own.roles for role in metric.generated)
+    has_real = not metric.real or (reference is not None and all(r in reference.roles for r in metric.real))
+    return has_roles and has_real and (is_named or _suits(metric, extractor))
+
+
+def _suits(metric: Metric, extractor: Extractor) -> bool:
+    """CLIP-I is not computed from DINO features, nor the other way round, unless asked for by name."""
+    kind = kind_of(extractor)
+    if metric.key == "copy_rate":
+        return kind in ("clip", "dino")
+    return metric.extractor == "inception" or metric.extractor == kind
+
+
+def _missing(metric: Metric, extractor: Extractor, *, has_reference: bool, has_prompts: bool) -> str | None:
+    layers = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
+    for role in metric.generated:
+        if role in layers and layers[role] is None:
+            return f"{extractor.name} gives no {role}" if role != "pixels" else "it needs an lpips: extractor"
+        if role == "texts" and extractor.texts is None:
+            return f"{extractor.name} knows no texts; use a clip: extractor"
+        if role in ("texts", "groups") and not has_prompts:
+            return "it needs the prompts of the images: draw them with --adapters or --run"
+    return "it needs a --reference" if metric.real and not has_reference else None
+
+
+def _squared_distance(first: Tensor, second: Tensor) -> Tensor:
+    """LPIPS of two images from the rows of an lpips extractor."""
+    return (first - second).square().sum(dim=1)
