@@ -4,7 +4,6 @@ Everything in a batch is a function of (seed, epoch, sample): the same batch com
 number of processes, and whether or not latents are cached.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,10 @@ from tqdm import tqdm
 
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import DiskCache, open_cache
+from diffadapt.data.description import describe
 from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
 from diffadapt.data.examples import Draw, Example, Examples, Order
-from diffadapt.data.images import View, check_images, listed
+from diffadapt.data.images import ImageSource, View, check_images, listed
 from diffadapt.data.randomness import integer, normal, uniform
 from diffadapt.data.stream import Stream
 from diffadapt.models.families import Base
@@ -46,6 +46,7 @@ class Batches:
         resolution: side of the square that is cut from a picture, in pixels.
         center_crop: cut the middle, not a random place.
         random_flip: mirror every other picture, at random.
+        trigger_word: stands before every caption that does not hold it.
         caption_dropout: share of samples that are told the base's empty caption (or null class).
         noise_offset: deviation of a constant that is added to each channel of the noise.
         cache_latents: "memory", "disk" or "none"; None: memory where it can be.
@@ -65,6 +66,7 @@ class Batches:
         center_crop: bool,
         seed: int,
         random_flip: bool = False,
+        trigger_word: str | None = None,
         caption_dropout: float = 0.0,
         noise_offset: float = 0.0,
         cache_latents: str | None = None,
@@ -76,10 +78,12 @@ class Batches:
             raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
         self.model, self.seed, self.resolution = model, seed, resolution
         self.random_flip, self.caption_dropout = random_flip, caption_dropout
-        self.noise_offset = noise_offset
+        self.noise_offset, self.trigger_word = noise_offset, trigger_word
         self.is_streaming = is_streaming or isinstance(examples, Stream)
         self.timestep_count = model.training_schedule().config.num_train_timesteps
-        self._sizes: dict[object, Size] = {}  # of buckets, by source
+        self.bucket_of: dict[ImageSource, Size] = {}
+        if not self.is_streaming:
+            examples = list(examples)
         sizes = [] if self.is_streaming else check_images([e.source for e in [*examples, *classes]])
         self.order = self._order(examples, classes, buckets, sizes)
         squares = bool(sizes) and all(width == height for width, height in sizes)
@@ -88,24 +92,14 @@ class Batches:
         self.pictures = EncodedPictures(model, self.cache)
         kept = self.cache if isinstance(self.cache, DiskCache) else None
         self.captions = EncodedCaptions(model, kept, recent=RECENT if self.is_streaming else None)
-        self._cut_captions: list = []
+        self.cut_captions: list = []  # captions of which the base does not read the end
         if not self.is_streaming:
             self._prepare([*examples, *classes])
 
     @property
     def description(self) -> str:
-        """What was found and what becomes of it, for people."""
-        lines = [", ".join(filter(None, (self._found(), self._shapes(), self._encoding())))]
-        if self.random_flip or self.caption_dropout:
-            changes = ["half of them mirrored"] if self.random_flip else []
-            changes += [f"{self.caption_dropout:.0%} without caption"] if self.caption_dropout else []
-            lines.append(", ".join(changes))
-        if self._cut_captions:
-            cut = [
-                f"{c.lost!r} of {c.caption!r} ({c.length} of {c.limit} tokens)" for c in self._cut_captions
-            ]
-            lines.append(f"too long for the tokenizer, not read:\n{listed(cut, most=5)}")
-        return "\n".join(lines)
+        """What was found and what becomes of it, for people; several lines when there is more to say."""
+        return describe(self)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions of the endless stream."""
@@ -136,6 +130,8 @@ class Batches:
         for _ in range(MOST_UNREADABLE):
             example = self.order.example(used)
             try:
+                if example.caption == "":
+                    raise UnreadablePicture(f"{example.source} has no caption")
                 encoded, view = self.pictures.get(example.source, self._cut(draw, example))
             except UnreadablePicture as error:
                 if not self.is_streaming:
@@ -147,14 +143,14 @@ class Batches:
         raise ValueError(f"{MOST_UNREADABLE} pictures in a row cannot be read")
 
     def _cut(self, draw: Draw, example: Example) -> Cut:
-        size = self._sizes.get(example.source, (self.resolution, self.resolution))
+        size = self.bucket_of.get(example.source, (self.resolution, self.resolution))
         crop = (0.5, 0.5) if self.center_crop else tuple(uniform(self._key("crop", draw), 2))
         return Cut(size, crop, self.random_flip and uniform(self._key("flip", draw), 1)[0] < 0.5)
 
     def _caption(self, draw: Draw, example: Example) -> str | int:
         if self.caption_dropout and uniform(self._key("dropped", draw), 1)[0] < self.caption_dropout:
             return self.model.empty_caption
-        return example.caption
+        return with_trigger(example.caption, self.trigger_word)
 
     def _key(self, purpose: str, draw: Draw) -> tuple[str | int, ...]:
         return (purpose, self.seed, draw.role, draw.epoch, draw.sample)
@@ -184,8 +180,8 @@ class Batches:
             raise ValueError(f"aspect-ratio buckets and {other} do not go together")
         members: dict[Size, list[int]] = {}
         for index, (example, size) in enumerate(zip(examples, sizes, strict=True)):
-            self._sizes[example.source] = buckets.nearest(size)
-            members.setdefault(self._sizes[example.source], []).append(index)
+            self.bucket_of[example.source] = buckets.nearest(size)
+            members.setdefault(self.bucket_of[example.source], []).append(index)
         order = BucketOrder([members[size] for size in sorted(members)], buckets.group, self.seed)
         return Examples(examples, (), order)
 
@@ -207,31 +203,24 @@ class Batches:
         if self.cache is not None:
             self.pictures.prepare(
                 [
-                    (e.source, Cut(self._sizes.get(e.source, (self.resolution,) * 2), flip=flip))
+                    (e.source, Cut(self.bucket_of.get(e.source, (self.resolution,) * 2), flip=flip))
                     for e in examples
                     for flip in flips
                 ]
             )
-        captions = [e.caption for e in examples]
+        missing = [str(e.source) for e in examples if e.caption == ""]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(examples)} pictures have no caption:\n{listed(missing)}"
+            )
+        captions = [with_trigger(e.caption, self.trigger_word) for e in examples]
         self.captions.prepare(captions + [self.model.empty_caption] * bool(self.caption_dropout))
         if any(isinstance(caption, str) for caption in captions):
-            self._cut_captions = self.model.cut_captions(captions)
+            self.cut_captions = self.model.cut_captions(captions)
 
-    def _found(self) -> str:
-        if isinstance(self.order, Stream):
-            return f"a stream, shuffled in blocks of {self.order.buffer}"
-        classes = f", {len(self.order.classes)} class pictures" if self.order.classes else ""
-        return f"{len(self.order.examples)} pictures{classes}"
 
-    def _shapes(self) -> str:
-        if not self._sizes:
-            return f"{self.resolution} pixels"
-        counts = Counter(self._sizes.values())
-        return ", ".join(f"{count} of {h} x {w}" for (h, w), count in sorted(counts.items()))
-
-    def _encoding(self) -> str:
-        if isinstance(self.cache, DiskCache):
-            return f"encoded once, kept in {self.cache.folder}"
-        if self.cache is not None:
-            return "encoded once"
-        return ("" if self.center_crop else "cut at random and ") + "encoded in every step"
+def with_trigger(caption: str | int, trigger_word: str | None) -> str | int:
+    """The caption with the trigger word before it, unless that is in it already; a class stays as it is."""
+    if trigger_word is None or isinstance(caption, int) or trigger_word in caption:
+        return caption
+    return f"{trigger_word} {caption}"

@@ -4,10 +4,12 @@ import pytest
 import torch
 from pipelines import tiny_sd_pipeline, write_pictures
 
-from diffadapt.data.batches import Batches
+from diffadapt.data.batches import Batches, with_trigger
+from diffadapt.data.buckets import Buckets
 from diffadapt.data.class_images import class_examples
 from diffadapt.data.encoding import Cut
-from diffadapt.data.examples import Order, folder_examples
+from diffadapt.data.examples import Example, Order, folder_examples
+from diffadapt.data.images import list_images, open_image, to_pixels
 from diffadapt.models.families import load_base
 from diffadapt.sampling import Sampler
 
@@ -79,3 +81,122 @@ def test_missing_class_pictures_are_drawn_and_present_ones_kept(tmp_path, model)
     before = examples[0].source.stat().st_mtime_ns
     assert len(class_examples(model.pipe, tmp_path, count=6, **make)) == 6
     assert examples[0].source.stat().st_mtime_ns == before
+
+
+def captioned(tmp_path, count=6, size=(40, 40)):
+    pictures = list_images(write_pictures(tmp_path, count, size=size))
+    return [Example(path, f"disc {index}") for index, path in enumerate(pictures)]
+
+
+def make(model, examples, **given):
+    return Batches(model, examples, **{"resolution": 32, "center_crop": True, "seed": 0, **given})
+
+
+def told(model, batch):
+    """The caption of each sample, known from its text states."""
+    captions = ["", *(f"disc {i}" for i in range(6)), *(f"sks disc {i}" for i in range(6))]
+    states = {caption: model.encode_captions([caption])["encoder_hidden_states"][0] for caption in captions}
+    return [
+        next(c for c, s in states.items() if torch.equal(s, row))
+        for row in batch.conditions["encoder_hidden_states"]
+    ]
+
+
+def test_captions_are_dropped_at_the_rate_asked_for_and_the_same_after_a_resume(tmp_path, model):
+    examples = captioned(tmp_path)
+    words = told(model, make(model, examples, caption_dropout=0.25).batch(range(200)))
+    assert 30 <= words.count("") <= 70
+    assert told(model, make(model, examples, caption_dropout=0.25).batch(range(150, 160))) == words[150:160]
+    assert set(told(model, make(model, examples, caption_dropout=1.0).batch(range(4)))) == {""}
+    with pytest.raises(ValueError, match="share between 0 and 1"):
+        make(model, examples, caption_dropout=1.5)
+
+
+def test_a_trigger_word_stands_before_every_caption_once(tmp_path, model):
+    words = told(model, make(model, captioned(tmp_path), trigger_word="sks").batch(range(6)))
+    assert sorted(words) == [f"sks disc {i}" for i in range(6)]
+    assert with_trigger("sks disc", "sks") == "sks disc"
+    assert with_trigger(3, "sks") == 3
+    assert with_trigger("disc", None) == "disc"
+
+
+def test_half_of_the_pictures_are_mirrored_and_encoded_as_such(tmp_path, model):
+    examples = captioned(tmp_path, count=1, size=(64, 40))
+    batches = make(model, examples, random_flip=True, cache_latents="memory")
+    expected = [
+        model.encode_pixels(to_pixels(open_image(examples[0].source), 32, flip=flip)[None])[0]
+        for flip in (False, True)
+    ]
+    found = [batches._sample(draw)[1] for draw in batches.order.draws(range(60))]
+    mirrored = [torch.equal(encoded, expected[1]) for encoded in found]
+    assert all(m or torch.equal(e, expected[0]) for m, e in zip(mirrored, found, strict=True))
+    assert 18 <= sum(mirrored) <= 42
+
+
+def test_buckets_keep_shapes_and_fill_batches_with_one_size(tmp_path, model):
+    examples = captioned(tmp_path / "wide", 3, (80, 40)) + captioned(tmp_path / "tall", 5, (40, 70))
+    buckets = Buckets(((32, 32), (16, 32), (32, 16)), group=2)
+    batches = make(model, examples, buckets=buckets)
+    shapes = {tuple(batches.batch(range(p, p + 2)).latents.shape[-2:]) for p in range(0, 16, 2)}
+    assert shapes == {(4, 8), (8, 4)}
+    assert "3 of 16 x 32, 5 of 32 x 16" in batches.description
+    with pytest.raises(ValueError, match="buckets and --streaming do not go together"):
+        make(model, examples, buckets=buckets, is_streaming=True)
+
+
+def test_noise_offset_moves_whole_channels(tmp_path, model):
+    examples = captioned(tmp_path, 2)
+    plain, moved = (make(model, examples, noise_offset=o).batch(range(3)).noise for o in (0.0, 0.1))
+    change = moved - plain
+    assert torch.allclose(change, change[..., :1, :1].expand_as(change), atol=1e-6)
+    assert 0.01 < change[..., 0, 0].abs().mean() < 0.3
+
+
+def test_streaming_reads_late_and_leaves_out_what_cannot_be_used(tmp_path, model, capsys):
+    examples = captioned(tmp_path)
+    whole = make(model, examples, cache_latents="none")
+    late = make(model, examples, is_streaming=True)
+    assert same(whole.batch(range(4)), late.batch(range(4)))
+    examples[2].source.write_bytes(b"no picture")
+    examples[4] = Example(examples[4].source, "")
+    late = make(model, examples, is_streaming=True)
+    words = told(model, late.batch(range(6)))
+    assert set(words) == {f"disc {i}" for i in (0, 1, 3, 5)}
+    shown = capsys.readouterr().out
+    assert f"left out: {examples[2].source} cannot be read" in shown
+    assert f"left out: {examples[4].source} has no caption" in shown
+    for example in examples:
+        example.source.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="in a row cannot be read"):
+        late.batch(range(1))
+
+
+def test_streaming_may_keep_encodings_on_disk_only(tmp_path, model):
+    examples = captioned(tmp_path / "a", 3)
+    kept = {"cache_latents": "disk", "cache_dir": str(tmp_path / "cache"), "is_streaming": True}
+    first, again = (make(model, examples, **kept).batch(range(3)) for _ in range(2))
+    assert same(first, again)
+    with pytest.raises(ValueError, match="larger than memory"):
+        make(model, examples, cache_latents="memory", is_streaming=True)
+
+
+def test_encodings_of_random_cuts_are_not_kept(tmp_path, model):
+    examples = captioned(tmp_path, 2, (64, 40))
+    with pytest.raises(ValueError, match="add --center_crop"):
+        make(model, examples, center_crop=False, cache_latents="memory")
+    assert "cut at random and encoded in every step" in make(model, examples, center_crop=False).description
+
+
+def test_missing_and_cut_captions_are_told_before_the_first_step(tmp_path, model):
+    examples = captioned(tmp_path, 2)
+    long = [Example(examples[0].source, "a picture of a very long disc"), examples[1]]
+    description = make(model, long).description
+    assert "too long for the tokenizer, so not read" in description
+    assert "of 'a picture of a very long disc'" in description
+    with pytest.raises(ValueError, match=r"1 of 2 pictures have no caption(.|\n)*picture-0"):
+        make(model, [Example(examples[0].source, ""), examples[1]])
+
+
+def test_the_files_of_samples_can_be_named(tmp_path, model):
+    batches = make(model, captioned(tmp_path, 3))
+    assert sorted(batches.names(range(3))) == sorted(str(p) for p in list_images(tmp_path))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffadapt.data.images import check_images, list_images, open_image, to_pixels
+from diffadapt.data.images import StoredImage, check_images, list_images, open_image, to_pixels, view_of
 
 
 def saved(path, array, mode=None, **options):
@@ -91,3 +91,78 @@ def test_the_crop_says_where_the_square_lies():
     assert to_pixels(image, 32, crop=(1.0, 0.5)).min() == 1
     assert to_pixels(image, 32, crop=(1.0, 0.5), flip=True).min() == 1
     assert to_pixels(image, 32, crop=(0.5, 0.5)).mean() == pytest.approx(0, abs=0.1)
+
+
+def test_decompression_bombs_are_refused_by_name_before_they_are_unpacked(tmp_path, monkeypatch):
+    image = Image.new("1", (30_000, 30_000))
+    image.save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb.png: .*(900000000 pixels|decompression bomb)"):
+        check_images([tmp_path / "bomb.png"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # whatever a program does to Pillow's own limit
+    with pytest.raises(ValueError, match=r"bomb.png: 30000 x 30000 pixels are refused"):
+        check_images([tmp_path / "bomb.png"])
+
+
+def test_a_thread_of_pixels_is_listed(tmp_path):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "thread.png")
+    with pytest.raises(ValueError, match=r"thread.png: 1 x 5000 pixels: one side is more than 32 times"):
+        check_images([tmp_path / "thread.png"])
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp", "gif", "tif", "bmp", "png"])
+def test_files_cut_anywhere_are_listed_and_never_crash(tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    whole = saved(tmp_path / f"whole.{kind}", pixels).read_bytes()
+    for cut in range(0, len(whole), max(1, len(whole) // 12)):
+        (tmp_path / f"cut-{cut}.{kind}").write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"pictures cannot be read; remove or repair:\n .*cut-0"):
+        check_images(list_images(tmp_path))
+
+
+def test_links_out_of_the_folder_are_listed_and_links_within_are_followed(tmp_path):
+    saved(tmp_path / "secret.png", np.zeros((4, 4, 3), np.uint8))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    saved(folder / "a.png", np.zeros((4, 4, 3), np.uint8))
+    (folder / "b.png").symlink_to(folder / "a.png")
+    assert len(list_images(folder)) == 2
+    (folder / "c.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match=r"links out of .*data(.|\n)*c.png"):
+        list_images(folder)
+
+
+def test_pictures_in_memory_are_read_like_files(tmp_path):
+    path = saved(tmp_path / "a.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    stored = StoredImage("the first", path.read_bytes())
+    assert open_image(stored).tobytes() == open_image(path).tobytes()
+    with pytest.raises(ValueError, match="the second: "):
+        check_images([stored, StoredImage("the second", b"no picture")])
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 64), (100, 70), (32, 32)])
+@pytest.mark.parametrize("crop", [(0.0, 0.0), (0.5, 0.5), (1.0, 0.3)])
+def test_a_view_says_what_was_cut(size, crop):
+    """A picture whose colours are its coordinates shows where the cut lies, mirrored or not."""
+    width, height = size
+    values = np.zeros((height, width, 3), np.uint8)
+    values[..., 0], values[..., 1] = np.arange(width), np.arange(height)[:, None]
+    target = (height // 2, width // 2) if min(size) > 32 else (min(size), min(size))
+    for flip in (False, True):
+        view = view_of(size, target, crop=crop, flip=flip)
+        assert view.original_size == (height, width)
+        assert view.size == target
+        source = values[:, ::-1] if flip else values
+        if min(size) == 32:  # not scaled: pixels can be compared
+            top, left = view.crop
+            expected = source[top : top + 32, left : left + 32]
+            found = (to_pixels(Image.fromarray(values), target, crop=crop, flip=flip) + 1) * 127.5
+            assert np.array_equal(found.round().byte().permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_part_of_another_shape_keeps_the_shape_of_things():
+    image = Image.new("RGB", (120, 60), "black")
+    image.paste("white", (60, 0, 120, 60))
+    pixels = to_pixels(image, (16, 32))
+    assert pixels.shape == (3, 16, 32)
+    assert pixels[:, :, :14].max() < -0.9
+    assert pixels[:, :, 18:].min() > 0.9

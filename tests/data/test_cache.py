@@ -1,0 +1,115 @@
+"""The cache on disk: the same encodings, never those of another base or picture, damaged entries made anew."""
+
+import pytest
+import torch
+from pipelines import tiny_sd_pipeline, write_pictures
+
+from diffadapt.data.batches import Batches
+from diffadapt.data.cache import DiskCache, fingerprint, key_of, open_cache
+from diffadapt.data.examples import Example, folder_examples
+from diffadapt.data.images import list_images
+from diffadapt.models.families import load_base
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Two bases of one architecture with other weights."""
+    folder = tmp_path_factory.mktemp("bases")
+    return [load_base(str(tiny_sd_pipeline(folder / str(seed), vae="kl", seed=seed))) for seed in (0, 1)]
+
+
+def make(model, examples, **given):
+    return Batches(model, examples, **{"resolution": 32, "center_crop": True, "seed": 0, **given})
+
+
+def disk(tmp_path):
+    return {"cache_latents": "disk", "cache_dir": str(tmp_path / "cache")}
+
+
+def same(first, second):
+    pairs = [
+        (first.latents, second.latents),
+        *((v, second.conditions[k]) for k, v in first.conditions.items()),
+    ]
+    return all(torch.equal(one, two) for one, two in pairs)
+
+
+def counted(monkeypatch, model):
+    """How often the base encodes pictures and captions from now on."""
+    calls = []
+    for name in ("encode_pixels", "encode_captions"):
+        whole = getattr(type(model), name)
+        monkeypatch.setattr(type(model), name, lambda self, x, n=name, f=whole: calls.append(n) or f(self, x))
+    return calls
+
+
+def test_a_second_run_encodes_nothing_and_sees_the_same_batches(tmp_path, bases, monkeypatch):
+    examples = [Example(p, f"disc {i}") for i, p in enumerate(list_images(write_pictures(tmp_path / "a", 3)))]
+    plain = make(bases[0], examples, random_flip=True).batch(range(6))
+    first = make(bases[0], examples, random_flip=True, **disk(tmp_path)).batch(range(6))
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 3 * 2 + 3  # mirrored ones, captions
+    calls = counted(monkeypatch, bases[0])
+    second = make(bases[0], examples, random_flip=True, **disk(tmp_path)).batch(range(6))
+    assert calls == []
+    assert same(plain, first)
+    assert same(plain, second)
+
+
+def test_another_base_another_size_and_an_edited_picture_never_hit(tmp_path, bases, monkeypatch):
+    folder = write_pictures(tmp_path / "a", 1)
+    examples = folder_examples(folder, "a disc")
+    make(bases[0], examples, **disk(tmp_path))
+    calls = counted(monkeypatch, bases[0])
+    make(bases[1], examples, **disk(tmp_path))
+    assert calls == ["encode_pixels", "encode_captions"]
+    make(bases[0], examples, resolution=16, **disk(tmp_path))
+    assert calls[2:] == ["encode_pixels"]
+    write_pictures(tmp_path / "b", 2)
+    (tmp_path / "b" / "picture-1.png").replace(folder / "picture-0.png")
+    make(bases[0], examples, **disk(tmp_path))
+    assert calls[3:] == ["encode_pixels"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "swap"])
+def test_a_damaged_entry_is_made_again_with_a_notice(tmp_path, bases, capsys, damage):
+    examples = folder_examples(write_pictures(tmp_path / "a", 2), "a disc")
+    expected = make(bases[0], examples, **disk(tmp_path)).batch(range(4))
+    entries = sorted((tmp_path / "cache").glob("*/*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(entries[0].read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+    entries[0].write_bytes({"flip": data, "cut": data[:50], "swap": entries[1].read_bytes()}[damage])
+    capsys.readouterr()
+    assert same(make(bases[0], examples, **disk(tmp_path)).batch(range(4)), expected)
+    assert "it is made again" in capsys.readouterr().out
+    make(bases[0], examples, **disk(tmp_path))
+    assert "made again" not in capsys.readouterr().out
+
+
+def test_entries_are_whole_or_not_there(tmp_path, monkeypatch):
+    cache = DiskCache(tmp_path)
+    monkeypatch.setattr(
+        "diffadapt.data.cache.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        cache.put(key_of(a=1), {"encoded": torch.zeros(2)})
+    assert cache.get(key_of(a=1)) is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_fingerprints_tell_weights_settings_and_words_apart(bases):
+    first, second = (base.pipe for base in bases)
+    assert fingerprint(first.vae) == fingerprint(first.vae)
+    assert fingerprint(first.vae) != fingerprint(second.vae)
+    assert fingerprint(first.text_encoder) != fingerprint(first.text_encoder, first.tokenizer)
+    assert key_of(a=1, b=2) == key_of(b=2, a=1) != key_of(a=1, b=3)
+
+
+def test_kinds_of_caches_and_what_they_need(tmp_path):
+    assert open_cache("none") is None
+    with pytest.raises(ValueError, match="belong together"):
+        open_cache("disk")
+    with pytest.raises(ValueError, match="belong together"):
+        open_cache("memory", tmp_path)
+    with pytest.raises(ValueError, match="one of memory, disk, none"):
+        open_cache("gpu")
