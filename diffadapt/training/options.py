@@ -29,6 +29,13 @@ class TrainOptions:
     # pictures
     resolution: int | None = option(None, "side of the training pictures in pixels; default: the base's own")
     center_crop: bool | None = option(None, "cut the middle of a picture instead of a random square")
+    random_flip: bool = option(False, "mirror every other picture, at random")
+    cache_latents: str | None = option(
+        None,
+        "keep encoded pictures; default: memory, when they are always cut alike",
+        choices=("memory", "disk", "none"),
+    )
+    cache_dir: str | None = option(None, "folder of --cache_latents disk; several runs can share it")
     train_batch_size: int | None = option(None, "pictures per process and microstep")
     # the adapter
     adapter: str = option("lora", "method, as flora or flora(rank=8); `diffadapt methods` lists them")

@@ -1,4 +1,4 @@
-"""The cache on disk: the same encodings, never those of another base or picture, damaged entries made anew."""
+"""The cache on disk: the same encodings, none of another base or picture, damaged ones made anew."""
 
 import pytest
 import torch
@@ -88,9 +88,12 @@ def test_a_damaged_entry_is_made_again_with_a_notice(tmp_path, bases, capsys, da
 
 def test_entries_are_whole_or_not_there(tmp_path, monkeypatch):
     cache = DiskCache(tmp_path)
-    monkeypatch.setattr(
-        "diffadapt.data.cache.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
-    )
+
+    def fails(entry, path, metadata):
+        path.write_bytes(b"half an entry")
+        raise OSError("full")
+
+    monkeypatch.setattr("diffadapt.data.cache.save_file", fails)
     with pytest.raises(OSError, match="full"):
         cache.put(key_of(a=1), {"encoded": torch.zeros(2)})
     assert cache.get(key_of(a=1)) is None

@@ -1,4 +1,4 @@
-"""Captions from .txt files and metadata, classes from folders; what is missing or leads elsewhere is listed."""
+"""Captions from .txt files and metadata, classes from folders; what is missing or outside is listed."""
 
 import json
 
