@@ -45,7 +45,7 @@ def page(record: EvaluationRecord, picture: Picture) -> str:
     """The whole HTML document."""
     title = "Evaluation of " + (", ".join(record.labels) or "nothing")
     body = [
-        _stamp(record.stamp),
+        stamp_of(record.stamp),
         f"<main><h1>{escape(title)}</h1>",
         _introduction(record),
         _warnings(record),
@@ -100,7 +100,8 @@ def thumbnail(image: Image.Image) -> tuple[str, bool]:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}", small
 
 
-def _stamp(stamp: str) -> str:
+def stamp_of(stamp: str) -> str:
+    """The band on top of a page; empty for real scores."""
     return f'<div class="stamp">{stamp} <span>· {STAMPS[stamp]}</span></div>' if stamp else ""
 
 

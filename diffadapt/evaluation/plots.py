@@ -84,14 +84,16 @@ def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.2), layout="constrained")
         axes = figure.subplots()
-        everything = [value for own in values.values() for value in own]
-        low, high = min(everything), max(everything)
+        everything = sorted(value for own in values.values() for value in own)
+        low, high = everything[0], _without_outliers(everything)
         span = (low, high) if high > low else (low - 0.5, high + 0.5)
+        beyond = sum(value > span[1] for value in everything)
         for place, (label, own) in enumerate(values.items()):
             colour = COLOURS[place % len(COLOURS)]
             axes.hist(own, bins=24, range=span, histtype="stepfilled", alpha=0.35, color=colour)
             axes.hist(own, bins=24, range=span, histtype="step", color=colour, label=_short(label))
-        axes.set_title(f"{name} of each image", fontsize=10, loc="left")
+        more = f" ({beyond} beyond)" if beyond else ""
+        axes.set_title(f"{name} of each image{more}", fontsize=10, loc="left")
         axes.set_ylabel("images")
         if len(values) > 1:
             axes.legend(frameon=False, fontsize=8)
@@ -137,6 +139,13 @@ def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+
+
+def _without_outliers(values: Sequence[float]) -> float:
+    """The largest of sorted values that is not far beyond most: an exact copy has a realism without limit."""
+    quarter, most = values[len(values) // 4], values[3 * len(values) // 4]
+    limit = most + 10 * (most - quarter)
+    return max(value for value in values if value <= limit)
 
 
 def _bytes(figure: Figure, kind: str) -> bytes:

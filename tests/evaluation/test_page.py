@@ -59,7 +59,7 @@ def test_the_page_holds_scores_plots_and_images_and_fetches_nothing():
 
 
 def test_text_from_outside_is_escaped():
-    html = page(record(), picture)
+    html = page(record(("lora",), count=4), picture)
     assert "<b>cat</b>" not in html
     assert "&lt;b&gt;cat&lt;/b&gt; &amp; number" in html
     assert "<PNG>" not in html
@@ -69,7 +69,7 @@ def test_text_from_outside_is_escaped():
     ("options", "stamp"), [({}, "DEMO"), ({"smoke": True}, "NOT A SCORE"), ({"demo": False}, None)]
 )
 def test_the_stamp_stands_on_top_and_in_the_title(options, stamp):
-    html = page(record(**options), picture)
+    html = page(record(("lora",), count=4, **options), picture)
     title = re.search("<title>(.*)</title>", html).group(1)
     assert ('class="stamp"' in html) == (stamp is not None)
     assert stamp is None or title.startswith(stamp)
@@ -116,7 +116,7 @@ def test_nothing_is_left_when_a_picture_cannot_be_read(tmp_path):
         raise ValueError("damaged")
 
     with pytest.raises(ValueError, match="damaged"):
-        write_page(record(), tmp_path / "page.html", broken)
+        write_page(record(("lora",), count=4), tmp_path / "page.html", broken)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,11 +126,14 @@ def test_the_front_holds_the_points_no_other_beats():
     assert [point.label for point in pareto_front(points, better="higher")] == ["e"]
 
 
-def test_a_plot_is_the_same_bytes_every_time_and_stands_equal_values(tmp_path):
+def test_a_plot_is_the_same_bytes_every_time_and_accepts_equal_values(tmp_path):
     for name in ("one.svg", "two.svg"):
         save_plot(interval_plot(record().scores), tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     save_plot(histogram({"a": [1.0, 1.0, 1.0]}, "realism"), tmp_path / "equal.png")
+    copies = histogram({"a": [*[0.1 * i for i in range(20)], 1e9]}, "realism").axes[0]
+    assert copies.get_title("left") == "realism of each image (1 beyond)"
+    assert copies.get_xlim()[1] < 3
     assert Image.open(tmp_path / "equal.png").width > 100
 
 
