@@ -4,9 +4,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from diffadapt.data.examples import Draw
 from diffadapt.data.randomness import permutation
+
+if TYPE_CHECKING:
+    from diffadapt.models.families import Base
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -22,6 +26,17 @@ class Buckets:
         """The size whose shape is nearest to a picture of `image_size` (width, height)."""
         ratio = math.log(image_size[1] / image_size[0])
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
+
+
+def size_step(model: "Base") -> int:
+    """What the sides of a picture must be multiples of, for the autoencoder and every level of the denoiser.
+
+    Raises: ValueError for a denoiser that is made for one size only.
+    """
+    config = model.denoiser.config
+    if "block_out_channels" not in config:
+        raise ValueError("--aspect_ratio_buckets needs a UNet; this base is made for one size of pictures")
+    return model.resolution // config.sample_size * 2 ** (len(config.block_out_channels) - 1)
 
 
 def bucket_sizes(text: str, *, resolution: int, step: int) -> tuple[Size, ...]:

@@ -65,9 +65,7 @@ def list_images(folder: str | Path, *, recursive: bool = False) -> list[Path]:
         raise ValueError(f"no pictures in {str(folder)!r}; expected files ending in {kinds}")
     outside = [str(p) for p in paths if not is_inside(p, folder)]
     if outside:
-        raise ValueError(
-            f"links that lead out of {str(folder)!r}; copy the files instead:\n{listed(outside)}"
-        )
+        raise ValueError(f"links out of {str(folder)!r}; copy the files instead:\n{listed(outside)}")
     return paths
 
 

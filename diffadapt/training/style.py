@@ -1,0 +1,132 @@
+"""Before and after a style run: pictures of held-out captions beside the real ones, and figures of them."""
+
+import shlex
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffadapt.data.batches import Batches, with_trigger
+from diffadapt.data.examples import Example
+from diffadapt.data.grid import Panel, to_pictures
+from diffadapt.metrics.features import ClipFeatures, load_clip
+from diffadapt.metrics.frechet import fid
+from diffadapt.metrics.naming import score_name
+from diffadapt.metrics.similarity import paired_similarity
+from diffadapt.sampling import Shot, shots
+from diffadapt.training.held_out import HeldOutLoss, pixels_of
+from diffadapt.training.report import Figures, Pictures, Report
+from diffadapt.training.setup import Setup
+
+SHOWN, COLUMNS = 12, 4  # pictures per block of the grid
+
+
+def figures(
+    extractor: ClipFeatures,
+    *,
+    real: Tensor,
+    shown: Sequence[Example],
+    before: Pictures,
+    after: Pictures,
+) -> Figures:
+    """How near drawn pictures are to real ones in the style; every figure names its extractor.
+
+    Args:
+        real: (N, 3, H, W) in [0, 1]; the first of them have the captions of the drawn pictures.
+        shown: the examples whose captions were drawn.
+    Returns: mean cosine of drawn pictures with the real ones of their captions, and with the captions; the
+        Frechet distance between all drawn and all real pictures (of so few it only compares before and after).
+    """
+    reference, words = extractor.images([real]), extractor.texts([str(e.caption) for e in shown])
+    distance = score_name("fid", extractor.name)
+    values: Figures = {}
+    for when, pictures in (("before", before), ("after", after)):
+        drawn = extractor.images([pictures["captions"]])
+        found = {
+            f"similarity_to_real[{extractor.name}]": paired_similarity(drawn, reference[: len(drawn)]),
+            f"text_agreement[{extractor.name}]": paired_similarity(drawn, words),
+            distance: fid(real=reference, generated=drawn),
+        }
+        for name, value in found.items():
+            values.setdefault(name, {})[when] = value
+    return values
+
+
+class StyleReport(Report):
+    """Pictures and figures of a style: captions that were not trained on, or, without any, trained ones.
+
+    Args:
+        held_out: captioned pictures that are not trained on.
+    """
+
+    def __init__(self, setup: Setup, batches: Batches, held_out: Sequence[Example]):
+        super().__init__(setup)
+        options, self.batches, self.held_out = self.options, batches, held_out
+        count, prompt = options.num_validation_images, options.validation_prompt
+        self.shown = [] if prompt else self._shown(count)
+        captions = [with_trigger(e.caption, options.trigger_word) for e in self.shown]
+        self.shots = {"captions": [Shot(c, options.seed + i) for i, c in enumerate(captions)]}
+        if prompt:
+            self.shots = {"captions": shots(prompt, count, seed=options.seed)}
+        self._accelerator, self._losses = setup.accelerator, {}
+
+    def begin(self) -> None:
+        if self.held_out:
+            cut = {"resolution": self.options.resolution, "trigger_word": self.options.trigger_word}
+            self._loss = HeldOutLoss(self.model, self.held_out, self._accelerator, **cut)
+            self._losses["before"] = self._loss.measure()
+        super().begin()
+
+    def losses(self) -> Figures:
+        if not self.held_out:
+            return {}
+        return {"held_out_loss": {**self._losses, "after": self._loss.measure()}}
+
+    def figures(self) -> Figures:
+        if not self.shown:
+            return {}
+        others = [e for e in self.held_out if e not in self.shown]
+        return figures(
+            load_clip(self.options.extractor),
+            real=pixels_of([*self.shown, *others], self.options.resolution),
+            shown=self.shown,
+            before=self.pictures["before"],
+            after=self.pictures["after"],
+        )
+
+    def panels(self) -> list[list[Panel]]:
+        """Real pictures | their captions before | after."""
+        captions = [shot.prompt for shot in self.shots["captions"][:SHOWN]]
+        kind = "held out from training" if self.held_out else "trained on"
+        real = pixels_of(self.shown[:SHOWN], self.options.resolution) if self.shown else None
+        row = [] if real is None else [Panel(f"real, {kind}", to_pictures(real), COLUMNS, captions)]
+        for when in ("before", "after"):
+            drawn = to_pictures(self.pictures[when]["captions"][:SHOWN])
+            row.append(Panel(when, drawn, COLUMNS, captions))
+        return [row]
+
+    def subject(self) -> str:
+        return self.options.dataset_name or self.options.train_data_dir
+
+    def data_note(self) -> str:
+        return self.batches.description.splitlines()[0]
+
+    def draw_command(self) -> str:
+        drawn = self.shots["captions"]
+        prompt = drawn[0].prompt if drawn else with_trigger("a cat", self.options.trigger_word)
+        return f"--prompt {shlex.quote(prompt)}"
+
+    def next_command(self) -> str:
+        adapter = shlex.quote(self.options.adapter)
+        return (
+            f"accelerate launch train_scripts/style_transfer.py --adapter {adapter} "
+            "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
+            "--train_data_dir CAPTIONED_PICTURES --output_dir runs/style"
+        )
+
+    def _shown(self, count: int) -> list[Example]:
+        """The held-out examples, evenly chosen; without any, the first that are trained on."""
+        if self.held_out:
+            step = max(1, len(self.held_out) // max(1, count))
+            return list(self.held_out[::step][:count])
+        order = self.batches.order
+        return [order.example(draw) for draw in order.draws(range(count))]
