@@ -15,6 +15,36 @@ from diffadapt.training.parsing import pairs
 Kind = TypeVar("Kind", bound=TrainOptions)
 OWN_RATE = {"prodigy": 1.0}  # optimizers that estimate the rate: what they are given is a factor
 
+LEAST = {  # the smallest values that make sense
+    (
+        "resolution",
+        "train_batch_size",
+        "max_train_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "gradient_accumulation_steps",
+        "lr_num_cycles",
+        "validation_steps",
+        "log_adapter_stats",
+        "num_inference_steps",
+        "sample_batch_size",
+        "num_class_images",
+        "num_threads",
+    ): 1,
+    (
+        "lr_warmup_steps",
+        "learning_rate",
+        "max_grad_norm",
+        "snr_gamma",
+        "noise_offset",
+        "skip_nonfinite",
+        "num_validation_images",
+        "prior_loss_weight",
+        "adam_epsilon",
+        "adam_weight_decay",
+    ): 0,
+}
+
 
 def filled(options: Kind, defaults: Mapping[str, object]) -> Kind:
     """Options with the given defaults in the places left None."""
@@ -40,6 +70,15 @@ def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command
         verb = "is" if len(missing) == 1 else "are"
         raise ValueError(f"{' and '.join(missing)} {verb} missing; the full command:\n  {command}")
     return filled(options, DEFAULTS[_family(options)])
+
+
+def check_ranges(options: TrainOptions) -> None:
+    """Raises: ValueError naming an option with a value below what makes sense."""
+    for names, least in LEAST.items():
+        for name in names:
+            value = getattr(options, name, None)
+            if value is not None and not value >= least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
 
 
 def build_method(options: TrainOptions) -> Method:

@@ -26,8 +26,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = {"base": self.base, "adapter and optimizer": self.training, "activations": self.activations}
-        listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
-        return f"about {_size(self.total)}: {listed}"
+        listed = ", ".join(f"{name} {size_text(value)}" for name, value in parts.items())
+        return f"about {size_text(self.total)}: {listed}"
 
 
 def estimate_memory(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline) -> MemoryEstimate:
@@ -72,5 +72,9 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def size_text(count: int) -> str:
+    """Bytes in words: 1.5 GiB, 20.0 MiB, 3.1 KiB."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB")):
+        if count >= 2**exponent:
+            return f"{count / 2**exponent:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"

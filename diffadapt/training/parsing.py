@@ -7,8 +7,10 @@ Values come from, in rising order: the dataclass, the base family's defaults (fo
 import argparse
 import ast
 import dataclasses
+import difflib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TypeVar
@@ -21,17 +23,35 @@ from diffadapt.nearest import near
 from diffadapt.training.options import TrainOptions
 
 Kind = TypeVar("Kind", bound=TrainOptions)
+ELSEWHERE = {  # options of diffusers' scripts that have another name here
+    "use_8bit_adam": "--optimizer adamw8bit",
+    "num_train_epochs": "--max_train_steps",
+    "validation_epochs": "--validation_steps",
+    "lora_layers": "--targets",
+    "lora_alpha": "--alpha",
+    "lora_dropout": "--adapter_options dropout=0.1",
+    "use_dora": "--adapter dora",
+    "output_kohya_format": "--export_formats kohya",
+    "hub_token": "the environment variable HF_TOKEN",
+    "prodigy_safeguard_warmup": "--optimizer_options safeguard_warmup=true",
+    "prodigy_use_bias_correction": "--optimizer_options use_bias_correction=true",
+    "prodigy_decouple": "--optimizer_options decouple=true",
+    "prodigy_beta3": "--optimizer_options beta3=0.99",
+}
 
 
 def parse(kind: type[Kind], argv: list[str] | None = None, *, description: str = "") -> Kind:
     """Options from the command line and its `--config` file.
 
-    Raises: ValueError for an unknown key or a value of the wrong type in the file.
+    Raises: ValueError for an unknown option, or a value of the wrong type in the file.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for field in fields(kind):
         _add(parser, kind, field)
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(_unknown(unknown[0], [field.name for field in fields(kind)]))
+    given = vars(known)
     stored = read_config(kind, given["config"]) if given.get("config") else {}
     return kind(**{**stored, **given})
 
@@ -95,6 +115,17 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):
         return text  # a bare word, such as gaussian
+
+
+def _unknown(argument: str, names: Sequence[str]) -> str:
+    name = argument.partition("=")[0].lstrip("-")
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no option; put values with spaces in quotes"
+    if name in ELSEWHERE:
+        return f"--{name} is called {ELSEWHERE[name]} here"
+    close = difflib.get_close_matches(name, names, n=3)
+    meant = f"; did you mean {' or '.join(f'--{other}' for other in close)}?" if close else ""
+    return f"unknown option {argument}{meant} (--help lists all)"
 
 
 def _add(parser: argparse.ArgumentParser, kind: type, field: dataclasses.Field) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffadapt.adapter import Adapter
 from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.models.families import DEFAULTS
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw
 from diffadapt.training import session
@@ -121,9 +122,20 @@ class Report(ABC):
             "options": dataclasses.asdict(options),
         }
         write_run(output / "run.json", record)
-        write_card(output, options, record, title=self._title(adapter), draw=self.draw_command())
-        words = {"draw": self.draw_command(), "further": self.next_command()}
+        draw = self._sample_options()
+        write_card(output, options, record, title=self._title(adapter), draw=draw)
+        words = {"draw": draw, "further": self.next_command()}
         return closing_words(options, values, seconds=record["seconds"], **words)
+
+    def _sample_options(self) -> str:
+        """Options of `diffadapt sample` that make the pictures of this run again."""
+        options, parts = self.options, [self.draw_command()]
+        for name in ("num_inference_steps", "guidance_scale"):
+            value = getattr(options, name)
+            parts += [f"--{name} {value:g}"] if value != DEFAULTS[self.model.family].get(name) else []
+        return " ".join(
+            parts + [f"--mixed_precision {options.mixed_precision}"] * bool(self.sampler.autocast)
+        )
 
     def _draw(self, wanted: Sequence[Shot], label: str) -> Tensor:
         images = []

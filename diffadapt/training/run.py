@@ -43,8 +43,9 @@ class Run:
 
         With `--dry_run` the summary is all. The caller logs, validates and saves after every step.
         """
+        described = before_training(self.trainer, self.batches, self.report.model.pipe)
         if self.accelerator.is_main_process:
-            print(before_training(self.trainer, self.batches, self.report.model.pipe))
+            print(described)
         if self.options.dry_run:
             return
         if self.accelerator.is_main_process:
@@ -56,16 +57,14 @@ class Run:
                 self.exit_code = 128 + signal if signal else 0
                 yield step
                 if signal:
-                    self.progress.say(
-                        "stopped; to go on: the same command with --resume_from_checkpoint latest"
-                    )
+                    self.progress.say(HOW_TO_GO_ON)
                     return
         self._finish()
 
     def log(self, step: Step) -> None:
         """The progress bar, log.jsonl and the trackers; when it is time, figures of the adapter too."""
         every = self.options.log_adapter_stats
-        is_due = every and step.index % every == 0 and self.accelerator.is_main_process
+        is_due = every and step.index % every == 0
         self.progress.show(step, summary(self.trainer.adapter) if is_due else {})
 
     def save(self, step: Step) -> None:

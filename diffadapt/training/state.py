@@ -21,10 +21,13 @@ import diffadapt as da
 from diffadapt.adapter import Adapter
 from diffadapt.files import sync
 from diffadapt.models.names import is_embedded
+from diffadapt.training.continuation import check_options
 from diffadapt.training.loop import Trainer
 from diffadapt.training.packing import pack, unpack
+from diffadapt.training.state_check import check_state, state_digest
 
 FORMAT = 2
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # not what was written
 TOLD_OPTIONS = (  # recorded in the adapter's file
     "instance_prompt",
     "class_prompt",
@@ -35,33 +38,6 @@ TOLD_OPTIONS = (  # recorded in the adapter's file
     "mixed_precision",
 )
 SCHEDULE_FIELDS = ("last_epoch", "_step_count", "_last_lr")
-FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
-    (
-        "output_dir",
-        "checkpointing_steps",
-        "resume_from_checkpoint",
-        "config",
-        "num_threads",
-        "gradient_checkpointing",
-        "validation_prompt",
-        "num_validation_images",
-        "num_inference_steps",
-        "guidance_scale",
-        "sample_batch_size",
-        "extractor",
-        "validation_steps",
-        "checkpoints_total_limit",
-        "skip_nonfinite",
-        "dry_run",
-        "log_adapter_stats",
-        "report_to",
-        "logging_dir",
-        "export_formats",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private",
-    )
-)
 
 
 def save_adapter(trainer: Trainer, folder: str | Path) -> Path:
@@ -126,7 +102,8 @@ def _write(trainer: Trainer, unfinished: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     values = pack(_state(trainer), "state", tensors)
     save_file(tensors, unfinished / "state.safetensors")
-    text = json.dumps({"format": FORMAT, "options": dataclasses.asdict(trainer.options), "state": values})
+    content = {"format": FORMAT, "options": dataclasses.asdict(trainer.options), "state": values}
+    text = json.dumps({**content, "sha256": state_digest(content, tensors)})
     (unfinished / "state.json").write_text(text)
     for path in [*unfinished.iterdir(), unfinished]:
         sync(path)
@@ -142,14 +119,12 @@ def _cannot_write(target: Path, error: Exception) -> str:
 
 
 def _remove_old(folder: Path, limit: int | None, *, keep: Path) -> None:
-    """Removes the oldest checkpoints, by their number, beyond `limit`; never the one just written."""
-    if limit is None:
-        return
+    """Removes the oldest checkpoints, by their number, beyond `limit`, and what killed processes left."""
     others = [path for path in checkpoints(folder) if path != keep]
-    for path in others[: max(0, len(others) + 1 - max(1, limit))]:
-        doomed = path.with_name(f".removed-{path.name}")
-        os.replace(path, doomed)  # a stop while it is removed leaves nothing that looks whole
-        shutil.rmtree(doomed)
+    for path in others[: len(others) + 1 - limit] if limit is not None and len(others) >= limit else ():
+        os.replace(path, path.with_name(f".removed-{path.name}"))  # never half removed under its own name
+    for rest in (*folder.glob(".removed-checkpoint-*"), *folder.glob(".unfinished-checkpoint-*")):
+        shutil.rmtree(rest)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -181,12 +156,22 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     try:
         content = json.loads((checkpoint / "state.json").read_text())
         tensors = load_file(checkpoint / "state.safetensors")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{checkpoint} cannot be read ({error}); use an earlier checkpoint") from None
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint} has format {content.get('format')}, this version reads {FORMAT}")
-    _check_options(content["options"], dataclasses.asdict(trainer.options), checkpoint)
-    state = unpack(content["state"], tensors)
+        version, sha256 = content["format"], content.pop("sha256", None)
+    except (OSError, SafetensorError, *MALFORMED) as error:
+        raise ValueError(f"{checkpoint} cannot be read ({error!r}); use an earlier checkpoint") from None
+    if version != FORMAT:
+        raise ValueError(f"{checkpoint} has format {version!r}, this version reads {FORMAT}")
+    if sha256 != state_digest(content, tensors):
+        raise ValueError(f"{checkpoint} was altered or damaged; use an earlier checkpoint")
+    try:
+        options, state = dict(content["options"]), unpack(content["state"], tensors)
+    except MALFORMED as error:
+        raise ValueError(f"{checkpoint} is malformed ({error!r}); use an earlier checkpoint") from None
+    check_options(options, dataclasses.asdict(trainer.options), checkpoint)
+    try:
+        check_state(state, _state(trainer))
+    except MALFORMED as error:
+        raise ValueError(f"{checkpoint} does not fit this run: {error}") from None
     with torch.no_grad():
         for name, value in trainer.adapter.state_dict(keep_vars=True).items():
             value.copy_(state["adapter"][name])
@@ -221,19 +206,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, object
         for key, value in values.items():
             if isinstance(value, torch.Tensor) and own[key].dtype != value.dtype:
                 own[key] = value.to(own[key].device)
-
-
-def _check_options(before: dict[str, object], now: dict[str, object], checkpoint: Path) -> None:
-    now = json.loads(json.dumps(now))
-    free = FREE_OPTIONS | (
-        {"max_train_steps"} if now["lr_scheduler"] == "constant" else set()
-    )  # to go further
-    differing = [k for k in sorted(now) if k not in free and k in before and before[k] != now[k]]
-    if differing:
-        listed = "\n".join(f"  {name}: {before[name]!r} then, {now[name]!r} now" for name in differing)
-        raise ValueError(
-            f"{checkpoint} belongs to a run with other options; repeat them or start anew:\n{listed}"
-        )
 
 
 def _number(path: Path) -> int:

@@ -6,7 +6,7 @@ from diffadapt.adapter import Adapter
 from diffadapt.data.batches import Batches
 from diffadapt.models.names import is_embedded
 from diffadapt.training.loop import Trainer, warmup_steps
-from diffadapt.training.memory import estimate_memory
+from diffadapt.training.memory import estimate_memory, size_text
 from diffadapt.training.options import TrainOptions
 
 
@@ -84,5 +84,5 @@ def _adapter(adapter: Adapter, base_parameters: int) -> str:
     stored = sum(p.numel() * p.element_size() for p in adapter.parameters())
     return (
         f"{adapter.method} on {len(adapter.sites)} layers: {count:,} parameters "
-        f"({100 * count / base_parameters:.2f} %), {stored / 2**20:.1f} MiB"
+        f"({100 * count / base_parameters:.2f} %), {size_text(stored)}"
     )
