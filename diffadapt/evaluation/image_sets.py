@@ -44,14 +44,14 @@ def open_set(source: str, *, download: bool = False) -> ImageSet:
     """The images a name stands for.
 
     Args:
-        source: a folder (with the folders in it), FILE.zip, FILE.npz with images, a folder that `datasets`
-            saved, `datasets:NAME[:SPLIT[:COLUMN]]`, or `embedded:NAME`.
+        source: a folder (with the folders in it), FILE.zip, FILE.npz with images, FILE.parquet, a folder
+            that `datasets` saved, `datasets:NAME[:SPLIT[:COLUMN]]`, or `embedded:NAME[:SPLIT]`.
         download: whether a named data set may be fetched.
     Raises: FileNotFoundError where nothing is, ValueError for other files and empty sets.
     """
     if source.startswith(DATASETS):
         return _named_dataset(source, download)
-    path = Path(resolve(source))
+    path = _path_of(source)
     if path.is_dir():
         if any((path / mark).exists() for mark in SAVED_DATASET):
             import datasets
@@ -65,7 +65,22 @@ def open_set(source: str, *, download: bool = False) -> ImageSet:
         return _checked(ImageSet(source, "zip", pictures))
     if path.suffix == ".npz":
         return _from_npz(source, path)
+    if path.suffix == ".parquet":
+        import datasets
+
+        return _from_dataset(source, datasets.Dataset.from_parquet(str(path)), None)
     raise ValueError(f"{source!r} is no set of images; give a folder, a .zip, a .npz or {DATASETS}NAME")
+
+
+def _path_of(source: str) -> Path:
+    """Where a set lies; `embedded:NAME:SPLIT` is a table of a data set shipped with the package."""
+    if is_embedded(source) and source.count(":") == 2:
+        name, _, split = source.rpartition(":")
+        tables = sorted(Path(resolve(name)).glob("*.parquet"))
+        if split not in [table.stem for table in tables]:
+            raise ValueError(f"{name} has no split {split!r}{near(split, [table.stem for table in tables])}")
+        return Path(resolve(name)) / f"{split}.parquet"
+    return Path(resolve(source))
 
 
 def fingerprint(digests: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The embedded classifier of digits as an extractor: for demonstrations and tests on pictures of digits."""
+"""The digit classifier shipped with the package, for bases that draw digits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from diffadapt.metrics.digit_classifier import NAME, load_digit_classifier
 
 
 def digits(*, preset: str | None, device: str) -> Extractor:
-    """Layers "pool" (64 features, after the last ReLU) and "logits" (10)."""
+    """Layers "pool" and "logits"; resize `clean` unless told otherwise."""
     classifier = frozen(load_digit_classifier(), device)
 
     def network(pixels: Tensor) -> dict[str, Tensor]:
-        return classifier(pixels.to(device) / 255)
+        return classifier((pixels / 255).to(device))
 
     sha256, layers = sha256_of_tensors(classifier.state_dict()), ("pool", "logits")
     return Extractor(NAME, sha256, classifier.side, preset or "clean", layers, "pool", network, "logits")

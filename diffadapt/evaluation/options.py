@@ -1,0 +1,205 @@
+"""Options of `eval/image_quality.py`, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from diffadapt.commands.drawing_options import add_drawing_options
+from diffadapt.evaluation import protocols
+from diffadapt.evaluation.cache import default_folder
+from diffadapt.evaluation.extractors import NAMES, Extractor, load_extractor
+from diffadapt.evaluation.run import REFERENCE, Reading
+from diffadapt.evaluation.scoring import Plan, parse_metrics
+from diffadapt.evaluation.weights import parse_weights
+from diffadapt.metrics.registry import METRICS
+from diffadapt.models.names import is_embedded
+from diffadapt.nearest import near
+
+EXTRACTORS = (*NAMES, "clip:MODEL", "dino:MODEL", "dinov2:MODEL", "module:Class")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is scored, against what, with which networks, and what is written."""
+    add = parser.add_argument
+    add(
+        "--generated",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help="folders, zips, npz, datasets:NAME, embedded:NAME",
+    )
+    add(
+        "--reference",
+        metavar="SET",
+        help="real images, or saved features (.safetensors) or statistics (.npz)",
+    )
+    add(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="draw and score images of adapters",
+    )
+    add("--run", metavar="DIR", help="draw and score every checkpoint of a training run")
+    add("--with_base", action="store_true", help="draw and score the bare base too, with the same seeds")
+    add("--keep_images", metavar="DIR", help="keep drawn images there; without it they are removed")
+    add(
+        "--output", default="runs/image_quality/scores.json", help="JSON; .md, .csv and .html stand beside it"
+    )
+    add("--extractor", help=f"{', '.join(EXTRACTORS)}; several with commas; default: inception")
+    add("--metrics", default="all", help=f"with commas: {', '.join(METRICS)}; or all (default)")
+    add(
+        "--metric_options",
+        nargs="+",
+        default=[],
+        metavar="METRIC.OPTION=VALUE",
+        help="as precision_recall.k=5",
+    )
+    add(
+        "--protocol",
+        choices=tuple(protocols.PROTOCOLS),
+        help="extractor, resize, metrics and k as papers have them",
+    )
+    add(
+        "--resize", help="tf1, clean, torchmetrics, bilinear, none or crop-SIZE; default: the extractor's own"
+    )
+    add(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="EXTRACTOR=PATH",
+        help="weight files, as inception=/path/file.pth",
+    )
+    add(
+        "--download", action="store_true", help="fetch missing weights; size, source and hash are shown first"
+    )
+    add("--smoke", action="store_true", help="random weights, to try a command: NOT A SCORE")
+    add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")
+    add("--allow_small", action="store_true", help="score too few images too, stamped as not comparable")
+    add("--allow_overlap", action="store_true", help="score a set all of whose images stand in the reference")
+    add("--no_intervals", action="store_true", help="values alone, faster")
+    add("--metrics_seed", type=int, default=0, help="of subsets, probes and bootstraps (default: 0)")
+    add("--feature_batch_size", type=int, default=32, help="images per forward of an extractor (default: 32)")
+    add(
+        "--cache_dir",
+        help="features of references (default: $DIFFADAPT_CACHE or ~/.cache/diffadapt/features)",
+    )
+    add("--no_cache", action="store_true", help="neither read nor keep features of references")
+    add(
+        "--save_features",
+        metavar="DIR",
+        help="keep the features of all sets, as references and for comparisons",
+    )
+    add("--verify", action="store_true", help="only run the cases whose outcome is known on paper")
+    add_drawing_options(parser, num_images=4)
+
+
+def fill_demo(arguments: argparse.Namespace) -> None:
+    """Without any set to score: the embedded style pictures, two disjoint parts of them."""
+    if arguments.generated or arguments.adapters or arguments.run:
+        return
+    if arguments.reference is not None:
+        raise ValueError(
+            "nothing to score; name images with --generated, or adapters with --adapters or --run"
+        )
+    arguments.generated = ["embedded:style/fluent3d/held_out"]
+    arguments.reference = "embedded:style/fluent3d/train"
+    arguments.allow_small = True
+
+
+def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]:
+    """The extractors that were named, else the protocol's, else the default for these sets.
+
+    Raises: what `load_extractor` raises.
+    """
+    chosen = protocols.PROTOCOLS.get(arguments.protocol)
+    names = arguments.extractor or (chosen.extractor if chosen else _default_extractor(arguments))
+    weights = parse_weights(arguments.weights)
+    preset = arguments.resize or (chosen.preset if chosen and not arguments.extractor else None)
+    return [
+        load_extractor(
+            name,
+            weights=weights,
+            preset=preset,
+            device=device,
+            download=arguments.download,
+            smoke=arguments.smoke,
+        )
+        for name in dict.fromkeys(names.split(","))
+    ]
+
+
+def is_demo(arguments: argparse.Namespace) -> bool:
+    """Whether everything scored is embedded."""
+    sets = [*arguments.generated, *([arguments.reference] if arguments.reference else [])]
+    bases = [arguments.base] if arguments.adapters or arguments.run else []
+    return all(is_embedded(str(name)) for name in [*sets, *bases])
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """Raises: ValueError for unknown metrics and options."""
+    chosen = protocols.PROTOCOLS.get(arguments.protocol)
+    metrics = parse_metrics(arguments.metrics)
+    options = {key: dict(values) for key, values in (chosen.options if chosen else {}).items()}
+    for key, name, value in (_metric_option(text) for text in arguments.metric_options):
+        options.setdefault(key, {})[name] = value
+    return Plan(
+        metrics or (chosen.metrics if chosen else ()),
+        options,
+        arguments.metrics_seed,
+        arguments.allow_small,
+        not arguments.no_intervals,
+    )
+
+
+def reading_of(arguments: argparse.Namespace) -> Reading:
+    """Raises: ValueError for a batch of no images."""
+    if arguments.feature_batch_size < 1:
+        raise ValueError(f"--feature_batch_size must be at least 1, got {arguments.feature_batch_size}")
+    return Reading(
+        arguments.feature_batch_size,
+        arguments.skip_bad,
+        None if arguments.no_cache else Path(arguments.cache_dir or default_folder()),
+        Path(arguments.save_features) if arguments.save_features else None,
+        arguments.allow_overlap,
+        arguments.download,
+    )
+
+
+def labels_of(sources: Sequence[str]) -> dict[str, str]:
+    """A short name for each set: the last part of its name, with more of it or a number where needed."""
+    found: dict[str, str] = {}
+    for source in sources:
+        parts = [part for part in Path(source.replace(":", "/")).parts if part not in ("/", "..", ".")]
+        name = Path(parts[-1]).stem if parts else source
+        if (name in found or name == REFERENCE) and len(parts) > 1:
+            name = f"{parts[-2]}-{name}"
+        label, number = name, 2
+        while label in found or label == REFERENCE:
+            label, number = f"{name}-{number}", number + 1
+        found[label] = source
+    return found
+
+
+def _metric_option(text: str) -> tuple[str, str, object]:
+    name, equals, value = text.partition("=")
+    key, dot, option = name.partition(".")
+    if not equals or not dot:
+        raise ValueError(f"--metric_options takes METRIC.OPTION=VALUE, as precision_recall.k=5, got {text!r}")
+    if key not in METRICS:
+        raise ValueError(f"--metric_options {text}: unknown metric {key!r}{near(key, METRICS)}")
+    if option not in METRICS[key].options:
+        raise ValueError(f"{key} has no option {option!r}{near(option, METRICS[key].options)}")
+    return key, option, yaml.safe_load(value)
+
+
+def _default_extractor(arguments: argparse.Namespace) -> str:
+    if not is_demo(arguments):
+        return "inception"
+    names = [*arguments.generated, arguments.reference or "", arguments.base or ""]
+    is_digits = any("digits" in name or "handwriting" in name for name in names)
+    return "embedded:digits" if is_digits else "embedded:clip"

@@ -1,0 +1,112 @@
+"""Scores of generated images: one pass over them, intervals, floors, and a page to look at.
+
+    python eval/image_quality.py                                       # a demonstration on embedded images
+    python eval/image_quality.py --generated out/a out/b --reference real --weights inception=/path/file.pth
+    python eval/image_quality.py --adapters a.safetensors b.safetensors --prompts prompts.txt --reference real
+    python eval/image_quality.py --run runs/dreambooth --prompts prompts.txt --reference real --extractor clip
+
+Writes a JSON file, a Markdown table, a CSV with a row per image, and one self-contained HTML page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from accelerate import PartialState
+
+from diffadapt.commands.combine import base_named_in
+from diffadapt.evaluation import options
+from diffadapt.evaluation.drawing import draw_sets, files_of_run
+from diffadapt.evaluation.image_sets import ImageSet
+from diffadapt.evaluation.page import write_page
+from diffadapt.evaluation.run import Outcome, deterministic, evaluate_sets
+from diffadapt.evaluation.scoring import check_plan
+from diffadapt.evaluation.tables import markdown, per_image_csv
+from diffadapt.exits import run
+from diffadapt.files import write_atomically
+from diffadapt.looks import parse_adapter
+from diffadapt.metrics.analytic import analytic_cases
+from diffadapt.training.session import quiet, use_cores
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    options.add_options(parser)
+    arguments = parser.parse_args(argv)
+    return run(lambda: verify() if arguments.verify else evaluate(arguments))
+
+
+def verify() -> int:
+    """Runs the analytic cases on this machine. Returns the exit code: 1 when one fails."""
+    cases = analytic_cases()
+    for case in cases:
+        mark = "ok  " if case.passed else "FAIL"
+        print(f"{mark} {case.name}: expected {case.expected:.6g}, found {case.found:.6g}")
+    failed = sum(not case.passed for case in cases)
+    print(f"{len(cases) - failed} of {len(cases)} cases hold on this machine")
+    return int(failed > 0)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Draws what is to be drawn, scores everything, writes the four files. Returns the exit code."""
+    quiet()
+    deterministic()
+    warnings.filterwarnings("ignore", module="torch|transformers|diffusers")
+    state = PartialState()
+    use_cores(arguments.num_threads, processes=state.num_processes)
+    options.fill_demo(arguments)
+    files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
+    if files:
+        arguments.base = arguments.base or base_named_in([parse_adapter(file).path for file in files])
+    plan, reading = options.plan_of(arguments), options.reading_of(arguments)
+    extractors = options.extractors_of(arguments, str(state.device))
+    check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=bool(files))
+    with _folder_of_drawn(arguments) as folder:
+        sets: dict[str, str | ImageSet] = dict(draw_sets(arguments, files, Path(folder)) if files else {})
+        for label, source in options.labels_of(arguments.generated).items():
+            sets[f"{label}-files" if label in sets else label] = source
+        outcome = evaluate_sets(
+            sets,
+            arguments.reference,
+            extractors,
+            plan,
+            reading=reading,
+            protocol=arguments.protocol,
+            settings={
+                "command": shlex.join(["python", "eval/image_quality.py", *sys.argv[1:]]),
+                "demo": options.is_demo(arguments),
+            },
+        )
+        if outcome is not None:
+            _write(outcome, Path(arguments.output))
+    return 0
+
+
+def _folder_of_drawn(arguments: argparse.Namespace) -> AbstractContextManager[str]:
+    """Where drawn images go: a folder that stays, or one that is removed, in which all processes meet."""
+    if arguments.keep_images is not None:
+        return nullcontext(arguments.keep_images)
+    if PartialState().num_processes > 1 and (arguments.adapters or arguments.run):
+        raise ValueError("several processes draw into one folder: give --keep_images DIR")
+    return tempfile.TemporaryDirectory(prefix="diffadapt-images-")
+
+
+def _write(outcome: Outcome, path: Path) -> None:
+    record = outcome.record
+    table = markdown(record)
+    write_page(record, path.with_suffix(".html"), outcome.picture)
+    for suffix, text in ((".md", table), (".csv", per_image_csv(record))):
+        write_atomically(path.with_suffix(suffix), lambda temporary, text=text: temporary.write_text(text))
+    record.write(path)
+    print(table)
+    print(f"{path} with .md, .csv and .html beside it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Extractors give what the field's own programs give, under a name that says which they are."""
+
+import hashlib
+
+import pytest
+import torch
+import torch_fidelity
+from torch.nn.functional import interpolate
+from torchmetrics.functional.image.lpips import _LPIPS
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
+
+from diffadapt.evaluation import weights
+from diffadapt.evaluation.extractors import canonical, load_extractor
+from diffadapt.evaluation.extractors.convolutional import Inception, lpips
+from diffadapt.evaluation.resize import resize
+from diffadapt.metrics.features import load_clip
+
+
+def images(count=2, height=21, width=17):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def test_inception_is_bit_for_bit_torch_fidelitys(tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    path = tmp_path / "inception.pth"
+    torch.save(Inception(None).state_dict(), path)
+    file = weights.WeightFile("inception.pth", "", 0, hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(weights.FILES, "inception", file)
+    extractor = load_extractor("inception", weights={"inception": path})
+    oracle = torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
+        "oracle", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
+    pool, logits = oracle(images())
+    found = extractor(images())
+    assert torch.equal(found["pool"], pool)
+    assert torch.equal(found["logits_unbiased"], logits)
+    assert (extractor.sha256, extractor.preset, extractor.smoke) == (file.sha256, "tf1", False)
+    assert pool.std() > 1e-3  # the signal has not died on the way
+    other = load_extractor("inception", weights={"inception": path}, preset="torchmetrics")
+    assert not torch.allclose(other(images())["pool"], pool, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["alex", "squeeze"])
+def test_squared_distances_of_lpips_rows_are_torchmetrics_lpips(kind):
+    torch.manual_seed(0)
+    extractor = lpips(None, kind=kind, sha256="", preset="none", device="cpu")
+    torch.manual_seed(0)
+    oracle = _LPIPS(net=kind, pnet_rand=True)  # its heads come from its own file
+    first, second = images(2, 64, 64)
+    rows = extractor(torch.stack([first, second]))["lpips"]
+    torch.manual_seed(0)
+    oracle.net = type(oracle.net)(pretrained=False)
+    expected = oracle(first[None] / 255, second[None] / 255, normalize=True)
+    assert torch.allclose((rows[0] - rows[1]).square().sum(), expected.squeeze(), rtol=1e-4)
+    assert extractor.features is None
+
+
+def test_embedded_clip_is_the_training_figures_clip():
+    extractor, clip = load_extractor("embedded:clip"), load_clip("embedded:clip")
+    square = images(2, 64, 64)
+    assert torch.allclose(extractor(square)["image"], clip.images([square / 255]), atol=1e-6)
+    assert torch.equal(extractor.texts(["a cat"]), clip.texts(["a cat"]))
+    assert load_extractor("clip:embedded:clip").name == "embedded:clip"
+
+
+def test_embedded_digits_gives_features_and_logits():
+    extractor = load_extractor("embedded:digits")
+    found = extractor(images(3, 8, 8))
+    assert (found["pool"].shape[1], found["logits"].shape) == (64, (3, 10))
+    assert (extractor.features, extractor.logits) == ("pool", "logits")
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dino")
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=28,
+        patch_size=14,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_dino_is_the_class_token_of_the_middle_of_the_image(dino_folder):
+    extractor = load_extractor(f"dino:{dino_folder}")
+    assert (extractor.preset, extractor.side) == ("crop-32", 28)  # 256 and 224, scaled
+    picture = images(1, 40, 60)
+    scaled = interpolate(picture.float(), (32, 48), mode="bicubic", antialias=True).clamp(0, 255)
+    middle = scaled[..., 2:30, 10:38] / 255 * 2 - 1
+    model = ViTModel.from_pretrained(dino_folder, add_pooling_layer=False)
+    with torch.no_grad():
+        expected = model(pixel_values=middle).last_hidden_state[:, 0]
+    found = extractor(picture)["cls"]
+    assert torch.allclose(found, expected / expected.norm(), atol=1e-5)
+
+
+def test_dinov2_and_a_model_of_another_kind(tmp_path, dino_folder):
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    assert load_extractor(f"dinov2:{tmp_path}")(images())["cls"].shape == (2, 16)
+    with pytest.raises(ValueError, match="needs a model of type dinov2"):
+        load_extractor(f"dinov2:{dino_folder}")
+
+
+def test_ones_own_extractor_and_its_contract():
+    extractor = load_extractor("toy_extractor:Toy")
+    assert extractor(images())["wide"].shape == (2, 16)
+    assert (extractor.features, extractor.logits, extractor.preset) == ("wide", "scores", "clean")
+    with pytest.raises(ValueError, match="the contract"):
+        load_extractor("toy_extractor:Shapeless")(images())
+    with pytest.raises(ValueError, match="cannot be imported"):
+        load_extractor("toy_extractor:Nothing")
+    with pytest.raises(ValueError, match="contract"):
+        load_extractor("collections:OrderedDict")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("incepton", "inception"), ("embedded:clap", "embedded:clip"), ("vgg", "vgg16")]
+)
+def test_an_unknown_name_gets_the_nearest(name, meant):
+    with pytest.raises(ValueError, match=f"did you mean .*{meant}"):
+        load_extractor(name)
+
+
+def test_random_weights_are_marked_repeatable_and_only_for_weight_files():
+    extractor = load_extractor("lpips:squeeze", smoke=True)
+    assert extractor.smoke
+    assert extractor.summary.smoke
+    again = load_extractor("lpips:squeeze", smoke=True)
+    assert torch.equal(extractor(images())["lpips"], again(images())["lpips"])
+    with pytest.raises(ValueError, match="--smoke is for|--smoke draws"):
+        load_extractor("dino", smoke=True)
+
+
+def test_short_names_stand_for_the_papers_models():
+    assert canonical("dino") == "dino:facebook/dino-vits16"
+    assert canonical("clip") == "clip:openai/clip-vit-base-patch32"
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("torchmetrics", {"mode": "bilinear", "antialias": True}),
+        ("bilinear", {"mode": "bilinear"}),
+        ("clean", {"mode": "bicubic", "antialias": True}),
+    ],
+)
+def test_resize_presets_are_what_they_are_called(preset, options):
+    found = resize(images(), 9, preset)
+    expected = interpolate(images().float(), (9, 9), align_corners=False, **options).clamp(0, 255)
+    assert torch.equal(found, expected)
+    assert torch.equal(resize(images(1, 9, 9), 9, preset), images(1, 9, 9).float())
+
+
+def test_clean_is_pillows_bicubic_before_rounding():
+    import numpy as np
+    from PIL import Image
+
+    picture = images(1, 64, 64)[0]
+    channels = [
+        Image.fromarray(c.numpy().astype(np.float32), mode="F").resize((23, 23), Image.Resampling.BICUBIC)
+        for c in picture
+    ]
+    expected = torch.from_numpy(np.stack([np.asarray(c) for c in channels])).clamp(0, 255)
+    assert (resize(picture[None], 23, "clean")[0] - expected).abs().max() < 0.005
+
+
+def test_presets_differ_and_wrong_ones_are_named():
+    found = [resize(images(), 9, preset) for preset in ("tf1", "clean", "torchmetrics", "bilinear")]
+    assert all((a - b).abs().mean() > 0.5 for i, a in enumerate(found) for b in found[:i])
+    with pytest.raises(ValueError, match="did you mean clean"):
+        resize(images(), 9, "claen")
+    with pytest.raises(ValueError, match="unknown resize preset"):
+        load_extractor("embedded:clip", preset="nearest")
+    with pytest.raises(TypeError, match="uint8"):
+        resize(images().float(), 9, "clean")
