@@ -133,7 +133,7 @@ def test_style_images_and_captions_match_and_the_parts_share_nothing():
         folder = embedded(f"style/fluent3d/{part}")
         rows[part] = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
         assert len(rows[part]) == count
-        assert {row["file_name"] for row in rows[part]} == {path.name for path in folder.glob("*.png")}
+        assert {row["file_name"] for row in rows[part]} == {path.name for path in folder.glob("*.webp")}
         assert all(row["text"].startswith(("a ", "an ")) for row in rows[part])
     seen = {part: {row["file_name"] for row in rows[part]} for part in rows}
     assert not seen["train"] & seen["held_out"]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 
 def names() -> list[str]:
     """Every folder here that holds a model card or images, as `embedded` takes it."""
-    marks = [*ROOT.rglob("README.md"), *ROOT.rglob("*.png")]
+    marks = [path for mark in ("README.md", "*.png", "*.webp") for path in ROOT.rglob(mark)]
     return sorted({mark.parent.relative_to(ROOT).as_posix() for mark in marks} - {"."})
 
 

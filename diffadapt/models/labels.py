@@ -54,3 +54,26 @@ class ClassBase(LatentBase, ABC):
                     f"no class {label!r}: {self.source} has {self.num_classes} classes, numbered from 0"
                 )
         return {"class_labels": torch.tensor(captions, dtype=torch.int64)}
+
+
+def rows_of(model: LatentBase, names: Sequence[str], class_labels: str | None) -> list[int]:
+    """The base's class for each class of the data.
+
+    Raises: ValueError when the base is told words, has fewer classes, or the labels do not fit.
+    """
+    if not isinstance(model, ClassBase):
+        raise ValueError(f"{model.source} is told words, not classes; use train_scripts/style_transfer.py")
+    given = class_labels.split(",") if class_labels is not None else list(map(str, range(len(names))))
+    if not all(label.strip().isdecimal() for label in given) or len(given) != len(names):
+        raise ValueError(
+            f"--class_labels takes one number for each of the {len(names)} classes, as 0,1,2; "
+            f"got {class_labels!r}"
+        )
+    rows = [int(label) for label in given]
+    known = set(range(model.table_rows)) - {model.null_class}
+    if len(set(rows)) < len(rows) or not known.issuperset(rows):
+        raise ValueError(
+            f"the data has {len(names)} classes, told as {','.join(given)}: each must be another class of "
+            f"{model.source}, which has {model.num_classes}"
+        )
+    return rows

@@ -4,25 +4,21 @@ import shlex
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
 from diffadapt.data.grid import Panel, to_pictures
-from diffadapt.data.images import open_image, to_pixels
 from diffadapt.evaluation.extractors import Extractor, load_extractor
 from diffadapt.metrics.digit_classifier import NAME as DIGITS
 from diffadapt.metrics.digit_classifier import class_agreement
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
 from diffadapt.sampling import Shot
-from diffadapt.training.loop import attention
-from diffadapt.training.objective import Objective
+from diffadapt.training.held_out import HeldOutLoss, pixels_of
 from diffadapt.training.report import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
 
 SHOWN_CLASSES, SHOWN_EACH = 10, 5  # columns and rows of each block of the grid
-LOSS_BATCH = 64
 LOSS_ROUNDS = 4  # noises and timesteps per picture in the held-out loss
 
 
@@ -35,24 +31,6 @@ def class_shots(rows: Sequence[int], names: Sequence[str], *, count: int, seed: 
     """
     turns = [index % len(rows) for index in range(count)]
     return [Shot(f"class {names[k]}", seed + index, rows[k]) for index, k in enumerate(turns)]
-
-
-def pixels_of(examples: Sequence[Example], resolution: int) -> Tensor:
-    """(N, 3, resolution, resolution) in [0, 1], the middle of each picture."""
-    pixels = [to_pixels(open_image(e.source), (resolution, resolution)) for e in examples]
-    return torch.stack(pixels) / 2 + 0.5
-
-
-@torch.no_grad()
-def mean_loss(objective: nn.Module, batches: Batches, count: int, device: torch.device) -> float:
-    """The objective over the first `count` samples of the stream: the same noise whenever it is asked."""
-    total = 0.0
-    for start in range(0, count, LOSS_BATCH):
-        places = range(start, min(count, start + LOSS_BATCH))
-        batch = batches.batch(places).to(device)
-        with attention(batch.latents):
-            total += float(objective(batch)) * len(places)
-    return total / count
 
 
 def figures(
@@ -104,22 +82,17 @@ class ClassReport(Report):
         self.held_out = held_out or examples
         count, seed = self.options.num_validation_images, self.options.seed
         self.shots = {"classes": class_shots(rows, names, count=count, seed=seed)}
-        self._device = setup.accelerator.device
-        self._batches = Batches(
-            self.model, self.held_out, resolution=self.options.resolution, center_crop=True, seed=0
-        )
-        told = {"predict": self.model.predict, "schedule": self.model.training_schedule()}
-        self._objective = Objective(self.model.denoiser, nn.Identity(), **told)
-        self._losses: dict[str, float] = {}
+        self._accelerator, self._losses = setup.accelerator, {}
 
     def begin(self) -> None:
+        cut = {"resolution": self.options.resolution, "rounds": LOSS_ROUNDS}
+        self._loss = HeldOutLoss(self.model, self.held_out, self._accelerator, **cut)
+        self._losses["before"] = self._loss.measure()
         super().begin()
-        self._losses["before"] = self._loss()
 
     def losses(self) -> Figures:
-        """The loss on the held-out pictures, in float32, with the same noise before and after."""
-        which = "held_out_loss" if self.held_out is not self.examples else "loss_on_training_pictures"
-        return {which: {**self._losses, "after": self._loss()}}
+        which = "loss_on_training_pictures" if self.held_out is self.examples else "held_out_loss"
+        return {which: {**self._losses, "after": self._loss.measure()}}
 
     def figures(self) -> Figures:
         count = len(self.rows)
@@ -158,10 +131,6 @@ class ClassReport(Report):
             "--pretrained_model_name_or_path facebook/DiT-XL-2-256 --train_data_dir CLASS_FOLDERS "
             "--output_dir runs/classes"
         )
-
-    def _loss(self) -> float:
-        count = LOSS_ROUNDS * len(self.held_out)
-        return mean_loss(self._objective, self._batches, count, self._device)
 
     def _real_block(self, shown: int) -> Tensor:
         """(rows x shown, 3, H, W) in [0, 1]: real pictures, a column per class."""

@@ -46,13 +46,12 @@ def write_subject(fluent: Path, folder: Path, first: int, names: Sequence[str]) 
 
 
 def write_style(fluent: Path, folder: Path, concepts: list[dict], size: int) -> None:
-    """PNG of `size` px and `metadata.jsonl`, as the image folder loader of `datasets` reads it."""
+    """WebP of `size` px and `metadata.jsonl`, as the image folder loader of `datasets` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for row in sorted(concepts, key=lambda row: row["code"]):
-        name = f"{row['code']}.png"
-        image = picture(fluent / f"{row['code']}.webp", size)
-        image.quantize(128, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+        name = f"{row['code']}.webp"
+        picture(fluent / name, size).save(folder / name, quality=85, method=6)
         text = article(f"a {row['names'][0]} emoji")
         lines.append(json.dumps({"file_name": name, "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

@@ -4,7 +4,7 @@
 
 Writes assets/emoji and assets/clip. Of 200 training captions: the share whose image has its own emoji among
 the nearest five (and as the nearest one) of all real images, in the features of clip; `figures.json` and
-`samples.png` beside the model hold the result. With `--count 0` it only puts the parts in place.
+`samples.webp` beside the model hold the result. With `--count 0` it only puts the parts in place.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> None:
     clip = CLIPModel.from_pretrained(args.assets / "clip").eval()
     shown = [article(f"a {name.strip()} emoji") for name in SHOWN.split(",")]
     save_image(
-        draw(pipe, shown, args.steps, args.guidance) / 2 + 0.5, args.assets / "emoji/samples.png", nrow=8
+        draw(pipe, shown, args.steps, args.guidance) / 2 + 0.5, args.assets / "emoji/samples.webp", nrow=8
     )
     figures = {"sampling": measure(pipe, clip, Scenes(args.build), args)}
     for part in ("vae", "unet"):

@@ -1,0 +1,130 @@
+"""Adapt a class-conditional model (UNet2DModel or DiT) to other pictures or classes, with any adapter.
+
+    accelerate launch train_scripts/class_conditional.py --adapter superlora
+
+Without a base and without data it is SuperLoRA's experiment in small (arXiv 2403.11887): a base that knows
+colourful printed digits learns handwriting. A demonstration, on the embedded 16-pixel base.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffadapt.data.batches import Batches
+from diffadapt.data.dataset import labelled_table, open_table
+from diffadapt.data.examples import Example
+from diffadapt.data.sources import class_folders
+from diffadapt.exits import run
+from diffadapt.models.labels import rows_of
+from diffadapt.models.names import resolve
+from diffadapt.training.classes import ClassReport
+from diffadapt.training.defaults import choose_base
+from diffadapt.training.options import TrainOptions, option
+from diffadapt.training.parsing import parse
+from diffadapt.training.run import Run
+from diffadapt.training.setup import make_trainer, set_up
+
+DEMO = {
+    "pretrained_model_name_or_path": "embedded:digits",
+    "dataset_name": "embedded:handwriting",
+    "held_out": "test",
+}
+FULL_COMMAND = (
+    "accelerate launch train_scripts/class_conditional.py --adapter superlora "
+    "--pretrained_model_name_or_path BASE --train_data_dir CLASS_FOLDERS --output_dir runs/classes"
+)
+Data = tuple[list[Example], list[str]]  # examples with class numbers, and the names of the classes
+
+
+@dataclass(frozen=True)
+class Options(TrainOptions):
+    """Options of this script."""
+
+    output_dir: str = option("runs/class_conditional", "where everything is written")
+    adapter: str = option("superlora", "method, as flora or flora(rank=8); `diffadapt methods` lists them")
+    train_data_dir: str | None = option(None, "folder with one folder of pictures per class")
+    dataset_name: str | None = option(None, "instead: a data set on the hub, saved, or as files in a folder")
+    dataset_config_name: str | None = option(None, "its configuration, as cropped_digits of svhn")
+    image_column: str | None = option(None, "its column of pictures; default: the first one")
+    label_column: str | None = option(None, "its column of class numbers; default: label")
+    held_out: str | None = option(
+        None, "what the figures are made of: a split of the data set, or a folder of class folders"
+    )
+    class_labels: str | None = option(
+        None, "the base's class for each class of the data, as 207,360; default: 0,1,2,..."
+    )
+    label_dropout: float = option(0.1, "share of pictures told no class, for classifier-free guidance")
+    max_held_out_samples: int = option(2000, "measure on at most so many of those pictures")
+
+
+def main() -> int:
+    """One run from options to pictures. Returns the exit code."""
+    options = parse(Options, description=__doc__.splitlines()[0])
+    data = "train_data_dir" if options.train_data_dir else "dataset_name"
+    options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
+    examples, names = training_data(options)
+    held_out = held_out_data(options)
+    setup = set_up(options)
+    options, rows = setup.options, rows_of(setup.model, names, options.class_labels)
+    examples, held_out = (renumbered(some, rows) for some in (examples, held_out))
+    batches = Batches(
+        setup.model,
+        examples,
+        resolution=options.resolution,
+        center_crop=options.center_crop,
+        random_flip=options.random_flip,
+        caption_dropout=options.label_dropout,
+        noise_offset=options.noise_offset,
+        cache_latents=options.cache_latents,
+        cache_dir=options.cache_dir,
+        seed=options.seed,
+    )
+    report = ClassReport(setup, examples, held_out, rows=rows, names=names)
+    training = Run(make_trainer(setup), batches, report)
+    for step in training.steps():
+        training.log(step)
+        training.validate(step)
+        training.save(step)
+    return training.exit_code
+
+
+def training_data(options: Options) -> Data:
+    """The pictures of class folders, or of the data set's train split."""
+    if options.dataset_name is None:
+        return class_folders(resolve(options.train_data_dir))
+    if options.train_data_dir is not None:
+        raise ValueError("give --train_data_dir or --dataset_name, not both")
+    return split_of(options, "train")
+
+
+def held_out_data(options: Options) -> list[Example]:
+    """The pictures of `--held_out`, evenly chosen when there are too many; none without it."""
+    if options.held_out is None:
+        return []
+    is_folder = options.dataset_name is None or Path(options.held_out).is_dir()
+    found = class_folders(options.held_out)[0] if is_folder else split_of(options, options.held_out)[0]
+    return found[:: -(-len(found) // options.max_held_out_samples)]
+
+
+def split_of(options: Options, split: str) -> Data:
+    name = resolve(options.dataset_name)
+    table = open_table(name, config_name=options.dataset_config_name, split=split)
+    columns = {"image_column": options.image_column, "label_column": options.label_column}
+    return labelled_table(table, name=name, **columns)
+
+
+def renumbered(examples: Sequence[Example], rows: Sequence[int]) -> list[Example]:
+    """The examples with the base's class numbers.
+
+    Raises: ValueError for a label that is no class of the training data.
+    """
+    for example in examples:
+        if not 0 <= example.caption < len(rows):
+            raise ValueError(f"{example.source} has class {example.caption}; there are {len(rows)} classes")
+    return [dataclasses.replace(example, caption=rows[example.caption]) for example in examples]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
