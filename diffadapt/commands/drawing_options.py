@@ -17,6 +17,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> 
     add("--revision", help="branch, tag or commit of a base from the hub")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--pretrained_vae_model_name_or_path", dest="vae", help="another autoencoder than the base's own")
+    add("--prediction_type", help="what the base predicts, where its files do not say: epsilon, v_prediction")
     add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
     add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
     add("--scheduler", help="ddim, ddpm, dpm++, euler, euler_a, pndm or unipc; default: the base's own")

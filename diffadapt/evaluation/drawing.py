@@ -56,7 +56,7 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
     base = arguments.base or base_named_in([adapter.path for adapter in adapters])
     device = PartialState().device
     precision = arguments.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae")}
+    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     sampler = sampler_of(
         arguments, drawing_defaults(base, revision=arguments.revision), DTYPES.get(precision)
     )

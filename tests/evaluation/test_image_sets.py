@@ -1,0 +1,159 @@
+"""Image sets of every kind: what is read, in which order, and what is refused."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from image_files import random_image, write_images
+from PIL import Image
+
+from diffadapt.evaluation import archives
+from diffadapt.evaluation.image_sets import as_set, fingerprint, open_set
+from diffadapt.evaluation.pictures import FilePicture
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    random_image(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels(images):
+    return [picture.load()[0].permute(1, 2, 0).numpy() for picture in images.pictures]
+
+
+def test_folder_zip_npz_and_dataset_hold_the_same_images(tmp_path):
+    import datasets
+
+    folder = write_images(tmp_path / "folder", 3)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(folder.iterdir(), reverse=True):
+            archive.write(path, f"inner/{path.name}")
+        archive.writestr("notes.txt", "no image")
+    arrays = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+    np.savez(tmp_path / "set.npz", arrays)
+    rows = {"image": [str(path) for path in sorted(folder.iterdir())]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "saved")
+    names = ["folder", "set.zip", "set.npz", "saved"]
+    sets = [open_set(str(tmp_path / name)) for name in names] + [open_set(f"datasets:{tmp_path / 'saved'}")]
+    assert [images.kind for images in sets] == ["folder", "zip", "npz", "datasets", "datasets"]
+    for images in sets:
+        assert all(np.array_equal(a, b) for a, b in zip(pixels(images), arrays, strict=True))
+    assert [p.name for p in sets[1].pictures] == [f"inner/image-00{i}.png" for i in range(3)]
+    with pytest.raises(ValueError, match="no image column 'picture'"):
+        open_set(f"datasets:{tmp_path / 'saved'}::picture")
+
+
+def test_folders_in_folders_are_read_and_other_files_listed(tmp_path):
+    write_images(tmp_path / "a", 1)
+    write_images(tmp_path / "b", 1, first=1)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = open_set(str(tmp_path))
+    assert [p.name for p in images.pictures] == ["a/image-000.png", "b/image-000.png"]
+    assert images.ignored == ("notes.txt: not an image file",)
+
+
+def test_embedded_sets():
+    assert len(open_set("embedded:style/fluent3d/held_out")) == 200
+    handwriting = open_set("embedded:handwriting:test")
+    assert len(handwriting) == 397
+    assert handwriting.pictures[0].load()[0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="no split 'tset'; did you mean test"):
+        open_set("embedded:handwriting:tset")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("/nowhere", "no images at"), ("set.csv", "is no set of images"), ("empty", "no pictures")],
+)
+def test_what_is_no_set_is_named(tmp_path, name, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set.csv").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_set(name)
+
+
+def test_bombs_and_names_that_lead_out_of_a_zip_are_refused(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros.png", bytes(8 << 20))
+    with pytest.raises(ValueError, match="refused as a bomb"):
+        open_set(str(path))
+    for name in ("../out.png", "/etc/out.png", "a\\..\\..\\out.png"):
+        with zipfile.ZipFile(tmp_path / "out.zip", "w") as archive:
+            archive.writestr(name, png(0))
+        with pytest.raises(ValueError, match="leads out of it"):
+            open_set(str(tmp_path / "out.zip"))
+    (tmp_path / "torn.zip").write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="no readable archive"):
+        open_set(str(tmp_path / "torn.zip"))
+
+
+def test_a_zip_whose_list_lies_about_sizes_is_not_read_further(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a.png", png(0))
+    (member,) = archives.members_of(tmp_path / "set.zip")
+    monkeypatch.setattr(member.info, "file_size", 10)
+    with pytest.raises((ValueError, zipfile.BadZipFile)):
+        member.read_bytes()
+
+
+def test_npz_is_never_unpickled_and_bombs_are_refused(tmp_path):
+    np.savez(tmp_path / "objects.npz", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="cannot be read as arrays"):
+        open_set(str(tmp_path / "objects.npz"))
+    np.savez_compressed(tmp_path / "zeros.npz", np.zeros((400, 100, 100, 3), np.uint8))
+    with pytest.raises(ValueError, match="refused as a bomb"):
+        open_set(str(tmp_path / "zeros.npz"))
+    np.savez(tmp_path / "other.npz", features=np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="no images under 'arr_0'"):
+        open_set(str(tmp_path / "other.npz"))
+
+
+def test_floats_are_rounded_once_to_the_nearest():
+    values = np.array([0.0, 0.499 / 255, 0.501 / 255, 0.999, 1.0]).reshape(1, 1, 5, 1)
+    assert pixels(as_set(values, source="x"))[0][0, :, 0].tolist() == [0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (-1.0, 1.0, "look like"),
+        (0.0, 255.0, "divide by 255"),
+        (0.0, 1.5, "rescale"),
+        (0.0, np.nan, "NaN or infinity"),
+    ],
+)
+def test_floats_out_of_range_are_refused(low, high, message):
+    values = np.full((1, 4, 4, 3), 0.5)
+    values[0, 0, 0, 0], values[0, 1, 1, 0] = low, high
+    with pytest.raises(ValueError, match=message):
+        as_set(values, source="x")
+
+
+def test_other_arrays_are_refused():
+    with pytest.raises(ValueError, match="got int64"):
+        as_set(np.zeros((1, 4, 4, 3), np.int64), source="x")
+    with pytest.raises(ValueError, match=r"shape \(4, 4, 3\)"):
+        as_set(np.zeros((4, 4, 3), np.uint8), source="x")
+
+
+def test_modes_become_rgb_and_are_remembered(tmp_path):
+    for mode in ("L", "RGBA", "P", "1"):
+        random_image(0, mode=mode).save(tmp_path / f"{mode}.png")
+    found = {p.name: p.load() for p in open_set(str(tmp_path)).pictures}
+    assert {facts.mode for _, facts in found.values()} == {"L", "RGBA", "P", "1"}
+    assert all(image.shape == (3, 10, 12) for image, _ in found.values())
+
+
+def test_a_float_tiff_out_of_range_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        FilePicture("x", tmp_path / "x.tiff").load()
+
+
+def test_fingerprints_know_content_not_names_or_order():
+    assert fingerprint(["a", "b"]) == fingerprint(["b", "a"]) != fingerprint(["a", "b", "b"])
