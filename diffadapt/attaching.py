@@ -78,7 +78,9 @@ def _useful(
     gradient. Presets leave the projection of pooled text alone: many programs have no name for it.
     """
     behind: tuple[str, ...] = ()
-    if root == "text_encoder" and {"unet", "text_encoder_2"} <= set(roots):
+    config = getattr(roots.get("unet"), "config", None)
+    is_xl = "text_encoder_2" in roots and getattr(config, "addition_embed_type", None) == "text_time"
+    if root == "text_encoder" and is_xl:
         behind = (f"layers.{roots[root].config.num_hidden_layers - 1}.", "final_layer_norm")
     kept = [
         choice

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import diffadapt as da
-from diffadapt.checkpoint import fingerprint
+from diffadapt.fingerprints import fingerprint
 
 
 def targets(case):
@@ -190,6 +190,30 @@ def test_another_fine_tune_of_the_base_warns_or_is_refused(path):
     with pytest.raises(ValueError, match="trained on other weights"):
         da.load(model, path, strict_base=True)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_a_base_cast_to_half_precision_is_the_same_base(path, precision, tmp_path):
+    half = denoiser().to(precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        da.load(half, path, strict_base=True)  # trained in float32, used in half
+    again = denoiser().to(precision)
+    da.save(da.attach(again, da.LoRA(rank=2), "conv"), tmp_path / "half.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        da.load(denoiser(), tmp_path / "half.safetensors", strict_base=True)  # and the other way
+
+
+def test_a_file_with_exact_values_alone_is_still_known(path):
+    tensors, header = load_file(path), safe_open(path, "pt").metadata()
+    del header["adapter_sha256"]  # as files were written before
+    config = json.loads(header["adapter"])
+    config["base"] = {key: config["base"][key] for key in ("name", "values")}
+    save_file(tensors, path, {**header, "adapter": json.dumps(config)})
+    da.load(denoiser(), path, strict_base=True)
+    with pytest.raises(ValueError, match="trained on other weights"):
+        da.load(denoiser(seed=5), path, strict_base=True)
 
 
 def test_the_fingerprint_sees_a_single_changed_layer():

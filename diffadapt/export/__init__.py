@@ -17,7 +17,7 @@ from diffadapt.export.changes import Change, changes_of
 from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
 from diffadapt.export.kohya import kohya_tensors
 from diffadapt.export.merged import lost_in_rounding, replace_folder, verify_merged, write_merged
-from diffadapt.export.metadata import base_only_note, carried, data_hash, metadata_of, network_of
+from diffadapt.export.metadata import additional_hashes, base_only_note, carried, metadata_of, network_of
 from diffadapt.export.names import base_of
 from diffadapt.export.report import ExportReport
 from diffadapt.export.verify import Verdict, verify_diffusers, verify_kohya
@@ -127,7 +127,7 @@ def _write_file(
     reports: list[ExportReport] = []
 
     def write(temporary: Path) -> None:
-        save_file(tensors, temporary, header)
+        save_file(tensors, temporary, {k: v for k, v in header.items() if k.startswith("ss_")})
         if to == "kohya":
             verdicts = verify_kohya(str(temporary), changes, base_of(adapter), dtype)
         else:
@@ -135,7 +135,7 @@ def _write_file(
         error, layers = _rank_error(changes), len(changes)
         report = ExportReport(path, to, layers, tuple(verdicts), MEANT_FOR[to], whole, rank_error=error)
         _refuse_unless_good(report, force)
-        header["sshs_model_hash"] = data_hash(temporary)
+        header.update(additional_hashes(Path(temporary)))
         header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
         save_file(tensors, temporary, header)
         reports.append(report)

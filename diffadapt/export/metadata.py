@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.adapter import Adapter
-from diffadapt.checkpoint import fingerprint
 from diffadapt.export.names import Base
+from diffadapt.fingerprints import fingerprint
 
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
@@ -101,11 +101,21 @@ def network_of(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str
     }
 
 
-def data_hash(path: Path) -> str:
-    """SHA-256 of the bytes behind a file's header: kohya's ``sshs_model_hash``."""
-    hasher = hashlib.sha256()
+def additional_hashes(path: Path) -> dict[str, str]:
+    """The two hashes kohya's sd-scripts write for programs that index files by them.
+
+    Args:
+        path: the file with no other metadata than its ``ss_*`` keys, so that what people write into the
+            header later changes nothing.
+
+    Source: sd-scripts 48d368f, library/train_util.py, precalculate_safetensors_hashes.
+    """
     with path.open("rb") as file:
+        file.seek(0x100000)
+        legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+        file.seek(0)
         file.seek(8 + int.from_bytes(file.read(8), "little"))
+        hasher = hashlib.sha256()
         while block := file.read(1 << 20):
             hasher.update(block)
-    return hasher.hexdigest()
+    return {"sshs_model_hash": hasher.hexdigest(), "sshs_legacy_hash": legacy}

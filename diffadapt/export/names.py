@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import pipeline_of
 from diffadapt.export.changes import Change
+from diffadapt.original_names import sgm_path
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 
@@ -27,6 +28,7 @@ _TEXT_PROJECTIONS = re.compile(
     r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
 )
 _TEXT_LAYERS = re.compile(r"text_model\.encoder\.layers\.\d+\.[\w.]+")
+_SGM_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 # stable-diffusion-webui 1.10.1, networks.py: convert_diffusers_name_to_compvis has no rule for these
 _UNKNOWN_TO_A1111 = re.compile(r"conv_norm_out|add_embedding\.\w+")
 
@@ -39,11 +41,15 @@ class Base:
         family: ``sd1``, ``sd2``, ``sdxl``, or ``other`` for what no other program knows.
         sizes: whether the sizes, too, are those of a published model of the family.
         prediction: ``epsilon`` or ``v_prediction``, None where unknown.
+        resnets: of every down block of the UNet.
+        attended: numbers of its up blocks with attention.
     """
 
     family: str
     sizes: bool = True
     prediction: str | None = None
+    resnets: int = 2
+    attended: frozenset[int] = frozenset()
 
     @property
     def is_sdxl(self) -> bool:
@@ -61,13 +67,15 @@ def base_of(adapter: Adapter) -> Base:
     scheduler = getattr(pipeline, "scheduler", None)
     prediction = None if scheduler is None else scheduler.config.get("prediction_type")
     if config.get("addition_embed_type") == "text_time":
-        return Base("sdxl", width == 2048, prediction)
+        attended = frozenset(i for i, kind in enumerate(config["up_block_types"]) if "Attn" in kind)
+        return Base("sdxl", width == 2048, prediction, config["layers_per_block"], attended)
     return Base("sd2" if width == 1024 else "sd1", width in (768, 1024), prediction)
 
 
 def kohya_name(component: str, path: str, base: Base) -> str:
     """``lora_unet_...``, ``lora_te_...``; with two text encoders ``lora_te1_...`` and ``lora_te2_...``.
 
+    As in kohya's own files, layers of SDXL's UNet have the names of the original code, the others diffusers'.
     Raises: ValueError for a model that has no name there.
     """
     if component not in PREFIXES or base.family == "other":
@@ -76,6 +84,8 @@ def kohya_name(component: str, path: str, base: Base) -> str:
             f"kohya's file format has no name for layers of {model}: it knows the UNet and the CLIP text "
             "encoders of Stable Diffusion 1, 2 and XL; use --to merged"
         )
+    if component == "unet" and base.is_sdxl:
+        path = sgm_path(path, base.resnets, attended=base.attended) or path
     prefix = "lora_te1_" if component == "text_encoder" and base.is_sdxl else PREFIXES[component]
     return prefix + clip_path(component, path).replace(".", "_")
 
@@ -94,12 +104,20 @@ def found_by_comfyui(change: Change) -> bool:
     return _TEXT_PROJECTIONS.fullmatch(path) is not None
 
 
+def found_by_sd_scripts(change: Change, base: Base) -> bool:
+    """Whether kohya's sd-scripts (48d368f) make a LoRA of the layer: in SDXL inside the blocks alone."""
+    if change.component != "unet" or not base.is_sdxl:
+        return True
+    name = sgm_path(change.path, base.resnets) or ""
+    return name.partition(".")[0] in _SGM_BLOCKS and name != "input_blocks.0.0"
+
+
 def found_by_a1111(change: Change, base: Base) -> bool:
-    """Whether stable-diffusion-webui 1.10.1 finds the layer under its diffusers name."""
+    """Whether stable-diffusion-webui 1.10.1 finds the layer under the name it has in the file."""
     path = clip_path(change.component, change.path)
     if change.component != "unet":
         known = _TEXT_LAYERS if change.component == "text_encoder" else _TEXT_PROJECTIONS
         return known.fullmatch(path) is not None
-    if base.is_sdxl and path == "up_blocks.0.upsamplers.0.conv":
-        return False  # it looks for the place this layer has in SD 1, before the attentions
+    if base.is_sdxl:
+        return sgm_path(path, base.resnets) is not None  # it has the file's own names
     return _UNET_LAYERS.fullmatch(path) is not None and _UNKNOWN_TO_A1111.fullmatch(path) is None

@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffadapt.export.changes import Change
-from diffadapt.export.names import Base, clip_path, found_by_a1111, found_by_comfyui, kohya_name
+from diffadapt.export.names import (
+    Base,
+    clip_path,
+    found_by_a1111,
+    found_by_comfyui,
+    found_by_sd_scripts,
+    kohya_name,
+)
 from diffadapt.export.programs import Layer, Program, Refused, Result, with_bias
 from diffadapt.export.programs.a1111 import A1111
 from diffadapt.export.programs.comfyui import COMFYUI
@@ -70,7 +77,7 @@ def verify_kohya(path: str, changes: Sequence[Change], base: Base, dtype: torch.
         COMFYUI: found_by_comfyui,
         A1111: lambda change: found_by_a1111(change, base),
         LYCORIS: lambda change: True,
-        SD_SCRIPTS: lambda change: not base.is_sdxl or change.component != "unet",
+        SD_SCRIPTS: lambda change: found_by_sd_scripts(change, base),
         DIFFUSERS_KOHYA: lambda change: "add_embedding" not in change.path,
     }
     grouped = _grouped(load_file(path), lambda key: tuple(key.split(".", 1)))

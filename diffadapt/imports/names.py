@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from diffadapt.original_names import ANY, sgm_path
 from diffadapt.targets import weighted_layers
 
 Place = tuple[str, str]  # component and path of a layer
@@ -24,23 +24,6 @@ _OLD_ENDS = {
     ".k_proj": ".to_k",
     ".v_proj": ".to_v",
     ".out_proj": ".to_out",
-}
-_IN_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
 }
 
 
@@ -61,34 +44,6 @@ class Names:
         return self.places.get(name.replace(".processor.", ".").removesuffix(".processor"))
 
 
-def sgm_path(path: str, resnets: int) -> str | None:
-    """The name of a layer in the original U-Net's numbering; ``resnets`` per down block of this model.
-
-    Source: stabilityai/generative-models' U-Net, as diffusers converts its checkpoints.
-    """
-    if path in _OUTSIDE:
-        return _OUTSIDE[path]
-    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path):
-        kind, number, inner = match[1], int(match[2]), match[3]
-        place = 2 * number + (kind == "attentions")
-        return f"middle_block.{place}.{_inside(kind, inner)}"
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", path)
-    if match is None:
-        return None
-    down, block, kind, number, inner = match[1] == "down", int(match[2]), match[3], int(match[4]), match[5]
-    if kind in ("resnets", "attentions"):
-        place = block * (resnets + 1) + number + down
-        side, slot = "input" if down else "output", int(kind == "attentions")
-        return f"{side}_blocks.{place}.{slot}.{_inside(kind, inner)}"
-    if kind == "downsamplers":
-        return f"input_blocks.{(block + 1) * (resnets + 1)}.0.op"
-    return None
-
-
-def _inside(kind: str, inner: str) -> str:
-    return _IN_RESNET.get(inner, inner) if kind == "resnets" else inner
-
-
 def _names(root: str, path: str, resnets: int) -> Iterator[str]:
     """Every name of one layer."""
     encoder = _ENCODERS.get(root)
@@ -106,11 +61,8 @@ def _names(root: str, path: str, resnets: int) -> Iterator[str]:
 
 
 def _sgm_spellings(path: str, resnets: int) -> list[str]:
-    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", path):
-        place = int(match[1]) * (resnets + 1) + resnets
-        return [f"output_blocks.{place}.{slot}.conv" for slot in (1, 2)]  # 2 behind an attention
-    own = sgm_path(path, resnets)
-    return [] if own is None else [own, f"diffusion_model.{own}"]
+    own = {sgm_path(path, resnets, attended=attended) for attended in (ANY, ())} - {None}
+    return [f"{prefix}{name}" for name in sorted(own) for prefix in ("", "diffusion_model.")]
 
 
 def _text_model(path: str) -> list[str]:

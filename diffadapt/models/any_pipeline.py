@@ -20,6 +20,7 @@ def open_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     vae: str | None = None,
+    prediction_type: str | None = None,
     safety_checker: bool = True,
 ) -> DiffusionPipeline:
     """The pipeline on the CPU: its autoencoder in float32, since some overflow in half, all else in `dtype`.
@@ -46,6 +47,9 @@ def open_pipeline(
         )
     if vae is not None:
         pipe.register_modules(vae=open_autoencoder(vae))
+    if prediction_type is not None:
+        own = pipe.scheduler
+        pipe.scheduler = type(own).from_config(own.config, prediction_type=prediction_type)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -83,9 +87,12 @@ def open_base(
     revision: str | None = None,
     variant: str | None = None,
     vae: str | None = None,
+    prediction_type: str | None = None,
 ) -> DiffusionPipeline:
     """A pipeline of any kind to draw with. Raises: as `open_pipeline`."""
-    pipe = open_pipeline(name, revision=revision, variant=variant, vae=vae).to(device)
+    pipe = open_pipeline(
+        name, revision=revision, variant=variant, vae=vae, prediction_type=prediction_type
+    ).to(device)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()

@@ -47,6 +47,7 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     vae: str | None = None,
+    prediction_type: str | None = None,
     safety_checker: bool = False,
 ) -> Base:
     """Loads a base, frozen: denoiser and text encoders in `dtype`, the autoencoder always in float32.
@@ -54,13 +55,13 @@ def load_base(
     Args:
         name: a diffusers folder, a hub name, a single `.safetensors` checkpoint or `embedded:NAME`.
         vae: another autoencoder in place of the base's own: folder, hub name or `.safetensors` file.
+        prediction_type: epsilon, v_prediction or sample, where the base's scheduler says it wrongly.
         safety_checker: keep the one of a Stable Diffusion pipeline.
     Raises: OSError or ValueError that says what was expected at `name`.
     """
     kind, family = _kind_of(name, revision), family_of(name, revision=revision)
-    pipe = open_pipeline(
-        name, dtype=dtype, revision=revision, variant=variant, vae=vae, safety_checker=safety_checker
-    )
+    changes = {"vae": vae, "prediction_type": prediction_type, "safety_checker": safety_checker}
+    pipe = open_pipeline(name, dtype=dtype, revision=revision, variant=variant, **changes)
     pipe.to(device)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):

@@ -1,13 +1,14 @@
 """Kohya's file: LyCORIS' own loader gives the same weights, and the restated programs say what they say."""
 
 import copy
+import hashlib
 import json
 
 import pytest
 import torch
 from lycoris.kohya import get_module, make_module
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tiny_models import TEXT_LAYERS, open_pipeline, sd_folder, sdxl_folder, trained
 
 import diffadapt as da
@@ -177,6 +178,23 @@ def test_sdxl_names_both_text_encoders(folders, tmp_path):
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
+def test_every_layer_of_sdxl_s_blocks_has_the_name_kohya_gives_it(folders, tmp_path):
+    pipe = open_pipeline(folders["sdxl"])
+    adapter = trained(pipe, "lora(rank=2)", layers="all")
+    report = da.export(adapter, tmp_path / "file.safetensors")
+    names = {key.split(".")[0] for key in load_file(tmp_path / "file.safetensors")}
+    assert "lora_unet_output_blocks_1_2_conv" in names  # behind the attention of its block
+    assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q" in names
+    assert {"lora_unet_time_embed_0", "lora_unet_label_emb_0_2", "lora_unet_out_2"} <= names
+    assert not [name for name in names if "down_blocks" in name or "up_blocks" in name]
+    assert {"ComfyUI", "A1111", "LyCORIS"} <= set(report.accepted_by)
+    assert report.verdict("sd-scripts").status == "wrong"  # it makes nothing of what is outside the blocks
+    da.detach(adapter)
+    inside = trained(pipe, "lora(rank=2)", layers="attention+*resnets*conv?+*samplers*conv")
+    report = da.export(inside, tmp_path / "inside.safetensors")
+    assert {"sd-scripts", "diffusers"} <= set(report.accepted_by)
+
+
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 def test_diffusers_own_conversion_knows_every_name(base, folders, tmp_path):
     """Also the claim that diffusers opens kohya's file of a plain LoRA."""
@@ -231,6 +249,21 @@ def test_the_header_tells_what_people_s_tools_and_we_need(pipe, tmp_path):
     assert len(header["sshs_model_hash"]) == 64
     assert "ComfyUI" in header["diffadapt.accepted_by"]
     assert header["training"] == "{}"
+
+
+def test_the_hashes_are_those_of_kohya_s_scripts(pipe, tmp_path):
+    """Restated with safetensors in memory; more than a mebibyte, so that the old hash covers tensors."""
+    adapter = trained(pipe, "lora(rank=24)", layers="all")
+    da.export(adapter, tmp_path / "file.safetensors")
+    da.detach(adapter)
+    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
+        header = file.metadata()
+    kept = {key: value for key, value in header.items() if key.startswith("ss_")}
+    data = save(load_file(tmp_path / "file.safetensors"), kept)
+    assert len(data) > 0x110000
+    length = int.from_bytes(data[:8], "little")
+    assert header["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
+    assert header["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
 
 
 def test_a_detached_adapter_and_wrong_words_are_refused(pipe, tmp_path):

@@ -8,7 +8,8 @@ from pipelines import tiny_sd_pipeline, tiny_unet
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
-from diffadapt.imports.names import Names, sgm_path
+from diffadapt.imports.names import Names
+from diffadapt.original_names import sgm_path
 
 peft = pytest.importorskip("peft")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]

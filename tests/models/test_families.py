@@ -86,6 +86,14 @@ def test_another_autoencoder_replaces_the_bases_own(place, tmp_path, source):
     assert not any(parameter.requires_grad for parameter in model.pipe.vae.parameters())
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_wrong_prediction_type_can_be_put_right_for_training_and_drawing(place, family):
+    model = load_base(str(place / family), prediction_type="v_prediction")
+    assert model.training_schedule().config.prediction_type == "v_prediction"
+    assert model.pipe.scheduler.config.prediction_type == "v_prediction"
+    assert load_base(str(place / family)).training_schedule().config.prediction_type == "epsilon"
+
+
 def test_a_wrong_autoencoder_is_an_error(place, tmp_path):
     with pytest.raises(FileNotFoundError, match="no autoencoder at"):
         load_base(str(place / "sd"), vae=str(tmp_path / "gone"))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: states, pooled text, sizes, schedules and autoencoders as the stock pipeline has them."""
+"""Stable Diffusion XL: states, pooled text, sizes, schedules, autoencoders as in the stock pipeline."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """One-file checkpoints in the original layout: the same weights, the same images, clear errors."""
 
+import shutil
+
 import pytest
 import torch
 from original_layout import write_single_file
@@ -74,7 +76,7 @@ def test_files_that_are_no_base_are_errors_that_say_why(tmp_path, bases):
 
 def test_without_a_configuration_and_a_network_the_error_says_where_to_put_one(tmp_path, bases):
     lonely = tmp_path / "lonely.safetensors"
-    lonely.write_bytes(open(bases["sd"][1], "rb").read())
+    shutil.copyfile(bases["sd"][1], lonely)
     with pytest.raises(
         OSError, match=f"put the pipeline's folder without weights .* at {tmp_path / 'lonely'}"
     ):
