@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from diffadapt.metrics import frechet, inception_score, jobs, kernel, msid, vendi
+from diffadapt.metrics import frechet, jobs
+from diffadapt.metrics.inception_score import (
+    inception_score,
+    inception_score_with_interval,
+    is_gap,
+    is_gap_with_interval,
+)
 from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.jobs import Job
+from diffadapt.metrics.kernel import kid_with_interval
 from diffadapt.metrics.metric import Metric, Minimum
+from diffadapt.metrics.msid import msid, msid_with_interval
 from diffadapt.metrics.similarity import ceiling_similarity
+from diffadapt.metrics.vendi import vendi, vendi_with_interval
 
 
 def _single(estimate: Callable[[Job], Estimate]) -> dict:
@@ -59,7 +68,7 @@ _ALL = (
         better="lower",
         minimum=_at_least(500),
         **_FEATURES,
-        **_single(lambda job: kernel.kid_with_interval(**jobs.pair(job))),
+        **_single(lambda job: kid_with_interval(**jobs.pair(job))),
     ),
     Metric(
         "kid_subsets",
@@ -76,8 +85,8 @@ _ALL = (
         ("logits",),
         (),
         "higher",
-        value=lambda job: (inception_score.inception_score(**jobs.logits(job))[0],),
-        estimate=lambda job: (inception_score.inception_score_with_interval(**jobs.logits(job)),),
+        value=lambda job: (inception_score(**jobs.logits(job))[0],),
+        estimate=lambda job: (inception_score_with_interval(**jobs.logits(job)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         floor="self",
@@ -88,8 +97,8 @@ _ALL = (
         ("logits",),
         ("logits",),
         "lower",
-        value=lambda job: (inception_score.is_gap(**jobs.both_logits(job)),),
-        estimate=lambda job: (inception_score.is_gap_with_interval(**jobs.both_logits(job)),),
+        value=lambda job: (is_gap(**jobs.both_logits(job)),),
+        estimate=lambda job: (is_gap_with_interval(**jobs.both_logits(job)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         equal_n=True,
@@ -118,8 +127,8 @@ _ALL = (
         "msid",
         ("msid",),
         better="lower",
-        value=lambda job: (msid.msid(**jobs.pair(job), seed=job.seed),),
-        estimate=lambda job: (msid.msid_with_interval(**jobs.pair(job), seed=job.seed),),
+        value=lambda job: (msid(**jobs.pair(job), seed=job.seed),),
+        estimate=lambda job: (msid_with_interval(**jobs.pair(job), seed=job.seed),),
         minimum=_at_least(2000),
         options={"k": 5},
         equal_n=True,
@@ -131,8 +140,8 @@ _ALL = (
         _ONE,
         (),
         "higher",
-        value=lambda job: (vendi.vendi(features=job.generated["features"]),),
-        estimate=lambda job: (vendi.vendi_with_interval(features=job.generated["features"], seed=job.seed),),
+        value=lambda job: (vendi(features=job.generated["features"]),),
+        estimate=lambda job: (vendi_with_interval(features=job.generated["features"], seed=job.seed),),
         minimum=_at_least(100),
         floor="self",
     ),
