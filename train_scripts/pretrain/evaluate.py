@@ -62,7 +62,7 @@ def tidy(path: Path) -> None:
 
 def keep(path: Path) -> bool:
     """The card, the licences and the figures stay when the weights are replaced."""
-    return path.suffix in (".md", ".png", ".txt") or path.name in ("LICENSE", "figures.json")
+    return path.suffix in (".md", ".png", ".webp", ".txt") or path.name in ("LICENSE", "figures.json")
 
 
 @torch.no_grad()
