@@ -84,6 +84,8 @@ class Batches:
         self.bucket_of: dict[ImageSource, Size] = {}
         if not self.is_streaming:
             examples = list(examples)
+            if not examples:
+                raise ValueError("there are no pictures to train on")
         sizes = [] if self.is_streaming else check_images([e.source for e in [*examples, *classes]])
         self.order = self._order(examples, classes, buckets, sizes)
         squares = bool(sizes) and all(width == height for width, height in sizes)
@@ -104,7 +106,7 @@ class Batches:
     def batch(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions of the endless stream."""
         draws = self.order.draws(positions)
-        samples = [self._sample(draw) for draw in draws]  # (caption, encoded, view)
+        samples = [self._sample(draw) for draw in draws]  # (example, encoded, view)
         encoded = torch.stack([encoded for _, encoded, _ in samples])
         posterior = None
         if self.model.is_stochastic:
@@ -115,17 +117,21 @@ class Batches:
             noise=self._noise(draws, latents.shape[1:]),
             timesteps=torch.tensor([integer(self._key("timestep", d), self.timestep_count) for d in draws]),
             conditions={
-                **self.captions.rows([caption for caption, _, _ in samples]),
+                **self.captions.rows([self._caption(d, s[0]) for d, s in zip(draws, samples, strict=True)]),
                 **self.model.size_conditions([view for _, _, view in samples]),
             },
         )
 
+    def examples(self, positions: Sequence[int]) -> list[Example]:
+        """The pictures and captions of these samples."""
+        return [self._sample(draw)[0] for draw in self.order.draws(positions)]
+
     def names(self, positions: Sequence[int]) -> list[str]:
         """The files of these samples, for messages."""
-        return [str(self.order.example(draw).source) for draw in self.order.draws(positions)]
+        return [str(example.source) for example in self.examples(positions)]
 
-    def _sample(self, draw: Draw) -> tuple[str | int, Tensor, View]:
-        """Caption, encoded picture and view; streaming takes another sample for an unreadable picture."""
+    def _sample(self, draw: Draw) -> tuple[Example, Tensor, View]:
+        """Example, encoded picture and view; streaming takes another sample for an unreadable picture."""
         used = draw
         for _ in range(MOST_UNREADABLE):
             example = self.order.example(used)
@@ -139,7 +145,7 @@ class Batches:
                 tqdm.write(f"left out: {error}")
                 used = self.order.substitute(used)
             else:
-                return self._caption(draw, example), encoded, view
+                return example, encoded, view
         raise ValueError(f"{MOST_UNREADABLE} pictures in a row cannot be read")
 
     def _cut(self, draw: Draw, example: Example) -> Cut:

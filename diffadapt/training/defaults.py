@@ -29,6 +29,8 @@ LEAST = {  # the smallest values that make sense
         "num_inference_steps",
         "sample_batch_size",
         "num_class_images",
+        "max_train_samples",
+        "shuffle_buffer",
         "num_threads",
     ): 1,
     (

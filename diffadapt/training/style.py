@@ -34,7 +34,7 @@ def figures(
         real: (N, 3, H, W) in [0, 1]; the first of them have the captions of the drawn pictures.
         shown: the examples whose captions were drawn.
     Returns: mean cosine of drawn pictures with the real ones of their captions, and with the captions; the
-        Frechet distance between all drawn and all real pictures (of so few it only compares before and after).
+        Frechet distance between all drawn and all real pictures (of so few, for comparing only).
     """
     reference, words = extractor.images([real]), extractor.texts([str(e.caption) for e in shown])
     distance = score_name("fid", extractor.name)
@@ -128,5 +128,4 @@ class StyleReport(Report):
         if self.held_out:
             step = max(1, len(self.held_out) // max(1, count))
             return list(self.held_out[::step][:count])
-        order = self.batches.order
-        return [order.example(draw) for draw in order.draws(range(count))]
+        return self.batches.examples(range(count))

@@ -160,6 +160,7 @@ def test_streaming_reads_late_and_leaves_out_what_cannot_be_used(tmp_path, model
     examples[2].source.write_bytes(b"no picture")
     examples[4] = Example(examples[4].source, "")
     late = make(model, examples, is_streaming=True)
+    assert examples[2] not in late.examples(range(6))
     words = told(model, late.batch(range(6)))
     assert set(words) == {f"disc {i}" for i in (0, 1, 3, 5)}
     shown = capsys.readouterr().out
