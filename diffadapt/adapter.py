@@ -45,6 +45,7 @@ class Adapter(nn.Module):
         self.records: dict[str, Record] = {}
         self.frozen: list[nn.Parameter] = []  # whose requires_grad detach gives back
         self.hooks: list[RemovableHandle] = []
+        self.base_values: dict[str, str] | None = None  # fingerprints, where weights cannot be read at will
         self._strength = 1.0
 
     def add_part(self, part: Part) -> None:

@@ -23,7 +23,7 @@ def fingerprints(records: Sequence[Record]) -> dict[str, str]:
     for record in records:
         flat = record.base().reshape(-1)
         step = max(1, flat.numel() // SAMPLE)
-        sample = flat[::step][:SAMPLE].float().cpu()
+        sample = flat[::step][:SAMPLE].float().cpu().clone()  # numpy would pin the weight's own storage
         for key, hasher in hashers.items():
             kept = sample.to(ROUNDED[key]).float() if key in ROUNDED else sample
             hasher.update(kept.numpy().tobytes())

@@ -22,6 +22,7 @@ from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_
 from diffadapt.training.objective import Objective
 from diffadapt.training.optimizers import make_optimizer
 from diffadapt.training.options import TrainOptions
+from diffadapt.training.sharding import average_gradients, check_sharding, shard
 
 SMALL_ATTENTION = 1024  # tokens up to which plain attention beats the fused kernel's backward on a CPU
 WARMUP_SHARE = 0.1  # of the run, at most
@@ -82,11 +83,21 @@ def prepare(accelerator: Accelerator, objective: Objective, options: TrainOption
     )
     if options.gradient_checkpointing:
         objective.denoiser.enable_gradient_checkpointing()  # non-reentrant in diffusers
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    wrapped, optimizer = _wrapped(accelerator, objective, options), accelerator.prepare(optimizer)
     wrapped.train()
     objective.denoiser.eval()  # a base's own dropout would be randomness without a key
     average = AdapterAverage(adapter, options.ema_decay) if options.use_ema else None
     return Trainer(accelerator, wrapped, adapter, optimizer, scheduler, options, average)
+
+
+def _wrapped(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> torch.nn.Module:
+    if not options.shard_base:
+        return accelerator.prepare(objective)
+    check_sharding(accelerator)
+    shard(objective.denoiser, objective.adapter)
+    return accelerator.prepare_model(
+        objective, evaluation_mode=True
+    )  # precision only: no data-parallel wrapper
 
 
 def warmup_steps(options: TrainOptions) -> int:
@@ -141,6 +152,8 @@ def _accumulate(trainer: Trainer, batches: Batches) -> torch.Tensor:
             loss = trainer.objective(batch)
             accelerator.backward(loss / microsteps)
         losses.append(loss.detach())
+    if trainer.options.shard_base:
+        average_gradients(accelerator, trainer.adapter)
     return torch.stack(losses)
 
 

@@ -24,6 +24,11 @@ class TrainOptions:
     revision: str | None = option(None, "revision of a base on the hub")
     variant: str | None = option(None, "variant of the base's files, as fp16")
     pretrained_vae_model_name_or_path: str | None = option(None, "another autoencoder than the base's own")
+    prediction_type: str | None = option(
+        None,
+        "what the base predicts, where its scheduler says it wrongly",
+        choices=("epsilon", "v_prediction", "sample"),
+    )
     output_dir: str = option("runs/train", "where everything is written")
     seed: int = option(0, "data order, noise, timesteps and the adapter's start follow from it")
     # pictures
@@ -65,6 +70,7 @@ class TrainOptions:
     dry_run: bool = option(False, "show the summary with the memory estimate, then end")
     # optimization
     gradient_accumulation_steps: int = option(1, "microsteps per optimizer step")
+    shard_base: bool = option(False, "spread the frozen base over the processes (FSDP2): less memory on each")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
     optimizer: str = option(
         "adamw",

@@ -9,6 +9,7 @@ return run.exit_code
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffadapt as da
@@ -20,6 +21,7 @@ from diffadapt.training.hub import push
 from diffadapt.training.loop import Step, Trainer, train
 from diffadapt.training.record import Progress
 from diffadapt.training.report import Report
+from diffadapt.training.sharding import gathered
 from diffadapt.training.stop import StopRequest
 from diffadapt.training.summary import before_training
 
@@ -36,6 +38,7 @@ class Run:
     def __init__(self, trainer: Trainer, batches: Batches, report: Report):
         self.trainer, self.batches, self.report = trainer, batches, report
         self.options, self.accelerator = trainer.options, trainer.accelerator
+        self.denoiser = report.model.denoiser
         self.exit_code = 0
 
     def steps(self) -> Iterator[Step]:
@@ -48,9 +51,11 @@ class Run:
             print(described)
         if self.options.dry_run:
             return
-        if self.accelerator.is_main_process:
-            with da.disabled(self.report.model.pipe):
-                self.report.begin()
+        with gathered(self.denoiser):
+            if self.accelerator.is_main_process:
+                with da.disabled(self.report.model.pipe):
+                    self.report.begin()
+            self.accelerator.wait_for_everyone()
         with StopRequest() as stop, Progress(self.trainer) as self.progress:
             for step in train(self.trainer, self.batches):
                 signal = stop.agreed(self.accelerator)
@@ -65,7 +70,8 @@ class Run:
         """The progress bar, log.jsonl and the trackers; when it is time, figures of the adapter too."""
         every = self.options.log_adapter_stats
         is_due = every and step.index % every == 0
-        self.progress.show(step, summary(self.trainer.adapter) if is_due else {})
+        with gathered(self.denoiser) if is_due else nullcontext():
+            self.progress.show(step, summary(self.trainer.adapter) if is_due else {})
 
     def save(self, step: Step) -> None:
         """A checkpoint, when it is time or the run is about to stop."""
@@ -77,23 +83,25 @@ class Run:
         every = self.options.validation_steps
         if not every or step.index % every or self.exit_code:
             return
-        if self.accelerator.is_main_process:
-            folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
-            path = state.save_adapter(self.trainer, folder)
-            with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
-                pictures = self.report.validate(folder)
-            self.progress.track_pictures("validation", pictures, step.index)
-        self.accelerator.wait_for_everyone()
+        with gathered(self.denoiser):
+            if self.accelerator.is_main_process:
+                folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
+                path = state.save_adapter(self.trainer, folder)
+                with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
+                    pictures = self.report.validate(folder)
+                self.progress.track_pictures("validation", pictures, step.index)
+            self.accelerator.wait_for_everyone()
 
     def _finish(self) -> None:
         """The adapter's file, the pictures and figures made through it, and the exported files."""
-        if self.accelerator.is_main_process:
-            path = state.save_adapter(self.trainer, self.options.output_dir)
-            da.detach(self.trainer.adapter)
-            adapter = da.load(self.report.model.pipe, path)  # as `diffadapt sample` does
-            print(self.report.finish(adapter))
-            for line in write_formats(adapter, path, self.options.export_formats):
-                print(line)
-            if self.options.push_to_hub:
-                print(f"uploaded: {push(self.options)}")
-        self.accelerator.wait_for_everyone()
+        with gathered(self.denoiser):
+            if self.accelerator.is_main_process:
+                path = state.save_adapter(self.trainer, self.options.output_dir)
+                da.detach(self.trainer.adapter)
+                adapter = da.load(self.report.model.pipe, path)  # as `diffadapt sample` does
+                print(self.report.finish(adapter))
+                for line in write_formats(adapter, path, self.options.export_formats):
+                    print(line)
+                if self.options.push_to_hub:
+                    print(f"uploaded: {push(self.options)}")
+            self.accelerator.wait_for_everyone()

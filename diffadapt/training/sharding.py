@@ -1,0 +1,63 @@
+"""The frozen base spread over the processes (PyTorch's FSDP2), a block's weights gathered while it is used.
+
+The adapter is small and stays whole on every process, as in data-parallel training; its gradients are
+averaged. So what is saved, resumed and averaged over time is the same with and without sharding.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from diffadapt.adapter import Adapter
+from diffadapt.fingerprints import fingerprints
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Raises: ValueError where there is only one process to spread the base over."""
+    if accelerator.num_processes < 2:
+        raise ValueError(
+            "--shard_base spreads the base over several processes, and this is one; start them with "
+            "accelerate launch --multi_gpu --num_processes N"
+        )
+
+
+def shard(denoiser: nn.Module, adapter: Adapter) -> None:
+    """Spreads the denoiser's weights, block by block as its class says what belongs together.
+
+    To be called on every process, after the adapter is attached.
+    """
+    adapter.base_values = fingerprints(list(adapter.records.values()))  # one process cannot read them later
+    blocks = set(getattr(denoiser, "_no_split_modules", None) or ())
+    for module in reversed(list(denoiser.modules())):  # inner blocks first
+        if type(module).__name__ in blocks:
+            fully_shard(module)
+    if not isinstance(denoiser, FSDPModule):
+        fully_shard(denoiser)
+
+
+@contextmanager
+def gathered(denoiser: nn.Module) -> Iterator[None]:
+    """The whole base on every process, so that one alone can draw with it; nothing for a base in one piece.
+
+    To be entered by all processes, which meet again at the end of it.
+    """
+    modules = [module for module in denoiser.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def average_gradients(accelerator: Accelerator, adapter: Adapter) -> None:
+    """The mean over processes, which the wrapper of data-parallel training would have taken."""
+    for parameter in adapter.parameters():
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")

@@ -1,0 +1,69 @@
+"""A base spread over two processes trains as a whole one does, and leaves the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pipelines import tiny_sd_pipeline, write_pictures
+from safetensors.torch import load_file
+
+import diffadapt as da
+from diffadapt.models.families import load_base
+from diffadapt.training.sharding import check_sharding
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_one_process_has_nothing_to_spread_over():
+    with pytest.raises(ValueError, match=r"--num_processes N"):
+        check_sharding(Accelerator(cpu=True))
+
+
+def test_a_sharded_base_trains_as_a_whole_one(tmp_path):
+    base = tiny_sd_pipeline(tmp_path / "base", vae="kl")
+    pictures = write_pictures(tmp_path / "mine", 5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    options = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": pictures,
+        "instance_prompt": "a sks dog",
+        "adapter": "1lora+lora(rank=2)",
+        "targets": "attention+conv",
+        "optimizer": "SGD",
+        "learning_rate": 0.05,
+        "max_train_steps": 3,
+        "validation_steps": 2,
+        "checkpointing_steps": 2,
+        "num_validation_images": 2,
+        "num_inference_steps": 2,
+        "train_batch_size": 2,
+        "num_threads": 1,
+    }
+    told = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    script = Path(__file__).with_name("run_sharded.py")
+    command = [*launcher, str(script), str(ROOT / "train_scripts" / "dreambooth.py"), str(tmp_path), *told]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [tmp_path / name / "adapter.safetensors" for name in ("whole", "sharded")]
+    whole, sharded = (load_file(file) for file in files)
+    assert whole.keys() == sharded.keys()
+    for name, value in whole.items():
+        assert torch.allclose(value, sharded[name], rtol=1e-5, atol=1e-7), name
+    assert da.load(load_base(str(base)).pipe, files[1], strict_base=True).num_parameters
+    for kept in ("grid.png", "run.json", "validation/step-2/sheet.png", "checkpoint-2/state.json"):
+        assert (tmp_path / "sharded" / kept).is_file(), kept
+    grids = [Image.open(tmp_path / name / "samples/after/subject-00.png") for name in ("whole", "sharded")]
+    assert max(abs(a - b) for a, b in zip(*(g.tobytes() for g in grids), strict=True)) <= 1
+    steps = [json.loads(line) for line in (tmp_path / "sharded" / "log.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps if "loss" in step] == [1, 2, 3]
