@@ -161,7 +161,10 @@ def _file_of(cell: object, place: str, name: str) -> bytes:
     if Path(name).is_dir():
         homes = [name]
     if not any(is_inside(Path(path), home) for home in homes):
-        raise ValueError(f"{place} names {path}, which is not a file of this data set")
+        raise ValueError(
+            f"{place} names {path}, which is not a file of this data set; the pictures must be in its tables "
+            "or in its folder"
+        )
     return Path(path).read_bytes()
 
 

@@ -59,7 +59,8 @@ def list_images(folder: str | Path, *, recursive: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds your pictures")
     found = folder.rglob("*") if recursive else folder.iterdir()
-    paths = sorted(p for p in found if p.suffix.lower() in EXTENSIONS and p.is_file())
+    visible = (p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
+    paths = sorted(p for p in visible if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not paths:
         kinds = " ".join(sorted(EXTENSIONS))
         raise ValueError(f"no pictures in {str(folder)!r}; expected files ending in {kinds}")

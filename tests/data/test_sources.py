@@ -23,6 +23,7 @@ def metadata(folder, rows, *, kind="jsonl"):
 def test_captions_stand_in_text_files_beside_pictures_also_in_folders_within(tmp_path):
     write_pictures(tmp_path, 1)
     write_pictures(tmp_path / "more", 1)
+    write_pictures(tmp_path / ".thumbnails", 1)  # hidden: left alone
     (tmp_path / "picture-0.txt").write_text("a red disc,\n  on white\n")
     (tmp_path / "more" / "picture-0.txt").write_text("\ufeffein grüner Kreis")
     found = [e.caption for e in captioned_folder(tmp_path)]
