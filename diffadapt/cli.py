@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import diffadapt as da
 from diffadapt.commands import combine, export, extract, params, resize
+from diffadapt.commands.drawing_options import add_drawing_options
 from diffadapt.exits import run
 
 
@@ -72,27 +73,11 @@ def _run_info(arguments: argparse.Namespace) -> int:
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="several are added up")
-    add("--prompt", action="append", help="repeat for several prompts")
-    add("--prompts_file", help="a text file with a prompt on each line")
-    add("--class_labels", help="classes with commas, for a base that is told classes: 0,3,7")
     add("--grid_adapters", action="store_true", help="the adapters side by side instead of added up")
     add("--compare", action="store_true", help="the bare base as well, with the same seeds")
-    add("--num_images", type=int, default=4, help="images per prompt (default: 4)")
-    add("--seed", type=int, default=0, help="seed of the first image, the next has the next (default: 0)")
     add("--out", default="runs/sample", help="folder for the images (default: runs/sample)")
     add("--strength", default="1", help="of adapters without their own (default: 1); 0,0.5,1 draws each")
-    add("--pretrained_model_name_or_path", "--base", dest="base", help="default: the base named in the file")
-    add("--revision", help="branch, tag or commit of a base from the hub")
-    add("--variant", help="variant of the base's files, such as fp16")
-    add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
-    add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
-    add("--scheduler", help="ddim, ddpm, dpm++, euler, euler_a, pndm or unipc; default: the base's own")
-    add("--negative_prompt", help="what the images should not show")
-    add("--height", type=int, help="pixels; default: the base's own size")
-    add("--width", type=int, help="pixels; default: the base's own size")
-    add("--batch_size", type=int, help="images at once; the images do not depend on it")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on a GPU, no on a CPU")
-    add("--num_threads", type=int, help="CPU threads; default: all available cores")
+    add_drawing_options(parser, num_images=4)
 
 
 def _run_sample(arguments: argparse.Namespace) -> int:

@@ -39,8 +39,10 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     use_cores(arguments.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = arguments.mixed_precision or ("fp16" if device == "cuda" else "no")
-    sampler = _sampler(arguments, drawing_defaults(base, revision=arguments.revision), DTYPES.get(precision))
-    pipe = open_base(base, device=device, revision=arguments.revision, variant=arguments.variant)
+    defaults = drawing_defaults(base, revision=arguments.revision)
+    sampler = sampler_of(arguments, defaults, DTYPES.get(precision))
+    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
+    pipe = open_base(base, device=device, **source)
     adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,8 +51,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         "command": command,
         "demo": is_embedded(base),
         "base": base,
-        "revision": arguments.revision,
-        "variant": arguments.variant,
+        **source,
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(pipe.scheduler).__name__, **dict(pipe.scheduler.config)},
         "adapters": [
@@ -101,9 +102,11 @@ def _sha256(path: str) -> str:
     return str(da.read_metadata(path)["sha256"])
 
 
-def _sampler(
+def sampler_of(
     arguments: argparse.Namespace, defaults: dict[str, object], autocast: torch.dtype | None
 ) -> Sampler:
+    """How images are made: the options of drawing, with the base's defaults for what was not given."""
+
     def choose(given: object, default: str) -> object:
         return defaults[default] if given is None else given
 

@@ -1,0 +1,27 @@
+"""Training scripts run in the process of a test."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+FOLDER = Path(__file__).parents[1] / "train_scripts"
+
+
+def runner(name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """A function that runs train_scripts/`name`.py with the given command line and returns its exit code."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    script = sys.modules[name]
+
+    def run(*arguments: object) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return script.run(script.main)
+
+    return run
