@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from huggingface_hub import RepoUrl
 from PIL import Image
 from pipelines import tiny_clip, tiny_sd_pipeline, write_pictures
 from safetensors.torch import load_file
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 import diffadapt as da
 from diffadapt.cli import main as diffadapt
 from diffadapt.models.families import load_base
+from diffadapt.training import hub
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "dreambooth.py"
@@ -165,10 +168,81 @@ def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, ca
 def test_without_pictures_there_is_only_the_adapter(run, tmp_path, capsys):
     quiet = ("--num_validation_images", 0, "--export_formats", "none")
     assert run(*arguments(tmp_path, "out"), "--max_train_steps", 1, *quiet) == 0
-    assert {"adapter.safetensors", "run.json", "config.yaml", "log.jsonl"} == set(
-        os.listdir(tmp_path / "out")
-    )
+    files = {"adapter.safetensors", "run.json", "config.yaml", "log.jsonl", "README.md"}
+    assert files == set(os.listdir(tmp_path / "out"))
     assert "grid.png" not in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(run, tmp_path, capsys):
+    budget = ("--adapter", "lora", "--param_budget", "20k", "--targets", "attention+conv")
+    assert run(*arguments(tmp_path, "out"), *budget, "--dry_run", "--train_batch_size", 3) == 0
+    shown = capsys.readouterr().out
+    count = int(re.search(r"([\d,]+) parameters \(", shown)[1].replace(",", ""))
+    assert 10_000 < count <= 20_000
+    for row in ("  memory   about ", "  data     3 pictures", "  batch    3 a step", "  steps    500, rate"):
+        assert row in shown
+    assert not (tmp_path / "out").exists()
+
+
+WATCHED = ("--validation_steps", 2, "--log_adapter_stats", 2, "--report_to", "tensorboard")
+FURTHER = ("--use_ema", "--ema_decay", 0.5, "--snr_gamma", 5, "--noise_offset", 0.1, "--optimizer", "prodigy")
+
+
+def test_what_is_watched_during_a_run_changes_no_bit_of_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", None)  # nothing is sent: a call would fail
+    fixed = [*arguments(tmp_path, "watched"), "--adapter", "flora", "--max_train_steps", 4, *FURTHER]
+    out = tmp_path / "watched"
+    assert run(*fixed, *WATCHED) == 0
+    assert run(*fixed, "--output_dir", tmp_path / "plain") == 0
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("watched", "plain"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["change_norm" in line for line in lines] == [False, True, False, True]
+    assert lines[3]["change_norm"] > lines[1]["change_norm"] > 0
+    assert lines[3]["amplification"] > 0
+    assert list((out / "logs" / "diffadapt").glob("events.*"))
+    assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-2", "step-4"]
+
+
+def test_pictures_in_between_are_those_of_the_file_that_is_saved_with_them(run, tmp_path):
+    fixed = [*arguments(tmp_path, "out"), "--adapter", "flora", "--learning_rate", 0.05, "--use_ema"]
+    assert run(*fixed, "--max_train_steps", 4, "--validation_steps", 3) == 0
+    place, again = tmp_path / "out" / "validation" / "step-3", tmp_path / "again"
+    options = ["--prompt", PROMPT, "--num_inference_steps", "2", "--num_images", "1", "--out", str(again)]
+    assert diffadapt(["sample", "--adapter", str(place / "adapter.safetensors"), *options]) == 0
+    drawn, before, later = (
+        torch.tensor(list(Image.open(path).tobytes())).int()
+        for path in (
+            place / "000-seed0.png",
+            tmp_path / "out" / "samples" / "before" / "subject-00.png",
+            again / "000-seed0.png",
+        )
+    )
+    assert (drawn - later).abs().max() <= 2
+    assert (drawn - before).abs().max() > 2
+    assert Image.open(place / "sheet.png").width > 100
+
+
+def test_a_finished_run_is_uploaded_when_asked(run, tmp_path, monkeypatch, capsys):
+    sent = {}
+
+    class Api:
+        def create_repo(self, name, **_):
+            return RepoUrl(f"https://huggingface.co/me/{name}")
+
+        def upload_folder(self, **options):
+            sent.update(options, files=os.listdir(options["folder_path"]))
+            return "https://huggingface.co/me/dog"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "get_token", lambda: "a token")
+    upload = ("--push_to_hub", "--hub_model_id", "dog", "--max_train_steps", 1)
+    assert run(*arguments(tmp_path, "out"), *upload) == 0
+    assert sent["repo_id"] == "me/dog"
+    assert {"README.md", "adapter.safetensors", "adapter_comfyui.safetensors", "grid.png"} <= set(
+        sent["files"]
+    )
+    assert "uploaded: https://huggingface.co/me/dog" in capsys.readouterr().out
 
 
 def test_an_unknown_export_format_is_named_before_the_run(run, tmp_path, capsys):
@@ -223,6 +297,10 @@ def test_bf16_trains_float32_tensors(run, tmp_path):
         (("--instance_data_dir", "nowhere"), "no folder 'nowhere'"),
         (("--pretrained_model_name_or_path", "./nowhere"), "no base model at './nowhere'"),
         (("--resume_from_checkpoint", "latest"), "no checkpoint 'latest'"),
+        (("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no"),
+        (("--optimizer", "adamv"), "unknown optimizer 'adamv'; did you mean adamw"),
+        (("--report_to", "tensorbord"), "did you mean tensorboard"),
+        (("--checkpointing_steps", 0), "--checkpointing_steps must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_told_in_words_before_training(run, tmp_path, capsys, wrong, message):
@@ -261,3 +339,11 @@ def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path):
     assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
     indices = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert indices == list(range(1, 61))
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the script kills by process handles of Linux")
+def test_after_kills_at_random_moments_resumes_end_in_the_same_bits():
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.startswith("2 kills, at steps [")

@@ -11,7 +11,14 @@ from diffadapt.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
 from diffadapt.training import session, state
-from diffadapt.training.defaults import build_method, filled, fitted, recommended_rate, text_targets
+from diffadapt.training.defaults import (
+    build_method,
+    check_ranges,
+    filled,
+    fitted,
+    recommended_rate,
+    text_targets,
+)
 from diffadapt.training.hub import check_hub
 from diffadapt.training.loop import Trainer, prepare
 from diffadapt.training.objective import Objective
@@ -39,6 +46,7 @@ def set_up(options: Kind) -> Setup[Kind]:
     """
     started = time.perf_counter()
     session.quiet()
+    check_ranges(options)
     parse_formats(options.export_formats)
     trackers = check_trackers(options.report_to)
     check_hub(options)
@@ -57,6 +65,7 @@ def set_up(options: Kind) -> Setup[Kind]:
         revision=options.revision,
         variant=options.variant,
         vae=options.pretrained_vae_model_name_or_path,
+        prediction_type=options.prediction_type,
     )
     if options.train_text_encoder:
         model.train_text_encoder = True  # captions stay token ids, encoded in every step

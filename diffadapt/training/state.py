@@ -189,7 +189,7 @@ def _state(trainer: Trainer) -> dict[str, object]:
     return {
         "step": trainer.step,
         "skipped": trainer.skipped,
-        "adapter": trainer.adapter.state_dict(),
+        "adapter": dict(trainer.adapter.state_dict()),
         "average": None if trainer.average is None else trainer.average.state(),
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": {name: schedule[name] for name in SCHEDULE_FIELDS},

@@ -37,8 +37,10 @@ def start_trackers(accelerator: Accelerator, options: Mapping[str, object], *, s
 
 
 def track_pictures(accelerator: Accelerator, name: str, images: Tensor, step: int) -> None:
-    """Hands pictures (N, 3, H, W) in [0, 1] to the trackers that take them."""
+    """Hands pictures (N, 3, H, W) in [0, 1] to tensorboard and wandb; the others get figures only."""
     values = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: values}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
             tracker.log_images({name: values}, step=step)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import pytest
+from pipelines import tiny_unet
 
+import diffadapt as da
 from diffadapt.method_names import make_method
 from diffadapt.models.families import DEFAULTS, TUNED
-from diffadapt.training.defaults import build_method, choose_base, filled
+from diffadapt.training.defaults import build_method, check_ranges, choose_base, filled, fitted, text_targets
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import pairs, parse, read_config, write_config
 
@@ -54,6 +56,7 @@ def test_what_was_written_can_be_read_back(tmp_path):
         ("just text", "must hold lines of the form"),
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("adapter: &a lora\ntargets: *a", "aliases"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
@@ -113,3 +116,56 @@ def test_pairs_keep_brackets_together_and_know_numbers():
     assert pairs(None, "--x") == {}
     with pytest.raises(ValueError, match="--x takes name=value"):
         pairs("momentum", "--x")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpointing_steps": 0}, "--checkpointing_steps must be at least 1, got 0"),
+        ({"validation_steps": -5}, "--validation_steps must be at least 1, got -5"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be at least 0, got nan"),
+        ({"noise_offset": -0.1}, "--noise_offset must be at least 0, got -0.1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(given, message):
+    check_ranges(Options())
+    with pytest.raises(ValueError, match=message):
+        check_ranges(Options(**given))
+
+
+def test_a_budget_chooses_the_rank_and_excludes_another():
+    model, base = tiny_unet(), {"pretrained_model_name_or_path": "embedded:emoji", "targets": "attention"}
+    options = Options(adapter="lora", param_budget="5k", alpha=2.0, **base)
+    method = fitted(options, build_method(options), model)
+    count = da.attach(model, method, "attention").num_parameters
+    assert count <= 5000
+    assert method.alpha == 2.0
+    larger = da.make_method("lora", rank=method.rank + 1)
+    assert da.budget.count_parameters(tiny_unet(), larger, "attention").total > 5000
+    assert fitted(Options(adapter="lora", **base), method, model) is method
+    for wrong, message in (({"rank": 3}, "leave --rank out"), ({"param_budget": "lots"}, "500k or 1.5M")):
+        options = Options(**{"adapter": "lora", "param_budget": "5k", **base, **wrong})
+        with pytest.raises(ValueError, match=message):
+            fitted(options, build_method(options), model)
+
+
+def test_text_encoder_targets_need_the_option_that_trains_them():
+    assert text_targets(Options()) is None
+    assert text_targets(Options(train_text_encoder=True)) == "attention"
+    assert text_targets(Options(train_text_encoder=True, text_encoder_targets="all")) == "all"
+    with pytest.raises(ValueError, match="--text_encoder_targets needs --train_text_encoder"):
+        text_targets(Options(text_encoder_targets="all"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--learning_rat=1", "unknown option --learning_rat=1; did you mean --learning_rate"),
+        ("--use_8bit_adam", "--use_8bit_adam is called --optimizer adamw8bit here"),
+        ("--zzz", r"unknown option --zzz \(--help"),
+        ("dog", "'dog' belongs to no option"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_what_was_meant(argument, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Options, ["--seed", "1", argument])

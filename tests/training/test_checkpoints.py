@@ -1,0 +1,86 @@
+"""Checkpoints on a disk that is full, and how many are kept."""
+
+import subprocess
+
+import pytest
+from safetensors.torch import load_file
+from small_run import SmallBatches, bits, same_bits, small_trainer
+
+from diffadapt.training import state
+from diffadapt.training.loop import train
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps_of(trainer, folder):
+    """Trains and saves after every step."""
+    for _ in train(trainer, SmallBatches()):
+        state.save(trainer, folder)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    steps_of(small_trainer(max_train_steps=11, checkpoints_total_limit=2), tmp_path)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
+    steps_of(small_trainer(max_train_steps=3), tmp_path / "all")
+    assert len(names(tmp_path / "all")) == 3
+
+
+def test_old_ones_stay_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    trainer = small_trainer(max_train_steps=3, checkpoints_total_limit=1)
+    steps = train(trainer, SmallBatches())
+    next(steps)
+    state.save(trainer, tmp_path)
+    next(steps)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "save_file", full)
+        with pytest.raises(OSError, match=r"the last good one is .*checkpoint-1; make room"):
+            state.save(trainer, tmp_path)
+    assert names(tmp_path) == ["checkpoint-1"]
+    state.restore(small_trainer(max_train_steps=3, checkpoints_total_limit=1), tmp_path / "checkpoint-1")
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    for rest in (".unfinished-checkpoint-1", ".removed-checkpoint-2"):
+        (tmp_path / rest).mkdir()
+    steps_of(small_trainer(max_train_steps=1), tmp_path)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MiB, where mounting is allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here; the test with a patched writer stands for this one")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # safetensors maps its files
+
+
+def test_a_full_disk_ends_with_a_message_and_the_last_checkpoint_whole(small_disk):
+    trainer = small_trainer("lora(rank=16)", max_train_steps=9)
+    kept, message = {}, ""
+    for _ in train(trainer, SmallBatches()):
+        try:
+            state.save(trainer, small_disk)
+        except OSError as error:
+            message = str(error)
+            break
+        kept = bits(trainer)
+    latest = state.find("latest", small_disk)
+    assert "No space left" in message or "os error 28" in message
+    assert f"the last good one is {latest}; make room" in message
+    assert 1 < trainer.step < 9
+    assert latest.name == f"checkpoint-{trainer.step - 1}"
+    assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]
+    again = small_trainer("lora(rank=16)", max_train_steps=9)
+    state.restore(again, latest)
+    assert same_bits(kept, bits(again))
+    load_file(latest / "adapter.safetensors")
