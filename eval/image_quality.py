@@ -62,13 +62,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
     use_cores(arguments.num_threads, processes=state.num_processes)
     options.fill_demo(arguments)
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
+    is_drawing = bool(files) or arguments.with_base
     if files:
         arguments.base = arguments.base or base_named_in([parse_adapter(file).path for file in files])
+    elif is_drawing and arguments.base is None:
+        raise ValueError("--with_base without adapters needs --base, the model that draws")
     plan, reading = options.plan_of(arguments), options.reading_of(arguments)
     extractors = options.extractors_of(arguments, str(state.device))
-    check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=bool(files))
+    check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=is_drawing)
     with _folder_of_drawn(arguments) as folder:
-        sets: dict[str, str | ImageSet] = dict(draw_sets(arguments, files, Path(folder)) if files else {})
+        sets: dict[str, str | ImageSet] = dict(
+            draw_sets(arguments, files, Path(folder)) if is_drawing else {}
+        )
         for label, source in options.labels_of(arguments.generated).items():
             sets[f"{label}-files" if label in sets else label] = source
         outcome = evaluate_sets(
@@ -92,7 +97,7 @@ def _folder_of_drawn(arguments: argparse.Namespace) -> AbstractContextManager[st
     """Where drawn images go: a folder that stays, or one that is removed, in which all processes meet."""
     if arguments.keep_images is not None:
         return nullcontext(arguments.keep_images)
-    if PartialState().num_processes > 1 and (arguments.adapters or arguments.run):
+    if PartialState().num_processes > 1 and (arguments.adapters or arguments.run or arguments.with_base):
         raise ValueError("several processes draw into one folder: give --keep_images DIR")
     return tempfile.TemporaryDirectory(prefix="diffadapt-images-")
 

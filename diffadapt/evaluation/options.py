@@ -100,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def fill_demo(arguments: argparse.Namespace) -> None:
     """Without any set to score: the embedded style pictures, two disjoint parts of them."""
-    if arguments.generated or arguments.adapters or arguments.run:
+    if arguments.generated or arguments.adapters or arguments.run or arguments.with_base:
         return
     if arguments.reference is not None:
         raise ValueError(
@@ -136,7 +136,7 @@ def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]
 def is_demo(arguments: argparse.Namespace) -> bool:
     """Whether everything scored is embedded."""
     sets = [*arguments.generated, *([arguments.reference] if arguments.reference else [])]
-    bases = [arguments.base] if arguments.adapters or arguments.run else []
+    bases = [arguments.base] if arguments.adapters or arguments.run or arguments.with_base else []
     return all(is_embedded(str(name)) for name in [*sets, *bases])
 
 

@@ -105,9 +105,9 @@ def refuse_out_of_range(values: np.ndarray, name: str) -> None:
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if low >= 0 and high <= 1:
         return
-    guess = (
-        "divide by 255" if high > 2 else "they look like [-1, 1]: add 1 and halve" if low >= -1 else "rescale"
-    )
+    guess = "divide by 255" if high > 2 else "rescale"
+    if -1 <= low < 0 and high <= 1:
+        guess = "they look like [-1, 1]: add 1 and halve"
     problem = "NaN or infinity" if not np.isfinite([low, high]).all() else f"values in [{low:g}, {high:g}]"
     raise ValueError(f"{name}: float images must lie in [0, 1], found {problem}; {guess}")
 

@@ -32,7 +32,7 @@ class Plan:
         metrics: keys of the registry; () for all that apply.
         options: metric -> options that differ from its defaults.
         allow_small: score below the minimum numbers of images too, and stamp it.
-        intervals: whether to spend the time for them.
+        intervals, floor: whether to spend the time for them.
     """
 
     metrics: tuple[str, ...] = ()
@@ -40,6 +40,7 @@ class Plan:
     seed: int = 0
     allow_small: bool = False
     intervals: bool = True
+    floor: bool = True
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
@@ -142,6 +143,7 @@ def _scores(
         seed=plan.seed,
         allow_small=plan.allow_small,
         intervals=plan.intervals,
+        floor=plan.floor,
         network=network,
         **options,
     )

@@ -59,14 +59,19 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) ->
 
 
 def per_image_csv(record: EvaluationRecord) -> str:
-    """A row per generated image: its set, name, prompt, seed, nearest real image, and every figure of it."""
+    """A row per generated image: its set, name, prompt, seed, nearest real image, and every figure of it.
+
+    Under a stamp every row carries it, in a last column.
+    """
+    stamp = [record.stamp] if record.stamp else []
     figures = list(dict.fromkeys(name for row in record.images for name in row.values))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "image", "prompt", "seed", "nearest", "nearest_in", *figures])
+    head = ["set", "image", "prompt", "seed", "nearest", "nearest_in", *figures]
+    writer.writerow([*head, "stamp"] if stamp else head)
     for row in record.images:
         facts = [row.generated, row.name, row.prompt, row.seed, row.nearest, row.nearest_in]
-        writer.writerow([*facts, *(row.values.get(name) for name in figures)])
+        writer.writerow([*facts, *(row.values.get(name) for name in figures), *stamp])
     return text.getvalue()
 
 
