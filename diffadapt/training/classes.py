@@ -18,7 +18,7 @@ from diffadapt.training.held_out import HeldOutLoss, pixels_of
 from diffadapt.training.report import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
 
-SHOWN_CLASSES, SHOWN_EACH = 10, 5  # columns and rows of each block of the grid
+SHOWN_CLASSES, SHOWN_EACH = 10, 3  # columns and rows of each block of the grid
 LOSS_ROUNDS = 4  # noises and timesteps per picture in the held-out loss
 
 
@@ -105,15 +105,15 @@ class ClassReport(Report):
         )
 
     def panels(self) -> list[list[Panel]]:
-        """Real | before | after; in each block a column per class."""
+        """Real, before and after below each other; in each a column per class."""
         shown = min(SHOWN_CLASSES, len(self.rows))
-        panels = [Panel("real", to_pictures(self._real_block(shown)), shown, self.names[:shown])]
+        which = "" if self.held_out is self.examples else ", held out from training"
+        blocks = {f"real{which}: {', '.join(self.names[:shown])}": self._real_block(shown)}
         for when in ("before", "after"):
             drawn = self.pictures[when]["classes"]
             turns = range(0, min(len(drawn), SHOWN_EACH * len(self.rows)), len(self.rows))
-            some = torch.cat([drawn[turn : turn + shown] for turn in turns])
-            panels.append(Panel(when, to_pictures(some), shown))
-        return [panels]
+            blocks[when] = torch.cat([drawn[turn : turn + shown] for turn in turns])
+        return [[Panel(heading, to_pictures(block), shown)] for heading, block in blocks.items()]
 
     def subject(self) -> str:
         return self.options.dataset_name or self.options.train_data_dir
