@@ -22,7 +22,7 @@ from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_
 from diffadapt.training.objective import Objective
 from diffadapt.training.optimizers import make_optimizer
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.sharding import average_gradients, check_sharding, shard
+from diffadapt.training.sharding import average_gradients, check_processes, shard
 
 SMALL_ATTENTION = 1024  # tokens up to which plain attention beats the fused kernel's backward on a CPU
 WARMUP_SHARE = 0.1  # of the run, at most
@@ -83,21 +83,17 @@ def prepare(accelerator: Accelerator, objective: Objective, options: TrainOption
     )
     if options.gradient_checkpointing:
         objective.denoiser.enable_gradient_checkpointing()  # non-reentrant in diffusers
-    wrapped, optimizer = _wrapped(accelerator, objective, options), accelerator.prepare(optimizer)
+    check_processes(accelerator, shard_base=options.shard_base)
+    if options.shard_base:
+        shard(objective.denoiser, adapter)
+        wrapped = accelerator.prepare_model(objective, evaluation_mode=True)  # for its precision; no wrapper
+        optimizer = accelerator.prepare(optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare(objective, optimizer)
     wrapped.train()
     objective.denoiser.eval()  # a base's own dropout would be randomness without a key
     average = AdapterAverage(adapter, options.ema_decay) if options.use_ema else None
     return Trainer(accelerator, wrapped, adapter, optimizer, scheduler, options, average)
-
-
-def _wrapped(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> torch.nn.Module:
-    if not options.shard_base:
-        return accelerator.prepare(objective)
-    check_sharding(accelerator)
-    shard(objective.denoiser, objective.adapter)
-    return accelerator.prepare_model(
-        objective, evaluation_mode=True
-    )  # precision only: no data-parallel wrapper
 
 
 def warmup_steps(options: TrainOptions) -> int:
@@ -119,11 +115,9 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
         norm = _clip(trainer)
         loss = _mean_loss(trainer, losses)
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite and not (
-            _scales(trainer) and math.isfinite(loss)
-        ):  # a scaler finds its scale by trying
+        if not math.isfinite(loss) or not (finite or _scales(trainer)):
             _count_skipped(trainer, batches, losses.tolist(), norm)
-        elif watch is not None and not watch.is_done:
+        elif finite and watch is not None and not watch.is_done:
             watch.look(rate)
         _update(trainer, make_step=finite or _scales(trainer))
         trainer.step += 1

@@ -7,17 +7,24 @@ averaged. So what is saved, resumed and averaged over time is the same with and 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from diffadapt.adapter import Adapter
 from diffadapt.fingerprints import fingerprints
 
+UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
-def check_sharding(accelerator: Accelerator) -> None:
-    """Raises: ValueError where there is only one process to spread the base over."""
-    if accelerator.num_processes < 2:
+
+def check_processes(accelerator: Accelerator, *, shard_base: bool) -> None:
+    """Raises: ValueError where accelerate would shard what is trained, or where one process is to share."""
+    if accelerator.distributed_type in UNSUPPORTED:
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which shards what is trained; "
+            "an adapter is too small for that: use plain --multi_gpu, and --shard_base for the frozen base"
+        )
+    if shard_base and accelerator.num_processes < 2:
         raise ValueError(
             "--shard_base spreads the base over several processes, and this is one; start them with "
             "accelerate launch --multi_gpu --num_processes N"

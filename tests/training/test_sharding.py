@@ -6,24 +6,32 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from pipelines import tiny_sd_pipeline, write_pictures
 from safetensors.torch import load_file
 
 import diffadapt as da
 from diffadapt.models.families import load_base
-from diffadapt.training.sharding import check_sharding
+from diffadapt.training.sharding import check_processes
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_one_process_has_nothing_to_spread_over():
     with pytest.raises(ValueError, match=r"--num_processes N"):
-        check_sharding(Accelerator(cpu=True))
+        check_processes(Accelerator(cpu=True), shard_base=True)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_what_shards_trained_tensors_is_refused(kind):
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=2)
+    with pytest.raises(ValueError, match=f"{kind}.*--shard_base"):
+        check_processes(accelerator, shard_base=False)
 
 
 def test_a_sharded_base_trains_as_a_whole_one(tmp_path):

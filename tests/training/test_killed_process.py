@@ -1,0 +1,55 @@
+"""One process that dies ends the others with a message; what was saved before is whole."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipelines import tiny_sd_pipeline, write_pictures
+
+from diffadapt.training import state
+
+ROOT = Path(__file__).parents[2]
+WAIT = 240  # seconds, on a slow machine
+
+
+def _launch(*options):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = [*launcher, str(ROOT / "train_scripts" / "dreambooth.py"), *map(str, options)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _workers(launcher):
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path):
+    base, pictures = tiny_sd_pipeline(tmp_path / "base"), write_pictures(tmp_path / "mine", 3)
+    launcher = _launch(
+        *("--pretrained_model_name_or_path", base, "--instance_data_dir", pictures),
+        *("--instance_prompt", "a sks dog", "--output_dir", tmp_path / "out", "--num_validation_images", 0),
+        *("--max_train_steps", 100_000, "--checkpointing_steps", 2, "--num_threads", 1),
+        *("--train_batch_size", 1, "--export_formats", "none", "--checkpoints_total_limit", 3),
+    )
+    try:
+        started = time.monotonic()
+        while not list((tmp_path / "out").glob("checkpoint-*")) and time.monotonic() - started < WAIT:
+            assert launcher.poll() is None, launcher.stderr.read()[-3000:]
+            time.sleep(0.2)
+        os.kill(_workers(launcher)[1], signal.SIGKILL)
+        _, said = launcher.communicate(timeout=WAIT)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    assert "SIGKILL" in said  # torchrun names the process and the signal
+    assert state.find("latest", tmp_path / "out").name.startswith("checkpoint-")
