@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from diffadapt.evaluation.comparison import COSTS, Difference, Run, compare, points, read_runs
+from diffadapt.evaluation.compared_runs import COSTS, Run, points, read_runs
+from diffadapt.evaluation.comparison import Difference, compare
 from diffadapt.evaluation.page import document, plot, stamp_of, table
 from diffadapt.evaluation.plots import pareto_plot
 from diffadapt.evaluation.tables import MEANING, markdown_table, number

@@ -5,18 +5,16 @@ Images drawn with the same prompts and seeds are pairs: their differences vary l
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from diffadapt.evaluation.compared_runs import Run
 from diffadapt.evaluation.feature_file import read_features
-from diffadapt.evaluation.plots import Point
-from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score, differences, read_record
+from diffadapt.evaluation.record import ImageRow, Score, differences
 from diffadapt.metrics.evaluate import evaluate
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import (
@@ -28,43 +26,12 @@ from diffadapt.metrics.intervals import (
 )
 from diffadapt.metrics.registry import METRICS
 
-COSTS = {  # key of run.json -> how it is called in a plot
-    "parameters": "trained parameters",
-    "seconds": "seconds of training",
-    "peak_memory_bytes": "peak memory of training (bytes)",
-}
 Z = 1.959963984540054  # an interval's half-width in standard errors
 
 
 @dataclass(frozen=True)
-class Run:
-    """One generated set of one record.
-
-    Attributes:
-        label: unique among the compared runs.
-        path: of the record's JSON.
-        generated: the set's label in the record.
-        costs: what of COSTS is known of its training.
-    """
-
-    label: str
-    path: Path
-    record: EvaluationRecord
-    generated: str
-    costs: dict[str, float]
-
-    @property
-    def scores(self) -> dict[str, Score]:
-        return {score.name: score for score in self.record.of(self.generated)}
-
-    @property
-    def rows(self) -> list[ImageRow]:
-        return [row for row in self.record.images if row.generated == self.generated]
-
-
-@dataclass(frozen=True)
 class Difference:
-    """`value` is the run's minus the first run's; paired: over the same prompts and seeds."""
+    """`value`: the run's minus the first run's; paired: over the same prompts and seeds."""
 
     name: str
     label: str
@@ -87,29 +54,6 @@ class Difference:
         return "better" if (self.value < 0) == (self.better == "lower") else "worse"
 
 
-def read_runs(paths: Sequence[Path], run_files: Sequence[Path] = ()) -> list[Run]:
-    """Every generated set of every record, in order.
-
-    Args:
-        run_files: the run.json of each record, in order; else what the record knows of its adapters, or a
-            run.json beside the record or the images.
-    """
-    if run_files and len(run_files) != len(paths):
-        raise ValueError(f"{len(paths)} records, but {len(run_files)} of --run_json; give one for each")
-    records = [read_record(path) for path in paths]
-    everything = [(i, label) for i, record in enumerate(records) for label in record.labels]
-    plain = [label for _, label in everything]
-    runs = []
-    for i, label in everything:
-        path, unique = paths[i], plain.count(label) == 1
-        name = label if unique else f"{path.parent.name}/{path.stem}: {label}"
-        costs = _costs(records[i], label, path, run_files[i] if run_files else None)
-        runs.append(Run(name, path, records[i], label, costs))
-    if len({run.label for run in runs}) < len(runs):
-        raise ValueError("two records of one name in folders of one name; rename one, their sets look alike")
-    return runs
-
-
 def compare(runs: Sequence[Run]) -> list[Difference]:
     """Every run against the first, score by score, then figure by figure of the images.
 
@@ -130,7 +74,8 @@ def compare(runs: Sequence[Run]) -> list[Difference]:
         pairs = paired_rows(first.rows, run.rows)
         found += [_score_difference(first, run, name, pairs) for name in shared]
         covered = {first.scores[name].metric for name in shared}
-        names = dict.fromkeys(name for row, _ in pairs for name in row.values if name not in covered)
+        both = (name for a, b in pairs for name in a.values if name in b.values)
+        names = dict.fromkeys(name for name in both if name not in covered)
         found += [_figure_difference(run.label, name, pairs) for name in names]
     return found
 
@@ -145,17 +90,6 @@ def paired_rows(first: Sequence[ImageRow], other: Sequence[ImageRow]) -> list[tu
 
     known = by_origin(other)
     return [(row, known[key]) for key, row in by_origin(first).items() if key in known]
-
-
-def points(runs: Sequence[Run], name: str, cost: str) -> list[Point]:
-    """The runs of which score `name` and `cost` are known, for a Pareto plot."""
-    found = []
-    for run in runs:
-        if name in run.scores and cost in run.costs:
-            score = run.scores[name]
-            ends = (None, None) if score.interval is None else (score.interval.low, score.interval.high)
-            found.append(Point(run.label, run.costs[cost], score.value, *ends))
-    return found
 
 
 def _refuse_different(first: Run, run: Run, names: Sequence[str]) -> None:
@@ -174,7 +108,7 @@ def _score_difference(first: Run, run: Run, name: str, pairs: list) -> Differenc
     known |= {"first": a.value, "other": b.value, "value": value}
     complete = len(pairs) == len(first.rows) == len(run.rows)
     if complete and len(pairs) > 1 and all(a.metric in row.values for pair in pairs for row in pair):
-        return Difference(**known, interval=_paired_interval(pairs, a.metric, value), paired=True)
+        return Difference(**known, interval=_paired_interval(pairs, a.metric), paired=True)
     if complete and (of_rows := _from_features(first, run, a)) is not None:
         return Difference(**known, interval=half_samples_interval(value, of_rows, len(pairs)), paired=True)
     if a.interval is None or b.interval is None:
@@ -188,16 +122,20 @@ def _figure_difference(label: str, name: str, pairs: list) -> Difference:
     pairs = [pair for pair in pairs if all(name in row.values for row in pair)]
     means = [sum(row.values[name] for row in side) / len(pairs) for side in zip(*pairs, strict=True)]
     value = means[1] - means[0]
-    interval = _paired_interval(pairs, name, value) if len(pairs) > 1 else None
+    interval = _paired_interval(pairs, name) if len(pairs) > 1 else None
     return Difference(f"{name} of each image", label, *means, value, interval, True, "")
 
 
-def _paired_interval(pairs: list, name: str, value: float) -> Interval:
-    """Over prompts where several images share one: images of one prompt resemble each other."""
+def _paired_interval(pairs: list, name: str) -> Interval:
+    """Images of one subject (the folder of their names), or else of one prompt, resemble each other."""
     changes = torch.tensor([b.values[name] - a.values[name] for a, b in pairs], dtype=torch.float64)
-    prompts = [row.prompt for row, _ in pairs]
-    if 2 <= len(set(prompts)) < len(prompts):
-        return clustered_interval(changes, prompts, over="prompts of paired images")
+    groups = {
+        "folders of paired images": [row.name.rpartition("/")[0] for row, _ in pairs],
+        "prompts of paired images": [row.prompt for row, _ in pairs],
+    }
+    for over, clusters in groups.items():
+        if 2 <= len(set(clusters)) < len(clusters):
+            return clustered_interval(changes, clusters, over=over)
     return mean_interval(changes, over="paired images")
 
 
@@ -232,18 +170,3 @@ def _features(run: Run, label: str, score: Score) -> Inputs | None:
     if not path.is_file():
         return None
     return Inputs({METRICS[score.metric].generated[0]: read_features(path).layers[score.identity["layer"]]})
-
-
-def _costs(record: EvaluationRecord, label: str, path: Path, run_file: Path | None) -> dict[str, float]:
-    own = record.sets[label]
-    found = own.made.get("run") or {}
-    source = Path(own.source)
-    beside = [path.parent / "run.json", source / "run.json", source.parent / "run.json"]
-    for candidate in [run_file] if run_file is not None else beside if not found else []:
-        if run_file is not None or candidate.is_file():
-            try:
-                found = json.loads(candidate.read_text())
-            except ValueError as error:
-                raise ValueError(f"{candidate} is not the run.json of a training run ({error})") from None
-            break
-    return {name: float(found[name]) for name in COSTS if isinstance(found.get(name), int | float)}

@@ -122,7 +122,7 @@ def embedded_subjects(names: Sequence[str] = ()) -> list[Subject]:
         raise ValueError(f"no embedded subject {unknown[0]!r}; there are {', '.join(EMBEDDED)}")
     return [
         Subject(
-            name, EMBEDDED[name], templates, _real_images(name, Path(resolve("embedded:subjects")) / name)
+            name, EMBEDDED[name], templates, _real_images(name, Path(resolve(f"embedded:subjects/{name}")))
         )
         for name in names or EMBEDDED
     ]
@@ -153,8 +153,8 @@ def _prompt_number(name: str, subject: Subject) -> int:
     match, count = NUMBER.match(name), len(subject.templates)
     if match is None or int(match[1]) >= count:
         raise ValueError(
-            f"image {subject.name}/{name} does not begin with the number of its prompt, 00 to {count - 1:02d}; "
-            "name images NN-anything.png, or put them into folders NN"
+            f"image {subject.name}/{name} does not begin with the number of its prompt, 00 to "
+            f"{count - 1:02d}; name images NN-anything.png, or put them into folders NN"
         )
     return int(match[1])
 

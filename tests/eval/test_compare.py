@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "eval"), str(Path(__file__).parents[1] / "evaluation")]
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 
 import compare as script
 from example_records import IDENTITY, record
 
-from diffadapt.evaluation.comparison import Difference, compare, paired_rows, points, read_runs
+from diffadapt.evaluation.compared_runs import points, read_runs
+from diffadapt.evaluation.comparison import Difference, compare, paired_rows
 from diffadapt.evaluation.feature_file import SetFeatures, write_features
 from diffadapt.evaluation.pictures import Facts
 from diffadapt.metrics.intervals import Interval, mean_interval

@@ -1,0 +1,122 @@
+"""Images of subjects from a base and its adapters: every prompt, every sample, the same seeds for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+import diffadapt as da
+from diffadapt.data.grid import to_pictures
+from diffadapt.evaluation.pictures import FilePicture
+from diffadapt.evaluation.subjects import Subject, SubjectImages
+from diffadapt.models.any_pipeline import open_base
+from diffadapt.models.families import drawing_defaults
+from diffadapt.sampling import Sampler, Shot, draw
+
+BASE = "base"  # label of the images without an adapter
+ADAPTERS = "adapters"  # label of those with each subject's own
+
+Sets = dict[str, tuple[list[SubjectImages], dict]]  # label -> the images of every subject, and how they came
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    Attributes:
+        base: name of the pipeline.
+        folder: where the images go: LABEL/SUBJECT/NN-S.png, prompt and sample.
+        samples: images of each prompt.
+        unique_token: the unique word of the prompts.
+        seed: of the first subject's first sample; samples of one subject have consecutive seeds, the same
+            for every prompt, and every subject has its own.
+        num_inference_steps, guidance_scale: None for what suits the base.
+    """
+
+    base: str
+    folder: Path
+    samples: int = 4
+    unique_token: str = "sks"
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"--samples must be at least 1, got {self.samples}")
+
+    def sampler(self) -> Sampler:
+        defaults = drawing_defaults(self.base)
+        steps = (
+            defaults["num_inference_steps"] if self.num_inference_steps is None else self.num_inference_steps
+        )
+        guidance = defaults["guidance_scale"] if self.guidance_scale is None else self.guidance_scale
+        return Sampler(num_inference_steps=steps, guidance_scale=guidance, batch_size=self.batch_size)
+
+    def shots(self, subject: Subject, place: int) -> list[Shot]:
+        """All images of the subject at that place in the list, prompt by prompt."""
+        first = self.seed + place * self.samples
+        return [Shot(p, first + s) for p in subject.prompts(self.unique_token) for s in range(self.samples)]
+
+
+def draw_subjects(
+    drawing: Drawing, subjects: Sequence[Subject], adapters: Mapping[str, str], *, with_base: bool
+) -> Sets:
+    """Images with each subject's own adapter, and of the bare base where asked for, as files."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe, sampler = open_base(drawing.base, device=device), drawing.sampler()
+    labels = [*([BASE] if with_base else []), *([ADAPTERS] if adapters else [])]
+    found: Sets = {}
+    with tqdm(desc="images", total=sum(len(drawing.shots(s, 0)) for s in subjects) * len(labels)) as bar:
+        for label in labels:
+            images = []
+            for place, subject in enumerate(subjects):
+                adapter = da.load(pipe, adapters[subject.name]) if label == ADAPTERS else None
+                images.append(_draw(drawing, pipe, sampler, subject, place, drawing.folder / label, bar))
+                if adapter is not None:
+                    da.detach(adapter)
+            made = {"base": drawing.base, "samples": drawing.samples, **vars(sampler)}
+            if label == ADAPTERS:
+                made |= {"adapters": dict(adapters), **_training(adapters)}
+            found[label] = (images, made)
+    return found
+
+
+def _draw(
+    drawing: Drawing,
+    pipe: DiffusionPipeline,
+    sampler: Sampler,
+    subject: Subject,
+    place: int,
+    folder: Path,
+    bar: tqdm,
+) -> SubjectImages:
+    shots, pictures = drawing.shots(subject, place), []
+    (folder / subject.name).mkdir(parents=True, exist_ok=True)
+    for images in draw(pipe, shots, sampler):
+        for picture in to_pictures(images):
+            number, sample = divmod(len(pictures), drawing.samples)
+            name = f"{subject.name}/{number:02d}-{sample}.png"
+            picture.save(folder / name)
+            pictures.append(FilePicture(name, folder / name))
+        bar.update(len(images))
+    numbers = tuple(number for number in range(len(subject.templates)) for _ in range(drawing.samples))
+    return SubjectImages(subject, tuple(pictures), numbers, tuple(shot.seed for shot in shots))
+
+
+def _training(adapters: Mapping[str, str]) -> dict[str, dict]:
+    """What the adapters' run.json say of their cost, the mean over subjects, where all have one."""
+    files = [Path(path).with_name("run.json") for path in adapters.values()]
+    if not all(file.is_file() for file in files):
+        return {}
+    runs = [json.loads(file.read_text()) for file in files]
+    keys = ("parameters", "seconds", "peak_memory_bytes")
+    known = [key for key in keys if all(key in run for run in runs)]
+    return {"run": {key: sum(run[key] for run in runs) / len(runs) for key in known}}

@@ -1,0 +1,134 @@
+"""Rows of images by subject and prompt, the subjects' real images, and how figures become one score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffadapt.evaluation.extraction import Extracted, extract
+from diffadapt.evaluation.extractors import Extractor
+from diffadapt.evaluation.image_sets import ImageSet, fingerprint
+from diffadapt.evaluation.pictures import ArrayPicture
+from diffadapt.evaluation.record import Score
+from diffadapt.evaluation.subjects import Subject, SubjectImages
+from diffadapt.metrics.intervals import Interval, cluster_means, clustered_interval, mean_interval
+from diffadapt.metrics.naming import score_name
+from diffadapt.metrics.registry import METRICS
+
+Side = tuple[Tensor, Tensor, list[str]]  # a subject's real features, those mirrored, and the images' names
+Figure = Callable[[Tensor, Side], Tensor]
+
+FEW = 10  # subjects below which a bootstrap over them says little
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Features of the subjects' real images, as they are and mirrored, rows in the order of the subjects."""
+
+    subjects: tuple[Subject, ...]
+    made: Extracted
+    mirrored: Extracted
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(facts.sha256 for facts in self.made.facts)
+
+    def of(self, subject: Subject, extractor: Extractor) -> Side:
+        """Features of one subject's images, of their mirror images, and their names."""
+        names = [facts.name for facts in self.made.facts]
+        rows = [row for row, name in enumerate(names) if name.startswith(f"{subject.name}/")]
+        both = (own.features[extractor.name][extractor.features][rows] for own in (self.made, self.mirrored))
+        return *both, [names[row] for row in rows]
+
+
+def real_images(subjects: Sequence[Subject], extractors: Sequence[Extractor]) -> RealImages:
+    """Every real image once as it is and once mirrored: copies are found both ways."""
+    pictures = [picture for subject in subjects for picture in subject.real]
+    flipped = [
+        ArrayPicture(p.name, p.load()[0].flip(-1).permute(1, 2, 0).contiguous().numpy()) for p in pictures
+    ]
+    sets = (ImageSet("real images", "folder", pictures), ImageSet("mirrored", "memory", flipped))
+    return RealImages(tuple(subjects), *(extract(own, extractors, title=own.source) for own in sets))
+
+
+class Layout:
+    """Which row of a set belongs to which subject and prompt, and how figures of rows become a score."""
+
+    def __init__(self, label: str, images: Sequence[SubjectImages], real: RealImages, seed: int):
+        self.label, self.images, self.real, self.seed = label, images, real, seed
+        self.subjects = [own.subject for own in images for _ in own.pictures]
+        self.numbers = [number for own in images for number in own.numbers]
+        self.groups = [(s.name, n) for s, n in zip(self.subjects, self.numbers, strict=True)]
+
+    def by_subject(self, figure: Figure, rows: Tensor, extractor: Extractor) -> Tensor:
+        """`figure(rows of a subject, (real, mirrored, names))` of every subject, joined in order."""
+        parts = rows.split([len(own.pictures) for own in self.images])
+        sides = [self.real.of(own.subject, extractor) for own in self.images]
+        return torch.cat([figure(part, side) for part, side in zip(parts, sides, strict=True)])
+
+    def texts(self, extractor: Extractor) -> Tensor:
+        """The embedding of each image's prompt without the unique token."""
+        encoded = {own.subject.name: extractor.texts(own.subject.texts()) for own in self.images}
+        return torch.stack([encoded[name][number] for name, number in self.groups]).cpu()
+
+    def score(self, key: str, extractor: Extractor, values: Tensor, *, floor: float | None = None) -> Score:
+        """The mean over prompts, then over subjects, with a bootstrap over subjects."""
+        return self.grouped_score(
+            key, extractor, cluster_means(values, self.groups), len(values), floor=floor
+        )
+
+    def grouped_score(
+        self,
+        key: str,
+        extractor: Extractor,
+        means: Mapping[tuple, float],
+        n: int,
+        *,
+        floor: float | None = None,
+    ) -> Score:
+        """The same from the mean of each (subject, prompt)."""
+        metric, values = METRICS[key], torch.tensor(list(means.values()), dtype=torch.float64)
+        names = [name for name, _ in means]
+        per_subject = list(cluster_means(values, names).values())
+        notes = (f"few subjects ({len(per_subject)}): the interval says little about others",)
+        return Score(
+            score_name(metric.scores[0], extractor.name),
+            key,
+            self.label,
+            sum(per_subject) / len(per_subject),
+            _interval(values, names, self.seed),
+            {"generated": n, "subjects": len(per_subject)},
+            floor,
+            metric.better,
+            self.identity(key, extractor, n),
+            notes if len(per_subject) < FEW else (),
+        )
+
+    def identity(self, key: str, extractor: Extractor, n: int) -> dict[str, object]:
+        prompts = {own.subject.name: own.subject.texts() for own in self.images}
+        digest = hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()
+        return {
+            "metric": key,
+            "metric_version": METRICS[key].version,
+            "extractor": extractor.name,
+            "extractor_sha256": extractor.sha256,
+            "preset": extractor.preset,
+            "layer": extractor.perceptual or extractor.features,
+            "reference": self.real.fingerprint,
+            "options": {"protocol": "dreambooth", "prompts": digest},
+            "n_generated": n,
+            "n_real": len(self.real.made.facts),
+            "seed": self.seed,
+        }
+
+
+def _interval(values: Tensor, names: Sequence[str], seed: int) -> Interval | None:
+    """Over subjects; of a single subject over its prompts."""
+    if len(set(names)) > 1:
+        return clustered_interval(values, names, over="subjects", seed=seed)
+    return mean_interval(values, over="prompts") if len(values) > 1 else None

@@ -1,0 +1,85 @@
+"""The record of DreamBooth's protocol: the same file, page and comparison as of any other evaluation."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image
+
+from diffadapt.evaluation.extractors import Extractor
+from diffadapt.evaluation.image_sets import fingerprint
+from diffadapt.evaluation.page import write_page
+from diffadapt.evaluation.record import EvaluationRecord, SetSummary
+from diffadapt.evaluation.run import REFERENCE
+from diffadapt.evaluation.subject_drawing import Sets
+from diffadapt.evaluation.subject_layout import real_images
+from diffadapt.evaluation.subject_scores import score_subjects
+from diffadapt.evaluation.subjects import SubjectImages
+from diffadapt.evaluation.tables import markdown, per_image_csv
+from diffadapt.files import write_atomically
+
+LIBRARIES = ("diffadapt", "torch", "diffusers", "transformers", "numpy", "pillow")
+
+
+def evaluate_subjects(
+    sets: Sets,
+    extractors: Sequence[Extractor],
+    *,
+    token: str,
+    seed: int,
+    settings: Mapping[str, object] | None = None,
+) -> EvaluationRecord:
+    """Scores of every set of images, all of the same subjects.
+
+    Args:
+        sets: label -> the images of every subject, and how they were made.
+        token: the unique word of the prompts.
+        seed: of the bootstrap.
+    """
+    start = time.perf_counter()
+    subjects = [own.subject for own in next(iter(sets.values()))[0]]
+    real = real_images(subjects, extractors)
+    scores, rows, refused = [], [], {}
+    for label, (images, _) in sets.items():
+        own = score_subjects(label, images, real, extractors, token=token, seed=seed)
+        scores, rows, refused = scores + own[0], rows + own[1], refused | own[2]
+    summaries = {label: _summary(label, images, made) for label, (images, made) in sets.items()}
+    names = ", ".join(subject.name for subject in subjects)
+    count = len(real.made.facts)
+    summaries[REFERENCE] = SetSummary("real", names, "subjects", count, real.fingerprint)
+    return EvaluationRecord(
+        tuple(scores),
+        summaries,
+        tuple(extractor.summary for extractor in extractors),
+        seeds={"metrics": seed},
+        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        images=tuple(rows),
+        refused=refused,
+        settings={**(settings or {}), "seconds": round(time.perf_counter() - start, 1)},
+    )
+
+
+def write_record(record: EvaluationRecord, sets: Sets, folder: Path) -> None:
+    """subject.json, subject.md, subject.csv and subject.html, the page with the images of the sets."""
+    everything = [(label, own) for label, (images, _) in sets.items() for own in images]
+    pictures = {(label, picture.name): picture for label, own in everything for picture in own.pictures}
+    pictures |= {(REFERENCE, picture.name): picture for _, own in everything for picture in own.subject.real}
+
+    def picture(label: str, name: str) -> Image.Image:
+        return Image.fromarray(pictures[label, name].load()[0].permute(1, 2, 0).numpy())
+
+    record.write(folder / "subject.json")
+    for ending, text in (("md", markdown(record)), ("csv", per_image_csv(record))):
+        write_atomically(folder / f"subject.{ending}", lambda path, text=text: path.write_text(text))
+    write_page(record, folder / "subject.html", picture)
+
+
+def _summary(label: str, images: Sequence[SubjectImages], made: Mapping[str, object]) -> SetSummary:
+    pictures = [picture for own in images for picture in own.pictures]
+    kind = "drawn" if made else "folder"
+    digests = fingerprint(picture.digest() for picture in pictures)
+    return SetSummary("generated", label, kind, len(pictures), digests, made=dict(made))

@@ -1,0 +1,144 @@
+"""How well adapters keep subjects: DreamBooth's protocol, over subjects, prompts and samples.
+
+    python eval/subject.py                                    # the base on the embedded subjects
+    python eval/subject.py --adapters cat=runs/cat/adapter.safetensors monkey=runs/monkey/adapter.safetensors
+    python eval/subject.py --subjects dataset --prompts dataset/prompts_and_classes.txt \\
+        --adapters dog=runs/dog/adapter.safetensors cat2=runs/cat2/adapter.safetensors --compare
+    python eval/subject.py --subjects dataset --prompts prompts_and_classes.txt --images generated
+
+DINO and CLIP-I compare with the real images (and those with each other: the ceiling), CLIP-T with the prompt
+without the unique token, LPIPS the images of one prompt. Writes subject.json, .md, .csv, .html and images.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from diffadapt.commands.combine import base_named_in
+from diffadapt.evaluation.extractors import EMBEDDED, Extractor, available, load_extractor
+from diffadapt.evaluation.subject_drawing import Drawing, draw_subjects
+from diffadapt.evaluation.subject_record import evaluate_subjects, write_record
+from diffadapt.evaluation.subject_scores import check_extractors
+from diffadapt.evaluation.subjects import (
+    Subject,
+    SubjectImages,
+    embedded_subjects,
+    existing_images,
+    open_subjects,
+    read_prompts,
+)
+from diffadapt.evaluation.tables import markdown
+from diffadapt.exits import run
+from diffadapt.models.names import is_embedded
+from diffadapt.training.session import quiet, use_cores
+
+DEMO_BASE = "embedded:emoji"
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    quiet()
+    use_cores(arguments.num_threads)
+    files = adapter_files(arguments.adapters or ())
+    subjects = chosen_subjects(arguments, list(files))
+    extractors = chosen_extractors(arguments)
+    check_extractors(extractors)
+    sets = generated_sets(arguments, subjects, files)
+    settings = {
+        "command": shlex.join(["python", *sys.argv]),
+        "protocol": "dreambooth",
+        "demo": arguments.subjects is None,
+        "unique_token": arguments.unique_token,
+    }
+    token, seed = arguments.unique_token, arguments.seed
+    record = evaluate_subjects(sets, extractors, token=token, seed=seed, settings=settings)
+    folder = Path(arguments.output)
+    write_record(record, sets, folder)
+    print(markdown(record))
+    print(f"the images, best and worst: {folder / 'subject.html'}")
+    return 0
+
+
+def adapter_files(given: Sequence[str]) -> dict[str, str]:
+    """SUBJECT=FILE ... as a dictionary."""
+    files = dict(item.partition("=")[::2] for item in given)
+    wrong = [item for item in given if not item.partition("=")[2]]
+    if wrong or len(files) < len(given):
+        raise ValueError(f"--adapters takes one SUBJECT=FILE for each subject, got {' '.join(given)}")
+    return files
+
+
+def chosen_subjects(arguments: argparse.Namespace, names: list[str]) -> list[Subject]:
+    """The named subjects (those with adapters), or all of them."""
+    if arguments.subjects is None:
+        if arguments.prompts is not None:
+            raise ValueError("--prompts belongs to --subjects FOLDER; give both or neither")
+        return embedded_subjects(names)
+    if arguments.prompts is None:
+        raise ValueError("--subjects needs --prompts FILE, such as dreambooth's prompts_and_classes.txt")
+    return open_subjects(arguments.subjects, read_prompts(arguments.prompts), names)
+
+
+def chosen_extractors(arguments: argparse.Namespace) -> list[Extractor]:
+    """The named ones; embedded:clip for the embedded subjects, DreamBooth's otherwise; LPIPS where it is."""
+    given = dict(item.partition("=")[::2] for item in arguments.weights or ())
+    weights = {name: Path(path) for name, path in given.items()}
+    names = arguments.extractors
+    if names is None:
+        names = [EMBEDDED[0]] if arguments.subjects is None else ["dino", "clip"]
+        names += [name for name in available(weights) if name == "lpips:alex"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"weights": weights, "device": device, "download": arguments.download}
+    return [load_extractor(name, **options) for name in names]
+
+
+def generated_sets(
+    arguments: argparse.Namespace, subjects: Sequence[Subject], files: dict[str, str]
+) -> dict[str, tuple[list[SubjectImages], dict]]:
+    """Label -> the images of every subject, and how they were made."""
+    if arguments.images is not None:
+        made = existing_images(arguments.images, subjects)
+        return {Path(arguments.images).name: (made, {})}
+    base = arguments.base or (base_named_in(list(files.values())) if files else None)
+    if base is None and arguments.subjects is not None:
+        raise ValueError(
+            "name what draws the images: --base, --adapters SUBJECT=FILE ..., or --images FOLDER"
+        )
+    base = base or DEMO_BASE
+    if is_embedded(base) != (arguments.subjects is None):
+        raise ValueError(f"the base {base!r} and the subjects must both be embedded, or neither")
+    names = ("samples", "unique_token", "seed", "num_inference_steps", "guidance_scale", "batch_size")
+    options = {name: getattr(arguments, name) for name in names}
+    drawing = Drawing(base, Path(arguments.output) / "images", **options)
+    return draw_subjects(drawing, subjects, files, with_base=arguments.compare or not files)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--subjects", help="folder with a folder of real images for each subject; default: the embedded ones")
+    add("--prompts", help="dreambooth's prompts_and_classes.txt, or one of its format")
+    add("--adapters", nargs="+", metavar="SUBJECT=FILE", help="an adapter for each subject to be scored")
+    add("--images", help="folder of existing images, SUBJECT/NN-name.png with NN the prompt's number")
+    add("--base", help="what draws; default: the base named in the adapters, else embedded:emoji")
+    add("--compare", action="store_true", help="with --adapters: the bare base too, with the same seeds")
+    add("--unique_token", default="sks", help="the word trained for the subject (default: sks)")
+    add("--samples", type=int, default=4, help="images of each prompt (default: 4)")
+    add("--extractors", nargs="+", help="default: dino clip, and lpips:alex where its weights are")
+    add("--weights", nargs="+", metavar="NAME=PATH", help="weights of extractors")
+    add("--download", action="store_true", help="fetch weights that are missing")
+    add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
+    add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
+    add("--batch_size", type=int, default=8, help="images drawn at once; changes nothing else (default: 8)")
+    add("--seed", type=int, default=0, help="of the first image, and of the bootstrap (default: 0)")
+    add("--num_threads", type=int, help="CPU threads; default: all available cores")
+    add("--output", default="runs/subject", help="folder (default: runs/subject)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
