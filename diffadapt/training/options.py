@@ -108,6 +108,11 @@ class TrainOptions:
     mixed_precision: str | None = option(
         None, "precision of the frozen base and of activations", choices=("no", "fp16", "bf16")
     )
+    base_precision: str | None = option(
+        None,
+        "precision of the frozen base alone; default: half with mixed precision on a GPU, else fp32",
+        choices=("fp32", "fp16", "bf16"),
+    )
     num_threads: int | None = option(None, "CPU threads; default: all available cores")
     # what is shown
     validation_prompt: str | None = option(

@@ -33,8 +33,11 @@ def start(
     return accelerator
 
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """Precision of the frozen base: half saves memory on a GPU; on a CPU it only costs digits."""
+def weight_dtype(accelerator: Accelerator, wish: str | None = None) -> torch.dtype:
+    """Precision of the frozen base: as wished, else half with mixed precision on a GPU. On a CPU half costs
+    digits, and pays only for bases of real size."""
+    if wish is not None:
+        return DTYPES.get(wish, torch.float32)
     if accelerator.device.type == "cpu":
         return torch.float32
     return DTYPES.get(accelerator.mixed_precision, torch.float32)

@@ -61,7 +61,7 @@ def set_up(options: Kind) -> Setup[Kind]:
     model = load_base(
         options.pretrained_model_name_or_path,
         device=accelerator.device,
-        dtype=session.weight_dtype(accelerator),
+        dtype=session.weight_dtype(accelerator, options.base_precision),
         revision=options.revision,
         variant=options.variant,
         vae=options.pretrained_vae_model_name_or_path,

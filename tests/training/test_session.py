@@ -1,5 +1,7 @@
 """Threads: all cores, unless a person said otherwise."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -38,3 +40,17 @@ def test_a_person_s_wish_is_followed(threads):
     assert threads({"OMP_NUM_THREADS": "1"}) is None
     assert threads({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}) is None
     assert threads({"OMP_NUM_THREADS": "3"}, num_threads=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("wish", "mixed", "expected"),
+    [
+        (None, "bf16", torch.float32),  # on a CPU half only costs digits
+        ("bf16", "bf16", torch.bfloat16),
+        ("fp16", "no", torch.float16),
+        ("fp32", "bf16", torch.float32),
+    ],
+)
+def test_the_precision_of_the_base_is_the_wished_one(wish, mixed, expected):
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=mixed)
+    assert session.weight_dtype(accelerator, wish) == expected
