@@ -7,12 +7,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from datasets import load_dataset
+from diffusers import StableDiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from diffadapt.assets import ROOT, embedded, names
+from diffadapt.data.dataset import labelled_table, open_table
+from diffadapt.metrics.digit_classifier import class_agreement, load_digit_classifier
+from diffadapt.models.families import load_base
+from diffadapt.sampling import Sampler, Shot, draw_all
+from diffadapt.training.held_out import pixels_of
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,14 @@ def test_latents_need_no_scaling_factor_and_decode_an_unseen_subject(pipe):
 
 
 def test_weights_are_half_precision():
-    for path in [*embedded("emoji").rglob("*.safetensors"), *embedded("clip").glob("*.safetensors")]:
+    paths = list(ROOT.rglob("*.safetensors"))
+    assert {path.relative_to(ROOT).parts[0] for path in paths} == {
+        "emoji",
+        "clip",
+        "digits",
+        "digit-classifier",
+    }
+    for path in paths:
         with safe_open(path, "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         assert kinds <= {"F16", "I64"}, path
@@ -176,3 +189,55 @@ def test_an_unknown_name_is_an_error_that_lists_what_exists(name):
 def test_a_misspelt_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean emoji"):
         embedded("emojy")
+
+
+def test_the_digits_base_draws_the_digit_that_is_asked_for():
+    base = load_base("embedded:digits")
+    assert (base.family, base.resolution, base.num_classes, base.null_class) == ("digits", 16, 10, 10)
+    shots = [Shot("", seed, seed % 10) for seed in range(60)]
+    drawn = draw_all(base.pipe, shots, Sampler(num_inference_steps=10, guidance_scale=2.0, batch_size=60))
+    labels = torch.tensor([shot.label for shot in shots])
+    assert class_agreement(load_digit_classifier()(drawn)["logits"], labels) > 0.8
+    assert (drawn.amax(dim=1) - drawn.amin(dim=1)).mean() > 0.1  # colours, not greys
+
+
+def test_stock_diffusers_opens_the_unet_of_the_digits_base():
+    unet = UNet2DModel.from_pretrained(embedded("digits"), subfolder="unet")
+    assert unet.dtype == torch.float32
+    assert unet.config.num_class_embeds == 11
+    widths = {p.shape for name, p in unet.named_parameters() if name.endswith(("to_q.weight", "to_v.weight"))}
+    assert len(widths) > 1  # attention of several sizes
+
+
+def test_the_classifier_of_digits_reads_handwriting_it_never_saw():
+    table = open_table(str(embedded("handwriting")), split="test")
+    examples, digits = labelled_table(table, name="handwriting")
+    assert digits == [str(digit) for digit in range(10)]
+    logits = load_digit_classifier()(pixels_of(examples, 16))["logits"]
+    agreement = class_agreement(logits, torch.tensor([example.caption for example in examples]))
+    figures = json.loads((embedded("digit-classifier") / "figures.json").read_text())
+    assert agreement == pytest.approx(figures["handwriting_held_out"], abs=0.003)
+    assert agreement >= 0.97
+
+
+def test_handwriting_is_scikit_learns_in_two_parts_with_its_licences():
+    parts = load_dataset(str(embedded("handwriting")))
+    assert {name: len(part) for name, part in parts.items()} == {"train": 1400, "test": 397}
+    assert {image.size for image in parts["test"]["image"]} == {(8, 8)}
+    assert "Alpaydin" in (embedded("handwriting") / "LICENSE-uci.txt").read_text()
+    assert "scikit-learn developers" in (embedded("handwriting") / "LICENSE-scikit-learn.txt").read_text()
+
+
+def test_the_cards_of_the_digits_tell_the_measured_figures():
+    card = (embedded("digit-classifier") / "README.md").read_text()
+    figures = json.loads((embedded("digit-classifier") / "figures.json").read_text())
+    assert f"{100 * figures['handwriting_held_out']:.2f} %" in card
+    assert f"{100 * figures['printed_unseen']:.2f} %" in card
+    assert f"{figures['parameters']:,} parameters" in card
+    card = (embedded("digits") / "README.md").read_text()
+    figures = json.loads((embedded("digits") / "figures.json").read_text())
+    assert f"{figures['unet']['parameters']:,} parameters" in card
+    assert f"{figures['unet']['steps']:,} steps" in card
+    for guidance in ("1", "2", "4"):
+        assert f"{100 * figures[f'guidance_{guidance}']['class_agreement']:.1f} %" in card
+        assert f"{figures[f'guidance_{guidance}']['frechet_distance']:.3f}" in card

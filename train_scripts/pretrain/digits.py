@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import save_image
 
-from diffadapt.data.images import to_pixels
+from diffadapt.data.dataset import labelled_table, open_table
+from diffadapt.data.images import open_image, to_pixels
 from diffadapt.pipelines import ClassConditionalPipeline
 
 DROPPED = 0.1  # share of labels replaced by the null class
@@ -54,14 +55,11 @@ def sampler() -> DDIMScheduler:
     )
 
 
-def read(data: str, resolution: int) -> Labelled:
-    """A folder with one folder of pictures per class, or any data set with columns `image` and `label`."""
-    from datasets import load_dataset
-
-    rows = load_dataset(data, split="train")
-    images = [to_pixels(row.convert("RGB"), resolution) for row in rows["image"]]
-    pixels = ((torch.stack(images) + 1) * 127.5).round().to(torch.uint8)
-    return pixels, torch.tensor(rows["label"])
+def read(data: str, config_name: str | None, resolution: int) -> Labelled:
+    """The train split of any data set with classes; a folder with one folder of pictures per class is one."""
+    examples, _ = labelled_table(open_table(data, config_name=config_name), name=data)
+    pixels = torch.stack([to_pixels(open_image(example.source), resolution) for example in examples])
+    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.caption for e in examples])
 
 
 def loss_of(unet: nn.Module, noiser: DDPMScheduler, pixels: Tensor, labels: Tensor, generator) -> Tensor:
@@ -126,11 +124,12 @@ def main() -> None:
     parser.add_argument("--build", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--source", choices=("printed", "handwriting"), default="printed")
     parser.add_argument("--data", help="instead of --source: a folder of class folders, or a data set")
+    parser.add_argument("--data_config", help="configuration of that data set, as cropped_digits of svhn")
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="more fonts than matplotlib's")
     parser.add_argument("--count", type=int, default=40_000, help="printed digits to render")
     parser.add_argument("--resolution", type=int, default=16)
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 40, 56], help="of each level")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--decay", type=float, default=0.998, help="of the averaged weights")
@@ -141,7 +140,7 @@ def main() -> None:
     torch.manual_seed(0)
     args.build.mkdir(parents=True, exist_ok=True)
     if args.data:
-        data = read(args.data, args.resolution)
+        data = read(args.data, args.data_config, args.resolution)
     elif args.source == "handwriting":
         data = handwritten(args.resolution)["train"]
     else:

@@ -1,0 +1,93 @@
+"""The table of docs/class_demo.md: every method on the class-conditional demonstration, at its own rate.
+
+    python eval/class_table.py --seeds 0 1 2 --jobs 2
+
+Each run is `train_scripts/class_conditional.py` without further arguments; finished runs are not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import diffadapt as da
+from diffadapt.training.session import available_cores
+
+SCRIPT = Path(__file__).parents[1] / "train_scripts" / "class_conditional.py"
+FIGURES = {  # name in run.json -> heading
+    "held_out_loss": "loss on held-out handwriting",
+    "frechet_distance[embedded:digits]": "Frechet distance",
+    "class_agreement[embedded:digits]": "recognised as the digit asked for",
+}
+MARK = "<!-- made by eval/class_table.py from here on -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapters", nargs="+", default=list(da.METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; they share the cores")
+    parser.add_argument("--runs", type=Path, default=Path("runs/class_table"))
+    parser.add_argument("--output", type=Path, default=Path("docs/class_demo.md"))
+    arguments = parser.parse_args()
+    threads = max(1, available_cores() // arguments.jobs)
+    wanted = [(adapter, seed) for seed in arguments.seeds for adapter in arguments.adapters]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        records = list(pool.map(lambda one: run(*one, arguments.runs, threads), wanted))
+    by_adapter: dict[str, list[dict]] = {}
+    for (adapter, _), record in zip(wanted, records, strict=True):
+        by_adapter.setdefault(adapter, []).append(record)
+    text = arguments.output.read_text() if arguments.output.exists() else f"{MARK}\n"
+    kept = text.partition(MARK)[0]
+    arguments.output.write_text(kept + MARK + "\n" + table(by_adapter))
+    print(table(by_adapter))
+
+
+def run(adapter: str, seed: int, folder: Path, threads: int) -> dict:
+    """The record (run.json) of one demonstration."""
+    output = folder / f"{adapter}-seed{seed}"
+    if not (output / "run.json").exists():
+        options = ["--adapter", adapter, "--seed", seed, "--output_dir", output, "--num_threads", threads]
+        options += ["--export_formats", "none"]
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{adapter}, seed {seed}: {done.stderr[-2000:]}")
+    return json.loads((output / "run.json").read_text())
+
+
+def table(by_adapter: dict[str, list[dict]]) -> str:
+    """One row per method; mean and, of several seeds, standard deviation."""
+    every = [record for records in by_adapter.values() for record in records]
+    seeds = max(len(records) for records in by_adapter.values())
+    options = every[0]["options"]
+    lines = [
+        f"{options['max_train_steps']} steps of {options['train_batch_size']} pictures on "
+        f"`{options['targets']}`, {options['num_validation_images']} drawn pictures, "
+        + (f"mean ± standard deviation of {seeds} seeds." if seeds > 1 else "one seed."),
+        "",
+        f"| method | parameters | rate | {' | '.join(FIGURES.values())} |",
+        f"|---|---:|---:|{'---:|' * len(FIGURES)}",
+        "| before training | 0 | | " + " | ".join(cell(every, name, "before") for name in FIGURES) + " |",
+    ]
+    for adapter, records in by_adapter.items():
+        cells = [cell(records, name, "after") for name in FIGURES]
+        rate = f"{records[0]['options']['learning_rate']:g}"
+        lines.append(f"| `{adapter}` | {records[0]['parameters']:,} | {rate} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(records: list[dict], figure: str, when: str) -> str:
+    values = [record["figures"][figure][when] for record in records if figure in record["figures"]]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
