@@ -220,7 +220,7 @@ class Batches:
                 f"{len(missing)} of {len(examples)} pictures have no caption:\n{listed(missing)}"
             )
         captions = [with_trigger(e.caption, self.trigger_word) for e in examples]
-        self.captions.prepare(captions + [self.model.empty_caption] * bool(self.caption_dropout))
+        self.captions.prepare(captions + ([self.model.empty_caption] if self.caption_dropout else []))
         if any(isinstance(caption, str) for caption in captions):
             self.cut_captions = self.model.cut_captions(captions)
 

@@ -17,6 +17,8 @@ FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
         "guidance_scale",
         "sample_batch_size",
         "extractor",
+        "held_out",
+        "max_held_out_samples",
         "validation_steps",
         "checkpoints_total_limit",
         "skip_nonfinite",
