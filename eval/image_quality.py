@@ -32,7 +32,7 @@ from diffadapt.exits import run
 from diffadapt.files import write_atomically
 from diffadapt.looks import parse_adapter
 from diffadapt.metrics.analytic import analytic_cases
-from diffadapt.training.session import quiet, use_cores
+from diffadapt.training.session import quiet, start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +58,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     quiet()
     deterministic()
     warnings.filterwarnings("ignore", module="torch|transformers|diffusers")
-    state = PartialState()
-    use_cores(arguments.num_threads, processes=state.num_processes)
+    device = start(mixed_precision="no", num_threads=arguments.num_threads).device
     options.fill_demo(arguments)
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
     is_drawing = bool(files) or arguments.with_base
@@ -68,7 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     elif is_drawing and arguments.base is None:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
     plan, reading = options.plan_of(arguments), options.reading_of(arguments)
-    extractors = options.extractors_of(arguments, str(state.device))
+    extractors = options.extractors_of(arguments, str(device))
     check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=is_drawing)
     with _folder_of_drawn(arguments) as folder:
         sets: dict[str, str | ImageSet] = dict(

@@ -61,13 +61,15 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
         arguments, drawing_defaults(base, revision=arguments.revision), DTYPES.get(precision)
     )
     pipe = open_base(base, device=device, **source)
+    labels = [shot.label for shot in wanted]
     made = {
         "base": base,
         **source,
         "sampler": {**asdict(sampler), "autocast": precision},
         "seeds": [shot.seed for shot in wanted],
+        **({"labels": labels} if None not in labels else {}),
     }
-    sets = {}
+    sets: dict[str, ImageSet] = {}
     if arguments.with_base:
         sets[BASE] = _set(pipe, wanted, sampler, folder / BASE, "base", base, made)
     for label, file in labelled(adapters).items():

@@ -32,6 +32,11 @@ class SetFeatures:
     facts: tuple[Facts, ...]
 
 
+def file_name(extractor: str) -> str:
+    """How the file of an extractor's features is called in a folder of several."""
+    return f"{extractor.replace('/', '_').replace(':', '-')}.safetensors"
+
+
 def write_features(path: Path, content: SetFeatures) -> None:
     """Atomically. Raises: OSError where it cannot be written."""
     tensors = {name: tensor.contiguous() for name, tensor in content.layers.items()}

@@ -30,20 +30,23 @@ class Material:
     Attributes:
         inputs: extractor name -> what metrics read.
         facts: of the images in the order of the rows; () for statistics.
-        picture: image name -> the image; raises KeyError where the pixels are not at hand.
+        picture: image name -> the image; None where only features are at hand.
     """
 
     summary: SetSummary
     inputs: Mapping[str, Inputs]
     facts: tuple[Facts, ...]
-    picture: Callable[[str], Image.Image]
+    picture: Callable[[str], Image.Image] | None
     prompts: tuple[str, ...] = ()
 
 
 def of_images(images: ImageSet, made: Extracted, extractors: Sequence[Extractor], *, role: str) -> Material:
-    """The material of extracted images; texts and groups come from the prompts of drawn ones."""
-    prompts = _prompts_of(images, made.facts)
-    inputs = {e.name: _inputs(e, made.features[e.name], prompts) for e in extractors}
+    """The material of extracted images; texts and groups come from the prompts of drawn ones.
+
+    Images of class labels are grouped by class, but "class 3" is no text to compare an image with.
+    """
+    prompts, has_words = _prompts_of(images, made.facts), "labels" not in images.made
+    inputs = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in extractors}
     by_name = {picture.name: picture for picture in images.pictures}
 
     def picture(name: str) -> Image.Image:
@@ -64,7 +67,7 @@ def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Materi
         statistics = read_statistics(path)
         summary = SetSummary(role, str(path), "statistics", statistics.n or 0, sha256_of(path))
         inputs = {e.name: Inputs.of_statistics(statistics) for e in extractors}
-        return Material(summary, inputs, (), _no_picture)
+        return Material(summary, inputs, (), None)
     content = read_features(path)
     for extractor in extractors:
         wanted = identity_of(extractor)
@@ -77,9 +80,9 @@ def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Materi
             raise ValueError(
                 f"{path} holds features made otherwise than by {extractor.name!r}: {'; '.join(other)}"
             )
-    inputs = {e.name: _inputs(e, content.layers, ()) for e in extractors}
+    inputs = {e.name: _inputs(e, content.layers) for e in extractors}
     summary = _summary(role, str(path), "features", content.facts, (), {})
-    return Material(summary, inputs, content.facts, _no_picture)
+    return Material(summary, inputs, content.facts, None)
 
 
 def is_material_file(source: str) -> bool:
@@ -94,13 +97,15 @@ def is_material_file(source: str) -> bool:
     return "mu" in names_of(path)
 
 
-def _inputs(extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str]) -> Inputs:
+def _inputs(
+    extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str] = (), has_words: bool = False
+) -> Inputs:
     roles = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
     found = {role: layers[layer] for role, layer in roles.items() if layer is not None}
     if prompts:
         order = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         found["groups"] = torch.tensor([order[prompt] for prompt in prompts])
-        if extractor.texts is not None:
+        if extractor.texts is not None and has_words:
             rows = extractor.texts(list(order)).cpu()
             found["texts"] = rows[found["groups"]]
     return Inputs(found)
@@ -128,7 +133,3 @@ def _summary(
         skipped=tuple(skipped),
         made=dict(made),
     )
-
-
-def _no_picture(name: str) -> Image.Image:
-    raise KeyError(name)

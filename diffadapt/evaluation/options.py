@@ -165,6 +165,7 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         arguments.skip_bad,
         None if arguments.no_cache else Path(arguments.cache_dir or default_folder()),
         Path(arguments.save_features) if arguments.save_features else None,
+        Path(arguments.output).parent,
         arguments.allow_overlap,
         arguments.download,
     )

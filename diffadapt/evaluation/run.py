@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from diffadapt.evaluation import overlap, protocols
 from diffadapt.evaluation.cache import FeatureCache, identity_of
 from diffadapt.evaluation.extraction import extract
 from diffadapt.evaluation.extractors import Extractor
-from diffadapt.evaluation.feature_file import SetFeatures, write_features
+from diffadapt.evaluation.feature_file import SetFeatures, file_name, write_features
 from diffadapt.evaluation.image_sets import ImageSet, open_set
 from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
@@ -44,6 +45,7 @@ class Reading:
         skip_bad: leave unreadable images out and list them, instead of stopping.
         cache: folder of the reference's features; None keeps none.
         save_features: folder for the features of all sets; None writes none.
+        record_folder: where the record will stand, which names that folder.
         allow_overlap: score a set all of whose images stand in the reference.
         download: whether named data sets may be fetched.
     """
@@ -52,13 +54,14 @@ class Reading:
     skip_bad: bool = False
     cache: Path | None = None
     save_features: Path | None = None
+    record_folder: Path = Path()
     allow_overlap: bool = False
     download: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The record, and `picture(label, name)` for pages; KeyError where only features are at hand."""
+    """The record, and `picture(label, name)` of the images that it names, for pages."""
 
     record: EvaluationRecord
     picture: Callable[[str, str], Image.Image]
@@ -145,10 +148,10 @@ def _material(
     if reading.save_features is None or not PartialState().is_main_process:
         return material
     for extractor in extractors:
-        name = f"{extractor.name.replace('/', '_').replace(':', '-')}.safetensors"
         content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.facts)
-        write_features(reading.save_features / label / name, content)
-    return replace(material, summary=replace(material.summary, features=str(reading.save_features / label)))
+        write_features(reading.save_features / label / file_name(extractor.name), content)
+    folder = os.path.relpath(reading.save_features / label, reading.record_folder)
+    return replace(material, summary=replace(material.summary, features=folder))
 
 
 def _score(
@@ -173,7 +176,7 @@ def _score(
         result.scores += scores
         result.refused |= refused
     showing = next((e for e in extractors if e.features is not None), None)
-    if showing is not None and own.facts:
+    if showing is not None and own.picture is not None:
         result.rows += image_rows(label, own, real, showing)
 
 

@@ -106,7 +106,8 @@ def image_rows(
             values["realism"] = realism(real=reference["features"], generated=own["features"], k=REALISM_K)
         found = nearest_images(generated=own["features"], training=reference["features"])
         values["nearest_similarity"] = found.similarity
-        nearest = [real.facts[row].name for row in found.index.tolist()]
+        if real.picture is not None:
+            nearest = [real.facts[row].name for row in found.index.tolist()]
     seeds = generated.summary.made.get("seeds") or [None] * len(nearest)
     finite = {name: column.clamp(max=1e9).tolist() for name, column in values.items()}  # a copy's is infinite
     return [

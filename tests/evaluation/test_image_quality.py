@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from class_pipelines import class_pipeline
 from image_files import write_images
 from pipelines import tiny_sd_pipeline
 
@@ -194,6 +195,22 @@ def test_images_that_are_not_kept_are_removed_and_the_same(tmp_path, trained, mo
 
 
 DRAW = image_quality.draw_sets
+
+
+def test_a_base_that_is_told_classes(tmp_path):
+    base = class_pipeline(tmp_path / "base")
+    arguments = ["--with_base", "--base", base, "--class_labels", "0,2", *DRAWING, "--extractor", TOY]
+    code, output = evaluate(tmp_path, *arguments, "--metrics", "vendi", "--allow_small", "--no_intervals")
+    record = read_record(output)
+    assert code == 0
+    assert [row.prompt for row in record.images] == ["class 0", "class 0", "class 2", "class 2"]
+    assert record.sets["base"].made["labels"] == [0, 0, 2, 2]
+    assert record.settings["demo"] is False
+
+
+def test_the_base_alone_must_be_named(tmp_path, capsys):
+    assert evaluate(tmp_path, "--with_base", "--prompt", "a cat", "--extractor", TOY)[0] == 2
+    assert "needs --base" in capsys.readouterr().err
 
 
 def test_files_of_a_run_stand_in_the_order_of_steps(trained, tmp_path):
