@@ -43,10 +43,11 @@ def open_pipeline(
             dtype={"default": dtype, "vae": torch.float32},
             revision=revision,
             variant=variant,
+            use_safetensors=True,  # no pickled weights
             **without,
         )
     if vae is not None:
-        pipe.register_modules(vae=open_autoencoder(vae))
+        pipe.register_modules(vae=_fitting(open_autoencoder(vae), pipe, vae))
     if prediction_type is not None:
         own = pipe.scheduler
         pipe.scheduler = type(own).from_config(own.config, prediction_type=prediction_type)
@@ -77,7 +78,23 @@ def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
         raise ValueError(
             f"{name!r} is a {config.get('_class_name')}; an autoencoder is one of {', '.join(kinds)}"
         )
-    return kinds[config["_class_name"]].from_pretrained(place, dtype=torch.float32, **inside)
+    kind = kinds[config["_class_name"]]
+    return kind.from_pretrained(place, dtype=torch.float32, use_safetensors=True, **inside)
+
+
+def _fitting(vae: AutoencoderKL | AutoencoderTiny, pipe: DiffusionPipeline, name: str) -> nn.Module:
+    """The autoencoder, when its latents have the shape of the base's own. Raises: ValueError otherwise."""
+    own = getattr(pipe, "vae", None)
+    if own is None:
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder that {name!r} could replace")
+    shapes = [(m.config.latent_channels, 2 ** (len(m.config.block_out_channels) - 1)) for m in (vae, own)]
+    if shapes[0] != shapes[1]:
+        (channels, factor), (own_channels, own_factor) = shapes
+        raise ValueError(
+            f"{name!r} makes latents of {channels} channels, {factor} times smaller than the picture; "
+            f"the base works with {own_channels} channels, {own_factor} times smaller"
+        )
+    return vae
 
 
 def open_base(

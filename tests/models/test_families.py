@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 
 from diffadapt.data.images import list_images, open_image, to_pixels
@@ -99,6 +100,15 @@ def test_a_wrong_autoencoder_is_an_error(place, tmp_path):
         load_base(str(place / "sd"), vae=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="is a UNet2DConditionModel; an autoencoder is one of"):
         load_base(str(place / "sd"), vae=str(place / "sd" / "unet"))
+    small = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"4 channels, 2 times smaller .* works with 4 channels, 4 times"):
+        load_base(str(place / "sd"), vae=str(tmp_path / "small"))
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
