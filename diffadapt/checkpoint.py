@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +13,21 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import attach_sites, components
+from diffadapt.configuration import StoredSite, read_configuration
 from diffadapt.files import write_atomically
+from diffadapt.fingerprints import fingerprints
 from diffadapt.imports import attach_foreign, open_foreign
 from diffadapt.layers import Record
 from diffadapt.method_names import read_method
 from diffadapt.methods import Method
+from diffadapt.methods.peft_limits import check_sizes
 from diffadapt.methods.peft_method import PeftMethod
 from diffadapt.nearest import near
 from diffadapt.parts import plan_parts
 from diffadapt.peft_bridge import filling
 from diffadapt.site import Site
 from diffadapt.targets import Found, choose
-from diffadapt.tensor_file import digest, read_header, read_tensors
+from diffadapt.tensor_file import check_numbers, checksums, read_header, read_tensors
 
 FORMAT_VERSION = 1
 
@@ -44,19 +46,21 @@ def save(
         for part in adapter.parts
         for key, tensor in part.named().items()
     }
+    values = adapter.base_values or fingerprints(list(adapter.records.values()))
     config = {
         "name": adapter.name,
         "seed": adapter.seed,
         "method": [{"name": part.name, "options": part.settings} for part in adapter.method.parts],
         "sites": [_describe(site, adapter) for site in adapter.sites],
-        "base": {"name": base, "values": fingerprint(list(adapter.records.values()))},
+        "base": {"name": base, **values},
     }
+    described = json.dumps(config)
     header = {
         **(metadata or {}),
         "format": "diffadapt",
         "format_version": str(FORMAT_VERSION),
-        "adapter": json.dumps(config),
-        "sha256": digest(tensors),
+        "adapter": described,
+        **checksums(tensors, described),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
@@ -83,36 +87,30 @@ def load(
         foreign = open_foreign(path)
         return attach_foreign(model, foreign, name=name or "default", strength=strength)
     header, tensors = _read(Path(path))
-    try:
-        config = json.loads(header["adapter"])
-        method = read_method(config["method"])
-        stored = [
-            (str(s["component"]), str(s["path"]), tuple(s["shape"]), s.get("rank")) for s in config["sites"]
-        ]
-        seed, base, own_name = config["seed"], config["base"], str(config["name"])
-        base_values, base_name = base["values"], base["name"]
-        if type(seed) is not int or not -(2**63) <= seed < 2**63:
-            raise TypeError(f"seed must be a whole number, got {seed!r}")
-    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: its configuration is malformed ({error!r})") from error
-    roots = components(model, any(component.startswith("text_encoder") for component, *_ in stored))
+    config = read_configuration(header.get("adapter"), path)
+    method, stored = read_method(config.method), config.sites
+    roots = components(model, any(site.component.startswith("text_encoder") for site in stored))
     found, ranks, names = _match(roots, stored, path)
     if isinstance(method, PeftMethod):
+        widest = max(sum(choice.site.shape) for choice in found)
+        stored_values = sum(tensor.numel() for tensor in tensors.values())
+        check_sizes(method.name, method.options, widest, stored_values)
+        check_numbers(tensors, path)
         fill = filling(tensors, path)
     else:
         expected = _expected(method, found, ranks, names)
         _check_tensors(expected, tensors, path)
         fill = _filling(expected, tensors)
-    values = fingerprint([getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found])
-    if values != base_values:
-        message = (
-            f"{path} was trained on other weights of this architecture (base: {base_name or 'not recorded'})"
-        )
+    records = [getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found]
+    if config.base_values.isdisjoint(fingerprints(records).values()):
+        base = config.base_name or "not recorded"
+        message = f"{path} was trained on other weights of this architecture (base: {base})"
         if strict_base:
             raise ValueError(message + "; pass its own base, or strict_base=False to accept the difference")
         warnings.warn(message, stacklevel=2)
     used = {root: roots[root] for root in {_component(site.name, roots) for site in (f.site for f in found)}}
-    adapter = attach_sites(used, method, found, name=name or own_name, seed=seed, ranks=ranks, fill=fill)
+    name = name or config.name
+    adapter = attach_sites(used, method, found, name=name, seed=config.seed, ranks=ranks, fill=fill)
     adapter.strength = strength
     return adapter
 
@@ -134,17 +132,8 @@ def read_metadata(path: str | Path) -> dict[str, object]:
     if not _is_own(path):
         return {key: _decode(value) for key, value in open_foreign(path).summary().items()}
     header, _ = _read(Path(path))
-    return {key: _decode(value) for key, value in header.items()}
-
-
-def fingerprint(records: Sequence[Record]) -> str:
-    """A hash of a sample of the base weights: the same for the same values at the same precision."""
-    hasher = hashlib.sha256()
-    for record in records:
-        flat = record.base().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        hasher.update(flat[::step][:64].float().cpu().numpy().tobytes())
-    return hasher.hexdigest()[:32]
+    config = read_configuration(header.get("adapter"), path).whole
+    return {key: _decode(value) for key, value in header.items()} | {"adapter": config}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -154,8 +143,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(
             f"{path} has format version {version!r}, this diffadapt reads {FORMAT_VERSION}; update it"
         )
-    if header.get("sha256") != digest(tensors):
+    found = checksums(tensors, header.get("adapter", ""))
+    if header.get("sha256") != found["sha256"]:
         raise ValueError(f"{path} was altered or damaged: its tensors do not match their SHA-256")
+    if header.get("adapter_sha256", found["adapter_sha256"]) != found["adapter_sha256"]:
+        raise ValueError(f"{path} was altered or damaged: its configuration does not match its SHA-256")
     return header, tensors
 
 
@@ -175,7 +167,7 @@ def _component(name: str, roots: Mapping[str, nn.Module]) -> str:
 
 
 def _match(
-    roots: Mapping[str, nn.Module], stored: Sequence[tuple], path: str | Path
+    roots: Mapping[str, nn.Module], stored: Sequence[StoredSite], path: str | Path
 ) -> tuple[list[Found], dict[str, int], list[str]]:
     """The target's layers for the stored sites in order, the ranks by new name, and the stored names."""
     found: dict[tuple[str, str], Found] = {}
@@ -230,11 +222,10 @@ def _check_tensors(
             raise ValueError(f"{path} lacks the tensor {key!r}{near(key, tensors)}")
         if tuple(tensors[key].shape) != shape:
             raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}")
-        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
-            raise ValueError(f"{path}: {key} holds values that are not finite numbers")
     for key in tensors:
         if key not in expected:
             raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
+    check_numbers(tensors, path)
 
 
 def _decode(value: object) -> object:
@@ -242,5 +233,5 @@ def _decode(value: object) -> object:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

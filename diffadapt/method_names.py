@@ -6,6 +6,7 @@ import ast
 from dataclasses import fields
 
 from diffadapt.methods import METHODS, READABLE, Combined, Method
+from diffadapt.methods.peft_limits import check_options
 from diffadapt.methods.peft_method import PREFIX as PEFT
 from diffadapt.methods.peft_method import parse_peft, peft_method
 from diffadapt.nearest import near
@@ -39,6 +40,7 @@ def read_method(parts: object) -> Method:
         if not isinstance(name, str) or not isinstance(options, dict):
             raise ValueError(f"expected a name and options, got {part!r}")
         if name.startswith(PEFT) and len(parts) == 1:
+            check_options(name, options)
             return peft_method(name.removeprefix(PEFT), options, {})
         if name not in READABLE:
             raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")

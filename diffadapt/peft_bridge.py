@@ -162,7 +162,10 @@ def _wrap(adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, fo
     config = method.configuration(f"(?:{'|'.join(map(re.escape, paths))})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter.seed)
-        wrapped = get_peft_model(module, config, adapter_name=adapter.name)
+        try:
+            wrapped = get_peft_model(module, config, adapter_name=adapter.name)
+        except (AssertionError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+            raise ValueError(f"{method}: PEFT cannot do this here: {error!r}") from error
     label = f"{method.name}/{root}" if root else method.name
     part = PeftPart(label, wrapped, adapter.name, [choice.site for choice in found])
     wrappers = [module.get_submodule(path) for path in paths]

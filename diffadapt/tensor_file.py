@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+PRECISIONS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors. Raises FileNotFoundError, or ValueError for a file that cannot be read."""
@@ -29,6 +31,24 @@ def read_header(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError):
         return {}
+
+
+def check_numbers(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError naming the first tensor that holds anything but finite floating-point numbers."""
+    for key, tensor in tensors.items():
+        if tensor.dtype not in PRECISIONS:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISIONS)
+            raise ValueError(f"{path}: {key} is of type {tensor.dtype}; adapters are {known}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} holds values that are not finite numbers")
+
+
+def checksums(tensors: Mapping[str, Tensor], configuration: str) -> dict[str, str]:
+    """What a file's header says of the rest of the file, so that no damage goes unseen."""
+    return {
+        "sha256": digest(tensors),
+        "adapter_sha256": hashlib.sha256(configuration.encode("utf-8", "surrogatepass")).hexdigest(),
+    }
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

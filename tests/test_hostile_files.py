@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
-from diffadapt.tensor_file import digest
+from diffadapt.tensor_file import checksums
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def rewrite(path, header=None, tensors=None, **config):
     tensors = load_file(path) if tensors is None else tensors
     if config:
         own["adapter"] = json.dumps(json.loads(own["adapter"]) | config)
-    own = {**own, "sha256": digest(tensors), **(header or {})}
+    own |= header or {}
+    own = {**own, **checksums(tensors, own["adapter"] or ""), **(header or {})}
     save_file(tensors, path, {key: value for key, value in own.items() if value is not None})
 
 
@@ -94,8 +95,9 @@ HEADERS = {
     "without a version": ({"format_version": None}, "format version None"),
     "without a hash": ({"sha256": None}, "altered or damaged"),
     "with another hash": ({"sha256": "0" * 64}, "altered or damaged"),
-    "without a configuration": ({"adapter": None}, "adapter"),
-    "with a configuration that is no json": ({"adapter": "{"}, ".+"),
+    "without a configuration": ({"adapter": None}, "configuration is malformed"),
+    "with another configuration": ({"adapter_sha256": "0" * 64}, "configuration does not match its SHA-256"),
+    "with a configuration that is no json": ({"adapter": "{"}, "configuration is malformed"),
     "with a list for a configuration": ({"adapter": "[]"}, "malformed"),
     "with a number for a configuration": ({"adapter": "1"}, "malformed"),
     "with endless nesting": ({"adapter": "[" * 100_000}, "malformed"),

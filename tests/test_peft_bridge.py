@@ -158,13 +158,13 @@ def test_a_layer_peft_cannot_change_leaves_the_model_as_it_was():
 def test_a_file_with_another_tensor_is_refused_and_the_model_is_as_before(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from diffadapt.tensor_file import digest, read_header
+    from diffadapt.tensor_file import checksums, read_header
 
     _, adapter = attached("LoRA")
     path = tmp_path / "a.safetensors"
     da.save(adapter, path)
     tensors = load_file(path) | {"peft:LORA/extra": torch.ones(1)}
-    save_file(tensors, path, read_header(path) | {"sha256": digest(tensors)})
+    save_file(tensors, path, read_header(path) | checksums(tensors, read_header(path)["adapter"]))
     model = denoiser()
     before = state(model)
     with pytest.raises(ValueError, match="extra"):

@@ -12,6 +12,8 @@ from fractions import Fraction
 
 from diffadapt.site import Site
 
+MOST_GROUPS = 65_536
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -82,6 +84,8 @@ def _whole_sites(sites: Sequence[Site], indices: Sequence[int]) -> Group:
 
 def _equal_groups(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
     total = sum(site.numel for site in sites)
+    if count > MOST_GROUPS:
+        raise ValueError(f"superlora: groups must be at most {MOST_GROUPS:,}, got {count}")
     size = -(-total // count)
     if (count - 1) * size >= total:
         most = -(-total // size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffadapt.imports import diffusers_file, kohya, peft_folder
 from diffadapt.imports.forms import Form
-from diffadapt.tensor_file import digest, read_tensors
+from diffadapt.tensor_file import check_numbers, digest, read_tensors
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 REMEDY = (
@@ -61,9 +61,7 @@ def open_foreign(path: str | Path) -> Foreign:
     path = Path(path)
     file, config = _choose(path)
     header, tensors = read_tensors(file)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{file}: {key} holds values that are not finite numbers")
+    check_numbers(tensors, file)
     if config is not None:
         family, forms = "peft", peft_folder.read(tensors, config, file)
     elif diffusers_file.recognised(tensors):

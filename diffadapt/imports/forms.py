@@ -32,7 +32,7 @@ class Form:
         """Of the factors; None where there are none."""
         for key in ("down", "down_1", "left_down"):
             if key in self.tensors:
-                return self.tensors[key].shape[0]
+                return len(self.tensors[key]) if self.tensors[key].dim() else 0
         return None
 
 
@@ -46,6 +46,8 @@ def form_of(layer: str, roles: dict[str, Named], rule: Rule) -> tuple[Form, list
     rest = dict(roles)
     take = lambda role: rest.pop(role).tensor if role in rest else None  # noqa: E731
     alpha = take("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"the alpha of {layer} must be one number, its shape is {tuple(alpha.shape)}")
     alpha = None if alpha is None else float(alpha)
     read = next((read for start, read in _READERS.items() if start in rest), _nothing)
     try:
@@ -53,7 +55,12 @@ def form_of(layer: str, roles: dict[str, Named], rule: Rule) -> tuple[Form, list
     except (AttributeError, KeyError) as error:
         known = ", ".join(named.key for named in roles.values())
         raise ValueError(f"{layer} lacks a tensor beside {known}") from error
+    except (IndexError, RuntimeError) as error:
+        shapes = ", ".join(f"{named.key}: {tuple(named.tensor.shape)}" for named in roles.values())
+        raise ValueError(f"{layer} has tensors of shapes that no adapter has: {shapes}") from error
     made = Form(form, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+    if made.rank == 0:
+        raise ValueError(f"{layer} has factors without a single row")
     multiplier = rule(layer, made.rank, alpha) if form in ("lora", "tucker", "loha", "lokr") else 1.0
     made = replace(made, multiplier=multiplier)
     _decorate(made, take)
@@ -64,7 +71,7 @@ def fit(form: Form, site: Site, base: Tensor, bias: Tensor | None) -> Form:
     """The form for a known layer: differences instead of replacements, whole tensors in the layer's shape."""
     tensors = dict(form.tensors)
     for key in ("core", "core_1", "core_2"):
-        if key in tensors and tensors[key][0, 0].numel() == base[0, 0].numel():
+        if key in tensors and tensors[key].shape[2:].numel() == base.shape[2:].numel():
             tensors[key] = tensors[key].reshape(*tensors[key].shape[:2], *site.kernel)
     if "weight" in tensors and tensors["weight"].numel() == site.numel:
         tensors["weight"] = tensors["weight"].reshape(site.shape)

@@ -17,6 +17,8 @@ from diffadapt.methods.ranked import check_rank
 from diffadapt.site import Site
 from diffadapt.update import Update
 
+MOST_ROWS = 8_192
+
 
 @dataclass(frozen=True)
 class VeRA(Method):
@@ -35,6 +37,10 @@ class VeRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank("rank", self.rank)
+        if self.rank > MOST_ROWS:
+            raise ValueError(
+                f"vera: rank must be at most {MOST_ROWS}, as frozen matrices of it are drawn, got {self.rank}"
+            )
 
     def trained(self, site: Site) -> Shapes:
         return {"out_scale": (site.out,), "rank_scale": (self.rank,)}

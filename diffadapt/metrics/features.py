@@ -55,7 +55,8 @@ class ClipFeatures:
 def load_clip(name: str) -> ClipFeatures:
     """A CLIP model from a folder, hub name or `embedded:clip`, frozen, in float32."""
     path = resolve(name)
-    model = CLIPModel.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+    model = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    model.requires_grad_(False).eval()
     return ClipFeatures(
         name, model, CLIPTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
     )

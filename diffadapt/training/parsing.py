@@ -59,10 +59,13 @@ def parse(kind: type[Kind], argv: list[str] | None = None, *, description: str =
 def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
     """The values of a YAML file, converted to the types of the options."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise yaml.YAMLError("aliases (*name) can stand for endless text and are not read")
+        values = yaml.safe_load(text)
     except OSError as error:
         raise FileNotFoundError(f"cannot read the config file {str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold lines of the form 'option: value'")
@@ -152,7 +155,7 @@ def _converted(name: str, hint: object, value: object, path: str | Path) -> obje
     if value_type is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if value_type is str and type(value) in (int, float):
         return str(value)  # as 500000 for a budget, or a folder called 7

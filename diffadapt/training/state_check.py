@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from diffadapt.tensor_file import digest
+from diffadapt.tensor_file import PRECISIONS, digest
 
 
 def state_digest(content: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -31,6 +31,8 @@ def check_state(saved: object, own: Mapping[str, object]) -> None:
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise ValueError("the optimizer's state of a parameter is not by name")
         for key, value in values.items():
+            if not isinstance(value, torch.Tensor | int | float | None):
+                raise ValueError(f"optimizer.{key} is {value!r:.100}, neither a tensor nor a number")
             check_like(value, value, f"optimizer.{key}")
     groups, numbers = saved["optimizer"].get("param_groups"), own["optimizer"]["param_groups"]
     if not isinstance(groups, list) or [_numbers(group) for group in groups] != list(map(_numbers, numbers)):
@@ -51,7 +53,8 @@ def check_like(saved: object, own: object, name: str) -> None:
     same = type(saved) is type(own) or (type(saved) in (int, float) and type(own) in (int, float))
     if isinstance(own, torch.Tensor):
         same = same and (saved.shape, saved.dtype) == (own.shape, own.dtype)
-        same = same and (not saved.is_floating_point() or bool(saved.isfinite().all()))
+        whole = not saved.is_floating_point() and not saved.is_complex() if same else False
+        same = same and (whole or (saved.dtype in PRECISIONS and bool(saved.isfinite().all())))
     elif isinstance(own, dict):
         same = same and saved.keys() == own.keys()
     elif isinstance(own, list | tuple):

@@ -43,7 +43,7 @@ def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
     wanted = KINDS[name.partition(":")[0]]
     if kind not in wanted:
         raise ValueError(f"{name} needs a model of type {' or '.join(wanted)}, {folder} holds {kind!r}")
-    model = frozen(AutoModel.from_pretrained(folder, dtype="float32"), device)
+    model = frozen(AutoModel.from_pretrained(folder, dtype="float32", use_safetensors=True), device)
     processor = AutoImageProcessor.from_pretrained(folder)
     side = _side(processor)
 

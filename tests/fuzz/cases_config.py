@@ -1,0 +1,114 @@
+"""Mutated configurations: YAML option files, and the state of a training run beside its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from models import denoiser, image, state
+from mutations import mutated_tensors, mutated_text, mutated_value
+from safetensors.torch import load_file, save_file
+
+import diffadapt as da
+from diffadapt.training import state as run_state
+from diffadapt.training.options import TrainOptions
+from diffadapt.training.parsing import parse, write_config
+from diffadapt.training.state_check import state_digest
+
+WAYS = ("options", "options", "options as text", "state", "state as text", "state tensors")
+
+
+class Configs:
+    """Case number n is a function of the seed: an option file or a checkpoint, and its damage."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder / "checkpoint-1", seed
+        self.renew()
+        run_state.save(self.trainer, folder)
+        write_config(self.trainer.options, self.folder)
+        self.options = (self.folder / "config.yaml").read_text()
+        self.values = json.loads((self.folder / "state.json").read_text())
+        self.tensors = load_file(self.folder / "state.safetensors")
+
+    def renew(self) -> None:
+        """Another run, after one was left changed: one step of AdamW on a tiny model."""
+        self.model = denoiser()
+        adapter = da.attach(self.model, da.LoRA(rank=2), "conv_in", seed=7)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        self.model(image()).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        self.trainer = SimpleNamespace(
+            adapter=adapter,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            accelerator=SimpleNamespace(scaler=None, is_main_process=True),
+            average=None,
+            skipped=0,
+            options=TrainOptions(output_dir=str(self.folder.parent), max_train_steps=3),
+            step=1,
+        )
+        self.before = self._now()
+
+    def describe(self, number: int) -> str:
+        return self._choose(number)[0]
+
+    def write(self, number: int) -> Path:
+        way, rng = self._choose(number)
+        for name, text in (("config.yaml", self.options), ("state.json", json.dumps(self.values))):
+            (self.folder / name).write_text(text)
+        save_file(self.tensors, self.folder / "state.safetensors")
+        if way == "state tensors":
+            self._write_state(self.values, mutated_tensors(self.tensors, rng))
+            return self.folder
+        own = yaml.safe_load(self.options) if way.startswith("options") else self.values
+        dumped = self.options if way.startswith("options") else json.dumps(own)
+        if way.endswith("text"):
+            text = mutated_text(dumped, rng)
+        elif way == "options":
+            text = yaml.safe_dump(mutated_value(own, rng), sort_keys=False)
+        else:
+            self._write_state(mutated_value(own, rng), self.tensors)
+            return self.folder
+        path = self.folder / ("config.yaml" if way.startswith("options") else "state.json")
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        return path
+
+    def _write_state(self, values: object, tensors: dict[str, torch.Tensor]) -> None:
+        """With a hash that fits: not damaged but hostile."""
+        if isinstance(values, dict):
+            values.pop("sha256", None)
+            values = {**values, "sha256": state_digest(values, tensors)}
+        (self.folder / "state.json").write_text(json.dumps(values))
+        save_file(tensors, self.folder / "state.safetensors")
+
+    def open(self, number: int, path: Path) -> None:
+        if path.name == "config.yaml":
+            dataclasses.asdict(parse(TrainOptions, ["--config", str(path)]))
+            return
+        run_state.restore(self.trainer, self.folder)
+        if not all(torch.isfinite(tensor).all() for tensor in self.trainer.adapter.state_dict().values()):
+            raise AssertionError("values that are no numbers are restored")
+        self.renew()
+
+    def check_untouched(self) -> None:
+        if self._now() != self.before:
+            raise AssertionError("the run is not as before")
+
+    def _now(self) -> list:
+        trainer = self.trainer
+        tensors = [*trainer.adapter.state_dict().values()]
+        for own in trainer.optimizer.state_dict()["state"].values():
+            tensors += own.values()
+        values = [trainer.step, trainer.optimizer.param_groups[0]["lr"], str(trainer.scheduler.state_dict())]
+        return [state(self.model), [str(value) for value in tensors], values]
+
+    def _choose(self, number: int) -> tuple[str, random.Random]:
+        rng = random.Random(f"{self.seed}/{number}/configs")
+        return rng.choice(WAYS), rng
