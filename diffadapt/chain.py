@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffadapt.convolution import LinearMap, Wanted, added, widest, without_autocast
+from diffadapt.convolution import LinearMap, Wanted, added, as_rows, widest, without_autocast
 
 if TYPE_CHECKING:
     from diffadapt.update import Expression, LayerMap
@@ -122,7 +122,9 @@ class ChainProduct(torch.autograd.Function):
         needed = [step.trained and ctx.thin for step in steps]
         needed[0] = steps[0].trained or not ctx.thin
         kept = [tensor if keep else None for tensor, keep in zip(inputs, needed, strict=True)]
-        ctx.save_for_backward(weight, *factors, *kept)
+        own = form.keeps_steps and x.dtype == widest(factors)
+        ctx.bare = [Step(step.map, None, step.trained) for step in steps] if own else None
+        ctx.save_for_backward(weight, *factors, *kept, *[step.weight for step in steps if own])
         return y
 
     @staticmethod
@@ -130,9 +132,13 @@ class ChainProduct(torch.autograd.Function):
         _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         with without_autocast(grad.device.type):
             weight, *rest = ctx.saved_tensors
-            count = len(ctx.form.tensors())
-            form, inputs = ctx.form.with_tensors(rest[:count]), rest[count:]
-            steps = _steps(form, ctx.layer, weight, grad.dtype)
+            count, length = len(ctx.form.tensors()), len(ctx.shapes)
+            form, inputs = ctx.form.with_tensors(rest[:count]), rest[count : count + length]
+            if ctx.bare is None:
+                steps = _steps(form, ctx.layer, weight, grad.dtype)
+            else:
+                weights = rest[count + length :]
+                steps = [Step(s.map, own, s.trained) for s, own in zip(ctx.bare, weights, strict=True)]
             if not ctx.thin:
                 inputs = _inputs(steps, inputs[0], ctx.coefficient)
             inputs = [_like(grad, shape, x) for shape, x in zip(ctx.shapes, inputs, strict=True)]
@@ -186,7 +192,7 @@ def _sum(
     inputs, last = _inputs(steps, x, coefficient), steps[-1]
     y = layer.product(x, weight, bias)
     if isinstance(last.map, LinearMap):
-        y.view(-1, y.shape[-1]).addmm_(inputs[-1].reshape(-1, inputs[-1].shape[-1]), last.weight.T)
+        as_rows(y).addmm_(as_rows(inputs[-1]), last.weight.T)
     else:
         y.add_(last.map.product(inputs[-1], last.weight))
     return y, inputs

@@ -29,17 +29,17 @@ class LinearMap:
         return grad @ weight
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return as_rows(grad).T @ as_rows(x)
 
     def bias_grad(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
+        return as_rows(grad).sum(0)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
         """The wanted gradients of the input and the weight; the input's is added in place to ``into``."""
         grad_weight = self.weight_grad(grad, x, weight) if wanted[1] else None
         if not wanted[0] or into is None:
             return (self.input_grad(grad, x, weight) if wanted[0] else None), grad_weight
-        into.view(-1, into.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+        as_rows(into).addmm_(as_rows(grad), weight)
         return into, grad_weight
 
 
@@ -99,6 +99,11 @@ class ConvMap:
             self.groups,
             mask,
         )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x (..., n)`` as a matrix of rows; itself where it is one."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def widest(tensors: Sequence[Tensor]) -> torch.dtype:

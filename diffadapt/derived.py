@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffadapt.update import Derived, LowRank, Tucker
+from diffadapt.chain import Step
+from diffadapt.update import Expression, LayerMap, LowRank, Tucker
+
+
+class Derived(Expression):
+    """Equal to a ``plain`` expression whose factors are small products of this one's tensors."""
+
+    def plain(self) -> LowRank | Tucker:
+        raise TypeError(f"{type(self).__name__} does not define plain()")
+
+    def derive(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of ``tensors()`` given those of the tensors of ``plain()``."""
+        raise TypeError(f"{type(self).__name__} does not define derive()")
+
+    def matrix(self) -> Tensor:
+        return self.plain().matrix()
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return self.derive(self.plain().vjp(grad))
+
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        return layer.groups == 1 or self.plain().is_thin(layer, shape)
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+        return self.plain().steps(layer, shape)
+
+    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        up, *core, down = reversed(grads)
+        return self.derive((up.flatten(1), *core, down.flatten(1)))
 
 
 @dataclass(frozen=True)
@@ -36,26 +67,64 @@ class Cored(Derived):
 
 @dataclass(frozen=True)
 class CoredTucker(Derived):
-    """A Tucker product with the core ``core (r_out, r_in, *kernel ranks)`` times ``kernels`` on its kernel.
+    """A Tucker product with the core ``core (r_out, r_in, *ranks)`` times one factor for each kernel axis.
 
-    ``kernels (entries, ranks)`` is the Kronecker product of one factor per axis of the kernel ``size``.
+    The factors ``kernel_0``, ... are ``(size, rank)`` each, as many as the convolution has dimensions.
     """
 
     up: Tensor
     core: Tensor
     down: Tensor
-    kernels: Tensor
-    size: tuple[int, ...]
+    kernel_0: Tensor
+    kernel_1: Tensor | None = None
+    kernel_2: Tensor | None = None
+
+    keeps_steps = True  # the full core is small, and making it takes many operators
 
     def plain(self) -> Tucker:
-        core = self.core.flatten(2) @ self.kernels.T
-        return Tucker(self.up, core.unflatten(2, self.size), self.down)
+        core = self._rows(self.core) @ self._whole(self._spread()).T
+        sizes = [kernel.shape[0] for kernel in self._kernels]
+        return Tucker(self.up, core.reshape(*self.core.shape[:2], *sizes), self.down)
 
-    def derive(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def derive(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         up, core, down = grads
-        flat = core.flatten(2)
-        kernels = flat.flatten(0, 1).T @ self.core.flatten(2).flatten(0, 1)
-        return up, (flat @ self.kernels).reshape(self.core.shape), down, kernels
+        rows, spread = self._rows(core), self._spread()
+        grad_core = (rows @ self._whole(spread)).reshape(self.core.shape)
+        own = torch.mm(rows.T, self._rows(self.core))  # of the product of all axes
+        sizes, ranks = zip(*[kernel.shape for kernel in self._kernels], strict=True)
+        return up, grad_core, down, *_axes_vjp(own.reshape(*sizes, *ranks), spread)
+
+    @property
+    def _kernels(self) -> list[Tensor]:
+        return [kernel for kernel in (self.kernel_0, self.kernel_1, self.kernel_2) if kernel is not None]
+
+    def _rows(self, core: Tensor) -> Tensor:
+        """A core with one row for each pair of channels."""
+        return core.reshape(core.shape[0] * core.shape[1], -1)
+
+    def _spread(self) -> list[Tensor]:
+        """Every factor with its size and rank on its own axes of ``(*sizes, *ranks)``, 1 on the others."""
+        dims = len(self._kernels)
+        shapes = [[1] * 2 * dims for _ in range(dims)]
+        for axis, kernel in enumerate(self._kernels):
+            shapes[axis][axis], shapes[axis][dims + axis] = kernel.shape
+        return [kernel.reshape(shape) for kernel, shape in zip(self._kernels, shapes, strict=True)]
+
+    def _whole(self, spread: Sequence[Tensor]) -> Tensor:
+        """The product of all axes ``(entries, ranks)``."""
+        sizes = math.prod([kernel.shape[0] for kernel in self._kernels])
+        return functools.reduce(torch.mul, spread).reshape(sizes, -1)
+
+
+def _axes_vjp(grad: Tensor, spread: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the factors given that of their product ``(*sizes, *ranks)``."""
+    dims, grads = len(spread), []
+    for axis in range(dims):
+        others = [factor for number, factor in enumerate(spread) if number != axis]
+        summed = [dim for dim in range(2 * dims) if dim % dims != axis]
+        own = functools.reduce(torch.mul, others, grad)
+        grads.append(own.sum(summed) if summed else own)
+    return grads
 
 
 @dataclass(frozen=True)

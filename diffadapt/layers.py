@@ -158,10 +158,11 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
     record, device = layer._diffadapt, x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    base = record.base()
+    base, base_bias = layer.weight, layer.bias  # of a frozen layer
+    if record.original is not None:
+        base, base_bias = record.original, record.base_bias(layer)
     updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
-    base = base.detach().to(x.dtype)  # detached: torch.compile wants no alias
-    base_bias = record.base_bias(layer)
+    base = base.to(x.dtype)
 
     def term(entry: Entry, update: Update, coefficient: float) -> list[Term]:
         if update.delta is None:

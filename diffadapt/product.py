@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.chain import ChainProduct, RescaledProduct
-from diffadapt.convolution import widest, without_autocast
+from diffadapt.convolution import LinearMap, widest, without_autocast
 from diffadapt.update import Expression, LayerMap, Scaled, Sum
 
 Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the input it sees
@@ -114,5 +114,9 @@ def weight_space_product(
 def chain_product(
     layer: LayerMap, x: Tensor, weight: Tensor, bias: Tensor | None, change: Expression, coefficient: float
 ) -> Tensor:
+    """``layer(x)`` with ``weight`` and ``bias``, plus ``coefficient`` times a thin change."""
+    if isinstance(layer, LinearMap) and x.dim() > 2 and x.is_contiguous():  # one view, not one per product
+        rows = chain_product(layer, x.flatten(0, -2), weight, bias, change, coefficient)
+        return rows.unflatten(0, x.shape[:-1])
     with without_autocast(x.device.type):
         return ChainProduct.apply(layer, change, coefficient, x, weight, bias, *change.tensors())

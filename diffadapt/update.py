@@ -22,7 +22,12 @@ LayerMap = LinearMap | ConvMap
 
 
 class Expression:
-    """A change of the weight matrix. Fields that are tensors or expressions are its factors, in order."""
+    """A change of the weight matrix. Fields that are tensors or expressions are its factors, in order.
+
+    ``keeps_steps``: whether backward keeps the weights of ``steps``, which are views of the factors or small.
+    """
+
+    keeps_steps = False
 
     def matrix(self) -> Tensor:
         """The exact change ``(out, fan_in)`` in the factors' precision."""
@@ -120,6 +125,8 @@ class LowRank(Expression):
     up: Tensor
     down: Tensor
 
+    keeps_steps = True
+
     def matrix(self) -> Tensor:
         return self.up @ self.down
 
@@ -151,6 +158,8 @@ class Tucker(Expression):
     core: Tensor
     down: Tensor
 
+    keeps_steps = True
+
     def matrix(self) -> Tensor:
         inner = torch.einsum("ab...,bi->ai...", self.core, self.down)
         return self.up @ inner.flatten(1)
@@ -177,33 +186,6 @@ class Tucker(Expression):
 
     def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         return grads[2].flatten(1), grads[1], grads[0].flatten(1)
-
-
-class Derived(Expression):
-    """Equal to a ``plain`` expression whose factors are small products of this one's tensors."""
-
-    def plain(self) -> LowRank | Tucker:
-        raise TypeError(f"{type(self).__name__} does not define plain()")
-
-    def derive(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Gradients of ``tensors()`` given those of the tensors of ``plain()``."""
-        raise TypeError(f"{type(self).__name__} does not define derive()")
-
-    def matrix(self) -> Tensor:
-        return self.plain().matrix()
-
-    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return self.derive(self.plain().vjp(grad))
-
-    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        return layer.groups == 1 or self.plain().is_thin(layer, shape)
-
-    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
-        return self.plain().steps(layer, shape)
-
-    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        up, *core, down = reversed(grads)
-        return self.derive((up.flatten(1), *core, down.flatten(1)))
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,7 @@ from diffadapt.targets import find_sites
 
 RANK = 16
 EVERY = (
-    *(
-        name for name in da.METHODS if name not in ("class_embedding", "imported")
-    ),  # needs such; has no options
+    *(name for name in da.METHODS if name != "class_embedding"),  # the bases have none
     "dora(recompute=true)",
     "liera(order=exp)",
     "mora(type=6)",
@@ -73,9 +71,7 @@ TABLES = {
         f"{_SD}, attention, batch 1",
         "sd15",
         "attention",
-        [
-            name for name in EVERY if name != "pissa"
-        ],  # it starts from 128 singular value decompositions: minutes
+        [name for name in EVERY if name != "pissa"],  # 128 singular value decompositions: minutes
         rivals=("peft", "naive"),
     ),
     "conv": Table(f"{_SD}, convolutions, batch 1", "sd15", "conv", CONV),
@@ -123,12 +119,13 @@ def measure(table: Table, variants: Sequence[str], repeats: int, *, minutes: flo
     """The table's title, base parameters and, for every variant, its counts and timings."""
     base = cost_models.build(table.base, getattr(torch, table.dtype))
     inputs = cost_models.inputs(base, table.base, table.batch)
-    rows, models = {}, {}
+    rows, models, failed = {}, {}, {}
     for variant in variants:
         try:
             model = cost_rivals.make(base, variant, table.targets, RANK)
             counts = cost_measure.count_step(model, base, inputs.loss)
         except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+            failed[variant] = f"{type(error).__name__}: {error}"
             print(f"{variant} cannot be measured: {error}", file=sys.stderr, flush=True)
             continue
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -143,7 +140,8 @@ def measure(table: Table, variants: Sequence[str], repeats: int, *, minutes: flo
             timing = cost_measure.time_step(model, inputs.loss)
             rows[variant]["timings"].append(asdict(timing))
     sites, parameters = len(find_sites(base, table.targets)), sum(p.numel() for p in base.parameters())
-    return {"title": table.title, "sites": sites, "base": parameters, "rank": RANK, "rows": rows}
+    facts = {"title": table.title, "sites": sites, "base": parameters, "rank": RANK}
+    return {**facts, "rows": rows, "failed": failed}
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def _table(name: str, record: dict) -> list[str]:
         cells += [f"{row['flops'] / 1e9:.1f}", _times(rows, variant, "peft:lora", "flops", 3)]
         cells += [f"{row['operators']:,}", f"{row['launches']:,}"]
         lines.append(f"| {label(variant)} | {' | '.join(cells)} |")
+    lines += [f"\n{label(v)} could not be measured: {why}" for v, why in record.get("failed", {}).items()]
     return [*lines, "", *_beside(rows), *_goals(name, rows)]
 
 
@@ -195,11 +196,9 @@ _INTRODUCTION = [
 
 _REASONS = """## Why the goals that are missed are missed
 
-- FLoRA's core is one product more than LoRA's two: on attention 0.07 % more FLOPs, and the core is kept. For
-  a convolution it multiplies core and kernel factors, forward and backward, so it dispatches more operators
-  than LoRA, most of them tiny; in FLOPs and bytes it costs less.
-- LoRA of a convolution dispatches more views than PEFT's: its factors are stored as matrices and seen as
-  kernels. It launches fewer kernels.
+- FLoRA's core is one product more than LoRA's two: on attention 0.07 % more FLOPs. For a convolution it
+  multiplies core and kernel factors and returns the gradients of all five, so it dispatches more operators
+  than LoRA, most of them on tensors of a few values; in FLOPs and bytes it costs less.
 - LieRA and folded SuperLoRA form the weight's gradient, one product more than the frozen model's two, and
   make the changed weight again in backward. Plain autograd keeps that weight instead, for every layer.
 - LoHa keeps its own factors, which are twice LoRA's: visible for convolutions.

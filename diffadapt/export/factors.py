@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffadapt.derived import Derived
 from diffadapt.expressions import (
     ColumnScaled,
     Dense,
@@ -19,7 +20,7 @@ from diffadapt.expressions import (
     Replace,
 )
 from diffadapt.methods.mora import SquareBetween
-from diffadapt.update import Derived, Expression, LowRank, Scaled, Sum, Tucker
+from diffadapt.update import Expression, LowRank, Scaled, Sum, Tucker
 
 Form = LowRank | Tucker | HadamardPair | Kron | Dense
 

@@ -72,8 +72,5 @@ class FLoRA(RankedMethod):
         core, up, down = tensors["core"], tensors["up"], tensors["down"]
         if site.kind == "linear":
             return Update(Cored(up, core, down), self.multiplier)
-        kernels = tensors["kernel_0"]
-        for axis in range(1, len(site.kernel)):
-            factor = tensors[f"kernel_{axis}"]
-            kernels = (kernels[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)
-        return Update(CoredTucker(up, core, down, kernels, site.kernel), self.multiplier)
+        kernels = [tensors[f"kernel_{axis}"] for axis in range(len(site.kernel))]
+        return Update(CoredTucker(up, core, down, *kernels), self.multiplier)

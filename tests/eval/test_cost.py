@@ -65,6 +65,23 @@ def test_lora_costs_no_more_than_that_of_peft(tiny, targets):
     assert own.flops <= other.flops
     assert own.kept_bytes <= other.kept_bytes
     assert own.launches <= other.launches
+    assert own.operators <= other.operators
+
+
+def test_flora_on_attention_dispatches_no_more_than_lora_of_peft(tiny):
+    pytest.importorskip("peft")
+    own, other = (counts(tiny, variant, "attention") for variant in ("diffadapt:flora", "peft:lora"))
+    assert own.operators <= other.operators
+    assert own.launches <= other.launches
+
+
+def test_what_cannot_be_measured_is_said_on_the_page():
+    table = cost.Table("Tiny", "tiny", "attention", ("lora",), rivals=())
+    record = cost.measure(table, ["floor", "diffadapt:class_embedding"], 0)
+    assert list(record["rows"]) == ["floor"]
+    assert "class_embedding`** could not be measured: ValueError: " in "\n".join(
+        cost_page._table("tiny", record)
+    )
 
 
 @pytest.mark.parametrize("targets", ["attention", "conv"])
