@@ -113,6 +113,8 @@ def generated_sets(
         raise ValueError(f"the base {base!r} and the subjects must both be embedded, or neither")
     names = ("samples", "unique_token", "seed", "num_inference_steps", "guidance_scale", "batch_size")
     options = {name: getattr(arguments, name) for name in names}
+    if options["samples"] is None:
+        options["samples"] = 2 if is_embedded(base) else 4
     drawing = Drawing(base, Path(arguments.output) / "images", **options)
     return draw_subjects(drawing, subjects, files, with_base=arguments.compare or not files)
 
@@ -127,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", help="what draws; default: the base named in the adapters, else embedded:emoji")
     add("--compare", action="store_true", help="with --adapters: the bare base too, with the same seeds")
     add("--unique_token", default="sks", help="the word trained for the subject (default: sks)")
-    add("--samples", type=int, default=4, help="images of each prompt (default: 4)")
+    add("--samples", type=int, help="images of each prompt (default: 4; 2 on the embedded subjects)")
     add("--extractors", nargs="+", help="default: dino clip, and lpips:alex where its weights are")
     add("--weights", nargs="+", metavar="NAME=PATH", help="weights of extractors")
     add("--download", action="store_true", help="fetch weights that are missing")

@@ -103,7 +103,7 @@ def test_subjects_have_their_prompts_and_texts_without_the_unique_token(tmp_path
     assert [picture.name for picture in cat.real] == ["cat/00.png", "cat/01.png"]
     assert [own.name for own in open_subjects(tmp_path / "data", prompts, ["cat"])] == ["cat"]
     save(tmp_path / "data" / "cats", 1)
-    with pytest.raises(ValueError, match="'cats' has no class in the prompts file.*cat"):
+    with pytest.raises(ValueError, match=r"'cats' has no class in the prompts file.*cat"):
         open_subjects(tmp_path / "data", prompts)
     with pytest.raises(FileNotFoundError, match="no folder of subjects"):
         open_subjects(tmp_path / "nowhere", prompts)
@@ -127,7 +127,7 @@ def test_existing_images_belong_to_the_prompt_whose_number_begins_their_name(tmp
     assert own.numbers[[p.name for p in own.pictures].index("cat/00-red hat.png")] == 0
     Image.new("RGB", (8, 8)).save(tmp_path / "made" / "cat" / "02-x.png")
     with pytest.raises(
-        ValueError, match="cat/02-x.png does not begin with the number of its prompt, 00 to 01"
+        ValueError, match=r"cat/02-x.png does not begin with the number of its prompt, 00 to 01"
     ):
         existing_images(tmp_path / "made", cat)
 
