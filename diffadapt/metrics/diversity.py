@@ -42,7 +42,7 @@ def load_lpips(state_dict: Mapping[str, Tensor], *, net: str = "alex") -> Lpips:
     own = network.net.state_dict()
     found = {}
     for key, tensor in own.items():
-        source = re.sub(r"^slice\d+\.", "features.", key)
+        source = re.sub(r"^slice(s\.)?\d+\.", "features.", key)
         if source not in state_dict or state_dict[source].shape != tensor.shape:
             raise ValueError(f"weights of {net!r} need {source} of shape {tuple(tensor.shape)}")
         found[key] = state_dict[source]

@@ -57,17 +57,23 @@ def proportion_interval(hits: int, n: int, *, given: str = "") -> Interval:
     """
     if not 0 <= hits <= n or n < 1:
         raise ValueError(f"{hits} of {n} is no proportion")
-    low = 0.0 if hits == 0 else _bisect(lambda p: _upper_tail(hits, n, p) > TAIL)
-    high = 1.0 if hits == n else _bisect(lambda p: 1 - _upper_tail(hits + 1, n, p) < TAIL)
+    at_least = _upper_tails(n)
+    low = 0.0 if hits == 0 else _bisect(lambda p: at_least(hits, p) > TAIL)
+    high = 1.0 if hits == n else _bisect(lambda p: 1 - at_least(hits + 1, p) < TAIL)
     return Interval(low, high, "Clopper-Pearson" + (f", given {given}" if given else ""))
 
 
-def _upper_tail(hits: int, n: int, p: float) -> float:
-    """P(X >= hits) of a binomial variable."""
+def _upper_tails(n: int) -> Callable[[int, float], float]:
+    """(hits, p) -> P(X >= hits) of a binomial variable X of n trials."""
     counts = torch.arange(n + 1, dtype=torch.float64)
-    logs = torch.lgamma(torch.tensor(n + 1.0, dtype=torch.float64)) - torch.lgamma(counts + 1)
-    logs = logs - torch.lgamma(n - counts + 1) + counts * math.log(p) + (n - counts) * math.log1p(-p)
-    return float(logs.exp()[hits:].sum())
+    choices = torch.lgamma(counts[-1] + 1) - torch.lgamma(counts + 1) - torch.lgamma(n - counts + 1)
+    counts, choices = counts.numpy(), choices.numpy()
+
+    def at_least(hits: int, p: float) -> float:
+        logs = choices[hits:] + counts[hits:] * math.log(p) + (n - counts[hits:]) * math.log1p(-p)
+        return float(np.exp(logs).sum())
+
+    return at_least
 
 
 def _bisect(is_above: Callable[[float], bool]) -> float:

@@ -1,0 +1,136 @@
+"""Intervals against scipy, and that they cover the truth as often as they say."""
+
+import numpy as np
+import pytest
+import torch
+from feature_sets import gaussian_sets
+from scipy.stats import binomtest
+
+from diffadapt.metrics import Statistics
+from diffadapt.metrics.frechet import fid_infinity_with_interval, fid_with_interval
+from diffadapt.metrics.intervals import (
+    cluster_means,
+    clustered_interval,
+    half_samples_interval,
+    mean_interval,
+    proportion_interval,
+)
+from diffadapt.metrics.kernel import kid_with_interval
+from diffadapt.metrics.manifold import precision_recall, precision_recall_with_interval
+
+DRAWS = 200
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 30), (1, 30), (17, 30), (30, 30), (45_000, 50_000)])
+def test_proportions_are_scipys_exact_interval(hits, n):
+    expected = binomtest(hits, n).proportion_ci(method="exact")
+    found = proportion_interval(hits, n)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_clusters_are_the_unit_of_the_bootstrap():
+    values = torch.tensor([0.0, 0.2, 1.0, 1.2, 0.5])
+    clusters = ["cat", "cat", "dog", "dog", "car"]
+    assert cluster_means(values, clusters) == pytest.approx({"cat": 0.1, "dog": 1.1, "car": 0.5})
+    # more images, not more subjects
+    copies = clustered_interval(values.repeat(50), clusters * 50)
+    found = clustered_interval(values, clusters)
+    assert (copies.low, copies.high) == pytest.approx((found.low, found.high))
+    images = mean_interval(values.repeat(50))
+    assert found.high - found.low > 5 * (images.high - images.low)
+    assert "3 subjects" in found.method
+
+
+def test_clustered_bootstrap_is_as_wide_as_theory():
+    means = torch.randn(40, dtype=torch.float64)
+    found = clustered_interval(means, list(range(40)))
+    error = float(means.std(correction=0)) / 40**0.5
+    assert (found.high - found.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
+
+
+def test_halves_recover_the_error_of_a_mean():
+    values = torch.randn(400, dtype=torch.float64)
+    found = half_samples_interval(
+        0.0, lambda rows: float(values[rows].mean()), 400, repeats=300, low=-1, high=1
+    )
+    error = float(values.std()) / 20
+    assert (found.high - found.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+
+
+def test_single_values_and_impossible_counts_are_refused():
+    with pytest.raises(ValueError, match="at least 2 values, got 1"):
+        mean_interval(torch.ones(1))
+    with pytest.raises(ValueError, match="at least 2 of them, got 1"):
+        clustered_interval(torch.ones(4), [0, 0, 0, 0])
+    with pytest.raises(ValueError, match="4 values, but clusters of 3"):
+        clustered_interval(torch.ones(4), [0, 0, 1])
+    with pytest.raises(ValueError, match="5 of 4"):
+        proportion_interval(5, 4)
+
+
+def _coverage(interval_of_seed, truth):
+    """Share of draws whose 95 % interval holds the truth."""
+    intervals = [interval_of_seed(seed) for seed in range(DRAWS)]
+    return np.mean([found.low <= truth <= found.high for found in intervals])
+
+
+def _kernel_mean(first, second):
+    """E (x.y / D + 1)^3 of two Gaussians N(mean, variance I), by moments of x.y."""
+    (mean_x, variance_x), (mean_y, variance_y), width = first, second, len(first[0])
+
+    def third(mean, variance):
+        eye = torch.eye(width, dtype=torch.float64)
+        pairs = torch.einsum("ij,k->ijk", variance * eye, mean)
+        cube = torch.einsum("i,j,k->ijk", mean, mean, mean)
+        return cube + pairs + pairs.permute(0, 2, 1) + pairs.permute(2, 0, 1)
+
+    def second_moment(mean, variance):
+        return torch.outer(mean, mean) + variance * torch.eye(width, dtype=torch.float64)
+
+    cubic = (third(mean_x, variance_x) * third(mean_y, variance_y)).sum() / width**3
+    square = (second_moment(mean_x, variance_x) * second_moment(mean_y, variance_y)).sum() / width**2
+    return float(cubic + 3 * square + 3 * (mean_x @ mean_y) / width + 1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_kernel_intervals_cover(shift):
+    width, scale = 8, 1 - shift / 2
+    real = torch.zeros(width, dtype=torch.float64), 1.0
+    generated = torch.full((width,), shift, dtype=torch.float64), scale**2
+    truth = _kernel_mean(real, real) + _kernel_mean(generated, generated) - 2 * _kernel_mean(real, generated)
+
+    def draw(seed):
+        first, second = gaussian_sets(90, 120, width=width, seed=seed)
+        second = (second - 0.3) / 0.9 * scale + shift
+        return kid_with_interval(real=first, generated=second).interval
+
+    assert _coverage(draw, truth) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("estimate", "shift"),
+    [(fid_infinity_with_interval, 0.0), (fid_infinity_with_interval, 0.3), (fid_with_interval, 0.0)],
+)
+def test_frechet_intervals_cover_the_distance_without_bias(estimate, shift):
+    width, scale = 6, 1 - shift / 2
+    eye = torch.eye(width, dtype=torch.float64)
+    reference = Statistics(torch.zeros(width, dtype=torch.float64), eye, None)
+    truth = width * (shift**2 + (1 - scale) ** 2)
+
+    def draw(seed):
+        generated = (gaussian_sets(2, 200, width=width, seed=seed)[1] - 0.3) / 0.9
+        return estimate(real=reference, generated=scale * generated + shift, seed=seed).interval
+
+    assert _coverage(draw, truth) >= 0.9
+
+
+def test_precision_intervals_cover():
+    real, population = gaussian_sets(100, 10_000, width=6)
+    truth = precision_recall(real=real, generated=population)[0]
+    assert 0.6 < truth < 0.97
+
+    def draw(seed):
+        generated = gaussian_sets(2, 100, width=6, seed=seed + 1)[1]
+        return precision_recall_with_interval(real=real, generated=generated)["precision"].interval
+
+    assert _coverage(draw, truth) >= 0.9
