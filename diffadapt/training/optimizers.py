@@ -59,7 +59,7 @@ def _find(name: str) -> type[torch.optim.Optimizer]:
     del known["Optimizer"]  # the base class
     by_lower = {own.lower(): own for own in known}
     if name.lower() not in by_lower:
-        raise ValueError(f"unknown optimizer {name!r}{near(name, [*OTHERS, *known])}")
+        raise ValueError(f"unknown optimizer {name!r}{near(name.lower(), [*OTHERS, *by_lower])}")
     own = by_lower[name.lower()]
     if own in UNFIT:
         raise ValueError(f"--optimizer {own} {UNFIT[own]}; take another, as adamw")
