@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _UNET = "model.diffusion_model.input_blocks.0.0.weight"
@@ -53,7 +56,7 @@ def open_single_file(path: str) -> DiffusionPipeline:
 
     Raises: OSError when they are nowhere to be had, ValueError when they do not fit the file.
     """
-    import diffusers
+    import diffusers  # takes seconds: names are asked for before anything is loaded
 
     kind = getattr(diffusers, pipeline_of_file(path))
     beside = Path(path).with_suffix("")
