@@ -72,11 +72,11 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     """A table whose rows become cards on a narrow screen; columns without any value are left out."""
     used = [column for column in columns if any(row.get(column) for row in rows)]
     head = "".join(f"<th>{escape(column)}</th>" for column in used)
-    lines = [f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>']
+    lines = [f'<div class="table"><table class="cards"><thead><tr>{head}</tr></thead><tbody>']
     for row in rows:
         cells = (_table_cell(column, row.get(column, "")) for column in used)
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</tbody></table>"])
+    return "\n".join([*lines, "</tbody></table></div>"])
 
 
 def _table_cell(column: str, text: str) -> str:

@@ -19,20 +19,21 @@ code { font: .86em ui-monospace, "DejaVu Sans Mono", monospace; background: var(
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th { text-align: left; font-weight: 600; color: var(--faint); border-bottom: 2px solid var(--line); }
 th, td { padding: 7px 12px 7px 0; vertical-align: top; }
-td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td { border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+.table { overflow-x: auto; }
 td.value { font-weight: 700; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.figure { font-variant-numeric: tabular-nums; }
 td.remarks { color: var(--faint); font-size: .82rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px; }
 .plots img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; padding: 8px; }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 12px 10px; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px 12px; }
 .sheet.pairs { grid-template-columns: repeat(auto-fill, minmax(min(230px, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure .images { display: flex; gap: 4px; }
 figure img { flex: 1 1 0; min-width: 0; width: 100%; aspect-ratio: 1; object-fit: contain;
   background: var(--soft); border: 1px solid var(--line); border-radius: 4px; }
 figure img.small { image-rendering: pixelated; }
-figcaption { font-size: .74rem; line-height: 1.3; color: var(--faint); overflow-wrap: anywhere;
+figcaption { font-size: .78rem; line-height: 1.3; color: var(--faint); overflow-wrap: anywhere;
   margin-top: 3px; }
 details { border-bottom: 1px solid var(--line); padding: 8px 0; }
 summary { cursor: pointer; font-weight: 600; }

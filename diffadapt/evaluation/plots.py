@@ -88,13 +88,15 @@ def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
         low, high = everything[0], _without_outliers(everything)
         span = (low, high) if high > low else (low - 0.5, high + 0.5)
         beyond = sum(value > span[1] for value in everything)
+        bins = min(24, 4 + len(everything) // (4 * len(values)))
         for place, (label, own) in enumerate(values.items()):
             colour = COLOURS[place % len(COLOURS)]
-            axes.hist(own, bins=24, range=span, histtype="stepfilled", alpha=0.35, color=colour)
-            axes.hist(own, bins=24, range=span, histtype="step", color=colour, label=_short(label))
+            axes.hist(own, bins=bins, range=span, histtype="stepfilled", alpha=0.35, color=colour)
+            axes.hist(own, bins=bins, range=span, histtype="step", color=colour, label=_short(label))
         more = f" ({beyond} beyond)" if beyond else ""
         axes.set_title(f"{name} of each image{more}", fontsize=10, loc="left")
         axes.set_ylabel("images")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         if len(values) > 1:
             axes.legend(frameon=False, fontsize=8)
     return figure

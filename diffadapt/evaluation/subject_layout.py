@@ -92,21 +92,36 @@ class Layout:
         floor: float | None = None,
     ) -> Score:
         """The same from the mean of each (subject, prompt)."""
-        metric, values = METRICS[key], torch.tensor(list(means.values()), dtype=torch.float64)
+        values = torch.tensor(list(means.values()), dtype=torch.float64)
         names = [name for name, _ in means]
         per_subject = list(cluster_means(values, names).values())
-        notes = (f"few subjects ({len(per_subject)}): the interval says little about others",)
+        value, interval = sum(per_subject) / len(per_subject), _interval(values, names, self.seed)
+        return self.whole_score(key, extractor, value, interval, n, floor=floor)
+
+    def whole_score(
+        self,
+        key: str,
+        extractor: Extractor,
+        value: float,
+        interval: Interval | None,
+        n: int,
+        *,
+        floor: float | None = None,
+    ) -> Score:
+        """A score of all `n` images together."""
+        metric, subjects = METRICS[key], len(self.images)
+        notes = (f"few subjects ({subjects}): the interval says little about others",)
         return Score(
             score_name(metric.scores[0], extractor.name),
             key,
             self.label,
-            sum(per_subject) / len(per_subject),
-            _interval(values, names, self.seed),
-            {"generated": n, "subjects": len(per_subject)},
+            value,
+            interval,
+            {"generated": n, "subjects": subjects},
             floor,
             metric.better,
             self.identity(key, extractor, n),
-            notes if len(per_subject) < FEW else (),
+            notes if subjects < FEW else (),
         )
 
     def identity(self, key: str, extractor: Extractor, n: int) -> dict[str, object]:

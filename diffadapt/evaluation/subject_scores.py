@@ -15,6 +15,7 @@ from diffadapt.evaluation.subject_layout import Layout, RealImages, Side
 from diffadapt.evaluation.subjects import SubjectImages, joined
 from diffadapt.metrics.copying import Nearest, copy_threshold, nearest_images
 from diffadapt.metrics.diversity import group_distances
+from diffadapt.metrics.intervals import proportion_interval
 from diffadapt.metrics.similarity import ceiling_similarity, image_similarities, text_similarities
 
 FIDELITY = {"clip": "clip_i", "dino": "dino"}  # kind of extractor -> its score of likeness to the subject
@@ -100,7 +101,9 @@ def _copies(
             for own in layout.images
         }
         beyond = similarity > torch.tensor([limits[subject.name] for subject in layout.subjects])
-        scores.append(layout.score("copy_rate", extractor, beyond.double()))
+        hits, n = int(beyond.sum()), len(beyond)
+        interval = proportion_interval(hits, n, given="the real images, generated ones as independent")
+        scores.append(layout.whole_score("copy_rate", extractor, hits / n, interval, n))
     except ValueError as error:
         refused[f"{layout.label}: copy_rate"] = str(error)
     return similarity, names

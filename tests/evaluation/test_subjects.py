@@ -216,7 +216,7 @@ def test_every_score_is_averaged_per_prompt_then_per_subject_then_over_subjects(
     assert scores["lpips_diversity"].value == pytest.approx(np.mean(diversity), rel=1e-5)
     for score in record.scores:
         assert score.interval.low <= score.value <= score.interval.high
-        assert "over 2 subjects" in score.interval.method
+        assert ("Clopper" if score.metric == "copy_rate" else "over 2 subjects") in score.interval.method
         assert "few subjects (2)" in score.notes[0]
 
 
@@ -227,7 +227,9 @@ def test_a_mirrored_copy_of_a_real_image_is_found_and_named(evaluated):
     assert row.nearest == "cat/02.png"
     assert row.prompt == "a red sks cat"
     copies = next(score for score in record.scores if score.metric == "copy_rate")
-    assert copies.value >= 0.5 * 0.5 * 0.5  # of the cat's second prompt, half; of all prompts and subjects
+    beyond = sum(row.values["nearest_similarity"] > 0.99 for row in record.images)
+    assert beyond == 1
+    assert copies.value >= beyond / 10
 
 
 def test_the_page_of_a_subject_record_shows_generated_and_real_images_side_by_side(evaluated):
