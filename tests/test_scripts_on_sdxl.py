@@ -117,10 +117,10 @@ def test_a_single_checkpoint_trains_and_draws_with_another_autoencoder(place, tm
 
 def test_style_transfer_with_sizes_dropped_captions_and_text_encoders(place, tmp_path, monkeypatch, capsys):
     run, out, data = runner("style_transfer", monkeypatch), tmp_path / "out", tmp_path / "data"
-    for picture in write_pictures(data, 4, size=(48, 40)).iterdir():
+    for picture in write_pictures(data, 4, size=(60, 40)).iterdir():
         picture.with_suffix(".txt").write_text(f"a picture named {picture.stem} of a small disc")
     fixed = [*SMALL, "--pretrained_model_name_or_path", place / "base", "--output_dir", out]
-    given = ["--train_data_dir", data, "--aspect_ratio_buckets", "32,40;32,32", "--caption_dropout", "0.5"]
+    given = ["--train_data_dir", data, "--aspect_ratio_buckets", "32,48;32,32", "--caption_dropout", "0.5"]
     rates = [
         "--max_train_steps",
         3,
