@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffadapt.data.images import ImageSource, StoredImage, open_image
@@ -63,7 +63,11 @@ class FilePicture:
 
     def load(self) -> tuple[Tensor, Facts]:
         data = self.source.read_bytes()
-        with Image.open(BytesIO(data)) as image:
+        try:
+            image = Image.open(BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError(f"{len(data):,} bytes that are no image") from None
+        with image:
             kind, mode = image.format or "?", image.mode
             if mode == "F":
                 refuse_out_of_range(np.asarray(image), self.name)
