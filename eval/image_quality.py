@@ -23,7 +23,7 @@ from accelerate import PartialState
 from diffadapt.commands.combine import base_named_in
 from diffadapt.evaluation import options
 from diffadapt.evaluation.drawing import draw_sets, files_of_run
-from diffadapt.evaluation.image_sets import ImageSet
+from diffadapt.evaluation.image_sets import ImageSet, has_prompts
 from diffadapt.evaluation.page import write_page
 from diffadapt.evaluation.run import Outcome, deterministic, evaluate_sets
 from diffadapt.evaluation.scoring import check_plan
@@ -68,7 +68,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
     plan, reading = options.plan_of(arguments), options.reading_of(arguments)
     extractors = options.extractors_of(arguments, str(device))
-    check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=is_drawing)
+    with_prompts = is_drawing or any(has_prompts(source) for source in arguments.generated)
+    check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=with_prompts)
     with _folder_of_drawn(arguments) as folder:
         sets: dict[str, str | ImageSet] = dict(
             draw_sets(arguments, files, Path(folder)) if is_drawing else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffadapt.models.names import is_embedded, resolve
 from diffadapt.nearest import near
 
 DATASETS = "datasets:"
+SAMPLE = "sample.json"  # of `diffadapt sample`
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # marks of datasets' save_to_disk
 
 
@@ -83,12 +85,34 @@ def _path_of(source: str) -> Path:
     return Path(resolve(source))
 
 
+def has_prompts(source: str) -> bool:
+    """Whether a set knows the prompts of its images: a folder that `diffadapt sample` wrote."""
+    return (Path(source) / SAMPLE).is_file()
+
+
 def fingerprint(digests: Iterable[str]) -> str:
     """SHA-256 over the sorted hashes of a set's images: names and order do not matter."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
+def _from_sample(source: str, folder: Path) -> ImageSet:
+    """What `diffadapt sample` left: its images with their prompts, not the sheet of them all."""
+    try:
+        images = json.loads((folder / SAMPLE).read_text())["images"]
+        names, prompts = [image["file"] for image in images], tuple(image["prompt"] for image in images)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / SAMPLE} is damaged: {error}; remove it to score all images") from None
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{folder / SAMPLE} names {outside[0]!r}, which is not in its folder")
+    return _checked(
+        ImageSet(source, "folder", [FilePicture(name, folder / name) for name in names], prompts=prompts)
+    )
+
+
 def _from_folder(source: str, folder: Path) -> ImageSet:
+    if (folder / SAMPLE).is_file():
+        return _from_sample(source, folder)
     pictures = [
         FilePicture(path.relative_to(folder).as_posix(), path) for path in list_images(folder, recursive=True)
     ]

@@ -22,7 +22,7 @@ from diffadapt.evaluation.feature_file import SetFeatures, file_name, write_feat
 from diffadapt.evaluation.image_sets import ImageSet, open_set
 from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
-from diffadapt.evaluation.scoring import Plan, image_rows, score_set
+from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
 
 REFERENCE = "reference"  # label of the real set
 PACKAGES = (
@@ -172,7 +172,10 @@ def _score(
         counts = {"n_generated": own.summary.count, "n_real": real.summary.count if real else 0}
         result.warnings += protocols.shortfall(protocols.protocol(protocol), protocol, **counts)
     for extractor in extractors:
-        scores, refused = score_set(label, own, real, extractor, plan)
+        its_plan = plan_for(extractor, extractors, plan)
+        if its_plan is None:
+            continue
+        scores, refused = score_set(label, own, real, extractor, its_plan)
         result.scores += scores
         result.refused |= refused
     showing = next((e for e in extractors if e.features is not None), None)

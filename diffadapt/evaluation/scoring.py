@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -67,6 +67,22 @@ def check_plan(
             reasons.append(reason)
         else:
             raise ValueError(f"{key} cannot be computed: {'; '.join(reasons)}")
+
+
+def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) -> Plan | None:
+    """What one of several extractors computes of the metrics named: not what another is meant for.
+
+    None: nothing.
+    `clip_i,dino` on CLIP and DINO are two scores, not four; on CLIP alone both are computed, under its name.
+    """
+    if not plan.metrics:
+        return plan
+    kept = tuple(
+        key
+        for key in plan.metrics
+        if _suits(METRICS[key], extractor) or not any(_suits(METRICS[key], other) for other in extractors)
+    )
+    return replace(plan, metrics=kept) if kept else None
 
 
 def score_set(
@@ -204,7 +220,7 @@ def _missing(metric: Metric, extractor: Extractor, *, has_reference: bool, has_p
         if role == "texts" and extractor.texts is None:
             return f"{extractor.name} knows no texts; use a clip: extractor"
         if role in ("texts", "groups") and not has_prompts:
-            return "it needs the prompts of the images: draw them with --adapters or --run"
+            return "it needs the images' prompts: draw them with --adapters, --run or `diffadapt sample`"
     return "it needs a --reference" if metric.real and not has_reference else None
 
 

@@ -1,6 +1,7 @@
 """Image sets of every kind: what is read, in which order, and what is refused."""
 
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -53,6 +54,22 @@ def test_folders_in_folders_are_read_and_other_files_listed(tmp_path):
     images = open_set(str(tmp_path))
     assert [p.name for p in images.pictures] == ["a/image-000.png", "b/image-000.png"]
     assert images.ignored == ("notes.txt: not an image file",)
+
+
+def test_a_folder_of_diffadapt_sample_is_its_images_with_their_prompts(tmp_path):
+    write_images(tmp_path, 3)
+    random_image(9).save(tmp_path / "sheet.png")
+    images = [{"file": f"image-00{i}.png", "prompt": f"prompt {i}"} for i in (2, 0)]
+    (tmp_path / "sample.json").write_text(json.dumps({"images": images}))
+    found = open_set(str(tmp_path))
+    assert [picture.name for picture in found.pictures] == ["image-002.png", "image-000.png"]
+    assert found.prompts == ("prompt 2", "prompt 0")
+    (tmp_path / "sample.json").write_text(json.dumps({"images": [{"file": "../x.png", "prompt": ""}]}))
+    with pytest.raises(ValueError, match="not in its folder"):
+        open_set(str(tmp_path))
+    (tmp_path / "sample.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        open_set(str(tmp_path))
 
 
 def test_embedded_sets():

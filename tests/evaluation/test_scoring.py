@@ -13,7 +13,7 @@ from diffadapt.evaluation.extractors import load_extractor
 from diffadapt.evaluation.image_sets import open_set
 from diffadapt.evaluation.record import IDENTITY, differences
 from diffadapt.evaluation.run import Reading, evaluate_sets
-from diffadapt.evaluation.scoring import Plan, check_plan, parse_metrics
+from diffadapt.evaluation.scoring import Plan, check_plan, parse_metrics, plan_for
 from diffadapt.metrics import fid, kid, vendi
 
 TOY = "toy_extractor:Toy"
@@ -54,12 +54,8 @@ def record(folders):
 def test_values_are_those_of_the_pure_functions(record, folders):
     values = {score.name: score.value for score in record.of("b")}
     real, generated = features(folders["real"]), features(folders["b"])
-    assert values[f"frechet_distance[{TOY}]"] == pytest.approx(
-        fid(real=real, generated=generated), rel=1e-6
-    )
-    assert values[f"kernel_distance[{TOY}]"] == pytest.approx(
-        kid(real=real, generated=generated), rel=1e-4
-    )
+    assert values[f"frechet_distance[{TOY}]"] == pytest.approx(fid(real=real, generated=generated), rel=1e-6)
+    assert values[f"kernel_distance[{TOY}]"] == pytest.approx(kid(real=real, generated=generated), rel=1e-4)
     assert values[f"vendi[{TOY}]"] == pytest.approx(vendi(features=generated), rel=1e-6)
 
 
@@ -177,12 +173,22 @@ def test_several_extractors_in_one_pass_keep_their_names(folders):
     assert [e.name for e in found.extractors] == [TOY, "embedded:clip"]
 
 
+def test_named_metrics_go_to_the_extractor_they_are_meant_for():
+    toy, clip = load_extractor(TOY), load_extractor("embedded:clip")
+    plan = Plan(("clip_i", "fid"))
+    assert plan_for(clip, [toy, clip], plan).metrics == ("clip_i", "fid")
+    assert plan_for(toy, [toy, clip], plan).metrics == ("fid",)
+    assert plan_for(toy, [toy], plan).metrics == ("clip_i", "fid")
+    assert plan_for(toy, [toy, clip], Plan(("clip_i",))) is None
+    assert plan_for(toy, [toy, clip], Plan()) == Plan()
+
+
 @pytest.mark.parametrize(
     ("metric", "extractor", "options", "message"),
     [
         ("inception_score", "embedded:clip", {}, "gives no logits"),
         ("clip_t", TOY, {"has_prompts": True}, "knows no texts"),
-        ("clip_t", "embedded:clip", {}, "needs the prompts"),
+        ("clip_t", "embedded:clip", {}, "needs the images' prompts"),
         ("lpips_diversity", TOY, {"has_prompts": True}, "needs an lpips: extractor"),
         ("fid", TOY, {"has_reference": False}, "needs a --reference"),
     ],
