@@ -77,13 +77,7 @@ def analyse(
 
     Raises: ValueError when an adapter and the dense fine-tune have no weight in common.
     """
-    for label, adapter in adapters.items():
-        if dense is not None and not set(adapter.records) & set(dense.records):
-            first = next(iter(adapter.records))
-            raise ValueError(
-                f"{label} and the dense fine-tune change no weight in common: {first!r} is not among the "
-                f"{len(dense.records)} of the latter{near(first, dense.records)}"
-            )
+    _check_common(adapters, dense)
     figures: dict[str, list[LayerFigures]] = {label: [] for label in adapters}
     sites = {site.name: site for adapter in adapters.values() for site in adapter.sites}
     for site in sites.values():
@@ -114,6 +108,16 @@ def summary(adapter: Adapter) -> dict[str, float]:
     known = [factor for factor in factors if factor is not None]
     means = {"change_norm": norms, "amplification": known}
     return {name: sum(values) / len(values) for name, values in means.items() if values}
+
+
+def _check_common(adapters: Mapping[str, Adapter], dense: Adapter | None) -> None:
+    for label, adapter in adapters.items():
+        if dense is not None and not set(adapter.records) & set(dense.records):
+            first = next(iter(adapter.records))
+            raise ValueError(
+                f"{label} and the dense fine-tune change no weight in common: {first!r} is not among the "
+                f"{len(dense.records)} of the latter{near(first, dense.records)}"
+            )
 
 
 def configured_rank(adapter: Adapter, site: Site) -> int:

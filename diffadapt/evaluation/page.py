@@ -35,7 +35,7 @@ def write_page(record: EvaluationRecord, path: str | Path, picture: Picture) -> 
 
     Args:
         picture: the image of a name in a set: of every generated set, and of the real images that
-            `record.images` names as nearest.
+            `record.images` names as nearest. KeyError where only features are at hand: then it is left out.
     """
     text = page(record, picture)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -141,29 +141,32 @@ def _plots(record: EvaluationRecord) -> str:
 
 
 def _images(record: EvaluationRecord, label: str, picture: Picture) -> str:
-    found = sheets(record, label)
-    return (
-        "\n".join([f"<h2>Images of {escape(label)}</h2>", *(_sheet(s, picture) for s in found)])
-        if found
-        else ""
-    )
+    shown = [html for sheet in sheets(record, label) if (html := _sheet(sheet, picture))]
+    return "\n".join([f"<h2>Images of {escape(label)}</h2>", *shown]) if shown else ""
 
 
 def _sheet(sheet: Sheet, picture: Picture) -> str:
-    pairs = any(len(cell.images) > 1 for cell in sheet.cells)
     cells = "".join(_cell(cell, picture) for cell in sheet.cells)
+    if not cells:
+        return ""
+    pairs = any(len(cell.images) > 1 for cell in sheet.cells)
     head = f'<h3>{escape(sheet.heading)}</h3><p class="faint">{escape(sheet.note)}</p>'
     return f'{head}<div class="sheet{" pairs" if pairs else ""}">{cells}</div>'
 
 
 def _cell(cell: Cell, picture: Picture) -> str:
-    images = []
-    for label, name in cell.images:
-        uri, small = thumbnail(picture(label, name))
-        css = ' class="small"' if small else ""
-        images.append(f'<img{css} src="{uri}" alt="{escape(f"{label}: {name}")}">')
+    images = "".join(_image(label, name, picture) for label, name in cell.images)
     caption = f"<figcaption>{escape(cell.caption)}</figcaption>"
-    return f'<figure><div class="images">{"".join(images)}</div>{caption}</figure>'
+    return f'<figure><div class="images">{images}</div>{caption}</figure>' if images else ""
+
+
+def _image(label: str, name: str, picture: Picture) -> str:
+    try:
+        uri, small = thumbnail(picture(label, name))
+    except KeyError:  # of this set only features are at hand
+        return ""
+    css = ' class="small"' if small else ""
+    return f'<img{css} src="{uri}" alt="{escape(f"{label}: {name}")}">'
 
 
 def _making(record: EvaluationRecord) -> str:

@@ -111,6 +111,22 @@ def test_a_page_without_images_or_scores_is_still_a_page():
     assert "How it was made" in page(empty, picture)
 
 
+def test_images_of_which_only_features_are_at_hand_are_left_out():
+    def generated_only(label, name):
+        if label == "reference":
+            raise KeyError(name)
+        return picture(label, name)
+
+    html = page(record(("lora",), count=6), generated_only)
+    assert html.count('alt="lora: ') == 3 + 3 + 6 + 6  # best, worst, random, and the pairs' left halves
+    assert 'alt="reference' not in html
+
+    def nothing(label, name):
+        raise KeyError(name)
+
+    assert "Images of" not in page(record(("lora",), count=6), nothing)
+
+
 def test_nothing_is_left_when_a_picture_cannot_be_read(tmp_path):
     def broken(label, name):
         raise ValueError("damaged")
