@@ -298,7 +298,7 @@ def test_bf16_trains_float32_tensors(run, tmp_path):
         (("--pretrained_model_name_or_path", "./nowhere"), "no base model at './nowhere'"),
         (("--resume_from_checkpoint", "latest"), "no checkpoint 'latest'"),
         (("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no"),
-        (("--optimizer", "adamv"), "unknown optimizer 'adamv'; did you mean adamw"),
+        (("--optimizer", "adamwx"), "unknown optimizer 'adamwx'; did you mean adamw"),
         (("--report_to", "tensorbord"), "did you mean tensorboard"),
         (("--checkpointing_steps", 0), "--checkpointing_steps must be at least 1, got 0"),
     ],

@@ -30,6 +30,7 @@ FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
         "push_to_hub",
         "hub_model_id",
         "hub_private",
+        "cache_dir",
     )
 )
 
@@ -37,9 +38,8 @@ FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
 def check_options(before: dict[str, object], now: dict[str, object], checkpoint: Path) -> None:
     """Raises: ValueError that lists the options which differ although they must not."""
     now = json.loads(json.dumps(now))
-    free = FREE_OPTIONS | (
-        {"max_train_steps"} if now["lr_scheduler"] == "constant" else set()
-    )  # to go further
+    can_go_further = now["lr_scheduler"] == "constant"  # the rate does not depend on the length
+    free = FREE_OPTIONS | ({"max_train_steps"} if can_go_further else set())
     differing = [k for k in sorted(now) if k not in free and k in before and before[k] != now[k]]
     if differing:
         listed = "\n".join(f"  {name}: {before[name]!r} then, {now[name]!r} now" for name in differing)

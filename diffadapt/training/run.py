@@ -1,11 +1,11 @@
 """A run around its loop: what is shown before, what may be done after a step, what is left at the end.
 
-run = Run(trainer, batches, report)
-for step in run.steps():
-    run.log(step)
-    run.validate(step)
-    run.save(step)
-return run.exit_code
+training = Run(trainer, batches, report)
+for step in training.steps():
+    training.log(step)
+    training.validate(step)
+    training.save(step)
+return training.exit_code
 """
 
 from collections.abc import Iterator
@@ -46,6 +46,12 @@ class Run:
 
         With `--dry_run` the summary is all. The caller logs, validates and saves after every step.
         """
+        try:
+            yield from self._steps()
+        finally:
+            self.accelerator.end_training()  # closes trackers and the connection of the processes
+
+    def _steps(self) -> Iterator[Step]:
         described = before_training(self.trainer, self.batches, self.report.model.pipe)
         if self.accelerator.is_main_process:
             print(described)
