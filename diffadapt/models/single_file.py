@@ -16,7 +16,6 @@ _UNET = "model.diffusion_model.input_blocks.0.0.weight"
 _ENCODERS = {  # a key that only files with these text encoders have -> the pipeline of the file
     "conditioner.embedders.1.model.ln_final.weight": "StableDiffusionXLPipeline",
     "cond_stage_model.transformer.text_model.final_layer_norm.weight": "StableDiffusionPipeline",
-    "cond_stage_model.transformer.final_layer_norm.weight": "StableDiffusionPipeline",
     "cond_stage_model.model.ln_final.weight": "StableDiffusionPipeline",
 }
 
@@ -45,7 +44,7 @@ def pipeline_of_file(path: str) -> str:
                     "the known kinds take 4"
                 )
             return name
-    what = "a UNet without text encoders" if shape else "no UNet in the original layout"
+    what = "a UNet without text encoders in a known layout" if shape else "no UNet in the original layout"
     known = ", ".join(sorted(set(_ENCODERS.values())))
     raise ValueError(f"{path} holds {what}; known are whole checkpoints of {known}")
 
@@ -57,6 +56,7 @@ def open_single_file(path: str) -> DiffusionPipeline:
     Raises: OSError when they are nowhere to be had, ValueError when they do not fit the file.
     """
     import diffusers  # takes seconds: names are asked for before anything is loaded
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     kind = getattr(diffusers, pipeline_of_file(path))
     beside = Path(path).with_suffix("")
@@ -66,8 +66,12 @@ def open_single_file(path: str) -> DiffusionPipeline:
         optional["requires_safety_checker"] = False
     try:
         pipe = kind.from_single_file(path, torch_dtype=torch.float32, **config, **optional)
+    except SingleFileComponentError as error:
+        raise ValueError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
+        if config:
+            raise ValueError(f"{path} does not fit the configurations at {beside}: {reason}") from error
         raise OSError(
             f"{path}: a single file has no configuration or tokenizer; without a network, put the pipeline's "
             f"folder without weights (model_index.json, every config.json, tokenizers) at {beside} ({reason})"
@@ -85,6 +89,10 @@ def _apply_marks(pipe: DiffusionPipeline, keys: frozenset[str]) -> None:
         marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if marks:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **marks)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _header(path: str) -> tuple[list[int] | None, frozenset[str]]:

@@ -1,6 +1,7 @@
 """One-file checkpoints in the original layout: the same weights, the same images, clear errors."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_files_that_are_no_base_are_errors_that_say_why(tmp_path, bases):
         save_file(tensors, tmp_path / "wrong.safetensors")
         with pytest.raises(ValueError, match=message):
             load_base(str(tmp_path / "wrong.safetensors"))
+    save_file({k: v for k, v in state.items() if "first_stage" not in k}, tmp_path / "whole.safetensors")
+    shutil.copytree(Path(bases["sd"][1]).with_suffix(""), tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint: .*AutoencoderKL"):
+        load_base(str(tmp_path / "whole.safetensors"))
+    shutil.copyfile(bases["sd"][1], tmp_path / "whole.safetensors")
+    (tmp_path / "whole" / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"does not fit the configurations at {tmp_path / 'whole'}"):
+        load_base(str(tmp_path / "whole.safetensors"))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "wrong.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_base(str(tmp_path / "cut.safetensors"))
