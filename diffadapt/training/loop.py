@@ -24,7 +24,7 @@ from diffadapt.training.optimizers import make_optimizer
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.sharding import average_gradients, check_processes, shard
 
-SMALL_ATTENTION = 1024  # tokens up to which plain attention beats the fused kernel's backward on a CPU
+SMALL_ATTENTION = 256  # latent positions up to which plain attention beats the fused kernel on a CPU
 WARMUP_SHARE = 0.1  # of the run, at most
 
 
