@@ -44,6 +44,9 @@ class Options(TrainOptions):
 
     output_dir: str = option("runs/class_conditional", "where everything is written")
     adapter: str = option("superlora", "method, as flora or flora(rank=8); `diffadapt methods` lists them")
+    export_formats: str = option(
+        "none", "also written for other programs: diffusers (DiT), merged, A,B or none"
+    )
     train_data_dir: str | None = option(None, "folder with one folder of pictures per class")
     dataset_name: str | None = option(None, "instead: a data set on the hub, saved, or as files in a folder")
     dataset_config_name: str | None = option(None, "its configuration, as cropped_digits of svhn")
