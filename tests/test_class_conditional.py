@@ -13,13 +13,16 @@ from class_pipelines import class_pipeline, dit_pipeline, write_classes
 from PIL import Image
 from pipelines import tiny_sd_pipeline
 from safetensors.torch import load_file
+from torchvision.transforms.functional import pil_to_tensor
 
 import diffadapt as da
 from diffadapt.cli import main as diffadapt
+from diffadapt.data.dataset import labelled_table, open_table
 from diffadapt.evaluation.extractors import load_extractor
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.sampling import Sampler, Shot, draw_all
 from diffadapt.training.classes import class_shots, figures
+from diffadapt.training.held_out import pixels_of
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "class_conditional.py"
 
@@ -202,8 +205,8 @@ def test_sample_draws_classes_as_the_pipeline_does(base, tmp_path, capsys):
     files = sorted((tmp_path / "drawn").glob("0*.png"))
     shots = [Shot("", seed, label) for label in (0, 2) for seed in (0, 1)]
     expected = draw_all(pipe, shots, Sampler(num_inference_steps=3, guidance_scale=2.0))
-    drawn = torch.stack([torch.tensor(list(Image.open(file).getdata())) for file in files])
-    assert (drawn - (expected * 255).round().flatten(2).transpose(1, 2)).abs().max() <= 1
+    drawn = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
+    assert (drawn - (expected * 255).round()).abs().max() <= 1
     assert diffadapt([*command, "--class_labels", "0,3", "--out", str(tmp_path / "wrong")]) == 2
     assert "no class 3" in capsys.readouterr().err
 
@@ -216,14 +219,14 @@ def test_classes_are_drawn_in_turn_with_their_own_seeds():
 
 
 def test_figures_tell_handwriting_from_noise_and_count_recognised_digits():
-    rows = datasets.load_dataset(str(da.embedded("handwriting")), split="test")
-    images = torch.stack([torch.tensor(list(image.getdata())).view(1, 8, 8) for image in rows["image"]]) / 255
-    real = torch.nn.functional.interpolate(images, (16, 16), mode="bicubic").clamp(0, 1).expand(-1, 3, -1, -1)
+    table = open_table(str(da.embedded("handwriting")), split="test")
+    examples, _ = labelled_table(table, name="handwriting")
+    real, labels = pixels_of(examples, 16), [example.caption for example in examples]
     noise = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = figures(
         load_extractor("embedded:digits"),
         real=real[:200],
-        labels=rows["label"][200:300],
+        labels=labels[200:300],
         before={"classes": noise},
         after={"classes": real[200:300]},
     )
