@@ -18,10 +18,11 @@ from torchvision.transforms.functional import pil_to_tensor
 import diffadapt as da
 from diffadapt.cli import main as diffadapt
 from diffadapt.data.dataset import labelled_table, open_table
+from diffadapt.data.examples import Example
 from diffadapt.evaluation.extractors import load_extractor
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.sampling import Sampler, Shot, draw_all
-from diffadapt.training.classes import class_shots, figures
+from diffadapt.training.classes import at_most, class_shots, figures
 from diffadapt.training.held_out import pixels_of
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "class_conditional.py"
@@ -113,6 +114,8 @@ def test_a_saved_data_set_with_other_columns_and_the_loss_on_what_was_trained(ru
     out = tmp_path / "out"
     assert run(*arguments(base, out, dataset_name=tmp_path / "data", label_dropout=0, **more)) == 0
     assert list(json.loads((out / "run.json").read_text())["figures"]) == ["loss_on_training_pictures"]
+    alone = {**more, "num_validation_images": 1, "extractor": "embedded:digits", "max_held_out_samples": 2}
+    assert run(*arguments(base, tmp_path / "one", dataset_name=tmp_path / "data", **alone)) == 0
 
 
 def test_a_dit_learns_classes_with_one_table_for_all_blocks(run, pictures, tmp_path):
@@ -209,6 +212,17 @@ def test_sample_draws_classes_as_the_pipeline_does(base, tmp_path, capsys):
     assert (drawn - (expected * 255).round()).abs().max() <= 1
     assert diffadapt([*command, "--class_labels", "0,3", "--out", str(tmp_path / "wrong")]) == 2
     assert "no class 3" in capsys.readouterr().err
+
+
+def test_of_many_pictures_the_same_few_of_every_class_are_measured():
+    examples = [Example(Path(str(n)), n % 10) for n in range(1000)]  # an even stride would see one class
+    chosen = at_most(examples, 100)
+    assert chosen == at_most(examples, 100)
+    assert len(set(chosen)) == 100
+    assert {example.caption for example in chosen} == set(range(10))
+    assert at_most(examples, 5000) == examples
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        at_most(examples, 0)
 
 
 def test_classes_are_drawn_in_turn_with_their_own_seeds():

@@ -103,12 +103,11 @@ def training_data(options: Options) -> Data:
 
 
 def held_out_data(options: Options) -> list[Example]:
-    """The pictures of `--held_out`, evenly chosen when there are too many; none without it."""
+    """The pictures of `--held_out`; none without it."""
     if options.held_out is None:
         return []
     is_folder = options.dataset_name is None or Path(options.held_out).is_dir()
-    found = class_folders(options.held_out)[0] if is_folder else split_of(options, options.held_out)[0]
-    return found[:: -(-len(found) // options.max_held_out_samples)]
+    return (class_folders(options.held_out) if is_folder else split_of(options, options.held_out))[0]
 
 
 def split_of(options: Options, split: str) -> Data:

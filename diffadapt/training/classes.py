@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffadapt.data.examples import Example
 from diffadapt.data.grid import Panel, to_pictures
+from diffadapt.data.randomness import permutation
 from diffadapt.evaluation.extractors import Extractor, load_extractor
 from diffadapt.metrics.digit_classifier import NAME as DIGITS
 from diffadapt.metrics.digit_classifier import class_agreement
@@ -31,6 +32,17 @@ def class_shots(rows: Sequence[int], names: Sequence[str], *, count: int, seed: 
     """
     turns = [index % len(rows) for index in range(count)]
     return [Shot(f"class {names[k]}", seed + index, rows[k]) for index, k in enumerate(turns)]
+
+
+def at_most(examples: Sequence[Example], count: int) -> list[Example]:
+    """So many of them, chosen at random but always the same, in their order.
+
+    Raises: ValueError for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"--max_held_out_samples must be at least 1, got {count}")
+    chosen = sorted(permutation(("held out",), len(examples))[:count].tolist())
+    return [examples[index] for index in chosen]
 
 
 def figures(
@@ -63,7 +75,7 @@ class ClassReport(Report):
 
     Args:
         examples: the training pictures, with the base's classes as captions.
-        held_out: pictures the figures are made of, likewise; the training pictures when there are no others.
+        held_out: pictures the figures are made of, likewise; without any, training pictures are used.
         rows: the base's class for each class of the data.
         names: of the data's classes.
     """
@@ -79,27 +91,30 @@ class ClassReport(Report):
     ):
         super().__init__(setup)
         self.examples, self.rows, self.names = examples, rows, names
-        self.held_out = held_out or examples
+        self.measured = at_most(held_out or examples, self.options.max_held_out_samples)
+        self.is_held_out = bool(held_out)
         count, seed = self.options.num_validation_images, self.options.seed
         self.shots = {"classes": class_shots(rows, names, count=count, seed=seed)}
         self._accelerator, self._losses = setup.accelerator, {}
 
     def begin(self) -> None:
         cut = {"resolution": self.options.resolution, "rounds": LOSS_ROUNDS}
-        self._loss = HeldOutLoss(self.model, self.held_out, self._accelerator, **cut)
+        self._loss = HeldOutLoss(self.model, self.measured, self._accelerator, **cut)
         self._losses["before"] = self._loss.measure()
         super().begin()
 
     def losses(self) -> Figures:
-        which = "loss_on_training_pictures" if self.held_out is self.examples else "held_out_loss"
+        which = "held_out_loss" if self.is_held_out else "loss_on_training_pictures"
         return {which: {**self._losses, "after": self._loss.measure()}}
 
     def figures(self) -> Figures:
-        count = len(self.rows)
+        count, drawn = len(self.rows), len(self.shots["classes"])
+        if min(drawn, len(self.measured)) < 2:  # no distance between sets of one picture
+            return {}
         return figures(
             load_extractor(self.options.extractor),
-            real=pixels_of(self.held_out, self.options.resolution),
-            labels=[index % count for index in range(len(self.shots["classes"]))],
+            real=pixels_of(self.measured, self.options.resolution),
+            labels=[index % count for index in range(drawn)],
             before=self.pictures["before"],
             after=self.pictures["after"],
         )
@@ -107,7 +122,7 @@ class ClassReport(Report):
     def panels(self) -> list[list[Panel]]:
         """Real, before and after below each other; in each a column per class."""
         shown = min(SHOWN_CLASSES, len(self.rows))
-        which = "" if self.held_out is self.examples else ", held out from training"
+        which = ", held out from training" if self.is_held_out else ""
         blocks = {f"real{which}: {', '.join(self.names[:shown])}": self._real_block(shown)}
         for when in ("before", "after"):
             drawn = self.pictures[when]["classes"]
@@ -136,7 +151,7 @@ class ClassReport(Report):
         """(rows x shown, 3, H, W) in [0, 1]: real pictures, a column per class."""
         columns = []
         for row in self.rows[:shown]:
-            found = [e for e in self.held_out if e.caption == row]
+            found = [e for e in self.measured if e.caption == row]
             columns.append((found or [e for e in self.examples if e.caption == row])[:SHOWN_EACH])
         depth = min(map(len, columns))  # as many of each class as there are of the scarcest
         return pixels_of([some[i] for i in range(depth) for some in columns], self.options.resolution)
