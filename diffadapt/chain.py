@@ -124,7 +124,8 @@ class ChainProduct(torch.autograd.Function):
         kept = [tensor if keep else None for tensor, keep in zip(inputs, needed, strict=True)]
         own = form.keeps_steps and x.dtype == widest(factors)
         ctx.bare = [Step(step.map, None, step.trained) for step in steps] if own else None
-        ctx.save_for_backward(weight, *factors, *kept, *[step.weight for step in steps if own])
+        ctx.count = 0 if own and form.steps_suffice else len(factors)
+        ctx.save_for_backward(weight, *factors[: ctx.count], *kept, *[step.weight for step in steps if own])
         return y
 
     @staticmethod
@@ -132,8 +133,9 @@ class ChainProduct(torch.autograd.Function):
         _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         with without_autocast(grad.device.type):
             weight, *rest = ctx.saved_tensors
-            count, length = len(ctx.form.tensors()), len(ctx.shapes)
-            form, inputs = ctx.form.with_tensors(rest[:count]), rest[count : count + length]
+            count, length = ctx.count, len(ctx.shapes)
+            form = ctx.form.with_tensors(rest[:count]) if count else ctx.form
+            inputs = rest[count : count + length]
             if ctx.bare is None:
                 steps = _steps(form, ctx.layer, weight, grad.dtype)
             else:

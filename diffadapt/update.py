@@ -28,6 +28,7 @@ class Expression:
     """
 
     keeps_steps = False
+    steps_suffice = False  # whether ``steps_vjp`` needs the gradients alone, not the factors
 
     def matrix(self) -> Tensor:
         """The exact change ``(out, fan_in)`` in the factors' precision."""
@@ -125,7 +126,7 @@ class LowRank(Expression):
     up: Tensor
     down: Tensor
 
-    keeps_steps = True
+    keeps_steps = steps_suffice = True
 
     def matrix(self) -> Tensor:
         return self.up @ self.down
@@ -158,7 +159,7 @@ class Tucker(Expression):
     core: Tensor
     down: Tensor
 
-    keeps_steps = True
+    keeps_steps = steps_suffice = True
 
     def matrix(self) -> Tensor:
         inner = torch.einsum("ab...,bi->ai...", self.core, self.down)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from foreign_cases import TOLERANCE, error, output, shake, unet
 from safetensors.torch import load_file, save_file
 
@@ -93,17 +94,23 @@ def test_what_was_opened_merges_and_can_be_trained_on(tmp_path, kind):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
 
 
-@pytest.mark.parametrize(
-    "kind", ["LoHa, Tucker", "LoKr, Tucker", "DoRA by inputs", "DoRA by outputs", "with norms"]
-)
-def test_what_was_opened_can_be_exported_again(tmp_path, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_opened_can_be_exported_to_every_format_that_holds_it(tmp_path, kind):
     path, *_ = written(tmp_path, **KINDS[kind])
-    model, again = unet(), unet()
+    model = unet()
     adapter = da.load(model, path)
     live = output(model)
-    da.export(adapter, tmp_path / "again.safetensors", to="kohya")
-    da.load(again, tmp_path / "again.safetensors")
-    assert torch.allclose(output(again), live, atol=1e-4)
+    for to, options in {"kohya": {}, "diffusers": {"rank": 1000}}.items():
+        if (kind, to) == ("with norms", "diffusers"):
+            with pytest.raises(ValueError, match="norms"):
+                da.export(adapter, tmp_path / "no.safetensors", to=to, **options)
+            continue
+        da.export(adapter, tmp_path / f"{to}.safetensors", to=to, **options)
+        again = unet()
+        da.load(again, tmp_path / f"{to}.safetensors")
+        assert torch.allclose(output(again), live, atol=1e-4), to
+    da.export(adapter, tmp_path / "merged", to="merged")
+    assert torch.allclose(output(UNet2DConditionModel.from_pretrained(tmp_path / "merged")), live, atol=1e-4)
 
 
 def test_the_tucker_file_has_a_core_and_the_decomposed_lokr_its_factors(tmp_path):
