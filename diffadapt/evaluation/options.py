@@ -12,6 +12,7 @@ from diffadapt.commands.drawing_options import add_drawing_options
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.cache import default_folder
 from diffadapt.evaluation.extractors import NAMES, Extractor, load_extractor
+from diffadapt.evaluation.resize import PRESETS
 from diffadapt.evaluation.run import REFERENCE, Reading
 from diffadapt.evaluation.scoring import Plan, parse_metrics
 from diffadapt.evaluation.weights import parse_weights
@@ -24,78 +25,47 @@ EXTRACTORS = (*NAMES, "clip:MODEL", "dino:MODEL", "dinov2:MODEL", "module:Class"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is scored, against what, with which networks, and what is written."""
-    add = parser.add_argument
-    add(
-        "--generated",
-        nargs="+",
-        default=[],
-        metavar="SET",
-        help="folders, zips, npz, datasets:NAME, embedded:NAME",
-    )
-    add(
-        "--reference",
-        metavar="SET",
-        help="real images, or saved features (.safetensors) or statistics (.npz)",
-    )
-    add(
-        "--adapters",
-        nargs="+",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="draw and score images of adapters",
-    )
+    _add_sets(parser)
+    _add_measures(parser)
+    _add_reading(parser)
+    add_drawing_options(parser, num_images=4)
+
+
+def _add_sets(parser: argparse.ArgumentParser) -> None:
+    add, several = parser.add_argument, {"nargs": "+", "default": []}
+    add("--generated", **several, metavar="SET", help="folders, zips, npz, datasets:NAME, embedded:NAME")
+    add("--reference", metavar="SET", help="real images, saved features (.safetensors), statistics (.npz)")
+    add("--adapters", **several, metavar="FILE[:STRENGTH]", help="draw and score images of adapters")
     add("--run", metavar="DIR", help="draw and score every checkpoint of a training run")
     add("--with_base", action="store_true", help="draw and score the bare base too, with the same seeds")
     add("--keep_images", metavar="DIR", help="keep drawn images there; without it they are removed")
-    add(
-        "--output", default="runs/image_quality/scores.json", help="JSON; .md, .csv and .html stand beside it"
-    )
+    add("--output", default="runs/image_quality/scores.json", help="JSON; .md, .csv and .html beside it")
+    add("--verify", action="store_true", help="only run the cases whose outcome is known on paper")
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    add, several = parser.add_argument, {"nargs": "+", "default": []}
     add("--extractor", help=f"{', '.join(EXTRACTORS)}; several with commas; default: inception")
     add("--metrics", default="all", help=f"with commas: {', '.join(METRICS)}; or all (default)")
-    add(
-        "--metric_options",
-        nargs="+",
-        default=[],
-        metavar="METRIC.OPTION=VALUE",
-        help="as precision_recall.k=5",
-    )
-    add(
-        "--protocol",
-        choices=tuple(protocols.PROTOCOLS),
-        help="extractor, resize, metrics and k as papers have them",
-    )
-    add(
-        "--resize", help="tf1, clean, torchmetrics, bilinear, none or crop-SIZE; default: the extractor's own"
-    )
-    add(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="EXTRACTOR=PATH",
-        help="weight files, as inception=/path/file.pth",
-    )
-    add(
-        "--download", action="store_true", help="fetch missing weights; size, source and hash are shown first"
-    )
+    add("--metric_options", **several, metavar="METRIC.OPTION=VALUE", help="as precision_recall.k=5")
+    add("--protocol", choices=tuple(protocols.PROTOCOLS), help="extractor, resize, metrics and k of papers")
+    add("--resize", help=f"{', '.join(PRESETS)} or crop-SIZE; default: the extractor's own")
+    add("--weights", **several, metavar="EXTRACTOR=PATH", help="weights, as inception=/path/file.pth")
+    add("--download", action="store_true", help="fetch missing weights, after showing size, source and hash")
     add("--smoke", action="store_true", help="random weights, to try a command: NOT A SCORE")
+    add("--no_intervals", action="store_true", help="values alone, faster")
+    add("--metrics_seed", type=int, default=0, help="of subsets, probes and bootstraps (default: 0)")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")
     add("--allow_small", action="store_true", help="score too few images too, stamped as not comparable")
     add("--allow_overlap", action="store_true", help="score a set all of whose images stand in the reference")
-    add("--no_intervals", action="store_true", help="values alone, faster")
-    add("--metrics_seed", type=int, default=0, help="of subsets, probes and bootstraps (default: 0)")
     add("--feature_batch_size", type=int, default=32, help="images per forward of an extractor (default: 32)")
-    add(
-        "--cache_dir",
-        help="features of references (default: $DIFFADAPT_CACHE or ~/.cache/diffadapt/features)",
-    )
+    add("--cache_dir", help="of references' features (default: $DIFFADAPT_CACHE or ~/.cache/diffadapt)")
     add("--no_cache", action="store_true", help="neither read nor keep features of references")
-    add(
-        "--save_features",
-        metavar="DIR",
-        help="keep the features of all sets, as references and for comparisons",
-    )
-    add("--verify", action="store_true", help="only run the cases whose outcome is known on paper")
-    add_drawing_options(parser, num_images=4)
+    add("--save_features", metavar="DIR", help="keep all sets' features, as references and for comparisons")
 
 
 def fill_demo(arguments: argparse.Namespace) -> None:

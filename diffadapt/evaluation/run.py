@@ -91,7 +91,7 @@ def evaluate_sets(
     Args:
         generated: label -> a set, or its name as `open_set` takes it, or a file of features.
         settings: kept in the record: the command, whether it is a demo, ...
-    Raises: what `open_set`, `extract`, `check_sets` and the metrics raise; nothing is written then.
+    Raises: what `open_set`, `extract`, `check_sets` and the metrics raise.
     """
     start, result = time.perf_counter(), _Result()
     real = None
@@ -106,27 +106,35 @@ def evaluate_sets(
             result.materials[label] = replace(own, inputs={})  # features are needed no more
     if not PartialState().is_main_process:
         return None
-    facts = {
+    facts = {**(settings or {}), "protocol": protocol, "seconds": round(time.perf_counter() - start, 1)}
+    record = _record(result, extractors, plan, reading, facts)
+    return Outcome(record, lambda label, name: result.materials[label].picture(name))
+
+
+def _record(
+    result: _Result,
+    extractors: Sequence[Extractor],
+    plan: Plan,
+    reading: Reading,
+    settings: Mapping[str, object],
+) -> EvaluationRecord:
+    state = PartialState()
+    machine = {
+        "device": str(state.device),
+        "processes": state.num_processes,
         "batch_size": reading.batch_size,
-        "device": str(PartialState().device),
-        "processes": PartialState().num_processes,
-        "seconds": round(time.perf_counter() - start, 1),
     }
-    record = EvaluationRecord(
+    return EvaluationRecord(
         scores=tuple(result.scores),
         sets={label: material.summary for label, material in result.materials.items()},
         extractors=tuple(extractor.summary for extractor in extractors),
         seeds={"metrics": plan.seed},
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         warnings=tuple(result.warnings),
         images=tuple(result.rows),
         refused=result.refused,
-        settings={**(settings or {}), "protocol": protocol, **facts},
+        settings={**settings, **machine},
     )
-    return Outcome(record, lambda label, name: result.materials[label].picture(name))
 
 
 def _material(

@@ -11,7 +11,7 @@ from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.materials import Material
 from diffadapt.evaluation.record import ImageRow, Score
 from diffadapt.metrics.copying import nearest_images
-from diffadapt.metrics.evaluate import evaluate
+from diffadapt.metrics.evaluate import Evaluation, evaluate
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.manifold import realism
 from diffadapt.metrics.naming import score_name
@@ -150,7 +150,6 @@ def _scores(
     label: str, metric: Metric, own: Inputs, reference: Inputs | None, extractor: Extractor, plan: Plan,
     real: Material | None,
 ) -> list[Score]:  # fmt: skip
-    paired = bool(metric.real)
     options = dict(plan.options.get(metric.key, {}))
     network = _squared_distance if extractor.perceptual else None
     result = evaluate(
@@ -164,20 +163,7 @@ def _scores(
         network=network,
         **options,
     )
-    layer = extractor.logits if "logits" in metric.generated else extractor.features or extractor.perceptual
-    identity = {
-        "metric": metric.key,
-        "metric_version": metric.version,
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "preset": extractor.preset,
-        "layer": layer,
-        "reference": real.summary.fingerprint if paired else None,
-        "options": dict(result.options),
-        "n_generated": result.n["generated"],
-        "n_real": result.n.get("real"),
-        "seed": plan.seed,
-    }
+    identity = _identity(metric, result, extractor, plan, real)
     return [
         Score(
             score_name(score, extractor.name),
@@ -193,6 +179,27 @@ def _scores(
         )
         for score, estimate in result.values.items()
     ]
+
+
+def _identity(
+    metric: Metric, result: Evaluation, extractor: Extractor, plan: Plan, real: Material | None
+) -> dict[str, object]:
+    """The fields of `record.IDENTITY`, but for the score's own name."""
+    is_paired = bool(metric.real)
+    layer = extractor.logits if "logits" in metric.generated else extractor.features or extractor.perceptual
+    return {
+        "metric": metric.key,
+        "metric_version": metric.version,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "preset": extractor.preset,
+        "layer": layer,
+        "reference": real.summary.fingerprint if is_paired else None,
+        "options": dict(result.options),
+        "n_generated": result.n["generated"],
+        "n_real": result.n.get("real"),
+        "seed": plan.seed,
+    }
 
 
 def _applies(

@@ -12,6 +12,7 @@ from diffadapt.evaluation import weights as weight_files
 from diffadapt.evaluation.extractors.base import Extractor
 from diffadapt.evaluation.extractors.convolutional import LPIPS, inception, lpips, vgg16
 from diffadapt.evaluation.extractors.custom import custom
+from diffadapt.evaluation.extractors.digits import digits
 from diffadapt.evaluation.extractors.transformer import clip, dino
 from diffadapt.evaluation.hub import folder_of
 from diffadapt.evaluation.resize import PRESETS
@@ -73,11 +74,16 @@ def load_extractor(
         raise ValueError(
             f"--smoke draws random weights for {', '.join(weight_files.FILES)}, not for {name!r}"
         )
+    return _of_model(name, given, preset=preset, device=device, download=download)
+
+
+def _of_model(
+    name: str, given: Mapping[str, Path], *, preset: str | None, device: str, download: bool
+) -> Extractor:
+    """Of a folder, a hub name, the package or one's own module."""
     kind, _, model = name.partition(":")
     options = {"preset": preset, "device": device}
     if name == "embedded:digits":
-        from diffadapt.evaluation.extractors.digits import digits
-
         return digits(**options)
     if name == "embedded:clip" or (kind in DEFAULT_MODELS and model):
         wanted = {"given": given, "extractor": name, "download": download, "available": available(given)}

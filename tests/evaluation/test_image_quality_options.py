@@ -1,0 +1,86 @@
+"""What the options of eval/image_quality.py stand for, without any image."""
+
+import argparse
+
+import pytest
+
+from diffadapt.evaluation import options
+from diffadapt.metrics.registry import METRICS
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    options.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--generated", "out", "--reference", "real"], "inception"),
+        (["--generated", "embedded:style/fluent3d/train", "--reference", "real"], "inception"),
+        (["--generated", "embedded:style/fluent3d/train"], "embedded:clip"),
+        (["--generated", "embedded:handwriting:test"], "embedded:digits"),
+        (["--adapters", "a.safetensors", "--base", "embedded:emoji"], "embedded:clip"),
+        (["--adapters", "a.safetensors", "--base", "somebody/base"], "inception"),
+        (["--run", "runs/x", "--base", "embedded:digits"], "embedded:digits"),
+        (["--generated", "out", "--protocol", "kynkaanniemi"], "vgg16"),
+    ],
+)  # fmt: skip
+def test_the_default_extractor_is_inception_unless_all_is_embedded(arguments, name, monkeypatch):
+    monkeypatch.setattr(options, "load_extractor", lambda name, **given: (name, given["preset"]))
+    assert options.extractors_of(parse(*arguments), "cpu")[0][0] == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "preset"),
+    [
+        (["--protocol", "piq"], "bilinear"),
+        (["--protocol", "adm"], "tf1"),
+        (["--protocol", "piq", "--resize", "clean"], "clean"),
+        (["--protocol", "piq", "--extractor", "clip"], None),
+        ([], None),
+    ],
+)
+def test_the_resize_is_the_protocols_unless_told(arguments, preset, monkeypatch):
+    monkeypatch.setattr(options, "load_extractor", lambda name, **given: given["preset"])
+    assert options.extractors_of(parse("--generated", "out", *arguments), "cpu") == [preset]
+
+
+def test_a_protocol_sets_metrics_and_neighbours_and_the_command_line_wins():
+    plan = options.plan_of(parse("--protocol", "piq"))
+    assert plan.metrics == ("is_gap", "fid", "kid", "msid", "precision_recall")
+    assert plan.options["precision_recall"] == {"k": 5}
+    assert options.plan_of(parse("--protocol", "adm")).options["precision_recall"] == {"k": 3}
+    other = parse("--protocol", "piq", "--metrics", "fid", "--metric_options", "precision_recall.k=7")
+    assert options.plan_of(other).metrics == ("fid",)
+    assert options.plan_of(other).options["precision_recall"] == {"k": 7}
+    assert all(key in METRICS for key in options.protocols.PROTOCOLS["piq"].metrics)
+
+
+def test_reading_and_plan_take_their_options(tmp_path):
+    given = parse(
+        "--skip_bad", "--allow_small", "--allow_overlap", "--no_intervals", "--metrics_seed", "3",
+        "--cache_dir", str(tmp_path), "--save_features", "features", "--output", "out/scores.json",
+        "--download",
+    )  # fmt: skip
+    plan, reading = options.plan_of(given), options.reading_of(given)
+    assert (plan.seed, plan.allow_small, plan.intervals) == (3, True, False)
+    assert (reading.skip_bad, reading.allow_overlap, reading.download) == (True, True, True)
+    assert (reading.cache, str(reading.save_features), str(reading.record_folder)) == (
+        tmp_path,
+        "features",
+        "out",
+    )
+    assert options.reading_of(parse("--no_cache")).cache is None
+
+
+def test_the_demonstration_is_two_disjoint_embedded_sets_and_never_mixes_with_own_data():
+    given = parse()
+    options.fill_demo(given)
+    assert given.generated != [given.reference]
+    assert options.is_demo(given)
+    own = parse("--generated", "out")
+    options.fill_demo(own)
+    assert own.reference is None
+    assert not options.is_demo(own)
