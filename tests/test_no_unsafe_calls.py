@@ -10,6 +10,8 @@ FOLDERS = ("diffadapt", "train_scripts", "eval")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 LIBRARY = [path for path in CODE if path.is_relative_to(ROOT / "diffadapt")]
 
+# writes a file for the benchmark's rival, which reads no other kind
+ALLOWED = {"eval/evaluation_speed_rivals.py": ["calls torch.save"]}
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen"),
@@ -63,7 +65,8 @@ def _call_faults(call: ast.Call) -> list[str]:
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_unpickles_evaluates_or_trusts_remote_code(path):
-    assert faults(path.read_text()) == []
+    found = [fault.partition(": ")[2] for fault in faults(path.read_text())]
+    assert found == ALLOWED.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(
