@@ -1,8 +1,9 @@
 """The table of docs/class_demo.md: every method on the class-conditional demonstration, at its own rate.
 
     python eval/class_table.py --seeds 0 1 2 --jobs 2
+    python eval/class_table.py --seeds 0 --max_train_steps 100         # other options are the script's
 
-Each run is `train_scripts/class_conditional.py` without further arguments; finished runs are not repeated.
+Each run is `train_scripts/class_conditional.py` without data or base; finished runs are not repeated.
 """
 
 import argparse
@@ -32,11 +33,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; they share the cores")
     parser.add_argument("--runs", type=Path, default=Path("runs/class_table"))
     parser.add_argument("--output", type=Path, default=Path("docs/class_demo.md"))
-    arguments = parser.parse_args()
+    arguments, further = parser.parse_known_args()
     threads = max(1, available_cores() // arguments.jobs)
     wanted = [(adapter, seed) for seed in arguments.seeds for adapter in arguments.adapters]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        records = list(pool.map(lambda one: run(*one, arguments.runs, threads), wanted))
+        records = list(pool.map(lambda one: run(*one, arguments.runs, threads, further), wanted))
     by_adapter: dict[str, list[dict]] = {}
     for (adapter, _), record in zip(wanted, records, strict=True):
         by_adapter.setdefault(adapter, []).append(record)
@@ -46,12 +47,12 @@ def main() -> None:
     print(table(by_adapter))
 
 
-def run(adapter: str, seed: int, folder: Path, threads: int) -> dict:
+def run(adapter: str, seed: int, folder: Path, threads: int, further: list[str]) -> dict:
     """The record (run.json) of one demonstration."""
     output = folder / f"{adapter}-seed{seed}"
     if not (output / "run.json").exists():
         options = ["--adapter", adapter, "--seed", seed, "--output_dir", output, "--num_threads", threads]
-        options += ["--export_formats", "none"]
+        options += further
         done = subprocess.run(
             [sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True
         )
