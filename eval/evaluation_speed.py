@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        setup = prepare(Path(folder), arguments.images, arguments.side)
+        setup = prepare(Path(folder), arguments.images, arguments.side, arguments.manifolds)
         runs = {
             (program, manifold): lambda run=run, manifold=manifold: run(setup, manifold)
             for manifold in arguments.manifolds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,12 @@ class Setup:
     subset: int
 
 
-def prepare(folder: Path, count: int, side: int) -> Setup:
-    """Random smooth images and random weights; both programs get the same files."""
+def prepare(folder: Path, count: int, side: int, manifolds: Sequence[str]) -> Setup:
+    """Random smooth images and random weights; both programs get the same files.
+
+    Args:
+        manifolds: networks of precision and recall; Inception is always there.
+    """
     for index, name in enumerate(("generated", "real")):
         (folder / name).mkdir()
         generator = np.random.default_rng(index)
@@ -50,13 +54,15 @@ def prepare(folder: Path, count: int, side: int) -> Setup:
             small = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             small.resize((side, side), Image.Resampling.BICUBIC).save(folder / name / f"{number:05d}.png")
     torch.manual_seed(0)
-    networks = {"inception": Inception(None), "vgg16": torchvision.models.vgg16(weights=None)}
+    networks = {"inception": Inception(None)}
+    if "vgg16" in manifolds:
+        networks["vgg16"] = torchvision.models.vgg16(weights=None)
     files = {name: folder / f"{name}.pth" for name in networks}
     for name, network in networks.items():
         torch.save(network.state_dict(), files[name])
     options = {"sha256": "random", "preset": None, "device": "cpu"}
     builders = {"inception": inception, "vgg16": vgg16}
-    extractors = {name: build(files[name], **options) for name, build in builders.items()}
+    extractors = {name: builders[name](files[name], **options) for name in networks}
     return Setup(str(folder / "generated"), str(folder / "real"), files, extractors, min(1000, count // 2))
 
 

@@ -57,11 +57,22 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 def check_plan(
     plan: Plan, extractors: Sequence[Extractor], *, has_reference: bool, has_prompts: bool
 ) -> None:
-    """Raises: ValueError, before any image is read, for a metric asked for that no extractor can give."""
+    """Before any image is read.
+
+    Raises: ValueError for a metric asked for that no extractor can give, and for an extractor with which
+        nothing can be computed.
+    """
+    facts = {"has_reference": has_reference, "has_prompts": has_prompts}
+    for extractor in () if plan.metrics else extractors:
+        suited = [metric for metric in METRICS.values() if _suits(metric, extractor)]
+        lacking = [_missing(metric, extractor, **facts) for metric in suited]
+        if None not in lacking:
+            why = "; ".join(dict.fromkeys(reason for reason in lacking if reason))
+            raise ValueError(f"no metric can be computed with {extractor.name!r}: {why}")
     for key in plan.metrics:
         metric, reasons = METRICS[key], []
         for extractor in extractors:
-            reason = _missing(metric, extractor, has_reference=has_reference, has_prompts=has_prompts)
+            reason = _missing(metric, extractor, **facts)
             if reason is None:
                 break
             reasons.append(reason)

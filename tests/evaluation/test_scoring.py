@@ -10,7 +10,7 @@ from toy_extractor import Toy
 
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.extractors import load_extractor
-from diffadapt.evaluation.image_sets import open_set
+from diffadapt.evaluation.image_sets import ImageSet, open_set
 from diffadapt.evaluation.record import IDENTITY, differences
 from diffadapt.evaluation.run import Reading, evaluate_sets
 from diffadapt.evaluation.scoring import Plan, check_plan, parse_metrics, plan_for
@@ -197,6 +197,26 @@ def test_what_cannot_be_computed_is_refused_before_any_image_is_read(metric, ext
     facts = {"has_reference": True, "has_prompts": False, **options}
     with pytest.raises(ValueError, match=message):
         check_plan(Plan((metric,)), [load_extractor(extractor)], **facts)
+
+
+def test_an_extractor_with_which_nothing_can_be_computed_is_refused():
+    lpips = load_extractor("lpips:squeeze", smoke=True)
+    with pytest.raises(ValueError, match=r"no metric can be computed with 'lpips:squeeze'.*prompts"):
+        check_plan(Plan(), [lpips], has_reference=True, has_prompts=False)
+    check_plan(Plan(), [lpips], has_reference=False, has_prompts=True)
+
+
+def test_lpips_diversity_is_of_the_images_of_one_prompt(folders):
+    pictures = open_set(folders["a"]).pictures[:4]
+    images = ImageSet("a", "adapter", pictures, prompts=("x", "y", "x", "y"))
+    lpips = load_extractor("lpips:squeeze", smoke=True)
+    found = evaluate_sets({"a": images}, None, [lpips], SMALL, reading=Reading()).record
+    rows = [lpips(picture.load()[0][None])["lpips"][0].double() for picture in pictures]
+    pairs = [(rows[0] - rows[2]).square().sum(), (rows[1] - rows[3]).square().sum()]
+    (score,) = found.scores
+    assert score.name == "lpips_diversity[lpips:squeeze]"
+    assert score.value == pytest.approx(float(sum(pairs) / 2), rel=1e-4)
+    assert found.stamp == "NOT A SCORE"
 
 
 def test_an_unknown_metric_gets_the_nearest():
