@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,29 +60,49 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-class _Sums:
-    """Means of one kernel matrix, built a block of rows at a time.
+@dataclass(frozen=True)
+class _Effects:
+    """A kernel matrix taken apart.
 
     Attributes:
-        mean, rows, columns: of all entries, of each row, of each column (off the diagonal, within one set).
+        mean, rows, columns: means of all entries, of each row, of each column.
         interaction: mean square of what remains of k(x, y) without the effects of x and of y.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, *, within: bool):
-        rows, squares = [], torch.zeros((), dtype=x.dtype, device=x.device)
-        columns = torch.zeros(len(y), dtype=x.dtype, device=x.device)
-        for start in range(0, len(x), ROWS):
-            values = _kernel(x[start : start + ROWS], y)
-            if within:
-                values.diagonal(start).zero_()
-            rows.append(values.sum(dim=1))
-            columns += values.sum(dim=0)
-            squares += values.square_().sum()
-        across, down = len(y) - within, len(x) - within
-        self.rows, self.columns = torch.cat(rows) / across, columns / down
-        self.mean = self.rows.mean()
-        effects = (self.rows - self.mean).square().mean() + (self.columns - self.mean).square().mean()
-        self.interaction = (squares / (len(x) * across) - self.mean.square() - effects).clamp(min=0)
+    mean: Tensor
+    rows: Tensor
+    columns: Tensor
+    interaction: Tensor
+
+
+def _within(x: Tensor) -> _Effects:
+    """Of one set with itself, without the diagonal; what stands right of it is formed once."""
+    sums, squares = x.new_zeros(len(x)), x.new_zeros(())
+    for start in range(0, len(x), ROWS):
+        own, later = x[start : start + ROWS], x[start + ROWS :]
+        block, beside = _kernel(own, own), _kernel(own, later)
+        block.diagonal().zero_()
+        sums[start : start + ROWS] += block.sum(dim=1) + beside.sum(dim=1)
+        sums[start + ROWS :] += beside.sum(dim=0)
+        squares += block.square_().sum() + 2 * beside.square_().sum()
+    rows = sums / (len(x) - 1)
+    return _effects(rows, rows, squares / (len(x) * (len(x) - 1)))
+
+
+def _between(x: Tensor, y: Tensor) -> _Effects:
+    rows, columns, squares = [], y.new_zeros(len(y)), y.new_zeros(())
+    for own in x.split(ROWS):
+        block = _kernel(own, y)
+        rows.append(block.mean(dim=1))
+        columns += block.sum(dim=0)
+        squares += block.square_().sum()
+    return _effects(torch.cat(rows), columns / len(x), squares / (len(x) * len(y)))
+
+
+def _effects(rows: Tensor, columns: Tensor, mean_square: Tensor) -> _Effects:
+    mean = rows.mean()
+    explained = mean.square() + (rows - mean).square().mean() + (columns - mean).square().mean()
+    return _Effects(mean, rows, columns, (mean_square - explained).clamp(min=0))
 
 
 def _mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -95,7 +117,7 @@ def _mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
     observed row means, less what they owe to the finite number of entries in a row.
     """
     m, n = len(x), len(y)
-    xx, yy, xy = _Sums(x, x, within=True), _Sums(y, y, within=True), _Sums(x, y, within=False)
+    xx, yy, xy = _within(x), _within(y), _between(x, y)
     variance_f = ((xx.rows - xy.rows).var() - xx.interaction / (m - 1) - xy.interaction / n).clamp(min=0)
     variance_g = ((yy.rows - xy.columns).var() - yy.interaction / (n - 1) - xy.interaction / m).clamp(min=0)
     variance = 4 * variance_f / m + 4 * variance_g / n

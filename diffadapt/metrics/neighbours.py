@@ -12,29 +12,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 512  # rows of the matrix of distances held at a time
+ROWS = 256  # rows of the matrix of distances held at a time
+COLUMNS = 2048  # points centred at a time
 PAIRS = 1024  # pairs measured again at a time
 SPARE = 4  # candidates beyond the k nearest, so that float32's mistakes of order fall among them
 
 
 class Points:
-    """Rows prepared for distances: centred by a common point, in float32, with squared norms.
+    """Rows prepared for distances about a common centre, which keeps |a|^2 + |b|^2 - 2 a.b from cancelling.
 
     Attributes:
-        exact: (N, D) the given rows, any float type; differences are formed of these, in float64.
-        rows: (N, D) float32, centred, which keeps |a|^2 + |b|^2 - 2 a.b from cancelling.
-        squares: (N,) float32, squared norms of `rows`.
+        exact: (N, D) the given rows, float32 or float64; near ties are measured between these, in float64.
+        squares: (N,) float32, squared norms of the centred rows.
     """
 
     def __init__(self, exact: Tensor, centre: Tensor):
-        self.exact = exact
-        self.rows = torch.empty(exact.shape, dtype=torch.float32, device=exact.device)
-        for start in range(0, len(exact), ROWS):
-            self.rows[start : start + ROWS] = exact[start : start + ROWS].double() - centre
-        self.squares = torch.cat([rows.square().sum(dim=1) for rows in self.rows.split(ROWS)])
+        self.exact = exact if exact.dtype in (torch.float32, torch.float64) else exact.float()
+        self.centre = centre.to(self.exact.dtype)
+        blocks = range(0, len(exact), COLUMNS)
+        self.squares = torch.cat([self.centred(i, i + COLUMNS).square().sum(dim=1) for i in blocks])
 
     def __len__(self) -> int:
         return len(self.exact)
+
+    def centred(self, start: int, stop: int) -> Tensor:
+        """Some centred rows in float32, formed anew each time: a second copy of the features is not kept."""
+        return (self.exact[start:stop] - self.centre).float()
 
 
 def prepare(*sets: Tensor) -> list[Points]:
@@ -57,11 +60,15 @@ def squared_blocks(queries: Points, points: Points) -> Iterator[Block]:
 
     The bound is 4 sqrt(D) roundings of |a|^2 + |b|^2: what a sum of D products errs by, with room.
     """
-    unit = 4 * torch.finfo(torch.float32).eps * max(queries.rows.shape[1], 16) ** 0.5
+    unit = 4 * torch.finfo(torch.float32).eps * max(queries.exact.shape[1], 16) ** 0.5
     for start in range(0, len(queries), ROWS):
         rows = slice(start, min(start + ROWS, len(queries)))
-        norms = queries.squares[rows, None] + points.squares
-        yield Block(rows, torch.addmm(norms, queries.rows[rows], points.rows.T, alpha=-2), norms.mul_(unit))
+        squared, own = queries.squares[rows, None] + points.squares, queries.centred(rows.start, rows.stop)
+        bound = unit * squared
+        for first in range(0, len(points), COLUMNS):
+            last = first + COLUMNS
+            squared[:, first:last].addmm_(own, points.centred(first, last).T, alpha=-2)
+        yield Block(rows, squared, bound)
 
 
 def measure(queries: Points, points: Points, rows: Tensor, columns: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ def nearest(points: Points, k: int) -> tuple[Tensor, Tensor]:
 
 def _nearest_of_row(points: Points, row: int, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest others of one point, every distance in float64."""
-    everything = torch.arange(len(points), device=points.rows.device)
+    everything = torch.arange(len(points), device=points.exact.device)
     distances = measure(points, points, torch.full_like(everything, row), everything)
     distances[row] = torch.inf
     return distances.topk(k, largest=False, sorted=True)

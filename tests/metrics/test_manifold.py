@@ -64,6 +64,7 @@ def test_blocks_change_nothing(monkeypatch):
     real, generated = gaussian_sets()
     whole = precision_recall(real=real, generated=generated), density_coverage(real=real, generated=generated)
     monkeypatch.setattr("diffadapt.metrics.neighbours.ROWS", 7)
+    monkeypatch.setattr("diffadapt.metrics.neighbours.COLUMNS", 9)
     monkeypatch.setattr("diffadapt.metrics.neighbours.PAIRS", 5)
     assert whole == (
         precision_recall(real=real, generated=generated),
