@@ -83,9 +83,7 @@ class Batches:
         self.timestep_count = model.training_schedule().config.num_train_timesteps
         self.bucket_of: dict[ImageSource, Size] = {}
         if not self.is_streaming:
-            examples = list(examples)
-            if not examples:
-                raise ValueError("there are no pictures to train on")
+            examples = list(examples)  # sources are told apart by identity: one object for each
         sizes = [] if self.is_streaming else check_images([e.source for e in [*examples, *classes]])
         self.order = self._order(examples, classes, buckets, sizes)
         squares = bool(sizes) and all(width == height for width, height in sizes)
@@ -179,6 +177,8 @@ class Batches:
     ) -> Examples | Stream:
         if isinstance(examples, Stream):
             return examples
+        if not examples:
+            raise ValueError("there are no pictures to train on")
         if buckets is None:
             return Examples(examples, classes, Order(len(examples), len(classes), self.seed))
         if self.is_streaming or classes:

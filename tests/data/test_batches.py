@@ -181,6 +181,12 @@ def test_streaming_may_keep_encodings_on_disk_only(tmp_path, model):
         make(model, examples, cache_latents="memory", is_streaming=True)
 
 
+def test_no_pictures_are_an_error(model):
+    for is_streaming in (False, True):
+        with pytest.raises(ValueError, match="no pictures to train on"):
+            make(model, [], is_streaming=is_streaming)
+
+
 def test_encodings_of_random_cuts_are_not_kept(tmp_path, model):
     examples = captioned(tmp_path, 2, (64, 40))
     with pytest.raises(ValueError, match="add --center_crop"):
