@@ -15,7 +15,7 @@ from diffadapt.evaluation import plots
 from diffadapt.evaluation.page_style import STYLE
 from diffadapt.evaluation.record import NOT_A_SCORE, EvaluationRecord
 from diffadapt.evaluation.sheets import NEAREST, Cell, Sheet, ranking_key, sheets
-from diffadapt.evaluation.tables import COLUMNS, score_cells
+from diffadapt.evaluation.tables import COLUMNS, score_rows
 from diffadapt.files import write_atomically
 
 Picture = Callable[[str, str], Image.Image]  # (label of a set, image name) -> RGB
@@ -49,7 +49,7 @@ def page(record: EvaluationRecord, picture: Picture) -> str:
         f"<main><h1>{escape(title)}</h1>",
         _introduction(record),
         _warnings(record),
-        f"<h2>Scores</h2>{table(COLUMNS, [score_cells(score) for score in record.scores])}",
+        f"<h2>Scores</h2>{table(COLUMNS, score_rows(record))}",
         _plots(record),
         *(_images(record, label, picture) for label in record.labels),
         _making(record),

@@ -117,7 +117,7 @@ class Layout:
             self.label,
             value,
             interval,
-            {"generated": n, "subjects": subjects},
+            {"generated": n, "real": len(self.real.made.facts)},
             floor,
             metric.better,
             self.identity(key, extractor, n),

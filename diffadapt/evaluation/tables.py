@@ -40,10 +40,16 @@ def score_cells(score: Score) -> dict[str, str]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def score_rows(record: EvaluationRecord) -> list[dict[str, str]]:
+    """The rows of the table of scores: every score of all sets together, in the order of first appearance."""
+    places = {name: i for i, name in enumerate(dict.fromkeys(score.name for score in record.scores))}
+    return [score_cells(score) for score in sorted(record.scores, key=lambda score: places[score.name])]
+
+
 def markdown(record: EvaluationRecord) -> str:
     """Scores, warnings and refusals as Markdown, under the record's stamp."""
     lines = [f"**{record.stamp}**", ""] if record.stamp else []
-    lines += markdown_table(COLUMNS, [score_cells(score) for score in record.scores])
+    lines += markdown_table(COLUMNS, score_rows(record))
     notes = [f"warning: {text}" for text in record.warnings]
     notes += [f"not computed: {what}: {why}" for what, why in record.refused.items()]
     if notes:

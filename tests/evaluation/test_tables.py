@@ -22,6 +22,15 @@ def test_markdown_has_a_row_per_score_and_says_what_was_refused_under_the_stamp(
     assert markdown(record(demo=False)).startswith("| score |")
 
 
+def test_the_sets_stand_together_under_each_score():
+    made = record()
+    other = tuple(replace(score, name="precision") for score in made.scores)
+    mixed = replace(made, scores=(made.scores[0], other[0], made.scores[1], other[1]))
+    rows = [line.split(" | ")[:2] for line in markdown(mixed).splitlines() if " | " in line][1:]
+    assert [row[0].strip("| ") for row in rows] == [made.scores[0].name] * 2 + ["precision"] * 2
+    assert [row[1] for row in rows] == ["lora", "flora"] * 2
+
+
 def test_a_bar_or_a_line_break_in_a_label_does_not_break_the_table():
     made = record(("a|b\nc",))
     row = next(line for line in markdown(made).splitlines() if line.startswith("| kernel"))
