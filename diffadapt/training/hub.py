@@ -7,13 +7,8 @@ from huggingface_hub.errors import HFValidationError
 
 from diffadapt.training.options import TrainOptions
 
-LEFT_OUT = [
-    "checkpoint-*",
-    "class_images/*",
-    "logs/*",
-    ".*",
-    "**/.*",
-]  # states, other people's pictures, rests
+# States of training, pictures that are not results, and what an interrupted write left behind.
+LEFT_OUT = ["checkpoint-*", "class_images/*", "logs/*", ".*", "**/.*"]
 
 
 def check_hub(options: TrainOptions) -> None:

@@ -68,10 +68,17 @@ def set_up(options: Kind) -> Setup[Kind]:
         prediction_type=options.prediction_type,
     )
     if options.train_text_encoder:
-        model.train_text_encoder = True  # captions stay token ids, encoded in every step
+        train_text_encoders(model)
     method = fitted(options, method, model.pipe)
     known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
     return Setup(filled(options, known), accelerator, model, method, started)
+
+
+def train_text_encoders(model: Base) -> None:
+    """Captions stay token ids, encoded in every step. Raises: ValueError for a base that is told classes."""
+    if not hasattr(model, "train_text_encoder"):
+        raise ValueError(f"--train_text_encoder: {model.source} is told classes and has no text encoder")
+    model.train_text_encoder = True
 
 
 def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:

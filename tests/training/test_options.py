@@ -1,6 +1,7 @@
 """Options: the command line wins over the file, the file over defaults; mistakes name what was meant."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from pipelines import tiny_unet
@@ -11,6 +12,7 @@ from diffadapt.models.families import DEFAULTS, TUNED
 from diffadapt.training.defaults import build_method, check_ranges, choose_base, filled, fitted, text_targets
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import pairs, parse, read_config, write_config
+from diffadapt.training.setup import train_text_encoders
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def test_text_encoder_targets_need_the_option_that_trains_them():
     assert text_targets(Options(train_text_encoder=True, text_encoder_targets="all")) == "all"
     with pytest.raises(ValueError, match="--text_encoder_targets needs --train_text_encoder"):
         text_targets(Options(text_encoder_targets="all"))
+    with pytest.raises(ValueError, match="--train_text_encoder: digits is told classes"):
+        train_text_encoders(SimpleNamespace(source="digits"))
 
 
 @pytest.mark.parametrize(
