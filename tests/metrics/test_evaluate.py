@@ -1,6 +1,7 @@
 """The registry's metrics on two sets: sizes, equal numbers, floors, options, names, wrong input."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +223,15 @@ def test_a_score_has_the_fields_name_only_with_the_fields_extractor(score, extra
 def test_analytic_cases_hold(case):
     assert case.passed, case
     assert not dataclasses.replace(case, found=case.expected + 2 * case.tolerance).passed
+
+
+def test_the_page_of_metrics_names_every_metric_and_its_minimum():
+    lines = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().splitlines()
+    rows = {line.split("|")[1]: line.split("|")[4] for line in lines if line.startswith("| `")}
+    for key, metric in METRICS.items():
+        (needed,) = [cell for names, cell in rows.items() if f"`{key}`" in names]
+        minimum = metric.minimum(2048, metric.options)
+        expected = {"fid": "2 x width", "fid_infinity": "2 x width"}.get(key, str(minimum))
+        if "splits" in metric.options:
+            expected = f"{minimum // metric.options['splits']} per split"
+        assert expected in needed, key
