@@ -94,15 +94,28 @@ class StyleReport(Report):
         )
 
     def panels(self) -> list[list[Panel]]:
-        """Real pictures | their captions before | after."""
-        captions = [shot.prompt for shot in self.shots["captions"][:SHOWN]]
-        kind = "held out from training" if self.held_out else "trained on"
-        real = pixels_of(self.shown[:SHOWN], self.options.resolution) if self.shown else None
-        row = [] if real is None else [Panel(f"real, {kind}", to_pictures(real), COLUMNS, captions)]
+        """Real pictures | their captions before | after, of the captions that `chosen` gives."""
+        chosen, drawn = self.chosen(), self.shots["captions"]
+        captions, row = [drawn[i].prompt for i in chosen], []
+        if self.shown:
+            kind = "held out from training" if self.held_out else "trained on"
+            few = f", the {len(chosen)} of {len(drawn)} captions that the base draws best"
+            heading = f"real, {kind}" + (few if len(chosen) < len(drawn) and self.options.extractor else "")
+            real = pixels_of([self.shown[i] for i in chosen], self.options.resolution)
+            row.append(Panel(heading, to_pictures(real), COLUMNS, captions))
         for when in ("before", "after"):
-            drawn = to_pictures(self.pictures[when]["captions"][:SHOWN])
-            row.append(Panel(when, drawn, COLUMNS, captions))
+            row.append(Panel(when, to_pictures(self.pictures[when]["captions"][chosen]), COLUMNS, captions))
         return [row]
+
+    def chosen(self) -> list[int]:
+        """Which drawn captions the grid shows: those whose pictures agree best with them before training, so
+        that one sees what they are; without an extractor the first ones."""
+        if not self.shown or not self.options.extractor:
+            return list(range(min(SHOWN, len(self.shots["captions"]))))
+        extractor = load_clip(self.options.extractor)
+        drawn = extractor.images([self.pictures["before"]["captions"]])
+        agreement = (drawn * extractor.texts([str(e.caption) for e in self.shown])).sum(dim=1)
+        return agreement.argsort(descending=True)[:SHOWN].tolist()
 
     def subject(self) -> str:
         return self.options.dataset_name or self.options.train_data_dir
