@@ -82,7 +82,10 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
         classes=classes,
         resolution=options.resolution,
         center_crop=options.center_crop,
+        random_flip=options.random_flip,
         noise_offset=options.noise_offset,
+        cache_latents=options.cache_latents,
+        cache_dir=options.cache_dir,
         seed=options.seed,
     )
 
