@@ -63,9 +63,8 @@ def run(adapter: str, seed: int, folder: Path, threads: int, further: list[str])
 
 def table(by_adapter: dict[str, list[dict]]) -> str:
     """One row per method; mean and, of several seeds, standard deviation."""
-    every = [record for records in by_adapter.values() for record in records]
-    seeds = max(len(records) for records in by_adapter.values())
-    options = every[0]["options"]
+    first = next(iter(by_adapter.values()))  # before training all are alike
+    seeds, options = len(first), first[0]["options"]
     lines = [
         f"{options['max_train_steps']} steps of {options['train_batch_size']} pictures on "
         f"`{options['targets']}`, {options['num_validation_images']} drawn pictures, "
@@ -73,7 +72,7 @@ def table(by_adapter: dict[str, list[dict]]) -> str:
         "",
         f"| method | parameters | rate | {' | '.join(FIGURES.values())} |",
         f"|---|---:|---:|{'---:|' * len(FIGURES)}",
-        "| before training | 0 | | " + " | ".join(cell(every, name, "before") for name in FIGURES) + " |",
+        "| before training | 0 | | " + " | ".join(cell(first, name, "before") for name in FIGURES) + " |",
     ]
     for adapter, records in by_adapter.items():
         cells = [cell(records, name, "after") for name in FIGURES]
