@@ -98,7 +98,7 @@ def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
         axes.set_ylabel("images")
         axes.yaxis.get_major_locator().set_params(integer=True)
         if len(values) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
