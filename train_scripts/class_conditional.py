@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffadapt.data.batches import Batches
 from diffadapt.data.dataset import labelled_table, open_table
 from diffadapt.data.examples import Example
 from diffadapt.data.sources import class_folders
@@ -24,7 +23,7 @@ from diffadapt.training.defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.run import Run
-from diffadapt.training.setup import make_trainer, set_up
+from diffadapt.training.setup import make_batches, make_trainer, set_up
 
 DEMO = {
     "pretrained_model_name_or_path": "embedded:digits",
@@ -72,18 +71,7 @@ def main() -> int:
     setup = set_up(options)
     options, rows = setup.options, rows_of(setup.model, names, options.class_labels)
     examples, held_out = (renumbered(some, rows) for some in (examples, held_out))
-    batches = Batches(
-        setup.model,
-        examples,
-        resolution=options.resolution,
-        center_crop=options.center_crop,
-        random_flip=options.random_flip,
-        caption_dropout=options.label_dropout,
-        noise_offset=options.noise_offset,
-        cache_latents=options.cache_latents,
-        cache_dir=options.cache_dir,
-        seed=options.seed,
-    )
+    batches = make_batches(setup, examples, caption_dropout=options.label_dropout)
     report = ClassReport(setup, examples, held_out, rows=rows, names=names)
     training = Run(make_trainer(setup), batches, report)
     for step in training.steps():

@@ -18,7 +18,7 @@ from diffadapt.training.defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.run import Run
-from diffadapt.training.setup import Setup, make_trainer, set_up
+from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
 from diffadapt.training.subject import SubjectReport
 
 DEMO = {
@@ -76,18 +76,7 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
         wanted = {"prompt": options.class_prompt, "count": options.num_class_images, "seed": options.seed}
         with setup.accelerator.main_process_first():
             classes = class_examples(model.pipe, folder, sampler=report.sampler, **wanted)
-    return Batches(
-        model,
-        instances,
-        classes=classes,
-        resolution=options.resolution,
-        center_crop=options.center_crop,
-        random_flip=options.random_flip,
-        noise_offset=options.noise_offset,
-        cache_latents=options.cache_latents,
-        cache_dir=options.cache_dir,
-        seed=options.seed,
-    )
+    return make_batches(setup, instances, classes=classes)
 
 
 def prior_weight(options: Options) -> float | None:

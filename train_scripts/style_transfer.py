@@ -7,10 +7,8 @@ Without a base and without data it is a demonstration: the embedded 64-pixel bas
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-from diffadapt.data.batches import Batches
 from diffadapt.data.buckets import Buckets, bucket_sizes, size_step
 from diffadapt.data.dataset import captioned_table, open_table
 from diffadapt.data.examples import Example
@@ -22,7 +20,7 @@ from diffadapt.training.defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.run import Run
-from diffadapt.training.setup import Setup, make_trainer, set_up
+from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
 from diffadapt.training.style import StyleReport
 
 DEMO = {
@@ -73,7 +71,14 @@ def main() -> int:
     if options.validation_data_dir:
         held_out = captioned_folder(resolve(options.validation_data_dir))
     setup = set_up(options)
-    batches = encode_data(setup, examples)
+    batches = make_batches(
+        setup,
+        examples,
+        trigger_word=options.trigger_word,
+        caption_dropout=options.caption_dropout,
+        buckets=buckets(setup),
+        is_streaming=options.streaming,
+    )
     report = StyleReport(setup, batches, held_out)
     training = Run(make_trainer(setup), batches, report)
     for step in training.steps():
@@ -96,28 +101,6 @@ def training_examples(options: Options) -> Sequence[Example] | Stream:
         table = table.take(options.max_train_samples)
     order = {"seed": options.seed, "buffer": options.shuffle_buffer}
     return captioned_table(table, name=name, **columns, **order)
-
-
-def encode_data(setup: Setup[Options], examples: Sequence[Example] | Stream) -> Batches:
-    """The batches of the run; with a cache on disk, the main process fills it for the others."""
-    options = setup.options
-    shared = options.cache_latents == "disk"
-    with setup.accelerator.main_process_first() if shared else nullcontext():
-        return Batches(
-            setup.model,
-            examples,
-            resolution=options.resolution,
-            center_crop=options.center_crop,
-            random_flip=options.random_flip,
-            trigger_word=options.trigger_word,
-            caption_dropout=options.caption_dropout,
-            noise_offset=options.noise_offset,
-            cache_latents=options.cache_latents,
-            cache_dir=options.cache_dir,
-            buckets=buckets(setup),
-            is_streaming=options.streaming,
-            seed=options.seed,
-        )
 
 
 def buckets(setup: Setup[Options]) -> Buckets | None:

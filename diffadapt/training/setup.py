@@ -1,12 +1,17 @@
 """From options to a trainer at the first step: what every script does in the same way."""
 
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from accelerate import Accelerator
 
 import diffadapt as da
+from diffadapt.data.batches import Batches
+from diffadapt.data.examples import Example
+from diffadapt.data.stream import Stream
 from diffadapt.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
@@ -79,6 +84,29 @@ def train_text_encoders(model: Base) -> None:
     if not hasattr(model, "train_text_encoder"):
         raise ValueError(f"--train_text_encoder: {model.source} is told classes and has no text encoder")
     model.train_text_encoder = True
+
+
+def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: object) -> Batches:
+    """The batches of a run, by the options that all scripts share; a cache on disk is filled by one process.
+
+    Args:
+        further: what a script adds to the arguments of `Batches`.
+    """
+    options = setup.options
+    shared = options.cache_latents == "disk"
+    with setup.accelerator.main_process_first() if shared else nullcontext():
+        return Batches(
+            setup.model,
+            examples,
+            resolution=options.resolution,
+            center_crop=options.center_crop,
+            random_flip=options.random_flip,
+            noise_offset=options.noise_offset,
+            cache_latents=options.cache_latents,
+            cache_dir=options.cache_dir,
+            seed=options.seed,
+            **further,
+        )
 
 
 def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
