@@ -83,7 +83,7 @@ def load(
     Raises: FileNotFoundError; ValueError for a file that is truncated, altered, of another version or of
         another architecture (naming the first name or shape that does not fit). The model is then as before.
     """
-    if not _is_own(path):
+    if not is_own(path):
         foreign = open_foreign(path)
         return attach_foreign(model, foreign, name=name or "default", strength=strength)
     header, tensors = _read(Path(path))
@@ -129,7 +129,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 
     For files of other tools: their header, and under ``adapter`` what was found in them.
     """
-    if not _is_own(path):
+    if not is_own(path):
         return {key: _decode(value) for key, value in open_foreign(path).summary().items()}
     header, _ = _read(Path(path))
     config = read_configuration(header.get("adapter"), path).whole
@@ -151,7 +151,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return header, tensors
 
 
-def _is_own(path: str | Path) -> bool:
+def is_own(path: str | Path) -> bool:
+    """Whether a file says it is one of ours."""
     return read_header(Path(path)).get("format") == "diffadapt"
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from diffadapt.adapter import Adapter
+from diffadapt.derived import Derived
+from diffadapt.export.factors import low_rank
 from diffadapt.imports.attach import attach_forms
 from diffadapt.imports.forms import Form
 from diffadapt.layers import Entry, Record, effective_bias
 from diffadapt.targets import Found
-from diffadapt.update import LowRank
+from diffadapt.update import LowRank, Tucker
 
 
 @torch.no_grad()
@@ -47,7 +49,8 @@ def resized(adapter: Adapter, *, rank: int | None = None, energy: float | None =
             own = values[:count].square().sum().item()
             root = values[:count].sqrt()
             factors = {"up": left[:, :count] * root, "down": root[:, None] * right[:count]}
-            forms[site.name] = Form("lora", factors | _named(bias))
+            alone = total == 0 and bias is not None
+            forms[site.name] = Form("bias", _named(bias)) if alone else Form("lora", factors | _named(bias))
         kept, whole = kept + own, whole + total
     return forms, kept / whole if whole else 1.0
 
@@ -136,8 +139,8 @@ def _factors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor] 
     ups, downs = [], []
     for entry in entries:
         update = entry.owner.update(entry.index, record.base())
-        plain = getattr(update.delta, "plain", None)
-        delta = plain() if callable(plain) else update.delta
+        delta = update.delta.plain() if isinstance(update.delta, Derived) else update.delta
+        delta = low_rank(delta) if isinstance(delta, Tucker) else delta
         if update.scale is not None or not (delta is None or isinstance(delta, LowRank)):
             return None
         if delta is not None:

@@ -1,37 +1,40 @@
 """`diffadapt combine`: several adapters, each at its strength, as one file."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffadapt as da
+
+if TYPE_CHECKING:
+    from diffadapt.without_base import Opened
+
+BASE = (
+    "write diffadapt's format, with this base; without it, files of products of factors are written in "
+    "their own format, and others take the base they name"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE[:STRENGTH]", help="adapter files; strength 1 unless given")
     add("--out", required=True, help="the file to write")
-    add("--base", "--pretrained_model_name_or_path", dest="base", help="default: the base named in the files")
+    add("--base", "--pretrained_model_name_or_path", dest="base", help=BASE)
 
 
 def combine(arguments: argparse.Namespace) -> str:
     """Writes the file; returns what to say."""
-    from diffadapt.compress import combined, replaced
-    from diffadapt.models.any_pipeline import open_pipeline
+    from diffadapt.compress import combined
 
-    files = [with_strength(text) for text in arguments.files]
-    base = arguments.base or base_named_in([path for path, _ in files])
-    pipe = open_pipeline(base)
-    adapters = [
-        da.load(pipe, path, strength=strength, name=f"adapter-{index}")
-        for index, (path, strength) in enumerate(files)
-    ]
-    forms, error = combined(adapters)
+    opened = open_adapters([with_strength(text) for text in arguments.files], arguments.base)
+    forms, error = combined(opened.adapters)
     whole = sum(form.form == "dense" for form in forms.values())
-    adapter = replaced(adapters, forms)
-    da.save(adapter, arguments.out, base=base, metadata={"combined_from": " + ".join(arguments.files)})
+    written = opened.write(forms, arguments.out, {"combined_from": " + ".join(arguments.files)})
     return (
-        f"{arguments.out}: {len(forms)} layers, {len(forms) - whole} by joined factors, {whole} as whole "
+        f"{written}: {len(forms)} layers, {len(forms) - whole} by joined factors, {whole} as whole "
         f"differences; relative error {error:.2e}"
     )
 
@@ -45,6 +48,27 @@ def with_strength(text: str) -> tuple[str, float]:
         except ValueError:
             pass
     return text, 1.0
+
+
+def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opened:
+    """Adapter files (path, strength) on a base; without one, on none where they need none."""
+    from diffadapt.models.any_pipeline import open_pipeline
+    from diffadapt.without_base import BaseNeeded, Opened, open_without_base
+
+    if base is None:
+        try:
+            return open_without_base(files)
+        except BaseNeeded as needed:
+            try:
+                base = base_named_in([path for path, _ in files])
+            except ValueError as nameless:
+                raise ValueError(f"{needed}; {nameless}") from needed
+    pipe = open_pipeline(base)
+    adapters = [
+        da.load(pipe, path, strength=strength, name=f"adapter-{number}")
+        for number, (path, strength) in enumerate(files)
+    ]
+    return Opened(adapters, base=base)
 
 
 def base_named_in(paths: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def diffusers_tensors(changes: list[Change]) -> Iterator[tuple[str, Tensor]]:
     with_bias = {change.component for change in changes if change.bias is not None}
     for change in changes:
         name = f"{change.component}.{clip_path(change.component, change.path)}"
-        down_key, up_key = _factor_keys(change.component)
+        down_key, up_key = factor_keys(change.component)
         factors, shape = _factors(change), change.shape
         rank = factors.up.shape[1]
         yield f"{name}.{down_key}.weight", factors.down.reshape(rank, *shape[1:])
@@ -71,21 +71,31 @@ def adapter_config(changes: list[Change]) -> str:
     for component in dict.fromkeys(change.component for change in changes):
         own = [change for change in changes if change.component == component]
         ranks = {change.path.removeprefix("text_model."): _rank(change) for change in own}
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        others = {path: other for path, other in ranks.items() if other != rank}
-        config |= {
-            f"{component}.r": rank,
-            f"{component}.lora_alpha": rank,
-            f"{component}.rank_pattern": others,
-            f"{component}.alpha_pattern": others,
-            f"{component}.target_modules": list(ranks),
-            f"{component}.use_dora": any(change.scale is not None for change in own),
-            f"{component}.lora_bias": any(change.bias is not None for change in own),
-        }
+        dora = any(change.scale is not None for change in own)
+        bias = any(change.bias is not None for change in own)
+        config |= component_config(component, ranks, dora=dora, bias=bias)
     return json.dumps(config, sort_keys=True)
 
 
-def _factor_keys(component: str) -> tuple[str, str]:
+def component_config(
+    component: str, ranks: Mapping[str, int], *, dora: bool, bias: bool
+) -> dict[str, object]:
+    """PEFT's configuration of one model, given the rank of every layer; alpha is the rank."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: other for path, other in ranks.items() if other != rank}
+    return {
+        f"{component}.r": rank,
+        f"{component}.lora_alpha": rank,
+        f"{component}.rank_pattern": others,
+        f"{component}.alpha_pattern": others,
+        f"{component}.target_modules": list(ranks),
+        f"{component}.use_dora": dora,
+        f"{component}.lora_bias": bias,
+    }
+
+
+def factor_keys(component: str) -> tuple[str, str]:
+    """The names of the factors ``down`` and ``up`` in the file."""
     # under PEFT's names diffusers does not load a text encoder whose attention is unchanged
     if component.startswith("text_encoder"):
         return "lora_linear_layer.down", "lora_linear_layer.up"

@@ -25,6 +25,7 @@ class Form:
     tensors: dict[str, Tensor]
     multiplier: float = 1.0
     replaces: dict[str, Tensor] = field(default_factory=dict)
+    kernel: tuple[int, ...] = ()  # of a convolution's factors
     cut: bool = False  # ``down`` is as wide as the widest layer of the model; each layer takes its part
 
     @property
@@ -58,7 +59,9 @@ def form_of(layer: str, roles: dict[str, Named], rule: Rule) -> tuple[Form, list
     except (IndexError, RuntimeError) as error:
         shapes = ", ".join(f"{named.key}: {tuple(named.tensor.shape)}" for named in roles.values())
         raise ValueError(f"{layer} has tensors of shapes that no adapter has: {shapes}") from error
-    made = Form(form, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+    spatial = next((roles[role].tensor.shape[2:] for role in ("mid", "down") if role in roles), ())
+    own = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    made = Form(form, own, kernel=tuple(spatial))
     if made.rank == 0:
         raise ValueError(f"{layer} has factors without a single row")
     multiplier = rule(layer, made.rank, alpha) if form in ("lora", "tucker", "loha", "lokr") else 1.0

@@ -23,6 +23,7 @@ _LOW_RANK = {
     "_lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.up.bias": "up_bias",
     ".alpha": "alpha",
     ".lora.alpha": "alpha",
     "_lora.alpha": "alpha",
