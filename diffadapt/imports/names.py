@@ -44,6 +44,16 @@ class Names:
         return self.places.get(name.replace(".processor.", ".").removesuffix(".processor"))
 
 
+def current_name(layer: str) -> str:
+    """A layer's name in an older file of diffusers as today's diffusers writes it."""
+    name = layer.replace(".processor.", ".").removesuffix(".processor")
+    in_text = name.startswith("text_encoder")
+    for end, was in _OLD_ENDS.items():
+        if name.endswith(was) and in_text == end.endswith("_proj"):
+            return name.removesuffix(was) + end
+    return name
+
+
 def _names(root: str, path: str, resnets: int) -> Iterator[str]:
     """Every name of one layer."""
     encoder = _ENCODERS.get(root)

@@ -19,6 +19,7 @@ from diffadapt.files import write_atomically
 from diffadapt.imports import diffusers_file, peft_folder
 from diffadapt.imports.foreign import Foreign
 from diffadapt.imports.forms import Form
+from diffadapt.imports.names import current_name
 from diffadapt.update import LowRank
 
 # what a header says of the file it was in, not of how it was trained
@@ -96,7 +97,7 @@ def _diffusers(layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
     for layer in layers:
         component = _component(layer)[0]
         down_key, up_key = factor_keys(component)
-        name = layer.name.replace(".processor.", ".").removesuffix(".processor")
+        name = current_name(layer.name)
         yield from _factors(layer, f"{name}.{down_key}", f"{name}.{up_key}", component in with_bias)
 
 
@@ -128,10 +129,10 @@ def _diffusers_config(layers: Sequence[Layer]) -> str:
 
 
 def _component(layer: Layer) -> tuple[str, str]:
-    component, _, path = layer.name.partition(".")
+    component, _, path = current_name(layer.name).partition(".")
     if component not in COMPONENTS:
         raise ValueError(f"{layer.name} does not begin with one of {', '.join(COMPONENTS)}; give --base")
-    return component, path.replace(".processor.", ".").removesuffix(".processor")
+    return component, path
 
 
 def _peft_config(layers: Sequence[Layer], source: Path) -> str:

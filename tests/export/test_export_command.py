@@ -71,6 +71,18 @@ def test_mistakes_end_in_exit_code_2_without_a_file(saved, tmp_path, capsys):
     assert not (tmp_path / "fox.ckpt").exists()
 
 
+def test_what_comfyui_passes_by_is_written_when_forced(folder, tmp_path, capsys):
+    pipe = open_pipeline(folder)
+    da.save(trained(pipe, "full", layers="conv_in", text="final_layer_norm"), tmp_path / "in.safetensors")
+    command = ["export", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--to", "kohya"]
+    assert main([*command, "--base", str(folder)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+    assert main([*command, "--base", str(folder), "--force"]) == 0
+    assert "ComfyUI" not in capsys.readouterr().out.partition("accepted by")[2].splitlines()[0]
+    assert (tmp_path / "out.safetensors").is_file()
+
+
 def test_formats_are_written_beside_the_adapter_and_impossible_ones_are_explained(folder, tmp_path):
     pipe = open_pipeline(folder)
     adapter = trained(pipe, "liera(rank=2)")

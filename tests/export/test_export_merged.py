@@ -73,3 +73,6 @@ def test_a_folder_with_other_things_is_left_alone(folders, tmp_path):
     with pytest.raises(ValueError, match="already exists"):
         da.export(adapter, tmp_path, to="merged")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    da.export(adapter, tmp_path, to="merged", force=True)
+    assert (tmp_path / "model_index.json").is_file()
+    assert not (tmp_path / "notes.txt").exists()

@@ -1,8 +1,12 @@
 """A tiny U-Net, inputs for it, and comparing what another tool's file does here and there."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import UNet2DConditionModel
 from pipelines import tiny_unet
+
+import diffadapt as da
 
 TOLERANCE = 1e-5
 
@@ -38,3 +42,18 @@ def error(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor) -> float
     effect = (theirs - base).abs().max()
     assert effect > 1e-3
     return ((ours - theirs).abs().max() / max(effect, 1)).item()
+
+
+def check_every_format(path, make: Callable[[], UNet2DConditionModel], folder) -> None:
+    """What is opened from ``path`` can be written for every program, and does the same there."""
+    model = make()
+    adapter = da.load(model, path)
+    live = output(model)
+    for to, options in {"kohya": {"dense": True}, "diffusers": {"rank": 1000}}.items():
+        da.export(adapter, folder / f"{to}.safetensors", to=to, **options)
+        again = make()
+        da.load(again, folder / f"{to}.safetensors")
+        assert torch.allclose(output(again), live, atol=1e-4), to
+    da.export(adapter, folder / "merged", to="merged")
+    merged = UNet2DConditionModel.from_pretrained(folder / "merged").eval()
+    assert torch.allclose(output(merged), live, atol=1e-4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from foreign_cases import TOLERANCE, error, output, shake, unet
+from foreign_cases import TOLERANCE, check_every_format, error, output, shake, unet
 from pipelines import tiny_sd_pipeline, tiny_unet
 from safetensors.torch import load_file, save_file
 
@@ -70,6 +70,30 @@ def test_dora_of_diffusers_is_kept(tmp_path, base):
     model = UNet2DConditionModel.from_pretrained(base / "unet").eval()
     da.load(model, tmp_path / "pytorch_lora_weights.safetensors")
     assert error(output(model), theirs, plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_of_diffusers_can_be_written_for_every_program(tmp_path, base, dora):
+    written(tmp_path / "in", base, metadata=True, with_text=False, use_dora=dora)
+    check_every_format(
+        tmp_path / "in", lambda: UNet2DConditionModel.from_pretrained(base / "unet").eval(), tmp_path
+    )
+
+
+def test_both_models_of_a_file_of_diffusers_go_to_every_format(tmp_path, base):
+    _, unets, texts, _ = written(tmp_path / "in", base, metadata=True)
+    pipe = opened(base)
+    adapter = da.load(pipe, tmp_path / "in")
+    for to in ("kohya", "diffusers"):
+        da.export(adapter, tmp_path / f"{to}.safetensors", to=to)
+        again = opened(base)
+        da.load(again, tmp_path / f"{to}.safetensors")
+        assert torch.allclose(output(again.unet), unets, atol=1e-4)
+        assert torch.allclose(states(again), texts, atol=1e-4)
+    da.export(adapter, tmp_path / "merged", to="merged")
+    merged = opened(tmp_path / "merged")
+    assert torch.allclose(output(merged.unet), unets, atol=1e-4)
+    assert torch.allclose(states(merged), texts, atol=1e-4)
 
 
 SPELLINGS = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from foreign_cases import TOLERANCE, error, output, shake, unet
+from foreign_cases import TOLERANCE, check_every_format, error, output, shake, unet
 
 import diffadapt as da
 
@@ -79,6 +79,12 @@ def test_a_folder_of_peft_gives_its_outputs_and_survives_our_file(tmp_path, kind
     da.save(adapter, tmp_path / "ours.safetensors")
     da.load(again, tmp_path / "ours.safetensors")
     assert torch.equal(output(again), output(model))
+
+
+@pytest.mark.parametrize("kind", ["patterns", "DoRA", "biases", "LoHa, Tucker", "LoKr, Tucker", "VeRA"])
+def test_what_was_opened_can_be_written_for_every_program(tmp_path, kind):
+    written(tmp_path / "peft", kind)
+    check_every_format(tmp_path / "peft", unet, tmp_path)
 
 
 def test_the_tensors_may_be_named_instead_of_the_folder(tmp_path):

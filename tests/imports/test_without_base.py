@@ -174,6 +174,27 @@ def test_diffusers_reads_its_file_with_ranks_that_differ(tmp_path, capsys):
         assert torch.allclose(change, 1.5 * up @ down, atol=1e-4)
 
 
+def test_names_of_older_diffusers_files_become_todays(tmp_path, capsys):
+    old = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora"
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.to_q.lora_linear_layer"
+    tensors = {
+        f"{layer}.{kind}.weight": torch.ones(shape)
+        for layer in (old, text)
+        for kind, shape in {"down": (1, 64), "up": (64, 1)}.items()
+    }
+    save_file(tensors, tmp_path / "old.safetensors")
+    assert (
+        command(capsys, "resize", tmp_path / "old.safetensors", tmp_path / "new.safetensors", "--rank", 1)[0]
+        == 0
+    )
+    assert set(load_file(tmp_path / "new.safetensors")) == {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
+    }
+
+
 def own_file(path, method, seed=0, targets="attention+conv"):
     model = denoiser()
     adapter = da.attach(model, da.make_method(method), targets, seed=seed)
