@@ -47,7 +47,7 @@ class Foreign:
             "adapter": {
                 "method": [{"name": "imported", "options": options}],
                 "sites": sorted(self.forms),
-                "base": {"name": None},
+                "base": {"name": self.header.get("diffadapt.base")},  # of our own exports
             },
         }
 

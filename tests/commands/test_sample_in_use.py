@@ -64,6 +64,15 @@ def test_adapters_side_by_side_are_each_alone(work, tmp_path):
     assert (second[0] == pictures[1]).all()
 
 
+def test_a_file_written_for_comfyui_draws_the_same_and_names_its_base(work, tmp_path):
+    asked = ["export", work / "one.safetensors", tmp_path / "one_comfyui.safetensors", "--to", "kohya"]
+    assert main([str(word) for word in asked]) == 0
+    _, ours = sample(tmp_path / "ours", "--adapter", work / "one.safetensors")
+    record, theirs = sample(tmp_path / "theirs", "--adapter", tmp_path / "one_comfyui.safetensors")
+    assert record["base"] == str(work / "base")
+    assert np.abs(ours[0] - theirs[0]).max() <= 1
+
+
 def test_prompts_come_from_a_file(work, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\n# a remark\n a red house \n")
     chosen = ("--prompts_file", tmp_path / "prompts.txt")

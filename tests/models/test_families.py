@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 
 from diffadapt.data.images import list_images, open_image, to_pixels
@@ -53,6 +53,29 @@ def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusion"):
         load_base("somebody/base")
     assert drawing_defaults("somebody/base") == DEFAULTS["sd"]
+
+
+def test_a_variant_chooses_the_files_and_a_revision_goes_to_the_hub(tmp_path, place, monkeypatch):
+    pipe = load_base(str(place / "sd")).pipe
+    pipe.save_pretrained(tmp_path / "both")
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for parameter in model.parameters():
+            parameter.data.mul_(2)
+    pipe.save_pretrained(tmp_path / "both", variant="fp16")
+    plain, doubled = (load_base(str(tmp_path / "both"), variant=name).pipe for name in (None, "fp16"))
+    assert torch.equal(doubled.unet.conv_in.weight, 2 * plain.unet.conv_in.weight)
+    asked = []
+
+    def open_from(place, **options):
+        asked.append((place, options["revision"], options["variant"]))
+        return pipe
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", open_from)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *_, **__: str(place / "sd" / "model_index.json")
+    )
+    load_base("somebody/base", revision="v2", variant="fp16")
+    assert asked == [("somebody/base", "v2", "fp16")]
 
 
 def test_names_that_lead_nowhere_are_errors_with_a_remedy(tmp_path):
