@@ -175,8 +175,8 @@ def _stand_in(layers: Iterable[tuple[str, tuple[int, ...]]]) -> nn.Module:
         *parents, last = path.split(".")
         module = root
         try:
-            if math.prod(shape) > _LARGEST:
-                raise ValueError(f"more than {_LARGEST} values")
+            if not all(type(size) is int and size > 0 for size in shape) or math.prod(shape) > _LARGEST:
+                raise ValueError(f"not sizes of 1 to {_LARGEST} values in all")
             for parent in parents:
                 if parent not in module._modules:
                     module.add_module(parent, nn.Module())

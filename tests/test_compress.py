@@ -183,6 +183,33 @@ def test_resize_says_the_energy_it_kept(work, tmp_path, capsys):
     assert da.read_metadata(tmp_path / "e.safetensors")["adapter"]["base"]["name"] == str(work / "base")
 
 
+def test_what_needs_its_base_is_opened_on_the_one_it_names(work, tmp_path, capsys):
+    from diffadapt.models.families import load_base
+
+    adapter = shaken(
+        da.attach(load_base(str(work / "base")).pipe, da.make_method("dora", rank=2), "attention")
+    )
+    da.save(adapter, tmp_path / "dora.safetensors", base=str(work / "base"))
+    said = command(
+        capsys, "resize", tmp_path / "dora.safetensors", tmp_path / "d.safetensors", "--rank", 1000
+    )
+    assert "100.0000 % of the energy kept" in said
+    found = da.load(load_base(str(work / "base")).pipe, tmp_path / "d.safetensors", strict_base=True)
+    for site in found.sites:
+        assert torch.allclose(found.adapted_weight(site), adapter.adapted_weight(site), atol=1e-5)
+
+
+def test_with_a_base_any_file_becomes_our_own(work, tmp_path, capsys):
+    one, kohya = work / "one.safetensors", tmp_path / "kohya.safetensors"
+    command(capsys, "export", one, kohya, "--to", "kohya")
+    both = tmp_path / "both.safetensors"
+    said = command(capsys, "combine", one, f"{kohya}:-1", "--base", work / "base", "--out", both)
+    assert "relative error" in said
+    assert da.read_metadata(both)["format"] == "diffadapt"
+    command(capsys, "resize", kohya, tmp_path / "small.safetensors", "--rank", 1, "--base", work / "base")
+    assert da.read_metadata(tmp_path / "small.safetensors")["adapter"]["base"]["name"] == str(work / "base")
+
+
 def test_combine_says_how_layers_were_joined(work, tmp_path, capsys):
     one, two = work / "one.safetensors", work / "two.safetensors"
     said = command(capsys, "combine", f"{one}:0.7", f"{two}:0.5", "--out", tmp_path / "both.safetensors")

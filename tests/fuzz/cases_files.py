@@ -14,6 +14,8 @@ from subjects import Subject, subjects
 
 import diffadapt as da
 from diffadapt.checkpoint import checksums
+from diffadapt.compress import resized
+from diffadapt.without_base import open_without_base
 
 WAYS = (
     "bytes",
@@ -92,6 +94,17 @@ class Files:
     def _choose(self, number: int) -> tuple[Subject, str, random.Random]:
         rng = random.Random(f"{self.seed}/{number}")
         return self.subjects[number % len(self.subjects)], rng.choice(WAYS), rng
+
+
+class Resized(Files):
+    """The same files made smaller without their base."""
+
+    def open(self, number: int, path: Path) -> None:
+        opened = open_without_base([(str(path), 1.0)])
+        forms, kept = resized(opened.adapters[0], rank=1)
+        if not 0 <= kept <= 1 + 1e-9:
+            raise AssertionError(f"keeps {kept} of the change")
+        opened.write(forms, self.folder / f"resized-{number % len(self.subjects)}", {})
 
 
 def _error(function, path: Path) -> Exception | None:

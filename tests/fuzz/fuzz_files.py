@@ -1,6 +1,6 @@
 """Damaged and hostile files: each loads right or is refused with a documented error, and leaves no trace.
 
-    python tests/fuzz/fuzz_files.py                                     # 10,000 files, 2,000 configurations
+    python tests/fuzz/fuzz_files.py                                     # 10,000 files, 2,000 of other kinds
     python tests/fuzz/fuzz_files.py --only files:4711 --keep /tmp/kept  # one case again, its file kept
 
 A case is a function of the seed and its number, so a stopped run goes on with --first NUMBER.
@@ -28,7 +28,11 @@ import cases_files
 
 DOCUMENTED = (ValueError, TypeError, OSError)  # see docs/security.md
 SECONDS, MEMORY = 20, 2**29  # of one case; bytes above what the process has at the start
-KINDS: dict[str, Callable] = {"files": cases_files.Files, "configs": cases_config.Configs}
+KINDS: dict[str, Callable] = {
+    "files": cases_files.Files,
+    "resized": cases_files.Resized,
+    "configs": cases_config.Configs,
+}
 
 
 class Hang(BaseException):
@@ -89,6 +93,7 @@ def limited():
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=10_000, help="mutated adapter files (default: 10000)")
+    parser.add_argument("--resized", type=int, default=2_000, help="files resized (default: 2000)")
     parser.add_argument("--configs", type=int, default=2_000, help="mutated configurations (default: 2000)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: 0)")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,6 +18,13 @@ def test_mutated_configurations_are_read_right_or_refused_and_leave_no_trace(tmp
     assert outcomes["ValueError"] > 50
 
 
+def test_mutated_adapter_files_are_resized_without_a_base_or_refused(tmp_path):
+    outcomes, failures = run("resized", range(200), seed=1, folder=tmp_path)
+    assert failures == []
+    assert outcomes["loaded"] > 5
+    assert outcomes["BaseNeeded"] > 5
+
+
 class Faulty:
     """Cases that do what must not be: another error, a trace, a hang."""
 
