@@ -106,7 +106,8 @@ def weight_space_product(
     shape: torch.Size | None = None,
 ) -> Tensor:
     """``layer(x)`` with ``weight`` plus a change; without a weight, the change alone in that ``shape``."""
-    shape = weight.shape if weight is not None else shape
+    if weight is not None:
+        shape, weight = weight.shape, weight.detach()  # the change may hold it: compiling takes none twice
     with without_autocast(x.device.type):
         return WeightSpaceProduct.apply(layer, change, shape, x, weight, bias, *change.tensors())
 

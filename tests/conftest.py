@@ -7,6 +7,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker per core
@@ -19,3 +20,5 @@ def _reproducible():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one test's precision is not the next one's
+    GradientState._reset_state()

@@ -1,18 +1,16 @@
 """train_scripts/class_conditional.py from the command line to the pictures; `diffadapt sample` of classes."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from class_pipelines import class_pipeline, dit_pipeline, write_classes
 from PIL import Image
 from pipelines import tiny_sd_pipeline
 from safetensors.torch import load_file
+from scripts import runner
 from torchvision.transforms.functional import pil_to_tensor
 
 import diffadapt as da
@@ -28,25 +26,10 @@ from diffadapt.training.held_out import pixels_of
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "class_conditional.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("class_conditional", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["class_conditional"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(script, monkeypatch):
+def run(monkeypatch):
     """Runs the script in this process. Returns its exit code."""
-
-    def call(*arguments):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["class_conditional.py", *map(str, arguments)])
-        return script.run(script.main)
-
-    return call
+    return runner("class_conditional", monkeypatch)
 
 
 def arguments(base, output, **more):

@@ -1,6 +1,5 @@
 """train_scripts/dreambooth.py from the command line to the pictures, on tiny random bases."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from huggingface_hub import RepoUrl
 from PIL import Image
 from pipelines import tiny_clip, tiny_sd_pipeline, write_pictures
 from safetensors.torch import load_file
+from scripts import runner
 
 import diffadapt as da
 from diffadapt.cli import main as diffadapt
@@ -29,25 +28,10 @@ SCRIPT = ROOT / "train_scripts" / "dreambooth.py"
 PROMPT = "a photo of sks dog"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("dreambooth", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dreambooth"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(script, monkeypatch):
+def run(monkeypatch):
     """Runs the script in this process. Returns its exit code."""
-
-    def call(*arguments):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["dreambooth.py", *map(str, arguments)])
-        return script.run(script.main)
-
-    return call
+    return runner("dreambooth", monkeypatch)
 
 
 def arguments(tmp_path, output, **base):

@@ -1,43 +1,26 @@
 """train_scripts/style_transfer.py from the command line to the pictures, on tiny random bases."""
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from pipelines import tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 from safetensors.torch import load_file
+from scripts import runner
 
 import diffadapt as da
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "style_transfer.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("style_transfer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["style_transfer"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(script, monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path):
     """Runs the script in this process. Returns its exit code."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def call(*arguments):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["style_transfer.py", *map(str, arguments)])
-        return script.run(script.main)
-
-    return call
+    return runner("style_transfer", monkeypatch)
 
 
 @pytest.fixture(scope="module")

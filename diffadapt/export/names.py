@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from diffusers import UNet2DConditionModel
+
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import pipeline_of
 from diffadapt.export.changes import Change
@@ -60,7 +62,7 @@ def base_of(adapter: Adapter) -> Base:
     """The family by the structure of the UNet; of a lone text encoder, by that of its pipeline."""
     pipeline = pipeline_of(adapter)
     unet = adapter.roots.get("unet") or getattr(pipeline, "unet", None) or adapter.roots.get("")
-    if type(unet).__name__ != "UNet2DConditionModel":
+    if not isinstance(unet, UNet2DConditionModel):
         return Base("other")
     config: Mapping = unet.config
     width = config["cross_attention_dim"]

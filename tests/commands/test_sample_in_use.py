@@ -162,7 +162,9 @@ def test_a_single_checkpoint_file_without_its_configuration_says_what_to_do(work
     from safetensors.torch import save_file
 
     checkpoint = tmp_path / "model.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}, checkpoint)
+    encoder = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+    unet = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({unet: torch.zeros(8, 4, 3, 3), encoder: torch.zeros(8)}, checkpoint)
     fixed = ["--adapter", str(work / "one.safetensors"), "--prompt", "a", "--out", str(tmp_path)]
     assert main(["sample", *fixed, "--base", str(checkpoint)]) == 2
     assert "without a network" in capsys.readouterr().err

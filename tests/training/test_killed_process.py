@@ -2,30 +2,16 @@
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from pipelines import tiny_sd_pipeline, write_pictures
+from torchrun import ROOT, torchrun
 
 from diffadapt.training import state
 
-ROOT = Path(__file__).parents[2]
 WAIT = 240  # seconds, on a slow machine
-
-
-def _launch(*options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command = [*launcher, str(ROOT / "train_scripts" / "dreambooth.py"), *map(str, options)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
 
 
 def _workers(launcher):
@@ -35,11 +21,13 @@ def _workers(launcher):
 
 def test_a_killed_process_ends_the_other_with_a_message(tmp_path):
     base, pictures = tiny_sd_pipeline(tmp_path / "base"), write_pictures(tmp_path / "mine", 3)
-    launcher = _launch(
+    launcher = torchrun(
+        ROOT / "train_scripts" / "dreambooth.py",
         *("--pretrained_model_name_or_path", base, "--instance_data_dir", pictures),
         *("--instance_prompt", "a sks dog", "--output_dir", tmp_path / "out", "--num_validation_images", 0),
         *("--max_train_steps", 100_000, "--checkpointing_steps", 2, "--num_threads", 1),
         *("--train_batch_size", 1, "--export_formats", "none", "--checkpoints_total_limit", 3),
+        stdout=subprocess.DEVNULL,
     )
     try:
         started = time.monotonic()
