@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,8 @@ def with_strength(text: str) -> tuple[str, float]:
     """FILE or FILE:STRENGTH; a colon that is part of an existing path is left alone."""
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
-        try:
+        with suppress(ValueError):
             return head, float(tail)
-        except ValueError:
-            pass
     return text, 1.0
 
 

@@ -11,6 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TypeVar
@@ -153,10 +154,8 @@ def _converted(name: str, hint: object, value: object, path: str | Path) -> obje
     if value is None and isinstance(hint, types.UnionType):
         return None
     if value_type is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             return float(value)  # YAML reads 1e-4 as text
-        except (ValueError, OverflowError):
-            pass
     if value_type is str and type(value) in (int, float):
         return str(value)  # as 500000 for a budget, or a folder called 7
     if type(value) is not value_type:

@@ -1,7 +1,7 @@
 """Damaged and hostile files: each loads right or is refused with a documented error, and leaves no trace.
 
     python tests/fuzz/fuzz_files.py                                     # 10,000 files, 2,000 of other kinds
-    python tests/fuzz/fuzz_files.py --only files:4711 --keep /tmp/kept  # one case again, its file kept
+    python tests/fuzz/fuzz_files.py --only files:4711 --keep kept      # one case again, its file kept
 
 A case is a function of the seed and its number, so a stopped run goes on with --first NUMBER.
 """

@@ -18,14 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from digits_data import Labelled, find_fonts, handwritten, printed
+from digits_data import Labelled, find_fonts, handwritten, printed, read
 from progress import replace_folder, restore, save, set_rate
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import save_image
 
-from diffadapt.data.dataset import labelled_table, open_table
-from diffadapt.data.images import open_image, to_pixels
 from diffadapt.pipelines import ClassConditionalPipeline
 
 DROPPED = 0.1  # share of labels replaced by the null class
@@ -53,13 +51,6 @@ def sampler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=True,
     )
-
-
-def read(data: str, config_name: str | None, resolution: int) -> Labelled:
-    """The train split of any data set with classes; a folder with one folder of pictures per class is one."""
-    examples, _ = labelled_table(open_table(data, config_name=config_name), name=data)
-    pixels = torch.stack([to_pixels(open_image(example.source), resolution) for example in examples])
-    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.caption for e in examples])
 
 
 def loss_of(unet: nn.Module, noiser: DDPMScheduler, pixels: Tensor, labels: Tensor, generator) -> Tensor:

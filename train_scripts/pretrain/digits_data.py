@@ -19,6 +19,9 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffadapt.data.dataset import labelled_table, open_table
+from diffadapt.data.images import open_image, to_pixels
+
 HELD_OUT = 397  # the last of scikit-learn's 1,797: never shown to the classifier or to an adapter
 WITH_MATPLOTLIB = ("DejaVu*", "STIXGeneral*", "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
 TOO_THIN = ("Thin", "Hairline", "ExtraLight")  # nothing is left of them at 16 pixels
@@ -134,6 +137,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_handwriting(folder)
     print({path.name: path.stat().st_size for path in folder.glob("*.parquet")})
+
+
+def read(data: str, config_name: str | None, resolution: int) -> Labelled:
+    """The train split of any data set with classes; a folder with one folder of pictures per class is one."""
+    examples, _ = labelled_table(open_table(data, config_name=config_name), name=data)
+    pixels = torch.stack([to_pixels(open_image(example.source), resolution) for example in examples])
+    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.caption for e in examples])
 
 
 if __name__ == "__main__":
