@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    steps = 3 * arguments.kills + 2  # so that the last kill comes before the end
+    steps = max(30, 3 * arguments.kills + 2)  # so that the last kill comes before the end
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "train_scripts")]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
