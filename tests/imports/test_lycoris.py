@@ -166,6 +166,18 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
         da.load(unet(), path)
 
 
+def test_a_core_with_fewer_channels_than_its_factors_is_refused(tmp_path):
+    path, *_ = written(tmp_path, **KINDS["LoCon, Tucker"])
+    tensors = load_file(path)
+    core = next(
+        key for key, value in tensors.items() if key.endswith("lora_mid.weight") and value.shape[1] > 1
+    )
+    tensors[core] = tensors[core][:, :1].contiguous()  # a product would repeat the one channel unnoticed
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="does not fit"):
+        da.load(unet(), path)
+
+
 def test_a_file_with_half_a_pair_is_refused(tmp_path):
     path, *_ = written(tmp_path, algo="locon")
     tensors = load_file(path)
