@@ -23,6 +23,7 @@ from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
 from diffadapt.training.options import TrainOptions
 
+MOST_NESTED = 8  # levels of a file of options
 Kind = TypeVar("Kind", bound=TrainOptions)
 ELSEWHERE = {  # options of diffusers' scripts that have another name here
     "use_8bit_adam": "--optimizer adamw8bit",
@@ -61,8 +62,7 @@ def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
     """The values of a YAML file, converted to the types of the options."""
     try:
         text = Path(path).read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise yaml.YAMLError("aliases (*name) can stand for endless text and are not read")
+        _check_flat(text)
         values = yaml.safe_load(text)
     except OSError as error:
         raise FileNotFoundError(f"cannot read the config file {str(path)!r}: {error.strerror}") from None
@@ -79,6 +79,17 @@ def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
         if choices[name] is not None and value is not None and value not in choices[name]:
             raise ValueError(f"{name} in {path} must be one of {', '.join(choices[name])}, got {value!r}")
     return {name: _converted(name, hints[name], value, path) for name, value in values.items()}
+
+
+def _check_flat(text: str) -> None:
+    """Raises: yaml.YAMLError for aliases, and for nesting no option has, which takes for ever to read."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) can stand for endless text and are not read")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise yaml.YAMLError(f"it nests deeper than {MOST_NESTED} levels")
 
 
 def write_config(options: TrainOptions, folder: str | Path) -> None:

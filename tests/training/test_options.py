@@ -59,6 +59,7 @@ def test_what_was_written_can_be_read_back(tmp_path):
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
         ("adapter: &a lora\ntargets: *a", "aliases"),
+        ("a: " + "[" * 20_000, "nests deeper"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
