@@ -86,16 +86,8 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
 def test_pictures_of_the_run_equal_those_of_diffadapt_sample(run, tmp_path):
     fixed = arguments(tmp_path, "out")
     assert run(*fixed, "--adapter", "flora", "--max_train_steps", 3, "--learning_rate", "0.05") == 0
-    again = [
-        "--prompt",
-        PROMPT,
-        "--num_images",
-        "2",
-        "--num_inference_steps",
-        "2",
-        "--out",
-        str(tmp_path / "again"),
-    ]
+    again = ["--prompt", PROMPT, "--num_images", "2", "--num_inference_steps", "2"]
+    again += ["--out", str(tmp_path / "again")]
     assert diffadapt(["sample", "--adapter", str(tmp_path / "out" / "adapter.safetensors"), *again]) == 0
     first, second = (
         torch.tensor(list(Image.open(path).tobytes())).int()

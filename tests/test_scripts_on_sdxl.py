@@ -69,16 +69,8 @@ def test_dreambooth_with_text_encoders_gives_files_that_open_everywhere(place, t
     assert {site["component"] for site in sites} == {"unet", "text_encoder", "text_encoder_2"}
     assert json.loads((out / "run.json").read_text())["options"]["resolution"] == 32
 
-    asked = [
-        "--prompt",
-        PROMPT,
-        "--num_images",
-        "2",
-        "--num_inference_steps",
-        "2",
-        "--out",
-        str(tmp_path / "again"),
-    ]
+    asked = ["--prompt", PROMPT, "--num_images", "2", "--num_inference_steps", "2"]
+    asked += ["--out", str(tmp_path / "again")]
     assert diffadapt(["sample", "--adapter", str(out / "adapter.safetensors"), *asked]) == 0
     first, second = pixels(out / "samples/after/subject-01.png"), pixels(tmp_path / "again/001-seed1.png")
     assert (first - second).abs().max() <= 2

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, EulerDiscreteScheduler
+from class_pipelines import dit_pipeline
+from diffusers import DiTPipeline, EulerDiscreteScheduler
 from PIL import Image
 from pipelines import tiny_sd_pipeline
 
@@ -100,20 +101,7 @@ def test_the_record_is_enough_to_make_the_images_again(work, tmp_path):
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classes")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            sample_size=8,
-            num_embeds_ada_norm=1000,
-            norm_num_groups=4,
-        )
-        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "base")
+    dit_pipeline(folder / "base")
     pipe = DiTPipeline.from_pretrained(folder / "base")
     adapter = da.attach(pipe, da.make_method("lora", rank=2), "attention")
     for parameter in adapter.parameters():
