@@ -7,17 +7,14 @@ Each run is `train_scripts/class_conditional.py` without data or base; finished 
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from demo_runs import mean_and_deviation, run
 
 import diffadapt as da
 from diffadapt.training.session import available_cores
 
-SCRIPT = Path(__file__).parents[1] / "train_scripts" / "class_conditional.py"
 FIGURES = {  # name in run.json -> heading
     "held_out_loss": "loss on held-out handwriting",
     "frechet_distance[embedded:digits]": "Frechet distance",
@@ -36,8 +33,13 @@ def main() -> None:
     arguments, further = parser.parse_known_args()
     threads = max(1, available_cores() // arguments.jobs)
     wanted = [(adapter, seed) for seed in arguments.seeds for adapter in arguments.adapters]
+
+    def one(adapter: str, seed: int) -> dict:
+        options = {"adapter": adapter, "seed": seed, "num_threads": threads}
+        return run("class_conditional.py", arguments.runs / f"{adapter}-seed{seed}", options, further)
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        records = list(pool.map(lambda one: run(*one, arguments.runs, threads, further), wanted))
+        records = list(pool.map(one, *zip(*wanted, strict=True)))
     by_adapter: dict[str, list[dict]] = {}
     for (adapter, _), record in zip(wanted, records, strict=True):
         by_adapter.setdefault(adapter, []).append(record)
@@ -45,20 +47,6 @@ def main() -> None:
     kept = text.partition(MARK)[0]
     arguments.output.write_text(kept + MARK + "\n" + table(by_adapter))
     print(table(by_adapter))
-
-
-def run(adapter: str, seed: int, folder: Path, threads: int, further: list[str]) -> dict:
-    """The record (run.json) of one demonstration."""
-    output = folder / f"{adapter}-seed{seed}"
-    if not (output / "run.json").exists():
-        options = ["--adapter", adapter, "--seed", seed, "--output_dir", output, "--num_threads", threads]
-        options += further
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{adapter}, seed {seed}: {done.stderr[-2000:]}")
-    return json.loads((output / "run.json").read_text())
 
 
 def table(by_adapter: dict[str, list[dict]]) -> str:
@@ -82,11 +70,8 @@ def table(by_adapter: dict[str, list[dict]]) -> str:
 
 
 def cell(records: list[dict], figure: str, when: str) -> str:
-    values = [record["figures"][figure][when] for record in records if figure in record["figures"]]
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    found = (record["figures"] for record in records)
+    return mean_and_deviation([figures[figure][when] for figures in found if figure in figures])
 
 
 if __name__ == "__main__":

@@ -5,16 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-FIGURES = {  # figure -> what it is, in the goals
-    "step": "step time",
-    "kept": "kept for backward",
-    "eval": "eval forward",
-    "flops": "FLOPs",
-    "operators": "operators",
-    "launches": "launches",
-}
+from cost_goals import FIGURES, GOALS, SLACK
+
+TEXT = Path(__file__).with_name("cost_page.md")
 RIVALS = {  # besides the same method through plain autograd
     "diffadapt:flora": ("lycoris:tucker-bypass", "lycoris:tucker"),
     "diffadapt:dora": ("peft:dora",),
@@ -26,46 +21,14 @@ RIVALS = {  # besides the same method through plain autograd
 }
 
 
-@dataclass(frozen=True)
-class Goal:
-    """At most ``limit`` times what another variant costs; in the tables whose name begins with ``table``."""
-
-    variant: str
-    figure: str
-    against: str
-    limit: float
-    table: str = ""
-
-
-_LORA, _WEIGHT_SPACE = ("lora", "flora"), ("liera", "liera(order=exp)", "superlora")
-GOALS = (
-    *(Goal(f"diffadapt:{m}", "step", "peft:lora", 1.03) for m in _LORA),
-    *(Goal(f"diffadapt:{m}", "kept", "peft:lora", 1.0, t) for t in ("attention", "batch4") for m in _LORA),
-    *(Goal(f"diffadapt:{m}", "kept", "peft:lora", 1.05, "conv") for m in _LORA),
-    *(Goal(f"diffadapt:{m}", f, "peft:lora", 1.0) for f in ("flops", "operators", "launches") for m in _LORA),
-    Goal("diffadapt:flora", "step", "lycoris:tucker-bypass", 1.0),
-    Goal("diffadapt:1lora", "step", "floor", 1.05),
-    Goal("diffadapt:1lora", "kept", "floor", 1.01),
-    Goal("diffadapt:dora", "step", "peft:lora", 1.25),
-    *(Goal(f"diffadapt:{m}", "step", f"naive:{m}", 0.7) for m in _WEIGHT_SPACE),
-    *(Goal(f"diffadapt:{m}", "step", "peft:hira", 0.7) for m in _WEIGHT_SPACE),
-    *(Goal(f"diffadapt:{m}", "step", "peft:lora", 1.6, "batch4") for m in _WEIGHT_SPACE),
-    *(Goal(f"diffadapt:{m}", "kept", "peft:lora", 1.05) for m in (*_WEIGHT_SPACE, "loha", "lokr")),
-    Goal("diffadapt:loha", "step", "peft:lora", 1.5),
-    Goal("diffadapt:lokr", "step", "peft:lora", 1.2),
-    *(Goal(f"merged:{m}", f, "floor", 1.0) for f in ("step", "eval") for m in _LORA),
-)
-SLACK = {"step": 0.02, "eval": 0.02}  # what two runs of the same model differ by
-
-
 def page(records: Sequence[tuple[str, dict]]) -> str:
     """The whole document from the finished tables."""
-    lines = ["# What adapters cost", "", *_INTRODUCTION, ""]
+    lines = []
     for name, record in records:
         lines += [f"## {record['title']}", ""]
         lines += _attaching(record) if name == "attach" else _table(name, record)
         lines += ["", f"Measured on {record['machine']}; {record['versions']}.", ""]
-    return "\n".join([*lines, _REASONS])
+    return TEXT.read_text().format(slack=100 * SLACK["step"], tables="\n".join(lines))
 
 
 def versions() -> str:
@@ -176,33 +139,3 @@ def _attaching(record: dict) -> list[str]:
         cells = " | ".join(f"{row[name]:.3f}" for name in ("attach", "save", "load"))
         lines.append(f"| {int(times) * record['layers']:,} | {cells} |")
     return lines
-
-
-_INTRODUCTION = [
-    "Made by `python eval/cost.py --output docs/cost.md`. Everything in a table is measured in turns in one",
-    "process, round after round; ratios are taken within a round, and their median is shown.",
-    "",
-    "- step: forward and backward. Latents and text states take gradients in every row, so that every row",
-    "  runs the whole backward. The **floor** is the frozen model: nothing that trains it costs less.",
-    "- kept: tensors kept between forward and backward, each storage once, without the base's own weights.",
-    "- peak: how far the resident memory of the process rises during a step.",
-    "- GFLOP (`torch.utils.flop_counter`), operators dispatched, and those of them that compute, not view",
-    "  or allocate (what a GPU pays as launches): forward and backward, the same on every machine.",
-    "- plain autograd: the same method with the changed weight as a tensor that autograd sees.",
-    "- merged: the adapter folded into the weights.",
-    "- A merged model runs the same operators as the floor: how far its time is from 1.00 is noise. Goals",
-    f"  on times allow {100 * SLACK['step']:.0f} % of it.",
-]
-
-_REASONS = """## Why the goals that are missed are missed
-
-- FLoRA's core is one product more than LoRA's two: on attention 0.07 % more FLOPs. For a convolution it
-  multiplies core and kernel factors and returns the gradients of all five, so it dispatches more operators
-  than LoRA, most of them on tensors of a few values; in FLOPs and bytes it costs less.
-- LieRA and folded SuperLoRA form the weight's gradient, one product more than the frozen model's two, and
-  make the changed weight again in backward. Plain autograd keeps that weight instead, for every layer.
-- LoHa keeps its own factors, which are twice LoRA's: visible for convolutions.
-- DoRA keeps its product before the rows are scaled; `recompute=True` makes it again in backward.
-- On small models, where a layer takes well under a millisecond, what is measured is one operator after
-  another, not arithmetic.
-"""

@@ -6,17 +6,15 @@ Each run is `train_scripts/dreambooth.py` without further arguments; finished ru
 """
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from demo_runs import mean_and_deviation, run
 
 import diffadapt as da
 from diffadapt.models.families import DEFAULTS, load_base
 from diffadapt.training.session import quiet
 
-SCRIPT = Path(__file__).parents[1] / "train_scripts" / "dreambooth.py"
 COLUMNS = {  # figure -> heading
     "subject_similarity": "similarity to the subject",
     "text_agreement": "agreement with the text",
@@ -37,19 +35,17 @@ def main() -> None:
     base, targets, rows = load_base("embedded:emoji"), DEFAULTS["emoji"]["targets"], []
     for adapter in arguments.adapters:
         rank = da.fit_budget(base.pipe, adapter, targets, budget=arguments.budget).rank
-        records = [run(adapter, rank, seed, arguments.runs) for seed in arguments.seeds]
+        records = [
+            run(
+                "dreambooth.py",
+                arguments.runs / f"{adapter}-rank{rank}-seed{seed}",
+                {"adapter": adapter, "rank": rank, "seed": seed},
+            )
+            for seed in arguments.seeds
+        ]
         rows.append((f"`{adapter}` (rank {rank})", records))
     arguments.output.write_text(page(rows, command=" ".join(["python", *sys.argv])))
     print(arguments.output.read_text())
-
-
-def run(adapter: str, rank: int, seed: int, folder: Path) -> dict:
-    """The record (run.json) of one demonstration."""
-    output = folder / f"{adapter}-rank{rank}-seed{seed}"
-    if not (output / "run.json").exists():
-        options = ["--adapter", adapter, "--rank", rank, "--seed", seed, "--output_dir", output]
-        subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], check=True)
-    return json.loads((output / "run.json").read_text())
 
 
 def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
@@ -86,16 +82,14 @@ def explanation(record: dict) -> list[str]:
 
 
 def cell(records: list[dict], figure: str, when: str) -> str:
-    values = [
-        entry[when]
-        for record in records
-        for name, entry in record["figures"].items()
-        if name.startswith(f"{figure}[") and when in entry
-    ]
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    return mean_and_deviation(
+        [
+            entry[when]
+            for record in records
+            for name, entry in record["figures"].items()
+            if name.startswith(f"{figure}[") and when in entry
+        ]
+    )
 
 
 if __name__ == "__main__":

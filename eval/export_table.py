@@ -12,19 +12,16 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from export_page import CUT_RANK, Row, page
 
 import diffadapt as da
 from diffadapt.export import ExportReport
 
-PROGRAMS = ("ComfyUI", "A1111", "LyCORIS", "sd-scripts", "diffusers")
-TEXT = Path(__file__).with_name("export_page.md")
 DENOISER = "attention+conv+linear"
-RANK = 8  # of the cut for diffusers
 
 # Method (with options worth a line of their own) -> what it needs beyond the defaults.
 CASES: dict[str, dict[str, str]] = {
@@ -58,27 +55,13 @@ CASES: dict[str, dict[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """What became of one method in every kind of file."""
-
-    method: str
-    kohya: ExportReport | str
-    refusal: ExportReport | str
-    dense: ExportReport | str
-    diffusers: ExportReport | str
-    cut: ExportReport | str
-    merged: ExportReport | str
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="docs/export.md", help="the page to write")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    page = TEXT.read_text().replace("TABLE\n", table([measured(method) for method in CASES]))
-    Path(arguments.output).write_text(page)
+    Path(arguments.output).write_text(page([measured(method) for method in CASES]))
     return 0
 
 
@@ -95,7 +78,7 @@ def measured(method: str) -> Row:
             refusal=tried(adapter, out, "kohya"),
             dense=tried(adapter, out, "kohya", dense=True, force=True),
             diffusers=tried(adapter, out, "diffusers"),
-            cut=tried(adapter, out, "diffusers", rank=RANK),
+            cut=tried(adapter, out, "diffusers", rank=CUT_RANK),
             merged=tried(adapter, Path(folder) / "merged", "merged"),
         )
 
@@ -132,56 +115,6 @@ def small_unet(*, classes: int | None) -> UNet2DConditionModel:
         norm_num_groups=8,
         num_class_embeds=classes,
     )
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The table, one line a method."""
-    head = "| method | ComfyUI | A1111 | LyCORIS | sd-scripts | diffusers `load_lora_weights` | merged |\n"
-    lines = [head, "|---" * 7 + "|\n"]
-    for row in rows:
-        cells = [f"`{row.method}`"]
-        cells += [kohya_cell(row, program) for program in PROGRAMS[:4]]
-        cells += [diffusers_cell(row), merged_cell(row.merged)]
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return "".join(lines)
-
-
-def kohya_cell(row: Row, program: str) -> str:
-    if isinstance(row.kohya, str):
-        return f"no: {reason(row.kohya)}"
-    verdict = row.kohya.verdict(program)
-    if verdict.accepted:
-        return "exact"
-    if isinstance(row.dense, ExportReport) and row.dense.verdict(program).accepted:
-        return "exact with `--dense`"
-    if verdict.status == "refused":
-        return "refuses the file"
-    if program == "ComfyUI":
-        return f"no: {reason(str(row.refusal))}"
-    return f"wrong ({verdict.share:.0%} off)"
-
-
-def diffusers_cell(row: Row) -> str:
-    if isinstance(row.diffusers, ExportReport):
-        return "exact"
-    if isinstance(row.cut, ExportReport):
-        return f"`--rank {RANK}`: {row.cut.rank_error:.0%} off"
-    return f"no: {reason(row.diffusers)}"
-
-
-def merged_cell(outcome: ExportReport | str) -> str:
-    return "exact" if isinstance(outcome, ExportReport) and outcome.good else f"no: {reason(str(outcome))}"
-
-
-def reason(message: str) -> str:
-    """A few words of an error."""
-    if "gain a bias" in message:
-        return "stock layers lack the bias"
-    if "no file for changed" in message:
-        return message.split("no file for changed ")[1].split(";")[0] + " have no keys"
-    if "passes by" in message:
-        return "it does not know such layers"
-    return message.split(";")[0]
 
 
 if __name__ == "__main__":

@@ -87,44 +87,48 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, dict]:
 
 def run(name: str, setting: Setting, base: Path, steps: int) -> tuple[list[float], int]:
     """Seconds of every step of one run, and its peak memory in bytes."""
-    told = {
-        "--pretrained_model_name_or_path": base,
-        "--instance_data_dir": da.embedded("subjects/cat"),
-        "--instance_prompt": "a photo of sks cat",
-        "--resolution": setting.resolution,
-        "--max_train_steps": steps,
-        "--mixed_precision": setting.precision,
-    }
-    options = [str(part) for pair in told.items() for part in pair]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        if name in RIVALS:
-            script = [
-                ROOT / "eval" / "diffusers_loop.py",
-                *RIVALS[name],
-                "--rank",
-                RANK,
-                "--output",
-                out / "run.json",
-            ]
-        else:
-            ours = ["--adapter", f"{name}(rank={RANK})", "--targets", "attention", "--center_crop"]
-            ours += ["--train_batch_size", 1, "--num_validation_images", 0, "--export_formats", "none"]
-            ours += [
-                "--base_precision",
-                "bf16" if setting.precision == "bf16" else "fp32",
-                "--output_dir",
-                out,
-            ]
-            script = [ROOT / "train_scripts" / "dreambooth.py", *ours]
-        command = [sys.executable, *map(str, script), *options]
+        command = [sys.executable, *command_of(name, setting, out)]
+        for option, value in shared_options(setting, base, steps).items():
+            command += [f"--{option}", str(value)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         record = json.loads((out / "run.json").read_text())
         if name in RIVALS:
             return record["seconds"], record["peak_memory_bytes"]
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return [line["seconds"] for line in lines if "seconds" in line], record["peak_memory_bytes"]
+
+
+def shared_options(setting: Setting, base: Path, steps: int) -> dict[str, object]:
+    """What our script and the loop are told alike."""
+    return {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": da.embedded("subjects/cat"),
+        "instance_prompt": "a photo of sks cat",
+        "resolution": setting.resolution,
+        "max_train_steps": steps,
+        "mixed_precision": setting.precision,
+    }
+
+
+def command_of(name: str, setting: Setting, out: Path) -> list[str]:
+    """The script of a row, and the options that only this one has; both leave ``out``/run.json."""
+    if name in RIVALS:
+        loop = str(ROOT / "eval" / "diffusers_loop.py")
+        return [loop, *RIVALS[name], "--rank", str(RANK), "--output", str(out / "run.json")]
+    ours = {
+        "adapter": f"{name}(rank={RANK})",
+        "targets": "attention",
+        "train_batch_size": 1,
+        "num_validation_images": 0,
+        "export_formats": "none",
+        "base_precision": "bf16" if setting.precision == "bf16" else "fp32",
+        "output_dir": out,
+    }
+    options = [str(part) for option, value in ours.items() for part in (f"--{option}", value)]
+    return [str(ROOT / "train_scripts" / "dreambooth.py"), "--center_crop", *options]
 
 
 if __name__ == "__main__":

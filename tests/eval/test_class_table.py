@@ -1,20 +1,12 @@
 """eval/class_table.py: the table from the records of runs; finished runs are not repeated."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
-import pytest
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "class_table.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("class_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import class_table as script
 
 
 def record(after):
@@ -29,7 +21,7 @@ def record(after):
     return {"options": options, "parameters": 1234, "figures": figures}
 
 
-def test_mean_and_deviation_of_the_seeds_of_each_method(script):
+def test_mean_and_deviation_of_the_seeds_of_each_method():
     text = script.table({"lora": [record(0.1), record(0.3)], "flora": [record(0.2), record(0.2)]})
     assert "9 steps of 4 pictures on `qv`" in text
     assert "of 2 seeds" in text
@@ -38,7 +30,7 @@ def test_mean_and_deviation_of_the_seeds_of_each_method(script):
     assert "| before training | 0 | | 0.500 ± 0.000 |  |  |" in text
 
 
-def test_a_finished_run_is_read_and_the_page_above_the_table_stays(script, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_read_and_the_page_above_the_table_stays(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "lora-seed5"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record(0.1)))
