@@ -123,9 +123,7 @@ def retrieval(model: CLIPModel, scenes: Scenes, tokenizer: CLIPTokenizer) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--build", type=Path, required=True, help="folder made by emoji_data.py and tokenizer.py"
-    )
+    parser.add_argument("--build", type=Path, required=True, help="made by emoji_data.py and tokenizer.py")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=128, help="concepts per step")
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -1,6 +1,6 @@
 """A small class-conditional base: a UNet2DModel in pixel space with a null class for guidance.
 
-    python digits.py --build BUILD --fonts FONTS               # `digits`: about 15 minutes on two cores
+    python digits.py --build BUILD --fonts FONTS               # `digits`: half an hour on two cores
     python digits.py --build BUILD --source handwriting        # the reverse base
     python digits.py --build BUILD --data FOLDER_OR_DATASET --resolution 32 --channels 64 128 128
 
@@ -53,13 +53,14 @@ def sampler() -> DDIMScheduler:
     )
 
 
-def loss_of(unet: nn.Module, noiser: DDPMScheduler, pixels: Tensor, labels: Tensor, generator) -> Tensor:
+def loss_of(
+    unet: nn.Module, noiser: DDPMScheduler, pixels: Tensor, labels: Tensor, generator: torch.Generator
+) -> Tensor:
     noise = torch.randn(pixels.shape, generator=generator)
     t = torch.randint(noiser.config.num_train_timesteps, (len(pixels),), generator=generator)
     noisy, target = noiser.add_noise(pixels, noise, t), noiser.get_velocity(pixels, noise, t)
-    noisy = noisy.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        made = unet(noisy, t, class_labels=labels).sample
+        made = unet(noisy.contiguous(memory_format=torch.channels_last), t, class_labels=labels).sample
     return F.mse_loss(made.float(), target)
 
 
@@ -105,9 +106,8 @@ def write(unet: UNet2DModel, build: Path, step: int) -> None:
     labels = list(range(min(null, 20))) * 4
     seeds = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
     images = pipe(labels, 2.0, 25, generator=seeds, output_type="pt").images
-    save_image(
-        images.repeat_interleave(3, 2).repeat_interleave(3, 3), build / f"samples-{step:05d}.png", nrow=10
-    )
+    enlarged = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    save_image(enlarged, build / f"samples-{step:05d}.png", nrow=10)
 
 
 def main() -> None:
@@ -136,9 +136,8 @@ def main() -> None:
         data = handwritten(args.resolution)["train"]
     else:
         data = printed(find_fonts(args.fonts), args.count, args.resolution)
-    unet = build_unet(int(data[1].max()) + 1, args.resolution, args.channels).to(
-        memory_format=torch.channels_last
-    )
+    unet = build_unet(int(data[1].max()) + 1, args.resolution, args.channels)
+    unet = unet.to(memory_format=torch.channels_last)
     models = nn.ModuleDict({"unet": unet, "mean": copy.deepcopy(unet).requires_grad_(False).eval()})
     figures = train(models, data, args)
     figures |= {"parameters": sum(p.numel() for p in unet.parameters()), "images": len(data[0])}

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import matplotlib
 import numpy as np
 import pyarrow.parquet as pq
@@ -110,16 +111,15 @@ def _picture(values: np.ndarray) -> Image.Image:
 
 def write_handwriting(folder: Path) -> None:
     """train.parquet and test.parquet with columns `image` (PNG) and `label`, as `datasets` reads them."""
-    from datasets import ClassLabel, Dataset, Features
-    from datasets import Image as ImageColumn
     from sklearn.datasets import load_digits
 
-    digits, features = load_digits(), Features({"image": ImageColumn(), "label": ClassLabel(num_classes=10)})
+    digits = load_digits()
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     rows = [{"bytes": _png(values), "path": None} for values in digits.images]
     cut = len(rows) - HELD_OUT
     for part, where in (("train", slice(0, cut)), ("test", slice(cut, None))):
-        columns = {"image": rows[where], "label": digits.target[where].tolist()}
-        data = Dataset.from_dict(columns, features=features)
+        values = {"image": rows[where], "label": digits.target[where].tolist()}
+        data = datasets.Dataset.from_dict(values, features=columns)
         pq.write_table(data.data.table, folder / f"{part}.parquet", compression="zstd", compression_level=22)
 
 
@@ -127,6 +127,13 @@ def _png(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     _picture(values).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def read(data: str, config_name: str | None, resolution: int) -> Labelled:
+    """The train split of any data set with classes; a folder with one folder of pictures per class is one."""
+    examples, _ = labelled_table(open_table(data, config_name=config_name), name=data)
+    pixels = torch.stack([to_pixels(open_image(example.source), resolution) for example in examples])
+    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.caption for e in examples])
 
 
 def main() -> None:
@@ -137,13 +144,6 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_handwriting(folder)
     print({path.name: path.stat().st_size for path in folder.glob("*.parquet")})
-
-
-def read(data: str, config_name: str | None, resolution: int) -> Labelled:
-    """The train split of any data set with classes; a folder with one folder of pictures per class is one."""
-    examples, _ = labelled_table(open_table(data, config_name=config_name), name=data)
-    pixels = torch.stack([to_pixels(open_image(example.source), resolution) for example in examples])
-    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.caption for e in examples])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def draw(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: 
     return torch.stack([to_tensor(image) * 2 - 1 for image in images])
 
 
-def measure(pipe, clip: CLIPModel, scenes: Scenes, args: argparse.Namespace) -> dict:
+def measure(pipe: StableDiffusionPipeline, clip: CLIPModel, scenes: Scenes, args: argparse.Namespace) -> dict:
     rng = random.Random(args.seed)
     chosen = rng.sample(range(len(scenes.concept)), args.count)
     texts = [scenes.caption(index, rng) for index in chosen]

@@ -25,7 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
-def loss_of(models: nn.ModuleDict, noiser: DDPMScheduler, latents: Tensor, ids: Tensor, generator) -> Tensor:
+def loss_of(
+    models: nn.ModuleDict, noiser: DDPMScheduler, latents: Tensor, ids: Tensor, generator: torch.Generator
+) -> Tensor:
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.randint(1000, (len(latents),), generator=generator)
     noisy, target = noiser.add_noise(latents, noise, t), noiser.get_velocity(latents, noise, t)
@@ -36,7 +38,13 @@ def loss_of(models: nn.ModuleDict, noiser: DDPMScheduler, latents: Tensor, ids: 
     return F.mse_loss(made.float(), target)
 
 
-def train(models: nn.ModuleDict, vae: AutoencoderTiny, tokenizer: CLIPTokenizer, ready: Ready, args) -> dict:
+def train(
+    models: nn.ModuleDict,
+    vae: AutoencoderTiny,
+    tokenizer: CLIPTokenizer,
+    ready: Ready,
+    args: argparse.Namespace,
+) -> dict:
     groups = [{"params": models["unet"].parameters(), "peak": args.lr}]
     groups += [{"params": models["text_encoder"].parameters(), "peak": args.text_lr}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
