@@ -116,8 +116,7 @@ def write_handwriting(folder: Path) -> None:
     digits = load_digits()
     columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     rows = [{"bytes": _png(values), "path": None} for values in digits.images]
-    cut = len(rows) - HELD_OUT
-    for part, where in (("train", slice(0, cut)), ("test", slice(cut, None))):
+    for part, where in (("train", slice(None, -HELD_OUT)), ("test", slice(-HELD_OUT, None))):
         values = {"image": rows[where], "label": digits.target[where].tolist()}
         data = datasets.Dataset.from_dict(values, features=columns)
         pq.write_table(data.data.table, folder / f"{part}.parquet", compression="zstd", compression_level=22)
