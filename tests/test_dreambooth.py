@@ -160,6 +160,21 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(run, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_draws_no_class_pictures_but_counts_them(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diffadapt.data.class_images.draw", None)  # a call would fail
+    there = write_pictures(tmp_path / "dogs", 1)
+    prior = ["--with_prior_preservation", "--class_prompt", "a dog", "--num_class_images", 4, "--dry_run"]
+    fixed = [*arguments(tmp_path, "out"), *prior, "--center_crop"]
+    assert run(*fixed) == 0
+    assert "3 pictures, 4 class pictures (4 of them still to be drawn by the base)" in capsys.readouterr().out
+    assert run(*fixed, "--class_data_dir", there) == 0
+    shown = capsys.readouterr().out
+    assert "4 class pictures (3 of them still to be drawn by the base), 32 pixels, encoded once" in shown
+    assert "  memory   about " in shown  # of a step with class pictures
+    assert os.listdir(there) == ["picture-0.png"]
+    assert not (tmp_path / "out").exists()
+
+
 WATCHED = ("--validation_steps", 2, "--log_adapter_stats", 2, "--report_to", "tensorboard")
 FURTHER = ("--use_ema", "--ema_decay", 0.5, "--snr_gamma", 5, "--noise_offset", 0.1, "--optimizer", "prodigy")
 

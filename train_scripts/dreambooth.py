@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffadapt.data.batches import Batches
-from diffadapt.data.class_images import class_examples
+from diffadapt.data.class_images import class_examples, planned_class_examples
 from diffadapt.data.examples import folder_examples
 from diffadapt.exits import run
 from diffadapt.models.names import resolve
@@ -73,9 +73,13 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
     instances, classes = folder_examples(resolve(options.instance_data_dir), options.instance_prompt), []
     if options.with_prior_preservation:
         folder = options.class_data_dir or Path(options.output_dir) / "class_images"
-        wanted = {"prompt": options.class_prompt, "count": options.num_class_images, "seed": options.seed}
-        with setup.accelerator.main_process_first():
-            classes = class_examples(model.pipe, folder, sampler=report.sampler, **wanted)
+        wanted = {"prompt": options.class_prompt, "count": options.num_class_images}
+        if options.dry_run:
+            classes = planned_class_examples(folder, **wanted, side=model.resolution)
+        else:
+            drawing = {"sampler": report.sampler, "seed": options.seed}
+            with setup.accelerator.main_process_first():
+                classes = class_examples(model.pipe, folder, **wanted, **drawing)
     return make_batches(setup, instances, classes=classes)
 
 

@@ -1,7 +1,8 @@
 """Encoded pictures and captions, kept under a hash of everything they follow from.
 
-A key names the file's content, the encoder's weights, the size, the cut and the mirroring: another base, or a
-picture that was edited, never finds an old entry, and any number of runs can share one folder. An entry holds
+The key of a picture names the file's content, the autoencoder, the size, the cut and the mirroring; that of a
+caption its text, the text encoders, the tokenizers and what the pipeline makes of an empty caption. So another
+base, or a picture that was edited, never finds an old entry, and any number of runs can share one folder. An entry holds
 what an autoencoder gives for a picture (moments, not a sample), so every draw from it is new.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from diffadapt.files import write_atomically
 from diffadapt.tensor_file import digest, read_tensors
@@ -19,6 +21,15 @@ from diffadapt.tensor_file import digest, read_tensors
 FORMAT = 1  # of entries; a change in how pictures are read or scaled must raise it
 KINDS = ("memory", "disk", "none")
 PASSING_SETTINGS = ("transformers_version", "dtype", "torch_dtype")  # of a configuration; change no result
+TOKENIZER_SETTINGS = (  # beside the rules of its backend
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "unk_token_id",
+)
 
 Entry = dict[str, Tensor]  # what one key holds, by name
 
@@ -91,17 +102,25 @@ def key_of(**parts: object) -> str:
 
 
 def fingerprint(*parts: object) -> str:
-    """SHA-256 over the weights and settings of modules and the words of tokenizers."""
+    """SHA-256 over the weights and settings of modules, and all that tokenizers make of words."""
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(f"{type(part).__name__}|{_settings(part)}|".encode())
         if isinstance(part, nn.Module):
             weights = {name: value.detach().cpu() for name, value in part.state_dict().items()}
             hasher.update(digest(weights).encode())
-        if hasattr(part, "get_vocab"):
-            words = [sorted(part.get_vocab().items()), part.model_max_length]
-            hasher.update(json.dumps(words).encode())
+        if isinstance(part, PreTrainedTokenizerBase):
+            hasher.update(_words(part).encode())
     return hasher.hexdigest()
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Vocabulary, merges, normalization, special tokens, padding and length of a tokenizer."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    last_call = ("padding", "truncation")  # what the last caller asked for
+    rules = {name: value for name, value in rules.items() if name not in last_call}
+    own = {name: getattr(tokenizer, name) for name in TOKENIZER_SETTINGS}
+    return json.dumps([rules, own], sort_keys=True)
 
 
 def _settings(part: object) -> str:

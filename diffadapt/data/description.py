@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from diffadapt.data.cache import DiskCache
-from diffadapt.data.images import listed
+from diffadapt.data.images import UndrawnImage, listed
 from diffadapt.data.stream import Stream
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def _found(batches: Batches) -> str:
     order = batches.order
     if isinstance(order, Stream):
         return f"a stream, shuffled in blocks of {order.buffer}"
+    undrawn = sum(isinstance(example.source, UndrawnImage) for example in order.classes)
     classes = f", {len(order.classes)} class pictures" if order.classes else ""
+    classes += f" ({undrawn} of them still to be drawn by the base)" if undrawn else ""
     return f"{len(order.examples)} pictures{classes}"
 
 

@@ -21,6 +21,7 @@ MANY = 20  # encodings from which on a progress bar is shown
 RECENT = 1000  # captions whose states are kept while streaming
 AUTOENCODERS = ("vae",)  # parts of a pipeline that pictures pass through
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_SETTINGS = ("force_zeros_for_empty_prompt",)  # of a pipeline; they change what captions become
 
 
 class UnreadablePicture(ValueError):
@@ -56,7 +57,12 @@ class EncodedPictures:
         for source in {source for source, _ in wanted}:
             self._contents[source] = _sha256(source)
         for source, cut in tqdm(wanted, desc="encoding pictures", disable=len(wanted) < MANY):
-            self.get(source, cut)
+            encoded, _ = self.get(source, cut)
+            if not encoded.isfinite().all():
+                raise ValueError(
+                    f"the autoencoder gives non-finite latents for {source}; remove this picture, or name "
+                    "another autoencoder with --pretrained_vae_model_name_or_path"
+                )
 
     def get(self, source: ImageSource, cut: Cut) -> tuple[Tensor, View]:
         """What `Base.encode_pixels` gives for one picture (without the batch), and its view."""
@@ -64,7 +70,7 @@ class EncodedPictures:
         entry = self.cache.get(key) if key else None
         if entry is None:
             entry = self._encode(source, cut)
-            if key:
+            if key and entry["encoded"].isfinite().all():  # the loss tells the others: step and picture
                 self.cache.put(key, entry)
         height, width = entry["original_size"].tolist()
         return entry["encoded"], view_of((width, height), cut.size, crop=cut.crop, flip=cut.flip)
@@ -80,8 +86,6 @@ class EncodedPictures:
             raise UnreadablePicture(f"{source} cannot be read: {error or type(error).__name__}") from None
         pixels = to_pixels(image, cut.size, crop=cut.crop, flip=cut.flip)
         encoded = self.model.encode_pixels(pixels[None])[0].cpu()
-        if not torch.isfinite(encoded).all():
-            raise ValueError(f"the autoencoder gives non-finite latents for {source}")
         return {"encoded": encoded, "original_size": torch.tensor([image.height, image.width])}
 
 
@@ -97,7 +101,7 @@ class EncodedCaptions:
         self.model = model
         self._is_kept = cache is not None and not getattr(model, "train_text_encoder", False)
         self.cache = cache
-        self._encoder = fingerprint(*_parts(model, TEXT_ENCODERS)) if self._is_kept else ""
+        self._encoder = _text_encoding(model) if self._is_kept else ""
         self.row = lru_cache(maxsize=recent)(self._find)  # caption -> name -> (...) without the batch
 
     def prepare(self, captions: Sequence[str | int]) -> None:
@@ -123,6 +127,13 @@ class EncodedCaptions:
 
     def _encode(self, caption: str | int) -> Entry:
         return {name: value[0].cpu() for name, value in self.model.encode_captions([caption]).items()}
+
+
+def _text_encoding(model: Base) -> str:
+    """Everything besides a caption that its states follow from, as one hash."""
+    settings = {name: model.pipe.config.get(name) for name in TEXT_SETTINGS}
+    parts = fingerprint(*_parts(model, TEXT_ENCODERS))
+    return key_of(family=type(model).__name__, parts=parts, settings=settings)
 
 
 def _parts(model: Base, names: Sequence[str]) -> list[object]:

@@ -39,6 +39,10 @@ class StoredImage:
         return self.name
 
 
+class UndrawnImage(StoredImage):
+    """Stands for a picture that the base would draw before training."""
+
+
 @dataclass(frozen=True)
 class View:
     """Which part of a picture is trained on: (height, width) and (top, left) in pixels."""

@@ -1,8 +1,12 @@
 """The cache on disk: the same encodings, none of another base or picture, damaged ones made anew."""
 
+import json
+from itertools import pairwise
+
 import pytest
 import torch
-from pipelines import tiny_sd_pipeline, write_pictures
+from pipelines import clip_tokenizer, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
+from tokenizers import Tokenizer
 
 from diffadapt.data.batches import Batches
 from diffadapt.data.cache import DiskCache, fingerprint, key_of, open_cache
@@ -68,6 +72,41 @@ def test_another_base_another_size_and_an_edited_picture_never_hit(tmp_path, bas
     (tmp_path / "b" / "picture-1.png").replace(folder / "picture-0.png")
     make(bases[0], examples, **disk(tmp_path))
     assert calls[3:] == ["encode_pixels"]
+
+
+CHANGES = {
+    "none": lambda pipe: None,
+    "an empty caption is encoded": lambda pipe: pipe.register_to_config(force_zeros_for_empty_prompt=False),
+    "other padding": lambda pipe: setattr(pipe.tokenizer, "pad_token", "!"),
+    "the other side is padded": lambda pipe: setattr(pipe.tokenizer_2, "padding_side", "left"),
+    "other weights": lambda pipe: pipe.text_encoder_2.text_projection.weight.data.mul_(2),
+}
+
+
+def test_whatever_changes_text_states_never_finds_old_ones(tmp_path):
+    examples = folder_examples(write_pictures(tmp_path / "a", 1), "a disc")
+    model, seen = load_base(str(tiny_sdxl_pipeline(tmp_path / "base"))), []
+    for name, change in CHANGES.items():
+        change(model.pipe)  # one after the other
+        kept, fresh = (make(model, examples, caption_dropout=0.5, **place) for place in (disk(tmp_path), {}))
+        rows = [[batches.captions.row(caption) for caption in ("a disc", "")] for batches in (kept, fresh)]
+        for one, two in zip(*rows, strict=True):
+            assert all(torch.equal(value, two[key]) for key, value in one.items()), name
+        seen.append(torch.cat([value.flatten() for row in rows[0] for value in row.values()]))
+    assert not any(torch.equal(one, two) for one, two in pairwise(seen))  # every change had an effect
+
+
+def test_a_tokenizer_is_known_by_its_rules_not_by_who_used_it_last(tmp_path):
+    words = clip_tokenizer(tmp_path)
+    first = fingerprint(words)
+    words(["a"], padding="max_length", truncation=True, max_length=7)
+    assert fingerprint(words) == first
+    rules = json.loads(words.backend_tokenizer.to_str())
+    rules["normalizer"] = None
+    words._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    second = fingerprint(words)
+    words.model_max_length = 20
+    assert len({first, second, fingerprint(words)}) == 3
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "swap"])
