@@ -21,6 +21,7 @@ from diffadapt.training.hub import push
 from diffadapt.training.loop import Step, Trainer, train
 from diffadapt.training.record import Progress
 from diffadapt.training.report import Report
+from diffadapt.training.resting import idle_parts, resting, woken
 from diffadapt.training.sharding import gathered
 from diffadapt.training.stop import StopRequest
 from diffadapt.training.summary import before_training
@@ -39,6 +40,7 @@ class Run:
         self.trainer, self.batches, self.report = trainer, batches, report
         self.options, self.accelerator = trainer.options, trainer.accelerator
         self.denoiser = report.model.denoiser
+        self.idle = idle_parts(report.model, batches)
         self.exit_code = 0
 
     def steps(self) -> Iterator[Step]:
@@ -62,7 +64,8 @@ class Run:
                 with da.disabled(self.report.model.pipe):
                     self.report.begin()
             self.accelerator.wait_for_everyone()
-        with StopRequest() as stop, Progress(self.trainer) as self.progress:
+        rest = resting(self.idle, self.accelerator.device)
+        with StopRequest() as stop, Progress(self.trainer) as self.progress, rest:
             for step in train(self.trainer, self.batches):
                 signal = stop.agreed(self.accelerator)
                 self.exit_code = 128 + signal if signal else 0
@@ -89,7 +92,7 @@ class Run:
         every = self.options.validation_steps
         if not every or step.index % every or self.exit_code:
             return
-        with gathered(self.denoiser):
+        with woken(self.idle, self.accelerator.device), gathered(self.denoiser):
             if self.accelerator.is_main_process:
                 folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
                 path = state.save_adapter(self.trainer, folder)
