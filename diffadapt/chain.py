@@ -110,7 +110,10 @@ class Step:
 
 
 class ChainProduct(torch.autograd.Function):
-    """``layer(x)`` with ``weight`` and ``bias``, plus ``coefficient`` times the chain of a change."""
+    """``layer(x)`` with ``weight`` and ``bias``, plus ``coefficient`` times the chain of a change.
+
+    What it keeps has no history, so it has first derivatives alone.
+    """
 
     @staticmethod
     def forward(ctx, layer, form, coefficient, x, weight, bias, *factors):
@@ -131,6 +134,11 @@ class ChainProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "an adapted layer has no second derivatives, so create_graph=True would give wrong ones; "
+                "differentiate once, or merge the adapter first"
+            )
         with without_autocast(grad.device.type):
             weight, *rest = ctx.saved_tensors
             count, length = ctx.count, len(ctx.shapes)

@@ -58,6 +58,7 @@ def rescaled_product(
 ) -> Tensor:
     """``scale`` times ``branch_sum``, plus ``bias``; ``recompute``: without keeping the product if it can."""
     if recompute and len(terms) == 1 and terms[0][2] is x and terms[0][0].is_thin(layer, weight.shape):
+        _check_frozen(weight)
         change, coefficient, _ = terms[0]
         with without_autocast(x.device.type):
             return RescaledProduct.apply(
@@ -70,7 +71,12 @@ def rescaled_product(
 def branch_sum(
     layer: LayerMap, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
 ) -> Tensor:
-    """``layer(x)`` with ``weight`` and ``bias``, plus every term's ``coefficient * layer(inputs)``."""
+    """``layer(x)`` with ``weight`` and ``bias``, plus every term's ``coefficient * layer(inputs)``.
+
+    Raises: ValueError for a weight that is to be trained: it would get no gradient.
+    """
+    if terms:
+        _check_frozen(weight)
     dense: Expression | None = None
     branches: list[tuple[Tensor, float]] = []
     bias = None if bias is None else bias.to(x.dtype)
@@ -121,3 +127,11 @@ def chain_product(
         return rows.unflatten(0, x.shape[:-1])
     with without_autocast(x.device.type):
         return ChainProduct.apply(layer, change, coefficient, x, weight, bias, *change.tensors())
+
+
+def _check_frozen(weight: Tensor) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"the weight {tuple(weight.shape)} of an adapted layer requires a gradient, but would get none; "
+            "call requires_grad_(False) on the model, and train whole weights with the method full"
+        )

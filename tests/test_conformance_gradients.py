@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layer_kinds import FEW, LARGE, MAIN
+from layer_kinds import FEW, KINDS, LARGE, MAIN
 from method_cases import FIRST, Case, Model, adapt, changed, close, pairs, plain, trainable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +17,8 @@ DROPPING = [
     for case in FIRST
     if hasattr(case.method, "dropout") and case.spec not in ("dora",)
 ]
+# differentiated once alone: chains of thin products
+ONCE = ("lora", "dora", "vera", "pissa", "loha", "lokr", "flora", "1lora")
 DETACHED = ("dora",)  # their norm counts as a constant, so finite differences see another gradient
 
 
@@ -149,6 +151,37 @@ def test_compiling_keeps_outputs_and_gradients(case, kind):
     used = _inputs(kind)[:1]
     _once(torch.compile(model, fullgraph=True, backend="aot_eager"), used)
     _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+
+
+@pytest.mark.parametrize(**pairs(FIRST, ("linear", "conv-3x3")))
+def test_second_derivatives_are_right_or_refused_never_wrong(case, kind):
+    model, adapter, bare = adapt(case, kind, torch.float64)
+    x, leaves = kind.input(torch.float64).requires_grad_(), trainable(adapter)
+
+    def of_a_penalty(y):
+        (slope,) = torch.autograd.grad(_loss(y), x, create_graph=True)
+        return torch.autograd.grad(_loss(slope), leaves, allow_unused=True, materialize_grads=True)
+
+    if case.spec in ONCE:
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            of_a_penalty(model(x))
+        return
+    expected = of_a_penalty(plain(bare, x, *changed(adapter)))
+    for own, wanted in zip(of_a_penalty(model(x)), expected, strict=True):
+        close(own, wanted, 1e-8)
+
+
+@pytest.mark.parametrize("spec", ["lora", "dora", "dora(recompute=true)", "liera", "1lora", "superlora"])
+def test_a_weight_that_would_get_no_gradient_must_be_frozen(spec):
+    kind = KINDS["linear"]
+    model, _, _ = adapt(Case(spec), kind)
+    model.layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"weight \(10, 12\) of an adapted layer requires a gradient"):
+        model(kind.input())
+    with torch.no_grad():
+        expected = model(kind.input())
+    model.layer.weight.requires_grad_(False)
+    close(model(kind.input()), expected, 1e-6)
 
 
 def _kept_for_backward(model, adapter, x):

@@ -22,6 +22,7 @@ LLAMA_FIVE = "*.q_proj+*.k_proj+*.v_proj+*.up_proj+*.down_proj"
 LLAMA_QKV = "*.q_proj+*.k_proj+*.v_proj"
 MORA = "mora(rank=1, type={}, sized_like=1lora)"
 LORALIB = "conv_reshape=loralib"
+ADDED_BIASES = "difffit(gamma=false, norms=false, class_embedding=false)"  # BitFit where there are none
 MODELS = {
     "DiT-XL/2": dit_xl_2,
     "ViT-B": vit_b_hf,
@@ -55,6 +56,12 @@ COUNTS = [  # model, method, targets, count
     ("ViT-B", "norms", "norm", 153_600 // 4),
     ("ViT-B", "1lora+norms", "linear", 485_376 // 4),
     ("ViT-B", "difffit", "linear", 817_152 // 4),
+    ("ViT-B", "1lora+bitfit", "linear", 663_552 // 4),
+    ("ViT-B", "1lora+gamma", "linear", 663_552 // 4),
+    ("ViT-B", "1lora+bitfit+norms", "linear", 817_152 // 4),
+    ("ViT-B", "1lora+bitfit+gamma", "linear", 995_328 // 4),
+    ("ViT-B", "1lora+gamma+norms", "linear", 817_152 // 4),
+    ("ViT-B", "1lora+difffit", "linear", 1_148_928 // 4),
     # 1LoRA, tables S2 to S5 and S11: the encoder of Depth Anything
     ("Depth-Anything-L", "1lora", "linear", 221_184),
     ("Depth-Anything-L", "bitfit", "linear", 221_184),
@@ -65,15 +72,24 @@ COUNTS = [  # model, method, targets, count
     ("Depth-Anything-L", MORA.format(6), "linear", 217_440),
     ("Depth-Anything-L", "norms", "norm", 100_352),
     ("Depth-Anything-L", "difffit(gamma=false)", "linear", 321_536),
+    ("Depth-Anything-L", "gamma", "linear", 221_184),
+    ("Depth-Anything-L", "1lora+bitfit", "linear", 442_368),
+    ("Depth-Anything-L", "1lora+norms", "linear", 321_536),
+    ("Depth-Anything-L", "1lora+gamma", "linear", 442_368),
+    ("Depth-Anything-L", "1lora+bitfit+norms", "linear", 542_720),
+    ("Depth-Anything-L", "1lora+bitfit+gamma", "linear", 663_552),
+    ("Depth-Anything-L", "1lora+gamma+norms", "linear", 542_720),
     ("Depth-Anything-L", "1lora+difffit", "linear", 763_904),
     # 1LoRA, tables S6 and S7: LLaMA-2
     ("LLaMA-7B", "1lora", LLAMA_LINEARS, 1_359_872),
+    ("LLaMA-7B", ADDED_BIASES, LLAMA_LINEARS, 1_359_872),
     ("LLaMA-7B", "lora(rank=1)", LLAMA_LINEARS, 2_498_560),
     ("LLaMA-7B", "vera(rank=1)", LLAMA_LINEARS, 1_360_096),
     ("LLaMA-7B", MORA.format(1), LLAMA_LINEARS, 1_360_960),
     ("LLaMA-7B", MORA.format(6), LLAMA_LINEARS, 1_347_584),
     ("LLaMA-7B", "lora(rank=1)", LLAMA_QKV, 786_432),
     ("LLaMA-13B", "1lora", LLAMA_LINEARS, 2_129_920),
+    ("LLaMA-13B", ADDED_BIASES, LLAMA_LINEARS, 2_129_920),
     ("LLaMA-13B", "lora(rank=1)", LLAMA_QKV, 1_228_800),
     # FLoRA and LieRA on GLUE; their scripts also adapt attention.output
     ("DeBERTaV3-base", "lora(rank=2)", "linear", 331_776),
@@ -83,14 +99,18 @@ COUNTS = [  # model, method, targets, count
     ("DeBERTaV3-base", "flora(rank=8)", "linear", 1_331_712),
     ("DeBERTaV3-base", "dora(rank=2)", "linear", 414_720),
     ("DeBERTaV3-base", "dora(rank=8)", "linear", 1_410_048),
+    ("DeBERTaV3-base", "bitfit", "linear", 82_944),
     ("DeBERTaV3-large", "lora(rank=2)", "linear", 884_736),
+    ("DeBERTaV3-large", "lora(rank=8)", "linear", 3_538_944),
     # FLoRA and LieRA on LLaMA: q, k, v, up, down
     ("LLaMA-7B", "lora(rank=1)", LLAMA_FIVE, 1_753_088),
     ("LLaMA-7B", "liera(rank=16)", LLAMA_FIVE, 28_049_408),
     ("LLaMA-7B", "liera(rank=32)", LLAMA_FIVE, 56_098_816),
     ("LLaMA3-8B", "lora(rank=1)", LLAMA_FIVE, 1_769_472),
     ("LLaMA3-8B", "dora(rank=16)", LLAMA_FIVE, 29_097_984),
+    ("LLaMA3-8B", "liera(rank=32)", LLAMA_FIVE, 56_623_104),
     # FLoRA, ConvNeXt-V2-L; LieRA, ConvNeXt-V2-B on COCO
+    ("ConvNeXt-V2-L", "bitfit", "all", 165_312),
     ("ConvNeXt-V2-L", f"lora(rank=1, {LORALIB})", "all", 1_618_260),
     ("ConvNeXt-V2-L", f"lora(rank=8, {LORALIB})", "all", 12_946_080),
     ("ConvNeXt-V2-L", f"lora(rank=16, {LORALIB})", "all", 25_892_160),
@@ -144,6 +164,7 @@ def test_liera_on_vtab_is_within_a_hundredth_of_a_million(models):
         ("LLaMA3-8B", "lora(rank=16)", 8_030_261_248, 0.35, 2),
         ("LLaMA3-8B", "flora(rank=16)", 8_030_261_248, 0.353, 3),
         ("LLaMA3-8B", "dora(rank=16)", 8_030_261_248, 0.36, 2),
+        ("LLaMA3-8B", "liera(rank=32)", 8_030_261_248 + 56_623_104, 0.70, 2),
     ],
 )
 def test_printed_percentages_of_llama(models, model, method, base, printed, digits):

@@ -105,6 +105,9 @@ class Batches:
         """The samples at these positions of the endless stream."""
         draws = self.order.draws(positions)
         samples = [self._sample(draw) for draw in draws]  # (example, encoded, view)
+        captions = [self._caption(draw, example) for draw, (example, *_) in zip(draws, samples, strict=True)]
+        if self.is_streaming and not self.cut_captions:
+            self._tell_cut(captions)
         encoded = torch.stack([encoded for _, encoded, _ in samples])
         posterior = None
         if self.model.is_stochastic:
@@ -115,7 +118,7 @@ class Batches:
             noise=self._noise(draws, latents.shape[1:]),
             timesteps=torch.tensor([integer(self._key("timestep", d), self.timestep_count) for d in draws]),
             conditions={
-                **self.captions.rows([self._caption(d, s[0]) for d, s in zip(draws, samples, strict=True)]),
+                **self.captions.rows(captions),
                 **self.model.size_conditions([view for _, _, view in samples]),
             },
         )
@@ -202,6 +205,16 @@ class Batches:
                 "or --aspect_ratio_buckets"
             )
         return wanted
+
+    def _tell_cut(self, captions: Sequence[str | int]) -> None:
+        """What is not read of the first caption that is too long: streaming meets it late."""
+        if any(isinstance(caption, str) for caption in captions):
+            self.cut_captions = self.model.cut_captions(captions)
+        for cut in self.cut_captions[:1]:
+            tqdm.write(
+                f"too long for the tokenizer, so not read: {cut.lost!r} of {cut.caption!r} "
+                f"({cut.length} tokens); captions after this one are cut without notice"
+            )
 
     def _prepare(self, examples: Sequence[Example]) -> None:
         """Encodes everything once, so that a fault shows before the first step."""

@@ -1,5 +1,6 @@
 """Class pictures for prior preservation: what is there is used, what is missing is drawn by the base."""
 
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.data.grid import to_pictures
 from diffadapt.data.images import EXTENSIONS, UndrawnImage
+from diffadapt.files import write_atomically
 from diffadapt.sampling import Sampler, Shot, draw
 
 
@@ -22,7 +24,7 @@ def class_examples(
     files = (folder / f"{_name(number)}.png" for number in numbers)
     for images in draw(pipe, [Shot(prompt, seed + number) for number in numbers], sampler):
         for picture in to_pictures(images):
-            picture.save(next(files))
+            write_atomically(next(files), partial(picture.save, format="png"))
     return folder_examples(folder, prompt)[:count]
 
 

@@ -20,7 +20,7 @@ from diffadapt.update import LowRank, Update
 
 @dataclass(frozen=True)
 class LoKr(RankedMethod):
-    """``W' = W + multiplier * left (x) right``, never multiplied out in a forward.
+    """``W' = W + multiplier * left (x) right``, multiplied out in a forward of grouped convolutions alone.
 
     Outputs and inputs split into two divisors each: ``left (a, b)``, ``right (c, d * kernel)``, the smaller
     on the left. ``right`` is ``up @ down`` where the rank is below half its longer side, else dense with

@@ -63,11 +63,13 @@ class SquareBetween(Expression):
     def _rotate(self, blocks: Tensor) -> Tensor:
         """Rotary position of every block (RoFormer), halves paired."""
         count, r = blocks.shape[-2:]
-        options = {"dtype": blocks.dtype, "device": blocks.device}
+        wide = torch.promote_types(blocks.dtype, torch.float32)  # half precision cannot count blocks
+        options = {"dtype": wide, "device": blocks.device}
         rate = 10000 ** (-torch.arange(0, r, 2, **options) / r)
         angle = torch.arange(count, **options)[:, None] * rate.repeat(2)  # (n, r)
+        cos, sin = angle.cos().to(blocks.dtype), angle.sin().to(blocks.dtype)
         first, second = blocks.chunk(2, -1)
-        return blocks * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+        return blocks * cos + torch.cat([-second, first], -1) * sin
 
 
 @dataclass(frozen=True)

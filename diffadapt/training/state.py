@@ -85,7 +85,7 @@ def save(trainer: Trainer, folder: str | Path) -> Path:
         try:
             _write(trainer, unfinished)
             if target.exists():
-                shutil.rmtree(target)
+                _set_aside(target)
             os.replace(unfinished, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,11 +118,18 @@ def _cannot_write(target: Path, error: Exception) -> str:
     )
 
 
+def _set_aside(path: Path) -> None:
+    """Takes a checkpoint's name away before it is removed: half removed it must not be found."""
+    aside = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+
+
 def _remove_old(folder: Path, limit: int | None, *, keep: Path) -> None:
     """Removes the oldest checkpoints, by their number, beyond `limit`, and what killed processes left."""
     others = [path for path in checkpoints(folder) if path != keep]
     for path in others[: len(others) + 1 - limit] if limit is not None and len(others) >= limit else ():
-        os.replace(path, path.with_name(f".removed-{path.name}"))  # never half removed under its own name
+        _set_aside(path)
     for rest in (*folder.glob(".removed-checkpoint-*"), *folder.glob(".unfinished-checkpoint-*")):
         shutil.rmtree(rest)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from pipelines import tiny_sd_pipeline, write_pictures
 
 from diffadapt.data.batches import Batches, with_trigger
@@ -102,6 +103,21 @@ def told(model, batch):
     ]
 
 
+def test_a_class_picture_is_whole_or_not_there(tmp_path, model, monkeypatch):
+    save = Image.Image.save
+
+    def killed(picture, path, **options):
+        save(picture, path, **options)
+        path.write_bytes(path.read_bytes()[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    sampler = Sampler(num_inference_steps=1, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        class_examples(model.pipe, tmp_path / "class", prompt="a dog", count=1, sampler=sampler, seed=0)
+    assert list((tmp_path / "class").iterdir()) == []
+
+
 def test_captions_are_dropped_at_the_rate_asked_for_and_the_same_after_a_resume(tmp_path, model):
     examples = captioned(tmp_path)
     words = told(model, make(model, examples, caption_dropout=0.25).batch(range(200)))
@@ -172,6 +188,25 @@ def test_streaming_reads_late_and_leaves_out_what_cannot_be_used(tmp_path, model
         late.batch(range(1))
 
 
+def test_latents_that_are_no_numbers_are_named_before_the_first_step_or_left_to_the_loss(
+    tmp_path, model, monkeypatch
+):
+    examples = captioned(tmp_path / "a", 3)
+    spoiled, encode = to_pixels(open_image(examples[1].source), 32)[None], model.encode_pixels
+    monkeypatch.setattr(
+        model, "encode_pixels", lambda x: encode(x) * (float("nan") if torch.equal(x, spoiled) else 1)
+    )
+    with pytest.raises(ValueError, match=r"non-finite latents for .*picture-1"):
+        make(model, examples)
+    kept = {"cache_latents": "disk", "cache_dir": str(tmp_path / "cache"), "is_streaming": True}
+    for options in ({"cache_latents": "none"}, kept):
+        batches = make(model, examples, **options)
+        finite = batches.batch(range(3)).latents.isfinite().flatten(1).all(1)
+        assert finite.tolist() == ["picture-1" not in name for name in batches.names(range(3))]
+    monkeypatch.undo()
+    assert make(model, examples, **kept).batch(range(3)).latents.isfinite().all()  # it was not kept
+
+
 def test_streaming_may_keep_encodings_on_disk_only(tmp_path, model):
     examples = captioned(tmp_path / "a", 3)
     kept = {"cache_latents": "disk", "cache_dir": str(tmp_path / "cache"), "is_streaming": True}
@@ -202,6 +237,22 @@ def test_missing_and_cut_captions_are_told_before_the_first_step(tmp_path, model
     assert "of 'a picture of a very long disc'" in description
     with pytest.raises(ValueError, match=r"1 of 2 pictures have no caption(.|\n)*picture-0"):
         make(model, [Example(examples[0].source, ""), examples[1]])
+
+
+def test_streaming_tells_the_first_caption_that_is_cut(tmp_path, model, capsys):
+    examples = captioned(tmp_path, 3)
+    long = [
+        Example(example.source, f"a picture of a very long disc {i}") for i, example in enumerate(examples)
+    ]
+    batches = make(model, long, is_streaming=True)
+    assert "too long" not in batches.description
+    for positions in (range(1), range(1, 3)):
+        batches.batch(positions)
+    said = capsys.readouterr().out
+    assert said.count("too long for the tokenizer") == 1
+    assert f"of {batches.examples(range(1))[0].caption!r}" in said
+    make(model, examples, is_streaming=True).batch(range(3))
+    assert "too long" not in capsys.readouterr().out
 
 
 def test_the_files_of_samples_can_be_named(tmp_path, model):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import close
-from originals import assert_same, layer, same
+from method_cases import Model, close
+from originals import assert_same, layer, randomized, same
 from torch import Tensor
 
 import diffadapt as da
@@ -64,6 +64,17 @@ def test_mora_of_a_linear_layer(width, out, kind, formula):
     assert_same(
         base, da.MoRA(rank=2, type=kind), x, lambda value: base(value) + formula(value, square, out), theirs
     )
+
+
+def test_mora_rotates_far_blocks_in_half_precision_too():
+    base, x = torch.nn.Linear(1200, 1200, bias=False), torch.randn(3, 1200).bfloat16()
+    base.weight.data.zero_()
+    model = Model(base.bfloat16())
+    square = da.attach(model, da.MoRA(rank=1, type=6), "layer").parts[0].tensors[0]["square"]
+    randomized([square])
+    exact = mora_type_6(x.double(), square.detach().double(), 1200)
+    assert 1200 / len(square) > 24  # blocks
+    close(model(x), exact, 0.015)
 
 
 # LieRA, arXiv 2504.00851, equations 5 and 6, and ConvLoRA's way to see a convolution as a matrix

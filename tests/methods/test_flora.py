@@ -155,7 +155,9 @@ class Sizes(TorchDispatchMode):
     ],
     ids=["linear", "3x3", "3x3-circular-stride", "1x1"],
 )
-@pytest.mark.parametrize("method", [da.FLoRA(rank=3), da.LoRA(rank=3)], ids=str)
+@pytest.mark.parametrize(
+    "method", [da.FLoRA(rank=3), da.LoRA(rank=3), da.LoKr(rank=1), da.LoKr(rank=9)], ids=str
+)
 def test_neither_forward_nor_backward_makes_a_tensor_of_the_weights_size(layer, x, method):
     adapter = da.attach(nn.Sequential(layer), method, "0")
     train(adapter)

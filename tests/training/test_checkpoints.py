@@ -52,6 +52,24 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path):
     assert names(tmp_path) == ["checkpoint-1"]
 
 
+def test_one_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):
+    trainer = small_trainer(max_train_steps=1)
+    steps_of(trainer, tmp_path)
+
+    def killed(path, **_):
+        if (path / "state.safetensors").exists():
+            (path / "state.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            state.save(trainer, tmp_path)
+    again = small_trainer(max_train_steps=1)
+    state.restore(again, state.find("latest", tmp_path))
+    assert same_bits(bits(trainer), bits(again))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 2 MiB, where mounting is allowed."""

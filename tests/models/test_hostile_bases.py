@@ -1,0 +1,39 @@
+"""Bases from strangers: what their folders hold is never run as code."""
+
+import json
+
+import pytest
+
+from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.models.families import load_base
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Evil: pass\n"
+
+
+def hostile(folder, index, *files):
+    """A pipeline's folder with that index, and code in those files."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(CODE)
+    return folder
+
+
+@pytest.mark.parametrize("opener", [load_base, open_pipeline])
+@pytest.mark.parametrize(
+    ("index", "file"),
+    [
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["evil", "Evil"]}, "unet/evil.py"),
+        ({"_class_name": ["evil", "Evil"], "unet": ["diffusers", "UNet2DConditionModel"]}, "evil.py"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["antigravity", "Evil"]}, "antigravity.py"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}, "pipeline.py"),
+    ],
+    ids=["component", "pipeline", "module", "function"],
+)
+def test_code_in_a_bases_folder_is_refused_and_not_run(tmp_path, monkeypatch, opener, index, file):
+    folder = hostile(tmp_path / "base", index, file)
+    monkeypatch.chdir(folder)
+    with pytest.raises((ValueError, TypeError, OSError)):
+        opener(str(folder))
+    assert not list(tmp_path.rglob("ran"))
