@@ -106,11 +106,17 @@ def fit_budget(
         raise ValueError(
             f"{method} has {least:,} parameters at every rank; leave out the budget or its own rank"
         )
+    return make_method(method, rank=_largest_within(count, budget), **options)
+
+
+def _largest_within(count: Callable[[int], int | None], budget: int) -> int:
+    """The largest rank with at most ``budget`` parameters; the first of those that train the most, where the
+    parameters stop growing before."""
     rank = _last(lambda rank: (trial := count(rank)) is not None and trial <= budget)
-    if rank == _MOST:  # the parameters stop growing before the budget is spent
-        full = count(_MOST)
-        rank = _last(lambda rank: count(rank) < full) + 1
-    return make_method(method, rank=rank, **options)
+    if rank < _MOST:
+        return rank
+    most = count(_MOST)
+    return _last(lambda rank: count(rank) < most) + 1
 
 
 def _last(holds: Callable[[int], bool]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import attach_sites, components
-from diffadapt.configuration import StoredSite, read_configuration
+from diffadapt.configuration import Configuration, read_configuration
 from diffadapt.files import write_atomically
 from diffadapt.fingerprints import fingerprints
 from diffadapt.imports import attach_foreign, open_foreign
@@ -22,11 +21,10 @@ from diffadapt.method_names import read_method
 from diffadapt.methods import Method
 from diffadapt.methods.peft_limits import check_sizes
 from diffadapt.methods.peft_method import PeftMethod
-from diffadapt.nearest import near
-from diffadapt.parts import plan_parts
 from diffadapt.peft_bridge import filling
 from diffadapt.site import Site
-from diffadapt.targets import Found, choose
+from diffadapt.stored_sites import check_tensors, expected_tensors, match_sites
+from diffadapt.targets import Found
 from diffadapt.tensor_file import check_numbers, checksums, read_header, read_tensors
 
 FORMAT_VERSION = 1
@@ -88,31 +86,47 @@ def load(
         return attach_foreign(model, foreign, name=name or "default", strength=strength)
     header, tensors = _read(Path(path))
     config = read_configuration(header.get("adapter"), path)
-    method, stored = read_method(config.method), config.sites
-    roots = components(model, any(site.component.startswith("text_encoder") for site in stored))
-    found, ranks, names = _match(roots, stored, path)
-    if isinstance(method, PeftMethod):
-        widest = max(sum(choice.site.shape) for choice in found)
-        stored_values = sum(tensor.numel() for tensor in tensors.values())
-        check_sizes(method.name, method.options, widest, stored_values)
-        check_numbers(tensors, path)
-        fill = filling(tensors, path)
-    else:
-        expected = _expected(method, found, ranks, names)
-        _check_tensors(expected, tensors, path)
-        fill = _filling(expected, tensors)
-    records = [getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found]
-    if config.base_values.isdisjoint(fingerprints(records).values()):
-        base = config.base_name or "not recorded"
-        message = f"{path} was trained on other weights of this architecture (base: {base})"
-        if strict_base:
-            raise ValueError(message + "; pass its own base, or strict_base=False to accept the difference")
-        warnings.warn(message, stacklevel=2)
-    used = {root: roots[root] for root in {_component(site.name, roots) for site in (f.site for f in found)}}
+    method = read_method(config.method)
+    roots = components(model, any(site.component.startswith("text_encoder") for site in config.sites))
+    found, ranks, names = match_sites(roots, config.sites, path)
+    fill = _checked_filling(method, found, ranks, names, tensors, path)
+    _check_base(config, found, path, strict=strict_base)
+    used = {root: roots[root] for root in {_component(choice.site.name, roots) for choice in found}}
     name = name or config.name
     adapter = attach_sites(used, method, found, name=name, seed=config.seed, ranks=ranks, fill=fill)
     adapter.strength = strength
     return adapter
+
+
+def _checked_filling(
+    method: Method,
+    found: Sequence[Found],
+    ranks: Mapping[str, int],
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+) -> Callable[[Adapter], None]:
+    """What fills the new adapter, once the file's tensors are known to be those of its method."""
+    if not isinstance(method, PeftMethod):
+        expected = expected_tensors(method, found, ranks, names)
+        check_tensors(expected, tensors, path)
+        return _filling(expected, tensors)
+    widest = max(sum(choice.site.shape) for choice in found)
+    check_sizes(method.name, method.options, widest, sum(tensor.numel() for tensor in tensors.values()))
+    check_numbers(tensors, path)
+    return filling(tensors, path)
+
+
+def _check_base(config: Configuration, found: Sequence[Found], path: str | Path, *, strict: bool) -> None:
+    """Warns, or raises ValueError, where the layers are not those of the base in the file."""
+    records = [getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found]
+    if not config.base_values.isdisjoint(fingerprints(records).values()):
+        return
+    base = config.base_name or "not recorded"
+    message = f"{path} was trained on other weights of this architecture (base: {base})"
+    if strict:
+        raise ValueError(message + "; pass its own base, or strict_base=False to accept the difference")
+    warnings.warn(message, stacklevel=3)
 
 
 def _filling(expected: Mapping[str, tuple], tensors: Mapping[str, Tensor]) -> Callable[[Adapter], None]:
@@ -134,6 +148,18 @@ def read_metadata(path: str | Path) -> dict[str, object]:
     header, _ = _read(Path(path))
     config = read_configuration(header.get("adapter"), path).whole
     return {key: _decode(value) for key, value in header.items()} | {"adapter": config}
+
+
+def base_named_in(paths: Sequence[str]) -> str:
+    """The base that all files name. Raises ValueError when one names none or they differ."""
+    bases = {path: read_metadata(path)["adapter"]["base"]["name"] for path in paths}
+    if None in bases.values():
+        nameless = next(path for path, base in bases.items() if base is None)
+        raise ValueError(f"{nameless} does not name its base; give it with --base")
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"{path}: {base}" for path, base in bases.items())
+        raise ValueError(f"the adapters were trained on different bases ({listed}); choose one with --base")
+    return next(iter(bases.values()))
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -165,68 +191,6 @@ def _describe(site: Site, adapter: Adapter) -> dict[str, object]:
 
 def _component(name: str, roots: Mapping[str, nn.Module]) -> str:
     return "" if "" in roots else name.partition(".")[0]
-
-
-def _match(
-    roots: Mapping[str, nn.Module], stored: Sequence[StoredSite], path: str | Path
-) -> tuple[list[Found], dict[str, int], list[str]]:
-    """The target's layers for the stored sites in order, the ranks by new name, and the stored names."""
-    found: dict[tuple[str, str], Found] = {}
-    for component in dict.fromkeys(component for component, *_ in stored):
-        root = _root_for(component, roots, path)
-        wanted = {name: True for own, name, *_ in stored if own == component}
-        try:
-            chosen = choose(roots[root], wanted, f"{root}." if root else "")
-        except ValueError as error:
-            raise ValueError(f"{path} is of another architecture: {error}") from error
-        prefix = len(root) + 1 if root else 0
-        found.update({(component, choice.site.name[prefix:]): choice for choice in chosen})
-    ranks: dict[str, int] = {}
-    for component, name, shape, rank in stored:
-        choice = found.get((component, name))
-        if choice is None or choice.site.shape != shape:
-            has = "another place for this weight" if choice is None else f"shape {choice.site.shape}"
-            raise ValueError(f"{path} is of another architecture: {name} has shape {shape} there, {has} here")
-        if rank is not None:
-            ranks[choice.site.name] = rank
-    names = [f"{component}.{name}" if component else name for component, name, *_ in stored]
-    return [found[component, name] for component, name, *_ in stored], ranks, names
-
-
-def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) -> str:
-    if component in roots:
-        return component
-    denoiser = next((root for root in roots if not root.startswith("text_encoder")), None)
-    if denoiser is not None and not component.startswith("text_encoder"):
-        return denoiser  # saved from a bare model and loaded into a pipeline, or the other way
-    raise ValueError(f"{path} changes the {component!r} of a pipeline; load it into one that has it")
-
-
-def _expected(
-    method: Method, found: Sequence[Found], ranks: Mapping[str, int], names: Sequence[str]
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the file's tensors by their names in it."""
-    sites = [replace(choice.site, name=name) for choice, name in zip(found, names, strict=True)]
-    renamed = {
-        new: ranks[choice.site.name]
-        for choice, new in zip(found, names, strict=True)
-        if choice.site.name in ranks
-    }
-    return {key: shape for plan in plan_parts(method, sites, renamed) for key, shape in plan.stored().items()}
-
-
-def _check_tensors(
-    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: str | Path
-) -> None:
-    for key, shape in expected.items():
-        if key not in tensors:
-            raise ValueError(f"{path} lacks the tensor {key!r}{near(key, tensors)}")
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}")
-    for key in tensors:
-        if key not in expected:
-            raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
-    check_numbers(tensors, path)
 
 
 def _decode(value: object) -> object:

@@ -91,11 +91,6 @@ def _run_sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_params(arguments: argparse.Namespace) -> int:
-    print(params.params(arguments))
-    return 0
-
-
 def _printing(text: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
     def run_it(arguments: argparse.Namespace) -> int:
         print(text(arguments))
@@ -106,7 +101,9 @@ def _printing(text: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
 
 COMMANDS = {
     "methods": Command("the adapter methods and their options", _no_options, _run_methods),
-    "params": Command("what an adapter would train, from a config alone", params.add_options, _run_params),
+    "params": Command(
+        "what an adapter would train, from a config alone", params.add_options, _printing(params.params)
+    ),
     "info": Command("what is in an adapter file", _info_options, _run_info),
     "export": Command(
         "an adapter in another program's format, proven when it is written",

@@ -20,7 +20,7 @@ import weights_plots
 import diffadapt as da
 from diffadapt.adapter import Adapter
 from diffadapt.analysis import LayerFigures, analyse
-from diffadapt.commands.combine import base_named_in
+from diffadapt.checkpoint import base_named_in
 from diffadapt.evaluation.plots import save_plot
 from diffadapt.evaluation.tables import markdown_table, number
 from diffadapt.exits import run

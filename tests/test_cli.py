@@ -1,6 +1,8 @@
 """The command line: every subcommand, and what it says when something is wrong."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from pipelines import tiny_sd_pipeline
 
 import diffadapt as da
 from diffadapt.cli import main
-from diffadapt.commands.sample import AdapterFile, parse_adapter
+from diffadapt.looks import AdapterFile, parse_adapter
 from diffadapt.models.families import load_base
 
 
@@ -111,3 +113,14 @@ def test_info_shows_what_a_file_holds(work, capsys):
     assert str(work / "base") in shown
     assert main(["info", "--json", str(work / "one.safetensors")]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 3
+
+
+def test_importing_the_package_does_not_load_the_libraries_of_pipelines():
+    slow = "{'diffusers', 'transformers', 'accelerate', 'datasets'}"
+    told = subprocess.run(
+        [sys.executable, "-c", f"import sys, diffadapt.cli; print({slow} & set(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "set()"

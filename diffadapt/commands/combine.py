@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffadapt as da
+from diffadapt.checkpoint import base_named_in
+from diffadapt.looks import parse_adapter
 
 if TYPE_CHECKING:
     from diffadapt.without_base import Opened
@@ -30,7 +30,8 @@ def combine(arguments: argparse.Namespace) -> str:
     """Writes the file; returns what to say."""
     from diffadapt.compress import combined
 
-    opened = open_adapters([with_strength(text) for text in arguments.files], arguments.base)
+    files = [parse_adapter(text, strength=1.0) for text in arguments.files]
+    opened = open_adapters([(file.path, file.strength) for file in files], arguments.base)
     forms, error = combined(opened.adapters)
     whole = sum(form.form == "dense" for form in forms.values())
     written = opened.write(forms, arguments.out, {"combined_from": " + ".join(arguments.files)})
@@ -38,15 +39,6 @@ def combine(arguments: argparse.Namespace) -> str:
         f"{written}: {len(forms)} layers, {len(forms) - whole} by joined factors, {whole} as whole "
         f"differences; relative error {error:.2e}"
     )
-
-
-def with_strength(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH; a colon that is part of an existing path is left alone."""
-    head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
-        with suppress(ValueError):
-            return head, float(tail)
-    return text, 1.0
 
 
 def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opened:
@@ -68,15 +60,3 @@ def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opene
         for number, (path, strength) in enumerate(files)
     ]
     return Opened(adapters, base=base)
-
-
-def base_named_in(paths: Sequence[str]) -> str:
-    """The base that all files name. Raises ValueError when one names none or they differ."""
-    bases = {path: da.read_metadata(path)["adapter"]["base"]["name"] for path in paths}
-    if None in bases.values():
-        nameless = next(path for path, base in bases.items() if base is None)
-        raise ValueError(f"{nameless} does not name its base; give it with --base")
-    if len(set(bases.values())) > 1:
-        listed = ", ".join(f"{path}: {base}" for path, base in bases.items())
-        raise ValueError(f"the adapters were trained on different bases ({listed}); choose one with --base")
-    return next(iter(bases.values()))

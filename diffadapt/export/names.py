@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffusers import UNet2DConditionModel
-
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import pipeline_of
 from diffadapt.export.changes import Change
@@ -60,6 +58,8 @@ class Base:
 
 def base_of(adapter: Adapter) -> Base:
     """The family by the structure of the UNet; of a lone text encoder, by that of its pipeline."""
+    from diffusers import UNet2DConditionModel  # takes seconds, which `import diffadapt` need not
+
     pipeline = pipeline_of(adapter)
     unet = adapter.roots.get("unet") or getattr(pipeline, "unet", None) or adapter.roots.get("")
     if not isinstance(unet, UNet2DConditionModel):
