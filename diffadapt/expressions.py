@@ -108,25 +108,19 @@ class EntrywiseProduct(Expression):
     def matrix(self) -> Tensor:
         return self.first.matrix() * self.second.matrix()
 
-    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())
-
-
-@dataclass(frozen=True)
-class HadamardPair(Expression):
-    """The entrywise product of two low-rank matrices (LoHa)."""
-
-    first: LowRank
-    second: LowRank
-
-    def matrix(self) -> Tensor:
-        return self.first.matrix() * self.second.matrix()
-
     def added_to(self, weight: Tensor) -> Tensor:
         return torch.addcmul(weight, self.first.matrix(), self.second.matrix())
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())
+
+
+@dataclass(frozen=True)
+class HadamardPair(EntrywiseProduct):
+    """The entrywise product of two low-rank matrices (LoHa)."""
+
+    first: LowRank
+    second: LowRank
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
         (_, fan_in), rank = self.first.down.shape, self.first.up.shape[1] * self.second.up.shape[1]

@@ -1,9 +1,9 @@
-"""The nearest known names, for error messages."""
+"""Names in error messages: the nearest known ones, and the first few of many."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def near(wrong: str, known: Iterable[str]) -> str:
@@ -11,5 +11,10 @@ def near(wrong: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(close)}?" if close else ";"
-    shown = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
-    return f"{meant} known: {shown or 'none'}"
+    return f"{meant} known: {few(known, most=20) or 'none'}"
+
+
+def few(names: Sequence[str], *, most: int = 8) -> str:
+    """The first names with commas, and how many there are when those are not all."""
+    shown = ", ".join(names[:most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")

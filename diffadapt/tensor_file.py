@@ -52,10 +52,10 @@ def checksums(tensors: Mapping[str, Tensor], configuration: str) -> dict[str, st
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors."""
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     hasher = hashlib.sha256()
     for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
+        tensor = tensors[key].detach().cpu().contiguous()
         hasher.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return hasher.hexdigest()

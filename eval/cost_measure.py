@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from diffadapt.training.memory import kept_storages
 
 Loss = Callable[[nn.Module], Tensor]  # runs a model on fixed inputs
 
@@ -66,17 +67,9 @@ class _Operators(TorchDispatchMode):
 
 def count_step(model: nn.Module, base: nn.Module, loss: Loss) -> Counts:
     """Run one training step of ``model``, whose frozen weights are those of ``base``, and count."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*base.parameters(), *base.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
+    own = [*base.parameters(), *base.buffers()]
     with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as flops, _Operators() as operators:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_storages(own) as kept:
             value = loss(model)
         total = sum(storage.nbytes() for storage in kept.values())
         kept.clear()

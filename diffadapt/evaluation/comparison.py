@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from diffadapt.evaluation.compared_runs import Run
-from diffadapt.evaluation.feature_file import read_features
+from diffadapt.evaluation.feature_file import file_name, read_features
 from diffadapt.evaluation.record import ImageRow, Score, differences
 from diffadapt.metrics.evaluate import evaluate
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import (
     Interval,
+    Z,
     clustered_interval,
     half_samples_interval,
     mean_interval,
     normal_interval,
 )
 from diffadapt.metrics.registry import METRICS
-
-Z = 1.959963984540054  # an interval's half-width in standard errors
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,7 @@ def _features(run: Run, label: str, score: Score) -> Inputs | None:
     folder = run.record.sets[label].features if label in run.record.sets else None
     if folder is None or score.metric not in METRICS:
         return None
-    name = f"{score.identity['extractor'].replace('/', '_').replace(':', '-')}.safetensors"
-    path = run.path.parent / folder / name
+    path = run.path.parent / folder / file_name(score.identity["extractor"])
     if not path.is_file():
         return None
     return Inputs({METRICS[score.metric].generated[0]: read_features(path).layers[score.identity["layer"]]})

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffadapt.evaluation.pictures import Facts
-from diffadapt.evaluation.weights import sha256_of_tensors
 from diffadapt.files import write_atomically
+from diffadapt.tensor_file import digest
 
 KEY = "evaluation"  # in the metadata
 VERSION = 1  # of the format, and of everything between a file's bytes and its features
@@ -44,7 +44,7 @@ def write_features(path: Path, content: SetFeatures) -> None:
         "version": VERSION,
         "identity": dict(content.identity),
         "facts": [asdict(facts) for facts in content.facts],
-        "tensors": sha256_of_tensors(tensors),
+        "tensors": digest(tensors),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {KEY: json.dumps(stored)}))
 
@@ -61,7 +61,7 @@ def read_features(path: Path) -> SetFeatures:
         raise ValueError(f"{path} holds no features of this program, or not all of them: {error}") from None
     if version != VERSION:
         raise ValueError(f"{path} was written by version {version!r} of the format, this is {VERSION}")
-    if sha256_of_tensors(layers) != sha256:
+    if digest(layers) != sha256:
         raise ValueError(f"{path} is damaged: its features do not hash to what it says; make it again")
     if any(len(rows) != len(facts) for rows in layers.values()):
         raise ValueError(f"{path} is damaged: {len(facts)} images, but other numbers of rows")

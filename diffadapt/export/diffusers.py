@@ -12,10 +12,10 @@ from diffadapt.export.changes import Change
 from diffadapt.export.factors import full_rank, low_rank, nearest, nothing
 from diffadapt.export.names import clip_path
 from diffadapt.export.programs.peft import geometry_refusal
+from diffadapt.nearest import few
 from diffadapt.update import LowRank
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-_MOST_NAMED = 3  # layers listed in an error
 _FULL_RANK_SHARE = 0.25  # of the adapted weights: few enough to be written whole, as factors of full rank
 
 
@@ -147,6 +147,4 @@ def _check_layers(changes: list[Change]) -> None:
 
 
 def _listed(changes: list[Change]) -> str:
-    names = [change.name for change in changes]
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return few([change.name for change in changes], most=3)

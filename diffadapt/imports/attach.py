@@ -10,10 +10,10 @@ from diffadapt.adapter import Adapter
 from diffadapt.attaching import attach_sites, components
 from diffadapt.imports.foreign import Foreign
 from diffadapt.imports.forms import Form, fit
-from diffadapt.imports.keys import shorten
 from diffadapt.imports.names import Names, Place
 from diffadapt.layers import Record
 from diffadapt.methods.imported import Imported, bare_path
+from diffadapt.nearest import few
 from diffadapt.targets import Found, choose
 
 
@@ -79,7 +79,9 @@ def _place(foreign: Foreign, roots: Mapping[str, nn.Module]) -> dict[Place, Form
         else:
             placed[place] = form
     if missing:
-        raise ValueError(f"{foreign.path} changes layers that this model does not have: {shorten(missing)}")
+        raise ValueError(
+            f"{foreign.path} changes layers that this model does not have: {few(sorted(missing))}"
+        )
     return placed
 
 

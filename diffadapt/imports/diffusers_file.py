@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.imports.forms import Form, form_of, kohya_rule
-from diffadapt.imports.keys import by_layer, shorten
+from diffadapt.imports.keys import by_layer
 from diffadapt.imports.peft_folder import config_rule
+from diffadapt.nearest import few
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -40,7 +41,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
         forms[layer], unused = form_of(layer, roles, rule)
         left += unused
     if left:
-        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten(left)}")
+        raise ValueError(f"{path} has keys of no known kind of adapter: {few(sorted(left))}")
     return forms
 
 

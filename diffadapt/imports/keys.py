@@ -73,9 +73,3 @@ def by_layer(
         else:
             layer[roles[end]] = Named(key, tensor)
     return layers, left
-
-
-def shorten(keys: list[str]) -> str:
-    """Keys for an error message."""
-    shown = ", ".join(sorted(keys)[:8])
-    return shown + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.imports.forms import Form, form_of, kohya_rule
-from diffadapt.imports.keys import by_layer, shorten
+from diffadapt.imports.keys import by_layer
+from diffadapt.nearest import few
 
 OURS = "diffadapt.method"  # in the header of files we exported
 
@@ -31,6 +32,6 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     if left or not forms:
         raise ValueError(
             f"{path} is not a diffadapt file, and not wholly LoRA, LoCon, LoHa, LoKr, DoRA, full or norms: "
-            f"{'keys left: ' + shorten(left) if left else 'it holds no tensors'}"
+            f"{'keys left: ' + few(sorted(left)) if left else 'it holds no tensors'}"
         )
     return forms

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from diffadapt.imports.forms import Form, Rule, form_of
-from diffadapt.imports.keys import by_layer, shorten
+from diffadapt.imports.keys import by_layer
+from diffadapt.nearest import few
 
 # names of layers, with at most one repetition: other patterns could take for ever to match
 _SIMPLE_PATTERN = re.compile(r"\^?[\w.|\-\\]*([*+][\w.|\-\\]*)?\$?")
@@ -55,7 +56,7 @@ def read(tensors: Mapping[str, Tensor], config_path: Path, path: Path) -> dict[s
         if config["peft_type"] == "VERA":
             forms[layer] = replace(forms[layer], cut=True)
     if left:
-        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten(left)}")
+        raise ValueError(f"{path} has keys of no known kind of adapter: {few(sorted(left))}")
     return forms
 
 

@@ -22,8 +22,8 @@ def score_name(score: str, extractor: str, layer: str | None = None) -> str:
     """The name under which a score is reported.
 
     "fid" needs Inception's pool; with `embedded:clip` it is "frechet_distance[embedded:clip]". Scores that
-    exist for many
-    extractors always carry theirs: "precision[inception]", "clip_i[clip:openai/clip-vit-base-patch32]".
+    exist for many extractors always carry theirs: "precision[inception]",
+    "clip_i[clip:openai/clip-vit-base-patch32]".
 
     Args:
         score: one of a metric's `scores`.

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from diffadapt.adapter import Adapter
-
-SHOWN = 8  # names in a message
+from diffadapt.nearest import few
 
 
 def check_precision(adapter: Adapter) -> None:
@@ -16,7 +15,7 @@ def check_precision(adapter: Adapter) -> None:
     if wrong:
         kind = _trained(adapter)[wrong[0]].dtype
         raise TypeError(
-            f"{len(wrong)} trained tensors are {kind} and would lose small updates: {_few(wrong)}; keep them "
+            f"{len(wrong)} trained tensors are {kind} and would lose small updates: {few(wrong)}; keep them "
             "in float32 and use --mixed_precision for the activations"
         )
 
@@ -46,7 +45,7 @@ class GradientWatch:
         if self._moved and self._silent:
             raise ValueError(
                 f"no gradient reaches {len(self._silent)} of {len(self._parameters)} trained tensors in two "
-                f"steps: {_few(sorted(self._silent))}; leave these layers out of --targets (as A+!GLOB), or "
+                f"steps: {few(sorted(self._silent))}; leave these layers out of --targets (as A+!GLOB), or "
                 "report it when they should learn"
             )
         self.is_done = self._moved
@@ -82,8 +81,3 @@ def _trained(adapter: Adapter) -> dict[str, torch.nn.Parameter]:
     """Trained tensors by the names they have in the adapter's file: part/layer/factor."""
     named = {key: tensor for part in adapter.parts for key, tensor in part.named().items()}
     return {key: tensor for key, tensor in named.items() if tensor.requires_grad}
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,5 +1,7 @@
 """How much memory a step takes, before the first one: counted where it can be, measured in one forward."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,20 +54,28 @@ def estimate_memory(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline)
 def _kept_by_forward(trainer: Trainer, batches: Batches, weights: list[Tensor]) -> int:
     """Bytes of the tensors that autograd keeps, each storage once, without those of the models."""
     objective, accelerator = trainer.accelerator.unwrap_model(trainer.objective), trainer.accelerator
-    owned = {t.untyped_storage()._cdata for t in [*weights, *trainer.adapter.parameters()]}
+    batch = batches.batch(positions(trainer, 0)).to(accelerator.device)
+    trainer.adapter.set_dropout_seed(0)
+    owned = [*weights, *trainer.adapter.parameters()]
+    with kept_storages(owned) as kept, accelerator.autocast(), attention(batch.latents):
+        objective.forward(batch)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@contextmanager
+def kept_storages(owned: Iterable[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Collects what autograd keeps for backward within the context: each storage once, none of `owned`."""
+    known = {tensor.untyped_storage()._cdata for tensor in owned}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
+        if storage._cdata not in known:
             kept[storage._cdata] = storage
         return tensor
 
-    batch = batches.batch(positions(trainer, 0)).to(accelerator.device)
-    trainer.adapter.set_dropout_seed(0)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), accelerator.autocast(), attention(batch.latents):
-        objective.forward(batch)
-    return sum(storage.nbytes() for storage in kept.values())
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffadapt.evaluation.extractors.base import Extractor, frozen, standardise
-from diffadapt.evaluation.weights import read_state_dict, sha256_of_tensors
+from diffadapt.evaluation.weights import read_state_dict
+from diffadapt.tensor_file import digest
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 LPIPS = {  # backbone -> its layers in torchvision after which features are taken
@@ -133,7 +134,7 @@ def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, devi
 
     return Extractor(
         f"lpips:{kind}",
-        f"{sha256} and {sha256_of_tensors(stored)}",
+        f"{sha256} and {digest(stored)}",
         LPIPS_SIDE,
         preset or "clean",
         ("lpips",),

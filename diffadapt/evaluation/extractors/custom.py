@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from diffadapt.evaluation.extractors.base import Extractor, frozen
-from diffadapt.evaluation.weights import sha256_of_tensors
+from diffadapt.tensor_file import digest
 
 CONTRACT = (
     "it is made without arguments, has an integer `side`, and is called with (B, 3, side, side) float32 in "
@@ -59,7 +59,7 @@ def custom(name: str, *, preset: str | None, device: str) -> Extractor:
 def _sha256(kind: type, made: object) -> str:
     """Over the source file and, of a module, its tensors."""
     source = inspect.getsourcefile(kind)
-    digest = hashlib.sha256(Path(source).read_bytes() if source else kind.__qualname__.encode())
+    hasher = hashlib.sha256(Path(source).read_bytes() if source else kind.__qualname__.encode())
     if isinstance(made, nn.Module):
-        digest.update(sha256_of_tensors(made.state_dict()).encode())
-    return digest.hexdigest()
+        hasher.update(digest(made.state_dict()).encode())
+    return hasher.hexdigest()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffadapt.evaluation.extractors.base import Extractor, frozen
-from diffadapt.evaluation.weights import sha256_of_tensors
 from diffadapt.metrics.digit_classifier import NAME, load_digit_classifier
+from diffadapt.tensor_file import digest
 
 
 def digits(*, preset: str | None, device: str) -> Extractor:
@@ -16,5 +16,5 @@ def digits(*, preset: str | None, device: str) -> Extractor:
     def network(pixels: Tensor) -> dict[str, Tensor]:
         return classifier((pixels / 255).to(device))
 
-    sha256, layers = sha256_of_tensors(classifier.state_dict()), ("pool", "logits")
+    sha256, layers = digest(classifier.state_dict()), ("pool", "logits")
     return Extractor(NAME, sha256, classifier.side, preset or "clean", layers, "pool", network, "logits")

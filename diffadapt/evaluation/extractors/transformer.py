@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from diffadapt.evaluation.extractors.base import Extractor, frozen, standardise
-from diffadapt.evaluation.weights import sha256_of_tensors
 from diffadapt.metrics.features import load_clip
+from diffadapt.tensor_file import digest
 
 SMALLER, LARGER = 224, 256  # the middle SMALLER pixels of an image whose shorter side is LARGER
 KINDS = {"dino": ("vit",), "dinov2": ("dinov2", "dinov2_with_registers")}  # model types in config.json
@@ -29,7 +29,7 @@ def clip(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
     def network(pixels: Tensor) -> dict[str, Tensor]:
         return {"image": model.encode(pixels / 255)}
 
-    sha256, layer = sha256_of_tensors(model.model.state_dict()), "image"
+    sha256, layer = digest(model.model.state_dict()), "image"
     resize = preset or f"crop-{side}"
     return Extractor(name, sha256, side, resize, (layer,), layer, network, texts=model.texts)
 
@@ -51,7 +51,7 @@ def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
         images = standardise(pixels.to(device), processor.image_mean, processor.image_std)
         return {"cls": normalize(model(pixel_values=images).last_hidden_state[:, 0], dim=-1)}
 
-    sha256, resize = sha256_of_tensors(model.state_dict()), f"crop-{round(side * LARGER / SMALLER)}"
+    sha256, resize = digest(model.state_dict()), f"crop-{round(side * LARGER / SMALLER)}"
     return Extractor(name, sha256, side, preset or resize, ("cls",), "cls", network)
 
 
