@@ -74,8 +74,7 @@ class Adapter(nn.Module):
         for part in self.parts:
             part.strength = self._strength
         if self.merged:
-            for record in self.records.values():
-                refold(record)
+            refold(self)
 
     @property
     def merged(self) -> bool:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from diffadapt.adapter import Adapter
+from diffadapt.class_table import check_new_table, follow_dropout
 from diffadapt.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
 from diffadapt.merging import merge, unmerge
 from diffadapt.methods import Method
@@ -114,6 +115,10 @@ def attach_sites(
         return attach_peft(roots, method, found, name=name, seed=seed, ranks=ranks, fill=fill)
     plans = plan_parts(method, [choice.site for choice in found], ranks)
     _check_all_served(method, found, plans)
+    for plan in plans:
+        layers = [layer for index in plan.indices for layer in found[index].layers]
+        for root in roots.values():
+            check_new_table(plan.methods[0], layers, root, _home(root))
     records = [
         getattr(choice.layers[0], "_diffadapt", None) or Record(list(choice.layers)) for choice in found
     ]
@@ -201,8 +206,14 @@ def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.
 
 def pipeline_of(adapter: Adapter) -> object | None:
     """The pipeline an adapter was attached to or loaded into, while it lives; None for a bare model."""
-    homes = (_pipelines.get(root) for component, root in adapter.roots.items() if component)
-    return next((home() for home in homes if home is not None), None)
+    homes = (_home(root) for component, root in adapter.roots.items() if component)
+    return next((home for home in homes if home is not None), None)
+
+
+def _home(root: nn.Module) -> object | None:
+    """The pipeline a model was last seen in, while it lives."""
+    home = _pipelines.get(root)
+    return None if home is None else home()
 
 
 def _check_all_served(method: Method, found: Sequence[Found], plans: Sequence[PartPlan]) -> None:
@@ -229,6 +240,8 @@ def _swap(
         record.entries += added
         adapter.records[choice.site.name] = record
     for part in adapter.parts:
+        if getattr(part.methods[0], "classes", None) is not None:
+            adapter.hooks += [handle for root in adapter.roots.values() for handle in follow_dropout(root)]
         if part.grouped:
             for root in adapter.roots.values():
                 adapter.hooks.append(root.register_forward_pre_hook(part.prepare))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.derived import Derived
 from diffadapt.export.factors import low_rank
 from diffadapt.imports.attach import attach_forms
 from diffadapt.imports.forms import Form
-from diffadapt.layers import Entry, Record, effective_bias
+from diffadapt.layers import Entry, Record
+from diffadapt.summing import changed_weight, effective_bias, longest, start_weight
 from diffadapt.targets import Found
 from diffadapt.update import LowRank, Tucker
 
@@ -34,6 +35,7 @@ def resized(adapter: Adapter, *, rank: int | None = None, energy: float | None =
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
     forms, kept, whole = {}, 0.0, 0.0
+    _check_rows([adapter])
     for site in adapter.sites:
         record = adapter.records[site.name]
         entries = adapter.entries(record)
@@ -62,6 +64,7 @@ def combined(adapters: Sequence[Adapter]) -> tuple[dict, float]:
     Low-rank changes are joined by their factors, others become one whole difference.
     Returns: forms by site name, for ``replaced``; and the relative error of the sum in float32.
     """
+    _check_rows(adapters)
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     forms, lost, whole = {}, 0.0, 0.0
     for name, site in sites.items():
@@ -105,19 +108,28 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
 
 
 def weight_change(record: Record, entries: Sequence[Entry]) -> Tensor:
-    """``W' - W`` under the entries, in float64 and in the weight's shape: no small change is rounded away."""
-    base = record.base()
-    wide = base.double()
-    updates = [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
+    """``W' - W`` under the entries, in float64 and in the weight's shape: no small change is rounded away.
+
+    Where a class table grows, ``W`` is ``started_weight``.
+    """
+    wide, updates = record.base().double(), record.updates(entries)
+    if longest(wide, updates) is not None:
+        return (changed_weight(wide, updates) - start_weight(wide, updates)).cpu()
     return sum(strength * (update.weight(wide) - wide) for strength, update in updates).cpu()
+
+
+def started_weight(record: Record, entries: Sequence[Entry]) -> Tensor:
+    """``W`` in float64, with the rows that a class table gains as they start."""
+    wide = record.base().double()
+    is_table = isinstance(record.layers[0], nn.Embedding)
+    return (start_weight(wide, record.updates(entries)) if is_table else wide).cpu()
 
 
 def bias_change(record: Record, entries: Sequence[Entry]) -> Tensor | None:
     """``b' - b (out,)`` in float64; None where the bias stays as it is."""
     base = record.base_bias()
     wide = None if base is None else base.double()
-    updates = [(entry.owner.strength, entry.owner.update(entry.index, record.base())) for entry in entries]
-    new = effective_bias(wide, wide, updates)
+    new = effective_bias(wide, wide, record.updates(entries))
     if new is None:
         return None
     change = new.double() - (0 if wide is None else wide)
@@ -132,6 +144,17 @@ def singular_vectors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, 
     (rows, upper), (columns, lower) = torch.linalg.qr(factors[0]), torch.linalg.qr(factors[1].T)
     left, values, right = torch.linalg.svd(upper @ lower.T)
     return rows @ left, values, right @ columns.T
+
+
+def _check_rows(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        for site in (site for site in adapter.sites if site.kind == "embedding"):
+            record = adapter.records[site.name]
+            if longest(record.base(), record.updates(adapter.entries(record))) is not None:
+                raise ValueError(
+                    f"{adapter.method}: its class table has more rows than {site.name} of the base, which no "
+                    "difference of weights can hold; keep the adapter as it is"
+                )
 
 
 def _factors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor] | None:

@@ -6,6 +6,7 @@ forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 
 from diffadapt.convolution import LinearMap, conv_map
 from diffadapt.product import Term, branch_sum, rescaled_product
+from diffadapt.summing import changed_weight, effective_bias, longest, wide
 from diffadapt.update import LayerMap, Update
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Owner(Protocol):
@@ -61,6 +61,11 @@ class Record:
             return self.original_biases[number]
         bias = getattr(self.layers[number], "bias", None)
         return None if bias is None else bias.detach()
+
+    def updates(self, entries: Sequence[Entry]) -> list[tuple[float, Update]]:
+        """Strength and change of each entry."""
+        base = self.base()
+        return [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
 
     def live(self) -> list[Entry]:
         """The entries that act in the forward pass."""
@@ -209,39 +214,17 @@ def _added(base_bias: Tensor | None, bias: Tensor) -> Tensor:
     return bias if base_bias is None else base_bias + bias
 
 
-def effective_bias(
-    base: Tensor | None, resident: Tensor | None, updates: list[tuple[float, Update]]
-) -> Tensor | None:
-    """``b + sum_i t_i (b'_i - b)`` over (strength, update); None for a layer that has none and gets none."""
-    total = resident
-    for strength, update in updates:
-        if not update.changes_bias() or (base is None and update.bias is None):
-            continue
-        own = update.bias if update.bias is not None else update.bias_scale
-        start = own.new_zeros(own.shape) if base is None else base.to(own.dtype)
-        change = strength * (update.bias_vector(start) - start)
-        total = change if total is None else total + change
-    return total
-
-
 def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
     """The whole changed weight, for layers whose weight is small beside their activations."""
-    record, total = layer._diffadapt, layer.weight
-    base = record.base()
-    for entry in entries:
-        exact = entry.owner.update(entry.index, base).weight(wide(base))
-        total = total + entry.owner.strength * (exact - base)
-    return total
+    record, base = layer._diffadapt, layer._diffadapt.base()
+    updates = record.updates(entries)
+    if longest(base, updates) is None and layer.weight.shape == base.shape:
+        return changed_weight(wide(base), updates, resident=layer.weight)
+    return changed_weight(wide(base), record.updates(record.entries))  # merged rows stand elsewhere
 
 
 def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
     record = layer._diffadapt
-    base = record.base()
-    updates = [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
+    base, updates = record.base(), record.updates(entries)
     bias = effective_bias(record.base_bias(layer), layer.bias, updates)
     return None if bias is None else bias.to(wide(base).dtype)
-
-
-def wide(weight: Tensor) -> Tensor:
-    """The weight in the precision adapters compute in: float32, or float64 for a float64 base."""
-    return weight.float() if weight.dtype in HALF else weight

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from diffadapt.layers import HALF, Entry, Record, effective_bias, wide
+from diffadapt.class_table import follow_rows
+from diffadapt.layers import Entry, Record
+from diffadapt.summing import HALF, changed_weight, effective_bias, start_weight, wide
 
 if TYPE_CHECKING:
     from diffadapt.adapter import Adapter
@@ -20,42 +22,46 @@ def merge(adapter: Adapter) -> float:
     Returns: the share of the change lost to rounding in half precision, ``|W' - rounded W'| / |W' - W|`` in
     Frobenius norms over all sites; 0 for float32 and float64 bases.
     """
-    lost = changed = 0.0
     for record in adapter.records.values():
         _flag(record, adapter, True)
-        part_lost, part_changed = refold(record)
-        lost, changed = lost + part_lost, changed + part_changed
-    return (lost / changed) ** 0.5 if changed else 0.0
+    return refold(adapter)
 
 
 def unmerge(adapter: Adapter) -> None:
     """Take the adapter out of the weights; without merged adapters they get their original bits back."""
     for record in adapter.records.values():
         _flag(record, adapter, False)
-        refold(record)
+    refold(adapter)
+
+
+def refold(adapter: Adapter) -> float:
+    """Make the weights under an adapter what their merged entries say. Returns: as ``merge``."""
+    lost = changed = 0.0
+    for record in adapter.records.values():
+        part_lost, part_changed = _refold(record)
+        lost, changed = lost + part_lost, changed + part_changed
+    follow_rows(adapter.roots.values())
+    return (lost / changed) ** 0.5 if changed else 0.0
 
 
 @torch.no_grad()
 def folded(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, list[Tensor | None]]:
     """``W + sum_i t_i (W'_i - W)`` over the entries, and each layer's bias, in the adapter's precision."""
-    base = wide(record.base())
-    updates = [(entry.owner.strength, entry.owner.update(entry.index, record.base())) for entry in entries]
-    weight = base
-    for strength, update in updates:
-        weight = weight + strength * (update.weight(base) - base)
+    updates = record.updates(entries)
+    weight = changed_weight(wide(record.base()), updates)
     bases = [record.base_bias(layer) for layer in record.layers]
     biases = [None if bias is None else wide(bias) for bias in bases]
     return weight, [effective_bias(bias, bias, updates) for bias in biases]
 
 
 @torch.no_grad()
-def refold(record: Record) -> tuple[float, float]:
+def _refold(record: Record) -> tuple[float, float]:
     """Make the resident weight what the merged entries say; return squared norms of rounding and change."""
     merged = [entry for entry in record.entries if entry.merged]
     first = record.layers[0]
     if not merged:
         if record.original is not None:
-            first.weight.data.copy_(record.original)
+            _set_weight(first, record.original)
             _set_biases(record, record.original_biases)
             record.original, record.original_biases = None, []
         return 0.0, 0.0
@@ -64,12 +70,22 @@ def refold(record: Record) -> tuple[float, float]:
         record.original_biases = [None if bias is None else bias.clone() for bias in biases]
         record.original = first.weight.detach().clone()
     weight, biases = folded(record, merged)
-    first.weight.data.copy_(weight)
+    _set_weight(first, weight)
     _set_biases(record, biases)
     if first.weight.dtype not in HALF:
         return 0.0, 0.0
-    rounding, change = weight - first.weight, weight - record.original
+    start = record.original
+    if start.shape != weight.shape:
+        start = start_weight(wide(start), record.updates(merged))
+    rounding, change = weight - first.weight, weight - start
     return rounding.square().sum().item(), change.square().sum().item()
+
+
+def _set_weight(layer: nn.Module, weight: Tensor) -> None:
+    if layer.weight.shape == weight.shape:
+        layer.weight.data.copy_(weight)
+    else:  # a class table that gains rows, or loses them again
+        layer.weight.data = weight.to(layer.weight.dtype, copy=True)
 
 
 def _set_biases(record: Record, biases: Sequence[Tensor | None]) -> None:

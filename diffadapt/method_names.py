@@ -6,6 +6,7 @@ import ast
 from dataclasses import fields
 
 from diffadapt.methods import METHODS, READABLE, Combined, Method
+from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.peft_limits import check_options
 from diffadapt.methods.peft_method import PREFIX as PEFT
 from diffadapt.methods.peft_method import parse_peft, peft_method
@@ -50,6 +51,25 @@ def read_method(parts: object) -> Method:
                 raise ValueError(f"{name} has no option {option!r}{near(str(option), known)}")
         methods.append(_build(name, options, {}))
     return methods[0] if len(methods) == 1 else Combined(members=tuple(methods))
+
+
+def with_class_table(name: str, classes: int, *, null_class: bool) -> str:
+    """The name of the same method with a table for a new set of classes: ``lora(rank=4)`` becomes
+    ``lora(rank=4)+class_embedding(classes=20)``, and ``class_embedding`` gets the option.
+
+    Raises ValueError for a method of PEFT's library, which stands alone.
+    """
+    if name.startswith(PEFT):
+        raise ValueError(f"{name} cannot have a class table beside it; use a method of diffadapt's own")
+    wanted = f"classes={classes}" + ("" if null_class else ",null_class=false")
+    parts = _split_parts(name)
+    for number, part in enumerate(parts):
+        kind, own = _parse(part)
+        if "classes" in {field.name for field in fields(METHODS[kind])} and own.get("class_embedding", True):
+            inside = part.partition("(")[2].removesuffix(")").strip()
+            parts[number] = f"{kind}({inside}{',' * bool(inside)}{wanted})"
+            return "+".join(parts)
+    return "+".join([*parts, f"{ClassEmbedding.name}({wanted})"])
 
 
 def _split_parts(name: str) -> list[str]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.expressions import Dense
-from diffadapt.layers import ADAPTED, Entry, Record, wide
+from diffadapt.layers import ADAPTED, Entry, Record
 from diffadapt.methods.peft_method import PeftMethod
 from diffadapt.site import Site
+from diffadapt.summing import wide
 from diffadapt.targets import Found
 from diffadapt.update import Update
 

@@ -8,6 +8,13 @@ from typing import Literal
 
 Kind = Literal["linear", "conv", "embedding", "norm"]
 
+_CLASS_TABLES = (  # how modules that hold one name it
+    "class_embedding",
+    "class_embedder.embedding_table",
+    "y_embedder.embedding_table",
+    "label_emb",
+)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -53,3 +60,8 @@ class Site:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def is_class_table(name: str) -> bool:
+    """Whether an embedding of that module name is a class table."""
+    return name.endswith(_CLASS_TABLES)

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffadapt.layers import ADAPTED, ORIGINAL
 from diffadapt.nearest import near
-from diffadapt.site import Kind, Site
+from diffadapt.site import Kind, Site, is_class_table
 
 _PROJECTIONS = {
     "qv": ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "proj_q", "proj_v"),
@@ -26,12 +26,6 @@ _PROJECTIONS = {
     ),
     "other": ("to_qkv", "qkv", "key", "proj_attn", "proj_k"),
 }
-_CLASS_TABLES = (
-    "class_embedding",
-    "class_embedder.embedding_table",
-    "y_embedder.embedding_table",
-    "label_emb",
-)
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_TYPES = (nn.LayerNorm, nn.GroupNorm)
 
@@ -125,9 +119,9 @@ def describe(name: str, layer: nn.Module) -> Site:
             "attach before offloading or dispatching the model"
         )
     groups = layer.groups if isinstance(layer, _CONV_TYPES) else 1
-    return Site(
-        name, _kind(layer), tuple(layer.weight.shape), groups, getattr(layer, "bias", None) is not None
-    )
+    record = getattr(layer, "_diffadapt", None)  # a merged class table may have other rows than the base's
+    shape = tuple((layer.weight if record is None else record.base()).shape)
+    return Site(name, _kind(layer), shape, groups, getattr(layer, "bias", None) is not None)
 
 
 def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str, int]:
@@ -177,7 +171,7 @@ def _matches(token: str, name: str, layer: nn.Module) -> bool:
     if token in ("linear", "conv", "norm", "embedding"):
         return kind == token
     if token == "class_embedding":
-        return kind == "embedding" and name.endswith(_CLASS_TABLES)
+        return kind == "embedding" and is_class_table(name)
     if token in ("attention", "qv"):
         names = _PROJECTIONS["qv"] if token == "qv" else sum(_PROJECTIONS.values(), ())
         return kind in ("linear", "conv") and any(name == leaf or name.endswith("." + leaf) for leaf in names)

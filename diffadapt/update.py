@@ -34,6 +34,10 @@ class Expression:
         """The exact change ``(out, fan_in)`` in the factors' precision."""
         raise TypeError(f"{type(self).__name__} does not define matrix()")
 
+    def origin(self, weight: Tensor) -> Tensor:
+        """What the change is added to: the weight, but for tables that grow."""
+        return weight
+
     def added_to(self, weight: Tensor) -> Tensor:
         """``weight (out, fan_in)`` plus the change, in as few passes over it as there are."""
         return weight + self.matrix()
@@ -102,13 +106,17 @@ class Update:
     recompute: bool = False
 
     def weight(self, base: Tensor) -> Tensor:
-        """The exact ``W'`` for a base weight of any shape."""
-        weight = base
+        """The exact ``W'`` for a base weight of any shape; it has the shape of ``origin``."""
+        weight = self.origin(base)
         if self.delta is not None:
-            weight = weight + self.multiplier * self.delta.matrix().reshape(base.shape)
+            weight = weight + self.multiplier * self.delta.matrix().reshape(weight.shape)
         if self.scale is not None:
             weight = self.scale.reshape(-1, *(1,) * (base.dim() - 1)) * weight
         return weight
+
+    def origin(self, base: Tensor) -> Tensor:
+        """The weight without the change: the base, with the new rows of a table as they start."""
+        return base if self.delta is None else self.delta.origin(base)
 
     def changes_bias(self) -> bool:
         return self.bias is not None or self.bias_scale is not None

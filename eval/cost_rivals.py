@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import diffadapt as da
-from diffadapt.layers import ORIGINAL, Record, effective_bias
+from diffadapt.layers import ORIGINAL, Record
+from diffadapt.summing import effective_bias
 from diffadapt.targets import find_sites
 
 PEFT = {  # name -> class of its configuration, and options

@@ -78,3 +78,19 @@ def write_classes(folder, *, each=3, names=("ant", "bee", "cat"), side=16):
             picture.paste((255, 255, 255), (label, number, label + 4, number + 4))
             picture.save(Path(folder) / name / f"{number}.png")
     return Path(folder)
+
+
+def arguments(base, output, **more):
+    """Of train_scripts/class_conditional.py: few steps on a base for pictures of 8 pixels."""
+    fixed = {
+        "pretrained_model_name_or_path": base,
+        "output_dir": output,
+        "adapter": "lora(rank=2)",
+        "num_inference_steps": 2,
+        "guidance_scale": 2,
+        "num_validation_images": 4,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "num_threads": 1,
+    }
+    return [item for name, value in {**fixed, **more}.items() for item in (f"--{name}", value)]

@@ -12,8 +12,8 @@ from layer_kinds import KINDS, MAIN, LayerKind
 from torch import Tensor, nn
 
 import diffadapt as da
-from diffadapt.layers import wide
 from diffadapt.site import Site
+from diffadapt.summing import wide
 from diffadapt.targets import describe
 
 OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the others on a few

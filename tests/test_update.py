@@ -7,6 +7,7 @@ from method_cases import close
 from diffadapt import derived, expressions
 from diffadapt.convolution import ConvMap, LinearMap
 from diffadapt.grouped import slices
+from diffadapt.table_rows import NewRows
 from diffadapt.update import Expression, LowRank, Scaled, Sum, Tucker, Update
 
 
@@ -33,6 +34,9 @@ EXPRESSIONS = {
     "since-start": lambda: derived.SinceStart(rand(6, 2), rand(2, 8), rand(6, 2), rand(2, 8)),
     "dense": lambda: expressions.Dense(rand(6, 2, 2, 2)),
     "replace": lambda: expressions.Replace(rand(6, 8), rand(6, 8)),
+    "fewer-rows": lambda: NewRows(rand(6, 8), rand(4, 8), null_class=True),
+    "more-rows": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=True),
+    "more-rows-without-null": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=False),
     "folded": lambda: expressions.Folded(low_rank(4, 12), (6, 8)),
     "hadamard": lambda: expressions.Hadamard(rand(6, 2, 2, 2), low_rank()),
     "hadamard-exponential": lambda: expressions.Hadamard(rand(6, 8), low_rank(), True),
@@ -49,6 +53,9 @@ EXPRESSIONS = {
 }
 UNTRAINED = {  # fields that are constants or base weights: no gradient
     "replace": 1,
+    "fewer-rows": 1,
+    "more-rows": 1,
+    "more-rows-without-null": 1,
     "hadamard": 1,
     "hadamard-exponential": 1,
     "column-scaled": 1,

@@ -7,6 +7,7 @@ colourful printed digits learns handwriting. A demonstration, on the embedded 16
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from diffadapt.data.dataset import labelled_table, open_table
 from diffadapt.data.examples import Example
 from diffadapt.data.sources import class_folders
 from diffadapt.exits import run
-from diffadapt.models.labels import rows_of
 from diffadapt.models.names import resolve
+from diffadapt.training.class_labels import class_names, labels_of, with_new_table
 from diffadapt.training.classes import ClassReport
 from diffadapt.training.defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
@@ -55,7 +56,10 @@ class Options(TrainOptions):
         None, "what the figures are made of: a split of the data set, or a folder of class folders"
     )
     class_labels: str | None = option(
-        None, "the base's class for each class of the data, as 207,360; default: 0,1,2,..."
+        None, "the class table's row for each class of the data, as 207,360; default: 0,1,2,..."
+    )
+    new_class_table: bool = option(
+        False, "train a class table of the data's own size; without it, when the base has too few classes"
     )
     label_dropout: float = option(0.1, "share of pictures told no class, for classifier-free guidance")
     max_held_out_samples: int = option(2000, "measure on at most so many of those pictures")
@@ -68,12 +72,14 @@ def main() -> int:
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
     examples, names = training_data(options)
     held_out = held_out_data(options)
-    setup = set_up(options)
-    options, rows = setup.options, rows_of(setup.model, names, options.class_labels)
+    setup = set_up(options, fitting=lambda options, model: with_new_table(options, model, names))
+    trainer = make_trainer(setup)
+    options, rows = setup.options, labels_of(setup.model, names, options.class_labels)
+    trainer.notes["classes"] = json.dumps(class_names(names, rows))
     examples, held_out = (renumbered(some, rows) for some in (examples, held_out))
     batches = make_batches(setup, examples, caption_dropout=options.label_dropout)
     report = ClassReport(setup, examples, held_out, rows=rows, names=names)
-    training = Run(make_trainer(setup), batches, report)
+    training = Run(trainer, batches, report)
     for step in training.steps():
         training.log(step)
         training.validate(step)

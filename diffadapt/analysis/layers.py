@@ -18,7 +18,7 @@ from diffadapt.analysis.formulas import (
     relative_distance,
     subspace_similarity,
 )
-from diffadapt.compress import bias_change, singular_vectors, weight_change
+from diffadapt.compress import bias_change, singular_vectors, started_weight, weight_change
 from diffadapt.nearest import near
 from diffadapt.site import Site
 
@@ -103,7 +103,8 @@ def summary(adapter: Adapter) -> dict[str, float]:
         if (change := _singular(adapter, site)) is None:
             continue
         norms.append(float(change[1].norm()))
-        weight = adapter.records[site.name].base().flatten(1).cpu()
+        record = adapter.records[site.name]
+        weight = started_weight(record, adapter.entries(record)).flatten(1)
         factors.append(amplification_factor(weight, change, rank=configured_rank(adapter, site)))
     known = [factor for factor in factors if factor is not None]
     means = {"change_norm": norms, "amplification": known}
@@ -133,7 +134,8 @@ def _measure(
 ) -> tuple[dict[str, object], Singular | None]:
     """The fields of ``LayerFigures`` but the alignment, and the singular vectors of the change."""
     record = adapter.records[site.name]
-    entries, base = adapter.entries(record), record.base().double().cpu()
+    entries = adapter.entries(record)
+    base = started_weight(record, entries)
     change, bias = weight_change(record, entries), bias_change(record, entries)
     norm = float(change.norm())
     fields: dict[str, object] = {

@@ -10,7 +10,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> 
     add = parser.add_argument
     add("--prompt", action="append", help="repeat for several prompts")
     add("--prompts_file", "--prompts", help="a text file with a prompt on each line")
-    add("--class_labels", help="classes with commas, for a base that is told classes: 0,3,7")
+    add("--class_labels", help="classes with commas, for a base that is told classes: 0,3,7 or names")
     add("--num_images", type=int, default=num_images, help=f"images per prompt (default: {num_images})")
     add("--seed", type=int, default=0, help="seed of the first image, the next has the next (default: 0)")
     add("--pretrained_model_name_or_path", "--base", dest="base", help="default: the base named in the file")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffusers
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.adapter import Adapter
+from diffadapt.commands.class_names import class_names_in, class_numbers
 from diffadapt.commands.combine import base_named_in
 from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.looks import AdapterFile, Look, looks_of, parse_adapter, parse_strengths
@@ -34,7 +35,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     files = [parse_adapter(text) for text in arguments.adapter]
     strengths = parse_strengths(arguments.strength)
     looks = looks_of(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
-    wanted = wanted_shots(arguments)
+    wanted = wanted_shots(arguments, class_names_in([file.path for file in files]))
     base = arguments.base or base_named_in([file.path for file in files])
     use_cores(arguments.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,8 +75,12 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     return folder
 
 
-def wanted_shots(arguments: argparse.Namespace) -> list[Shot]:
-    """The images of one look: prompts, those of a file, or class labels, each with consecutive seeds."""
+def wanted_shots(arguments: argparse.Namespace, classes: Mapping[int, str] | None = None) -> list[Shot]:
+    """The images of one look: prompts, those of a file, or classes, each with consecutive seeds.
+
+    Args:
+        classes: names that can be given in place of numbers.
+    """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:
         lines = Path(arguments.prompts_file).read_text().splitlines()
@@ -83,13 +88,9 @@ def wanted_shots(arguments: argparse.Namespace) -> list[Shot]:
     if arguments.class_labels is not None and prompts:
         raise ValueError("give prompts or --class_labels: a base is told either words or classes")
     if arguments.class_labels is not None:
-        labels = [item.strip() for item in arguments.class_labels.split(",")]
-        if not all(label.isdecimal() for label in labels):
-            raise ValueError(
-                f"--class_labels are numbers with commas, such as 0,3,7, got {arguments.class_labels!r}"
-            )
+        labels = class_numbers(arguments.class_labels, classes or {})
         return [
-            Shot(f"class {label}", arguments.seed + i, int(label))
+            Shot(f"class {(classes or {}).get(label, label)}", arguments.seed + i, label)
             for label in labels
             for i in range(arguments.num_images)
         ]

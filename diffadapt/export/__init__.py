@@ -16,7 +16,13 @@ from diffadapt.checkpoint import read_metadata
 from diffadapt.export.changes import Change, changes_of
 from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
 from diffadapt.export.kohya import kohya_tensors
-from diffadapt.export.merged import lost_in_rounding, replace_folder, verify_merged, write_merged
+from diffadapt.export.merged import (
+    lost_in_rounding,
+    note_on_guidance,
+    replace_folder,
+    verify_merged,
+    write_merged,
+)
 from diffadapt.export.metadata import additional_hashes, base_only_note, carried, metadata_of, network_of
 from diffadapt.export.names import base_of
 from diffadapt.export.report import ExportReport
@@ -64,6 +70,8 @@ def export(
     changes = changes_of(adapter)
     if to != "diffusers":
         _check_biases(changes, to, force)
+    if to != "merged":
+        _check_rows(changes, to)
     title = path.stem if path.suffix == ".safetensors" else path.name
     header = metadata_of(adapter, base_of(adapter), title=title, base_name=base, extra=metadata)
     if to == "merged":
@@ -161,7 +169,13 @@ def _write_folder(
         verdict = verify_merged(temporary, changes, dtype)
         lost = lost_in_rounding(changes, dtype)
         report = ExportReport(
-            folder, "merged", len(changes), (verdict,), MEANT_FOR["merged"], lost_in_rounding=lost
+            folder,
+            "merged",
+            len(changes),
+            (verdict,),
+            MEANT_FOR["merged"],
+            lost_in_rounding=lost,
+            note=note_on_guidance(adapter, changes),
         )
         _refuse_unless_good(report, force)
         replace_folder(temporary, folder)
@@ -190,6 +204,15 @@ def _check_biases(changes: list[Change], to: str, force: bool) -> None:
             f"{to} file cannot hold it; --to diffusers can, unless norms change too. Else train without: "
             "difffit(beta=False), or targets that have biases"
         )
+
+
+def _check_rows(changes: list[Change], to: str) -> None:
+    for change in changes:
+        if change.gained_rows:
+            raise ValueError(
+                f"{change.name}: the class table has {change.gained_rows} rows more than the base's, which a "
+                f"{to} file cannot hold; use --to merged"
+            )
 
 
 def _rounded(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:

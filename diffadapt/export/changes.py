@@ -13,6 +13,7 @@ from diffadapt.expressions import Dense
 from diffadapt.layers import Entry, Record
 from diffadapt.merging import folded
 from diffadapt.site import Kind
+from diffadapt.summing import changed_weight, longest, start_weight
 from diffadapt.update import LowRank
 
 
@@ -63,8 +64,14 @@ class Change:
 
     @property
     def weight(self) -> Tensor:
-        """The frozen ``W``, in its own shape."""
-        return self.record.base().double()
+        """The frozen ``W`` in its own shape; of a class table that grows, with its new rows as they start."""
+        base = self.record.base().double()
+        return start_weight(base, self.record.updates(self.entries)) if self.kind == "embedding" else base
+
+    @property
+    def gained_rows(self) -> int:
+        """Rows that a class table has more than the base's."""
+        return len(self.weight) - len(self.record.base()) if self.kind == "embedding" else 0
 
     @property
     def adapted(self) -> Tensor:
@@ -135,8 +142,10 @@ def changes_of(adapter: Adapter) -> list[Change]:
 def _combined(record: Record, entries: list[Entry]) -> tuple[Form | None, Tensor | None]:
     """``W + sum_i t_i (s_i (W + d_i) - W)`` as ``scale * (W + form)``: the rows of W gain the factor
     ``1 + sum_i t_i (s_i - 1)``, and every change is divided by it."""
-    base = record.base()
-    updates = [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
+    base, updates = record.base(), record.updates(entries)
+    if longest(base, updates) is not None:
+        wide = base.double()
+        return Dense((changed_weight(wide, updates) - start_weight(wide, updates)).flatten(1)), None
     scales = [(t, update.scale.double()) for t, update in updates if update.scale is not None]
     scale = None
     if scales:

@@ -20,6 +20,7 @@ from diffadapt.expressions import (
     Replace,
 )
 from diffadapt.methods.mora import SquareBetween
+from diffadapt.table_rows import NewRows
 from diffadapt.update import Expression, LowRank, Scaled, Sum, Tucker
 
 Form = LowRank | Tucker | HadamardPair | Kron | Dense
@@ -53,7 +54,7 @@ def form_of(expression: Expression, factor: float, base_shape: torch.Size) -> Fo
     if isinstance(wide, SquareBetween) and not wide.rotated:
         return _repeated(wide, factor)
     matrix = factor * wide.matrix()
-    if isinstance(wide, Dense | Hadamard | ColumnScaled | Replace):
+    if isinstance(wide, Dense | Hadamard | ColumnScaled | Replace | NewRows):
         return Dense(matrix)
     return _thinned(matrix)
 

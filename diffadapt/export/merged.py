@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import disabled, pipeline_of
+from diffadapt.class_table import SIZES
 from diffadapt.export.changes import Change
 from diffadapt.export.programs import with_bias
 from diffadapt.export.verify import Tally, Verdict
@@ -37,6 +38,7 @@ def write_merged(
         values.setdefault(place, {}).update(_values(change))
     for place in (folder, *(place for place in folder.iterdir() if place.is_dir())):
         _rewrite(place, values.get(place, {}), dtype)
+    _write_sizes(folder, changes, in_pipeline=pipeline is not None)
     (folder / "diffadapt.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
 
 
@@ -84,6 +86,32 @@ def replace_folder(temporary: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def note_on_guidance(adapter: Adapter, changes: Sequence[Change]) -> str:
+    """What stock diffusers would do wrong with a merged pipeline: nothing, but for a grown table of a DiT."""
+    grown = next((change for change in changes if change.gained_rows), None)
+    if grown is None or type(pipeline_of(adapter)).__name__ != "DiTPipeline":
+        return ""
+    return (
+        "stock DiTPipeline takes row 1000 for the null class, which is the last one of this table: open the "
+        "folder with `diffadapt sample --base` or diffadapt.pipelines.DiTPipeline, or set guidance_scale=1"
+    )
+
+
+def _write_sizes(folder: Path, changes: Sequence[Change], *, in_pipeline: bool) -> None:
+    """Where a class table gained rows: its new size in the configurations."""
+    gained = {change.component: change.gained_rows for change in changes if change.gained_rows}
+    for component, rows in gained.items():
+        _add(folder / component / "config.json" if in_pipeline else folder / "config.json", SIZES, rows)
+        if in_pipeline:
+            _add(folder / "model_index.json", ("null_class",), rows)
+
+
+def _add(file: Path, keys: Sequence[str], rows: int) -> None:
+    values = json.loads(file.read_text())
+    values |= {key: values[key] + rows for key in keys if isinstance(values.get(key), int)}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _only_root(adapter: Adapter) -> nn.Module:

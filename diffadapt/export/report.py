@@ -22,6 +22,7 @@ class ExportReport:
         base_only: whether it holds whole differences, which are right on this base alone.
         lost_in_rounding: share of the change lost to half precision.
         rank_error: share of the change that a cut to ``rank`` left out; 0 where nothing was cut.
+        note: what else its user must know.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class ExportReport:
     base_only: bool = False
     lost_in_rounding: float = 0.0
     rank_error: float = 0.0
+    note: str = ""
 
     @property
     def accepted_by(self) -> tuple[str, ...]:
@@ -56,7 +58,9 @@ class ExportReport:
     def line(self) -> str:
         """The report in one line."""
         accepted = ", ".join(self.accepted_by) or "no program"
-        return f"{self.path}: right in {accepted} (maximum error {self.max_error:.1e})"
+        return f"{self.path}: right in {accepted} (maximum error {self.max_error:.1e})" + (
+            f"; {self.note}" if self.note else ""
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.layers} layers, for {', '.join(self.meant_for)}"]
@@ -68,6 +72,8 @@ class ExportReport:
             lines.append(f"  the cut to a lower rank leaves out {self.rank_error:.1%} of the change")
         if self.lost_in_rounding:
             lines.append(f"  {self.lost_in_rounding:.2%} of the change is lost to rounding")
+        if self.note:
+            lines.append(f"  {self.note}")
         if self.base_only:
             lines.append("  it holds whole differences of weights: valid for this base only")
         return "\n".join(lines)

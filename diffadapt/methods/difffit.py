@@ -38,6 +38,8 @@ class DiffFit(ClassEmbedding):
         super().__post_init__()
         if not (self.gamma or self.beta or self.norms or self.class_embedding):
             raise ValueError("difffit: gamma, beta, norms and class_embedding are all off; switch one on")
+        if self.classes is not None and not self.class_embedding:
+            raise ValueError(f"difffit: classes={self.classes} needs class_embedding, which is off")
 
     @property
     def also(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffadapt.models.names import looks_local, pipeline_class, resolve
 from diffadapt.models.single_file import is_single_file, open_single_file
-from diffadapt.pipelines import ClassConditionalPipeline
+from diffadapt.pipelines import ClassConditionalPipeline, DiTPipeline
 
 
 def open_pipeline(
@@ -55,7 +55,10 @@ def open_pipeline(
     return pipe
 
 
-_OWN_PIPELINES = {"ClassConditionalPipeline": ClassConditionalPipeline}  # diffusers does not find these
+_OWN_PIPELINES = {  # in place of what diffusers finds, or where it finds none
+    "ClassConditionalPipeline": ClassConditionalPipeline,
+    "DiTPipeline": DiTPipeline,
+}
 _UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
 

@@ -41,14 +41,6 @@ class DiT(ClassBase):
         factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         return self.denoiser.config.sample_size * factor
 
-    @property
-    def table_rows(self) -> int:
-        return self.denoiser.config.num_embeds_ada_norm + 1
-
-    @property
-    def null_class(self) -> int:
-        return self.denoiser.config.num_embeds_ada_norm
-
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:

@@ -56,14 +56,6 @@ class UNet2D(ClassBase):
         """The side of its pictures in pixels."""
         return self.denoiser.config.sample_size
 
-    @property
-    def table_rows(self) -> int:
-        return self.denoiser.config.num_class_embeds
-
-    @property
-    def null_class(self) -> int | None:
-        return self.pipe.config.null_class
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], unchanged."""
         return pixels.to(self.denoiser.device, torch.float32)

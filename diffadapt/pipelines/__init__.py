@@ -1,5 +1,6 @@
-"""Pipelines that stock diffusers lacks, in its stock format."""
+"""Pipelines that stock diffusers lacks, or that know more of class tables, in its stock format."""
 
 from diffadapt.pipelines.class_conditional import ClassConditionalPipeline
+from diffadapt.pipelines.dit import DiTPipeline
 
-__all__ = ["ClassConditionalPipeline"]
+__all__ = ["ClassConditionalPipeline", "DiTPipeline"]

@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffadapt.class_table import ClassTable, table_in_use
+
 
 class ClassConditionalPipeline(DiffusionPipeline):
     """Draws images of classes 0, 1, ...
@@ -36,11 +38,28 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"null_class {null_class} is no row of the class table; it has {rows}, from 0")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(null_class=null_class)
+        self._null_from_end = None if null_class is None else rows - null_class
+
+    @property
+    def class_table(self) -> ClassTable:
+        """The rows in use, the base's or an adapter's."""
+        return table_in_use(self.unet, null_from_end=self._null_from_end)
+
+    @property
+    def null_class(self) -> int | None:
+        """The row of the null class in use: that of the configuration until an adapter's table is longer."""
+        return self.class_table.null_class
 
     @property
     def num_classes(self) -> int:
         """Classes that can be drawn, without the null class."""
-        return self.unet.config.num_class_embeds - (self.config.null_class is not None)
+        return len(self.class_table.labels)
+
+    def save_pretrained(self, *arguments: object, **options: object) -> None:
+        """As of any pipeline; the null class is named for the rows that are saved."""
+        if self._null_from_end is not None:
+            self.register_to_config(null_class=self.unet.class_embedding.num_embeddings - self._null_from_end)
+        super().save_pretrained(*arguments, **options)
 
     @torch.no_grad()
     def __call__(
@@ -62,7 +81,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Raises: ValueError for a label that is no class, or guidance without a null class.
         """
-        labels = self._checked(class_labels, guidance_scale)
+        table = self.class_table
+        labels = self._checked(class_labels, guidance_scale, table)
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (len(labels), self.unet.config.in_channels, height, width)
@@ -72,30 +92,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
         extra = self._step_options(generator)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             told = self.scheduler.scale_model_input(noisy, timestep)
-            predicted = self._guided(told, timestep, labels, guidance_scale)
+            predicted = self._guided(told, timestep, labels, guidance_scale, table.null_class)
             noisy = self.scheduler.step(predicted, timestep, noisy, **extra).prev_sample
         images = self._finished(noisy, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _checked(self, class_labels: int | Sequence[int], guidance_scale: float) -> Tensor:
+    def _checked(self, class_labels: int | Sequence[int], guidance_scale: float, table: ClassTable) -> Tensor:
         """The labels as a tensor (B,) on the device."""
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
-        null = self.config.null_class
-        wrong = [x for x in labels if not 0 <= x < self.unet.config.num_class_embeds or x == null]
-        if wrong or not labels:
-            raise ValueError(
-                f"no class {wrong[0] if wrong else class_labels!r}; the base has {self.num_classes} classes"
-                + ("" if null is None else f" and the null class {null}")
-            )
-        if guidance_scale > 1 and null is None:
+        table.check(labels or [class_labels], "the base")
+        if guidance_scale > 1 and table.null_class is None:
             raise ValueError("this base has no null class, so it cannot be guided; set guidance_scale to 1")
         return torch.tensor(labels, device=self._execution_device)
 
-    def _guided(self, noisy: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
+    def _guided(
+        self, noisy: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float, null_class: int | None
+    ) -> Tensor:
         if guidance_scale <= 1:
             return self.unet(noisy, timestep, class_labels=labels, return_dict=False)[0]
-        both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
+        both = torch.cat([labels, torch.full_like(labels, null_class)])
         predicted = self.unet(torch.cat([noisy, noisy]), timestep, class_labels=both, return_dict=False)[0]
         conditional, unconditional = predicted.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,20 +1,24 @@
 """Before and after a class-conditional run: pictures of each class, their distance from real ones, loss."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from diffadapt.attaching import attach, detach
 from diffadapt.data.examples import Example
 from diffadapt.data.grid import Panel, to_pictures
 from diffadapt.data.randomness import permutation
 from diffadapt.evaluation.extractors import Extractor, load_extractor
+from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.metrics.digit_classifier import NAME as DIGITS
 from diffadapt.metrics.digit_classifier import class_agreement
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
 from diffadapt.sampling import Shot
+from diffadapt.training.class_labels import class_names, new_table, table_note
 from diffadapt.training.held_out import HeldOutLoss, pixels_of
 from diffadapt.training.report import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
@@ -94,6 +98,7 @@ class ClassReport(Report):
         self.measured = at_most(held_out or examples, self.options.max_held_out_samples)
         self.is_held_out = bool(held_out)
         count, seed = self.options.num_validation_images, self.options.seed
+        self._new_table = new_table(setup.method)
         self.shots = {"classes": class_shots(rows, names, count=count, seed=seed)}
         self._accelerator, self._losses = setup.accelerator, {}
 
@@ -102,6 +107,26 @@ class ClassReport(Report):
         self._loss = HeldOutLoss(self.model, self.measured, self._accelerator, **cut)
         self._losses["before"] = self._loss.measure()
         super().begin()
+
+    def told(self) -> dict[str, str]:
+        return {"classes": table_note(self.model, self.rows)}
+
+    def details(self) -> dict[str, object]:
+        return {"classes": class_names(self.names, self.rows)}
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """The base; with a new class table the base with that table as it starts, which knows all labels."""
+        with super().untrained():
+            if self._new_table is None:
+                yield
+                return
+            start = ClassEmbedding(classes=self._new_table.classes, null_class=self._new_table.null_class)
+            adapter = attach(self.model.pipe, start, start.name, name="untrained")
+            try:
+                yield
+            finally:
+                detach(adapter)
 
     def losses(self) -> Figures:
         which = "held_out_loss" if self.is_held_out else "loss_on_training_pictures"

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +52,7 @@ class Trainer:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     options: TrainOptions
     average: AdapterAverage | None = None
+    notes: dict[str, str] = field(default_factory=dict)  # of a script, kept in the adapter's file
     step: int = 0  # optimizer steps made
     skipped: int = 0  # of them left out because a loss or gradient was not finite
 

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.adapter import Adapter
+from diffadapt.attaching import disabled
 from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.models.families import DEFAULTS
 from diffadapt.models.names import is_embedded
@@ -78,6 +80,18 @@ class Report(ABC):
         """Figures of the model itself, which need neither pictures nor an extractor."""
         return {}
 
+    def told(self) -> dict[str, str]:
+        """Further rows of the summary before the first step: name -> text."""
+        return {}
+
+    def details(self) -> dict[str, object]:
+        """Further values of run.json."""
+        return {}
+
+    def untrained(self) -> AbstractContextManager:
+        """Within the context the model is as before training."""
+        return disabled(self.model.pipe)
+
     def validation_shots(self) -> list[Shot]:
         """What is drawn in between: as many as `--num_validation_images`, of every kind in turn."""
         kinds = [some for some in self.shots.values() if some]
@@ -119,6 +133,7 @@ class Report(ABC):
             "steps": options.max_train_steps,
             "seconds": round(time.perf_counter() - self._started, 1),
             "figures": values,
+            **self.details(),
             "options": dataclasses.asdict(options),
         }
         write_run(output / "run.json", record)

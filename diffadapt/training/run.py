@@ -54,14 +54,14 @@ class Run:
             self.accelerator.end_training()  # closes trackers and the connection of the processes
 
     def _steps(self) -> Iterator[Step]:
-        described = before_training(self.trainer, self.batches, self.report.model.pipe)
+        described = before_training(self.trainer, self.batches, self.report.model.pipe, self.report.told())
         if self.accelerator.is_main_process:
             print(described)
         if self.options.dry_run:
             return
         with gathered(self.denoiser):
             if self.accelerator.is_main_process:
-                with da.disabled(self.report.model.pipe):
+                with self.report.untrained():
                     self.report.begin()
             self.accelerator.wait_for_everyone()
         rest = resting(self.idle, self.accelerator.device)

@@ -1,7 +1,7 @@
 """From options to a trainer at the first step: what every script does in the same way."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -44,9 +44,11 @@ class Setup(Generic[Kind]):
     started: float  # time.perf_counter()
 
 
-def set_up(options: Kind) -> Setup[Kind]:
+def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None) -> Setup[Kind]:
     """Checks what can be checked, starts the accelerator, loads the base and completes the options.
 
+    Args:
+        fitting: the options as they fit the loaded base, where a script's adapter depends on it.
     Raises: ValueError or OSError with the remedy.
     """
     started = time.perf_counter()
@@ -74,6 +76,9 @@ def set_up(options: Kind) -> Setup[Kind]:
     )
     if options.train_text_encoder:
         train_text_encoders(model)
+    if fitting is not None:
+        options = fitting(options, model)
+        method = build_method(options)
     method = fitted(options, method, model.pipe)
     known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
     return Setup(filled(options, known), accelerator, model, method, started)

@@ -52,6 +52,7 @@ def save_adapter(trainer: Trainer, folder: str | Path) -> Path:
         "steps": str(trainer.step),
         **training,
         "weights": f"moving average, decay {options.ema_decay:g}" if trainer.average else "of the last step",
+        **trainer.notes,
         **({"note": "DEMO on the embedded base"} if demo else {}),
     }
     with trainer.average.in_place() if trainer.average else nullcontext():

@@ -1,5 +1,7 @@
 """What a person reads: a summary before the first step, figures after the last."""
 
+from collections.abc import Mapping
+
 from diffusers import DiffusionPipeline
 
 from diffadapt.adapter import Adapter
@@ -10,8 +12,14 @@ from diffadapt.training.memory import estimate_memory, size_text
 from diffadapt.training.options import TrainOptions
 
 
-def before_training(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline) -> str:
-    """What is trained, on what, how long, and the memory it needs."""
+def before_training(
+    trainer: Trainer, batches: Batches, pipe: DiffusionPipeline, told: Mapping[str, str] | None = None
+) -> str:
+    """What is trained, on what, how long, and the memory it needs.
+
+    Args:
+        told: further rows of a script's report.
+    """
     options, adapter = trainer.options, trainer.adapter
     base_parameters = trainer.accelerator.unwrap_model(trainer.objective).denoiser.num_parameters()
     rate = trainer.optimizer.param_groups[0]["initial_lr"]
@@ -27,6 +35,7 @@ def before_training(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline)
         "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, frozen",
         "adapter": _adapter(adapter, base_parameters),
         "data": batches.description,
+        **(told or {}),
         "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
         "steps": f"{options.max_train_steps}, rate {rate:g} ({schedule}), seed {options.seed}",
         "memory": str(estimate_memory(trainer, batches, pipe)),

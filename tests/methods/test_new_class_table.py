@@ -1,0 +1,349 @@
+"""``class_embedding(classes=N)``: tables longer and shorter than the base's, on a UNet2DModel and a DiT."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from class_pipelines import class_pipeline, class_tables, dit_pipeline
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from torch import nn
+
+import diffadapt as da
+from diffadapt.analysis import analyse
+from diffadapt.attaching import attached as attached_to
+from diffadapt.budget import count_parameters
+from diffadapt.compress import combined
+from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.pipelines import ClassConditionalPipeline
+
+MORE, FEWER = {"unet": 5, "dit": 1004}, {"unet": 2, "dit": 2}
+CLASSES = {"unet": 3, "dit": 1000}  # of the bases; the null class is the row behind them
+NAMES = {"unet": "unet.class_embedding", "dit": "transformer.{}.0.norm1.emb.class_embedder.embedding_table"}
+sizes = pytest.mark.parametrize("size", [MORE, FEWER], ids=["more", "fewer"])
+kinds = pytest.mark.parametrize("kind", ["unet", "dit"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {
+        "unet": class_pipeline(tmp_path_factory.mktemp("unet")),
+        "dit": dit_pipeline(tmp_path_factory.mktemp("dit")),
+    }
+
+
+@pytest.fixture(scope="module")
+def bases(folders):
+    return {kind: open_pipeline(str(folder)) for kind, folder in folders.items()}
+
+
+@pytest.fixture
+def fresh(bases):
+    """Bases without adapters, with networks of their own."""
+
+    def make(kind):
+        pipe, part = bases[kind], "unet" if kind == "unet" else "transformer"
+        parts = {**pipe.components, part: copy.deepcopy(getattr(pipe, part))}
+        further = {"null_class": CLASSES["unet"]} if kind == "unet" else {}
+        made = type(pipe)(**parts, **further)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    return make
+
+
+def network(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def tables_of(model):
+    return [model.class_embedding] if isinstance(model, UNet2DModel) else class_tables(model)
+
+
+def output(pipe, *labels):
+    """What the network makes of fixed noise when it is told these classes."""
+    model = network(pipe)
+    x = torch.randn(1, model.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, t = x.expand(len(labels), -1, -1, -1), torch.full((len(labels),), 500)
+    return model(x, t, class_labels=torch.tensor(labels)).sample
+
+
+def picture(pipe, label, guidance=2.0):
+    seed = [torch.Generator().manual_seed(1)]
+    options = {"num_inference_steps": 2, "generator": seed, "output_type": "np"}
+    return torch.tensor(pipe([label], guidance_scale=guidance, **options).images)
+
+
+def attached(pipe, classes, **more):
+    return da.attach(
+        pipe, da.make_method("lora(rank=2)+class_embedding", classes=classes), "attention", **more
+    )
+
+
+def trained(adapter, pipe, *labels):
+    """Two steps of a large rate, on the classes that are named."""
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=3.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        output(pipe, *labels).square().mean().backward()
+        optimizer.step()
+    return adapter
+
+
+def table(adapter):
+    (own,) = (tensor for part in adapter.parts for tensor in part.shared.values())
+    return own
+
+
+@kinds
+@sizes
+def test_rows_start_as_the_bases_or_as_the_mean_and_the_null_class_stays_last(fresh, kind, size):
+    pipe, classes, known = fresh(kind), size[kind], CLASSES[kind]
+    base = tables_of(network(pipe))[0].weight.clone()
+    before = output(pipe, 0, 1, known)
+    adapter = attached(pipe, classes)
+    own = table(adapter)
+    assert own.shape == (classes + 1, base.shape[1])
+    assert torch.equal(own[: min(classes, known)], base[: min(classes, known)])
+    assert torch.equal(own[-1], base[-1])
+    mean = base[:known].mean(0)
+    torch.testing.assert_close(own[known:classes], mean.expand(max(0, classes - known), -1))
+    null = max(classes, known)
+    assert (pipe.class_table.rows, pipe.class_table.null_class) == (null + 1, null)
+    assert torch.equal(output(pipe, 0, 1, null), before)
+
+
+@kinds
+@sizes
+def test_two_steps_then_saved_and_loaded_into_a_fresh_base(fresh, tmp_path, kind, size):
+    pipe, classes = fresh(kind), size[kind]
+    base = copy.deepcopy(network(pipe).state_dict())
+    null = max(classes, CLASSES[kind])
+    adapter = attached(pipe, classes)
+    start = table(adapter).clone()
+    trained(adapter, pipe, 0, classes - 1, null)
+    moved = (table(adapter) != start).any(1)
+    assert moved[[0, classes - 1, classes]].all()  # the null class is the table's last row
+    assert moved.sum() == len({0, classes - 1, classes})
+    weights = [adapter.adapted_weight(site) for site in adapter.sites if site.kind == "embedding"]
+    assert len(weights) == len(tables_of(network(pipe)))
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+    last = [*range(classes), null]
+    torch.testing.assert_close(weights[0][last], table(adapter).detach(), rtol=0, atol=1e-6)
+    labels = (0, classes - 1, null)
+    with torch.no_grad():
+        expected = output(pipe, *labels)
+        da.save(adapter, tmp_path / "a.safetensors")
+        again = fresh(kind)
+        assert da.load(again, tmp_path / "a.safetensors").num_parameters == adapter.num_parameters
+        assert torch.equal(output(again, *labels), expected)
+    da.detach(adapter)
+    for name, value in network(pipe).state_dict().items():
+        assert torch.equal(value, base[name])
+    assert pipe.class_table.rows == CLASSES[kind] + 1
+    with torch.no_grad():
+        assert torch.equal(output(pipe, 0, CLASSES[kind]), output(fresh(kind), 0, CLASSES[kind]))
+
+
+@kinds
+@sizes
+def test_merged_unmerged_and_switched_off(fresh, tmp_path, kind, size):
+    pipe, classes, known = fresh(kind), size[kind], CLASSES[kind]
+    model, config = network(pipe), dict(network(pipe).config)
+    adapter = trained(attached(pipe, classes), pipe, 0, classes - 1)
+    null = max(classes, known)
+    with torch.no_grad():
+        expected, bare = output(pipe, classes - 1, null), output(fresh(kind), 0, known)
+        assert da.merge(adapter) == 0
+        torch.testing.assert_close(output(pipe, classes - 1, null), expected, rtol=1e-4, atol=1e-5)
+        pipe.save_pretrained(tmp_path / "merged")  # opens without an adapter
+        saved = open_pipeline(str(tmp_path / "merged"))
+        assert saved.class_table.rows == null + 1
+        torch.testing.assert_close(output(saved, classes - 1, null), expected, rtol=1e-4, atol=1e-5)
+        with da.disabled(pipe):
+            assert torch.equal(output(pipe, 0, known), bare)
+            assert pipe.class_table.rows == known + 1
+        adapter.strength = 0.0
+        assert torch.equal(output(pipe, 0, known), bare)
+        adapter.strength = 1.0
+        da.unmerge(adapter)
+        assert torch.equal(output(pipe, classes - 1, null), expected)
+    assert dict(model.config) == config
+    assert all(len(layer.weight) == known + 1 == layer.num_embeddings for layer in tables_of(model))
+
+
+def test_guidance_is_that_of_a_model_built_with_the_larger_table(fresh):
+    pipe = fresh("unet")
+    adapter = da.attach(pipe, da.ClassEmbedding(classes=5), "class_embedding")
+    trained(adapter, pipe, 0, 4, 5)
+    whole = UNet2DModel.from_config({**pipe.unet.config, "num_class_embeds": 6})
+    values = {**pipe.unet.state_dict(), "class_embedding.weight": table(adapter).detach()}
+    whole.load_state_dict(values)
+    built = ClassConditionalPipeline(whole, pipe.scheduler, null_class=5)
+    built.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(picture(pipe, 4), picture(built, 4), rtol=0, atol=1e-5)
+    assert not torch.allclose(picture(pipe, 4), picture(pipe, 3), atol=1e-3)
+
+
+@sizes
+def test_a_dit_is_guided_by_the_null_row_in_use(fresh, size):
+    pipe, classes = fresh("dit"), size["dit"]
+    adapter = trained(attached(pipe, classes), pipe, 0, classes - 1, max(classes, 1000))
+    pipe.scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    seen = []
+    table_of_a_block = class_tables(pipe.transformer)[1]
+    handle = table_of_a_block.register_forward_pre_hook(lambda _, given: seen.append(given[0].tolist()))
+    made = picture(pipe, classes - 1)
+    assert seen == [[classes - 1, max(classes, 1000)]] * 2
+    handle.remove()
+    stock = diffusers.DiTPipeline(**pipe.components)
+    stock.set_progress_bar_config(disable=True)
+    alone = picture(stock, classes - 1, guidance=1)
+    assert torch.equal(alone, picture(pipe, classes - 1, guidance=1))
+    assert torch.equal(made, picture(stock, classes - 1)) == (classes <= 1000)
+    da.detach(adapter)
+    assert torch.equal(picture(pipe, 7), picture(stock, 7))
+    with pytest.raises(ValueError, match="no class 1000: the base has 1000 classes, 0 to 999, and the null"):
+        picture(pipe, 1000)
+
+
+@kinds
+@sizes
+def test_a_wrong_class_names_the_range(fresh, kind, size):
+    pipe, classes = fresh(kind), size[kind]
+    attached(pipe, classes)
+    expected = f"no class {classes}: the adapter's new class table has {classes} classes, 0 to {classes - 1},"
+    with pytest.raises(ValueError, match=expected):
+        picture(pipe, classes)
+
+
+def test_stock_pipelines_that_cannot_be_right_are_named(bases):
+    parts = {**bases["dit"].components, "transformer": copy.deepcopy(bases["dit"].transformer)}
+    stock = diffusers.DiTPipeline(**parts)
+    with pytest.warns(UserWarning, match=r"takes row 1000 for the null class, which is 1001 now; draw with"):
+        da.attach(stock, da.ClassEmbedding(classes=1001), "class_embedding")
+
+
+def test_labels_dropped_in_training_mode_become_the_null_class(fresh):
+    pipe = fresh("dit")
+    adapter = trained(attached(pipe, 1004), pipe, 3, 1004)
+    embedder = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.train()
+    embedder.dropout_prob = 1.0
+    labels = torch.tensor([3, 1003])
+    torch.testing.assert_close(embedder(labels), table(adapter)[[-1, -1]])
+    assert embedder.num_classes == 1000
+    da.detach(adapter)
+    assert torch.equal(embedder(labels), embedder.embedding_table.weight[[1000, 1000]])
+
+
+def test_adapters_of_several_sizes_add_up_and_are_switched_alone(fresh):
+    pipe = fresh("unet")
+    base = pipe.unet.class_embedding.weight.detach().clone()
+    many, few = (
+        da.attach(pipe, da.ClassEmbedding(classes=classes), "class_embedding", name=str(classes))
+        for classes in (5, 2)
+    )
+    whole = da.attach(pipe, da.Full(), "class_embedding", name="whole")
+    with torch.no_grad():
+        for adapter in (many, few, whole):
+            for tensor in adapter.parameters():
+                tensor += torch.randn(tensor.shape)
+    few.strength = 0.5
+    start = torch.cat([base[:3], base[:3].mean(0).expand(2, -1), base[3:]])
+    expected = start + (table(many) - start)
+    expected[[0, 1, 5]] += 0.5 * (table(few) - base[[0, 1, 3]])
+    expected[[0, 1, 2, 5]] += next(whole.parameters())
+    layer, rows = pipe.unet.class_embedding, torch.arange(6)
+    torch.testing.assert_close(layer(rows), expected)
+    da.merge(few)
+    torch.testing.assert_close(layer(rows), expected)
+    da.merge(many)
+    da.merge(whole)
+    torch.testing.assert_close(layer.weight, expected)
+    many.strength = 0.0
+    assert pipe.class_table.rows == 4
+    da.unmerge(few)
+    assert str(pipe.class_table) == "2 classes, 0 to 1, and the null class 3"
+    few.strength = 0.0
+    assert str(pipe.class_table) == "3 classes, 0 to 2, and the null class 3"
+    for adapter in (whole, many, few):
+        da.detach(adapter)
+    assert torch.equal(layer.weight, base)
+
+
+def test_a_base_without_null_class_gets_a_table_without_one(fresh):
+    parts = fresh("unet").components
+    pipe = ClassConditionalPipeline(parts["unet"], parts["scheduler"])
+    with pytest.raises(ValueError, match="has no null class: null_class=False"):
+        da.attach(pipe, da.ClassEmbedding(classes=6), "class_embedding")
+    adapter = da.attach(pipe, da.ClassEmbedding(classes=6, null_class=False), "class_embedding")
+    assert table(adapter).shape == (6, 32)
+    assert torch.equal(table(adapter)[:4], parts["unet"].class_embedding.weight)
+    assert str(pipe.class_table) == "6 classes, 0 to 5"
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "message"),
+    [
+        ("class_embedding(classes=3,null_class=false)", "class_embedding", "drop null_class=False"),
+        ("class_embedding(classes=3)", "class_embedding+!transformer_blocks.0.*", "every copy"),
+        ("difffit(classes=3,class_embedding=false)", "attention", "needs class_embedding"),
+        ("class_embedding(classes=0)", "class_embedding", "at least 1, got 0"),
+        ("class_embedding(classes=true)", "class_embedding", "classes must be int"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_and_nothing_is_attached(fresh, method, targets, message):
+    pipe = fresh("dit")
+    with pytest.raises(ValueError, match=message):
+        da.attach(pipe, da.make_method(method), targets)
+    assert not attached_to(pipe)
+    assert all(type(layer) is nn.Embedding for layer in class_tables(pipe.transformer))
+
+
+def test_embeddings_that_are_no_class_table_and_null_classes_elsewhere_are_refused(fresh):
+    with pytest.raises(ValueError, match="words is no class table"):
+        da.attach(nn.ModuleDict({"words": nn.Embedding(4, 8)}), da.ClassEmbedding(classes=3), "words")
+    parts = fresh("unet").components
+    pipe = ClassConditionalPipeline(parts["unet"], parts["scheduler"], null_class=0)
+    with pytest.raises(ValueError, match="null class in its last row"):
+        da.attach(pipe, da.ClassEmbedding(classes=3), "class_embedding")
+
+
+def test_exports_hold_a_longer_table_in_whole_pipelines_only(fresh, tmp_path):
+    for kind, classes in MORE.items():
+        pipe = fresh(kind)
+        adapter = trained(attached(pipe, classes), pipe, 0, classes - 1)
+        with torch.no_grad():
+            expected = output(pipe, classes - 1, classes)
+        report = da.export(adapter, tmp_path / kind, "merged")
+        assert ("stock DiTPipeline" in report.line) == (kind == "dit")
+        with torch.no_grad():
+            made = output(open_pipeline(str(tmp_path / kind)), classes - 1, classes)
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+        part = {"unet": UNet2DModel, "dit": DiTTransformer2DModel}[kind]
+        part.from_pretrained(tmp_path / kind, subfolder="unet" if kind == "unet" else "transformer")
+        assert pipe.class_table.rows == classes + 1  # the live model is as it was
+        for to in ("kohya", "diffusers"):
+            with pytest.raises(ValueError, match=r"rows more than the base's.*--to merged"):
+                da.export(adapter, tmp_path / "file.safetensors", to)
+        with pytest.raises(ValueError, match="more rows than"):
+            combined([adapter])
+
+
+def test_figures_of_a_longer_table_are_those_of_its_change(fresh):
+    pipe = fresh("unet")
+    adapter = da.attach(pipe, da.ClassEmbedding(classes=5), "class_embedding")
+    with torch.no_grad():
+        table(adapter)[4] += 2.0
+    (figures,) = analyse({"a": adapter})["a"]
+    assert figures.norm == pytest.approx(2 * 32**0.5)
+    assert figures.effective_rank == pytest.approx(1)
+
+
+def test_parameters_of_a_real_dit_with_another_number_of_classes():
+    with torch.device("meta"):
+        real = DiTTransformer2DModel(num_layers=28)  # DiT-XL/2's widths, 1000 classes
+    counted = count_parameters(real, da.ClassEmbedding(classes=101), "class_embedding")
+    assert counted.total == 117_504  # 1LoRA's Table 1
+    rest = count_parameters(real, da.DiffFit(), "linear").total - 1001 * 1152
+    assert count_parameters(real, da.DiffFit(classes=101), "linear").total == rest + 117_504
