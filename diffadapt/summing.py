@@ -42,9 +42,11 @@ def start_weight(base: Tensor, updates: Weighted) -> Tensor:
 
 def longest(base: Tensor, updates: Weighted) -> NewRows | None:
     """Of the changes that act, the class table with most rows; None where none has more than the base."""
-    tables = [u.delta for strength, u in updates if strength != 0 and isinstance(u.delta, NewRows)]
-    most = max(tables, key=lambda table: table.rows, default=None)
-    return most if most is not None and most.rows > len(base) else None
+    most, rows = None, len(base)
+    for strength, update in updates:
+        if strength != 0 and isinstance(update.delta, NewRows) and update.delta.rows > rows:
+            most, rows = update.delta, update.delta.rows
+    return most
 
 
 def effective_bias(base: Tensor | None, resident: Tensor | None, updates: Weighted) -> Tensor | None:

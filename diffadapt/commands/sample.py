@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -35,7 +35,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     files = [parse_adapter(text) for text in arguments.adapter]
     strengths = parse_strengths(arguments.strength)
     looks = looks_of(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
-    wanted = wanted_shots(arguments, class_names_in([file.path for file in files]))
+    wanted = wanted_shots(arguments, [file.path for file in files])
     base = arguments.base or base_named_in([file.path for file in files])
     use_cores(arguments.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,11 +75,11 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     return folder
 
 
-def wanted_shots(arguments: argparse.Namespace, classes: Mapping[int, str] | None = None) -> list[Shot]:
+def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Shot]:
     """The images of one look: prompts, those of a file, or classes, each with consecutive seeds.
 
     Args:
-        classes: names that can be given in place of numbers.
+        files: adapter files, whose classes can be asked for by name.
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:
@@ -88,10 +88,10 @@ def wanted_shots(arguments: argparse.Namespace, classes: Mapping[int, str] | Non
     if arguments.class_labels is not None and prompts:
         raise ValueError("give prompts or --class_labels: a base is told either words or classes")
     if arguments.class_labels is not None:
-        labels = class_numbers(arguments.class_labels, classes or {})
+        names = class_names_in(files)
         return [
-            Shot(f"class {(classes or {}).get(label, label)}", arguments.seed + i, label)
-            for label in labels
+            Shot(f"class {names.get(label, label)}", arguments.seed + i, label)
+            for label in class_numbers(arguments.class_labels, names)
             for i in range(arguments.num_images)
         ]
     if not prompts:

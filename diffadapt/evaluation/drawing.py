@@ -51,8 +51,8 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
         files: FILE or FILE:STRENGTH.
     Raises: ValueError for adapters of different bases, and what loading and drawing raise.
     """
-    wanted = wanted_shots(arguments)
     adapters = [parse_adapter(file, strength=1.0) for file in files]
+    wanted = wanted_shots(arguments, [adapter.path for adapter in adapters])
     base = arguments.base or base_named_in([adapter.path for adapter in adapters])
     device = PartialState().device
     precision = arguments.mixed_precision or ("fp16" if device.type == "cuda" else "no")

@@ -68,10 +68,8 @@ def export(
     path = Path(path)
     _check_arguments(to, dtype, rank)
     changes = changes_of(adapter)
-    if to != "diffusers":
-        _check_biases(changes, to, force)
-    if to != "merged":
-        _check_rows(changes, to)
+    _check_biases(changes, to, force)
+    _check_rows(changes, to)
     title = path.stem if path.suffix == ".safetensors" else path.name
     header = metadata_of(adapter, base_of(adapter), title=title, base_name=base, extra=metadata)
     if to == "merged":
@@ -198,7 +196,7 @@ def _check_arguments(to: str, dtype: str, rank: int | None) -> None:
 def _check_biases(changes: list[Change], to: str, force: bool) -> None:
     """A bias that stock layers have no place for: ComfyUI drops it, from_pretrained too."""
     gained = [change.name for change in changes if change.base_bias is None and change.bias is not None]
-    if gained and (to == "merged" or not force):
+    if to != "diffusers" and gained and (to == "merged" or not force):
         raise ValueError(
             f"{len(gained)} layers, e.g. {gained[0]}, gain a bias that the stock layers do not have, so a "
             f"{to} file cannot hold it; --to diffusers can, unless norms change too. Else train without: "
@@ -207,7 +205,7 @@ def _check_biases(changes: list[Change], to: str, force: bool) -> None:
 
 
 def _check_rows(changes: list[Change], to: str) -> None:
-    for change in changes:
+    for change in changes if to != "merged" else ():
         if change.gained_rows:
             raise ValueError(
                 f"{change.name}: the class table has {change.gained_rows} rows more than the base's, which a "
