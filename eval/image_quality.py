@@ -13,26 +13,24 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import tempfile
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
 
-from diffadapt.commands.combine import base_named_in
+from diffadapt.checkpoint import base_named_in
 from diffadapt.evaluation import options
 from diffadapt.evaluation.drawing import draw_sets, files_of_run
+from diffadapt.evaluation.drawn_files import passing_folder
 from diffadapt.evaluation.image_sets import ImageSet, has_prompts
 from diffadapt.evaluation.page import write_page
-from diffadapt.evaluation.run import Outcome, deterministic, evaluate_sets
+from diffadapt.evaluation.run import Outcome, begin, evaluate_sets
 from diffadapt.evaluation.scoring import check_plan
 from diffadapt.evaluation.tables import markdown, per_image_csv
 from diffadapt.exits import run
 from diffadapt.files import write_atomically
 from diffadapt.looks import parse_adapter
 from diffadapt.metrics.analytic import analytic_cases
-from diffadapt.training.session import quiet, start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,10 +53,7 @@ def verify() -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Draws what is to be drawn, scores everything, writes the four files. Returns the exit code."""
-    quiet()
-    deterministic()
-    warnings.filterwarnings("ignore", module="torch|transformers|diffusers")
-    device = start(mixed_precision="no", num_threads=arguments.num_threads).device
+    device = begin(arguments.num_threads)
     options.fill_demo(arguments)
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
     is_drawing = bool(files) or arguments.with_base
@@ -67,10 +62,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     elif is_drawing and arguments.base is None:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
     plan, reading = options.plan_of(arguments), options.reading_of(arguments)
-    extractors = options.extractors_of(arguments, str(device))
+    with PartialState().local_main_process_first():  # which fetches what is missing
+        extractors = options.extractors_of(arguments, str(device))
     with_prompts = is_drawing or any(has_prompts(source) for source in arguments.generated)
     check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=with_prompts)
-    with _folder_of_drawn(arguments) as folder:
+    is_passing = is_drawing and arguments.keep_images is None
+    with passing_folder() if is_passing else nullcontext(arguments.keep_images) as folder:
         sets: dict[str, str | ImageSet] = dict(
             draw_sets(arguments, files, Path(folder)) if is_drawing else {}
         )
@@ -91,15 +88,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if outcome is not None:
             _write(outcome, Path(arguments.output))
     return 0
-
-
-def _folder_of_drawn(arguments: argparse.Namespace) -> AbstractContextManager[str]:
-    """Where drawn images go: a folder that stays, or one that is removed, in which all processes meet."""
-    if arguments.keep_images is not None:
-        return nullcontext(arguments.keep_images)
-    if PartialState().num_processes > 1 and (arguments.adapters or arguments.run or arguments.with_base):
-        raise ValueError("several processes draw into one folder: give --keep_images DIR")
-    return tempfile.TemporaryDirectory(prefix="diffadapt-images-")
 
 
 def _write(outcome: Outcome, path: Path) -> None:

@@ -16,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 
-from diffadapt.commands.combine import base_named_in
+from diffadapt.checkpoint import base_named_in
 from diffadapt.evaluation.extractors import EMBEDDED, Extractor, available, load_extractor
+from diffadapt.evaluation.run import begin
 from diffadapt.evaluation.subject_drawing import Drawing, draw_subjects
 from diffadapt.evaluation.subject_record import evaluate_subjects, write_record
 from diffadapt.evaluation.subject_scores import check_extractors
@@ -34,18 +35,17 @@ from diffadapt.evaluation.subjects import (
 from diffadapt.evaluation.tables import markdown
 from diffadapt.exits import run
 from diffadapt.models.names import is_embedded
-from diffadapt.training.session import quiet, use_cores
 
 DEMO_BASE = "embedded:emoji"
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    quiet()
-    use_cores(arguments.num_threads)
+    device = begin(arguments.num_threads)
     files = adapter_files(arguments.adapters or ())
     subjects = chosen_subjects(arguments, list(files))
-    extractors = chosen_extractors(arguments)
+    with PartialState().local_main_process_first():  # which fetches what is missing
+        extractors = chosen_extractors(arguments, str(device))
     check_extractors(extractors)
     sets = generated_sets(arguments, subjects, files)
     settings = {
@@ -56,10 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     token, seed = arguments.unique_token, arguments.seed
     record = evaluate_subjects(sets, extractors, token=token, seed=seed, settings=settings)
-    folder = Path(arguments.output)
-    write_record(record, sets, folder)
-    print(markdown(record))
-    print(f"the images, best and worst: {folder / 'subject.html'}")
+    if record is not None:  # the first process writes
+        folder = Path(arguments.output)
+        write_record(record, sets, folder)
+        print(markdown(record))
+        print(f"the images, best and worst: {folder / 'subject.html'}")
     return 0
 
 
@@ -83,7 +84,7 @@ def chosen_subjects(arguments: argparse.Namespace, names: list[str]) -> list[Sub
     return open_subjects(arguments.subjects, read_prompts(arguments.prompts), names)
 
 
-def chosen_extractors(arguments: argparse.Namespace) -> list[Extractor]:
+def chosen_extractors(arguments: argparse.Namespace, device: str) -> list[Extractor]:
     """The named ones; embedded:clip for the embedded subjects, DreamBooth's otherwise; LPIPS where it is."""
     given = dict(item.partition("=")[::2] for item in arguments.weights or ())
     weights = {name: Path(path) for name, path in given.items()}
@@ -91,7 +92,6 @@ def chosen_extractors(arguments: argparse.Namespace) -> list[Extractor]:
     if names is None:
         names = [EMBEDDED[0]] if arguments.subjects is None else ["dino", "clip"]
         names += [name for name in available(weights) if name == "lpips:alex"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"weights": weights, "device": device, "download": arguments.download}
     return [load_extractor(name, **options) for name in names]
 
@@ -101,6 +101,8 @@ def generated_sets(
 ) -> dict[str, tuple[list[SubjectImages], dict]]:
     """Label -> the images of every subject, and how they were made."""
     if arguments.images is not None:
+        if files or arguments.base or arguments.compare:
+            raise ValueError("--images scores what is there: leave out --adapters, --base and --compare")
         made = existing_images(arguments.images, subjects)
         return {Path(arguments.images).name: (made, {})}
     base = arguments.base or (base_named_in(list(files.values())) if files else None)

@@ -13,15 +13,15 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 import diffadapt as da
-from diffadapt.commands.combine import base_named_in
+from diffadapt.checkpoint import base_named_in
 from diffadapt.commands.sample import sampler_of, wanted_shots
-from diffadapt.data.grid import to_pictures
+from diffadapt.evaluation.drawn_files import draw_files
 from diffadapt.evaluation.image_sets import ImageSet
 from diffadapt.evaluation.pictures import FilePicture
 from diffadapt.looks import AdapterFile, parse_adapter
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
-from diffadapt.sampling import Sampler, Shot, draw
+from diffadapt.sampling import Sampler, Shot
 from diffadapt.training.session import DTYPES
 
 BASE = "base"  # label of the images without an adapter
@@ -106,19 +106,9 @@ def _set(
 ) -> ImageSet:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{index:06d}-seed{shot.seed}.png" for index, shot in enumerate(wanted)]
-    state, size = PartialState(), sampler.batch_size
-    mine = [
-        index
-        for start in range(size * state.process_index, len(wanted), size * state.num_processes)
-        for index in range(start, min(start + size, len(wanted)))
-    ]
-    done = iter(mine)
-    with tqdm(desc=folder.name, total=len(mine), unit="image", disable=not state.is_main_process) as bar:
-        for images in draw(pipe, [wanted[index] for index in mine], sampler):
-            for picture in to_pictures(images):
-                picture.save(folder / names[next(done)])
-            bar.update(len(images))
-    state.wait_for_everyone()
+    is_silent = not PartialState().is_main_process
+    with tqdm(desc=folder.name, total=len(wanted), unit="image", disable=is_silent) as bar:
+        draw_files(pipe, wanted, sampler, [folder / name for name in names], bar)
     pictures = [FilePicture(name, folder / name) for name in names]
     return ImageSet(source, kind, pictures, made=made, prompts=tuple(shot.prompt for shot in wanted))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from diffadapt.evaluation.extractors.base import Extractor
 from diffadapt.evaluation.feature_file import SetFeatures
 from diffadapt.evaluation.image_sets import ImageSet
 from diffadapt.evaluation.pictures import Facts, Picture
+from diffadapt.evaluation.prompt_groups import batches_of, coordinates, stacked
 
 READERS = 4  # threads that decode
 AHEAD = 3  # batches decoded ahead of the networks
@@ -27,7 +28,10 @@ Loaded = tuple[Tensor, Facts] | Exception
 
 @dataclass(frozen=True)
 class Extracted:
-    """A set's features: extractor name -> layer -> (N, D), rows and facts in the order of the set."""
+    """A set's features: extractor name -> layer -> (N, D), rows and facts in the order of the set.
+
+    Of LPIPS, only in sets that know their prompts: `coordinates`, for the distances of images of one prompt.
+    """
 
     features: Mapping[str, Mapping[str, Tensor]]
     facts: tuple[Facts, ...]
@@ -36,10 +40,12 @@ class Extracted:
 
 @dataclass
 class _Batch:
-    index: int
+    """What came of one batch; `positions` in the set of its readable images, and of each problem."""
+
+    positions: list[int] = field(default_factory=list)
     facts: list[Facts] = field(default_factory=list)
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
 
 
 def extract(
@@ -53,18 +59,21 @@ def extract(
 ) -> Extracted:
     """Features of a set under all extractors, from the cache where one has them all.
 
-    With several processes every batch is one process's, and all get the merged result, in the set's order.
+    With several processes every batch is one process's, and all get the merged result, in the set's order;
+    what the cache has, the first process alone gets.
 
     Args:
         skip_bad: leave unreadable images out (they are listed) instead of raising.
         cache: for references: looks there first, and keeps what was made.
     Raises: ValueError that lists all unreadable images; FloatingPointError for features that are not finite.
     """
-    kept = _kept(images, extractors, cache)
-    missing = [e for e in extractors if e.name not in kept]
-    if not missing:
-        return Extracted({name: c.layers for name, c in kept.items()}, next(iter(kept.values())).facts)
-    made = _merged(_run(images.pictures, missing, batch_size, skip_bad, title), missing)
+    used = [e for e in extractors if e.perceptual is None or images.prompts]
+    kept, known = _kept(images, used, cache)
+    missing = [e for e in used if e.name not in known]
+    if known and not missing:
+        facts = next((content.facts for content in kept.values()), ())
+        return Extracted({name: content.layers for name, content in kept.items()}, facts)
+    made = _merged(_run(images, missing, batch_size, skip_bad, title), missing)
     if made.skipped and not skip_bad:
         raise ValueError(
             f"{len(made.skipped)} of {len(images)} images of {images.source!r} cannot be read; repair or "
@@ -74,61 +83,93 @@ def extract(
         raise ValueError(f"no image of {images.source!r} can be read:\n{listed(made.skipped)}")
     _refuse_broken(images.source, made)
     if cache is not None and not made.skipped and PartialState().is_main_process:
-        for extractor in missing:
-            cache.put(
-                extractor, SetFeatures(identity_of(extractor), made.features[extractor.name], made.facts)
-            )
+        for e in missing:
+            if e.perceptual is None:
+                cache.put(e, SetFeatures(identity_of(e), made.features[e.name], made.facts))
     PartialState().wait_for_everyone()  # nobody looks for what is still being written
     return Extracted({**made.features, **{n: c.layers for n, c in kept.items()}}, made.facts, made.skipped)
 
 
 def _kept(
     images: ImageSet, extractors: Sequence[Extractor], cache: FeatureCache | None
-) -> dict[str, SetFeatures]:
-    """What the cache has of a set; nothing when one of its files cannot be read."""
+) -> tuple[dict[str, SetFeatures], list[str]]:
+    """What the cache has of a set, and the names of those extractors, which the first process tells all."""
     if cache is None:
-        return {}
+        return {}, []
+    kept = _found(images, extractors, cache) if PartialState().is_main_process else {}
+    names = [list(kept)]
+    broadcast_object_list(names)
+    return kept, names[0]
+
+
+def _found(images: ImageSet, extractors: Sequence[Extractor], cache: FeatureCache) -> dict[str, SetFeatures]:
+    """Extractor name -> what the cache has; nothing when a file of the set cannot be read."""
     with ThreadPoolExecutor(READERS) as pool:
         try:
             digests = list(pool.map(lambda picture: picture.digest(), images.pictures))
         except (OSError, ValueError):
             return {}
     names = [picture.name for picture in images.pictures]
-    found = {extractor.name: cache.get(extractor, digests, names) for extractor in extractors}
+    found = {e.name: cache.get(e, digests, names) for e in extractors if e.perceptual is None}
     return {name: content for name, content in found.items() if content is not None}
 
 
 def _run(
-    pictures: Sequence[Picture], extractors: Sequence[Extractor], size: int, skip_bad: bool, title: str
+    images: ImageSet, extractors: Sequence[Extractor], size: int, skip_bad: bool, title: str
 ) -> list[_Batch]:
     """This process's batches. After the first bad image, unless skipped, the rest is only checked."""
-    state = PartialState()
-    starts = list(range(0, len(pictures), size))[state.process_index :: state.num_processes]
-    done, failed = [], False
-    with tqdm(desc=title, total=len(pictures), unit="image", disable=not state.is_main_process) as bar:
-        for start, loaded in _decoded(pictures, starts, size):
-            batch = _Batch(start // size)
-            for picture, item in zip(pictures[start : start + size], loaded, strict=True):
+    state, done, failed = PartialState(), [], False
+    groups = images.prompts if any(e.perceptual for e in extractors) else ()
+    mine = batches_of(len(images), size, groups)[state.process_index :: state.num_processes]
+    with tqdm(desc=title, total=len(images), unit="image", disable=not state.is_main_process) as bar:
+        for positions, loaded in _decoded(images.pictures, mine):
+            batch, pixels = _Batch(), []
+            for position, item in zip(positions, loaded, strict=True):
                 if isinstance(item, Exception):
-                    batch.problems.append(f"{picture.name}: {item or type(item).__name__}")
-            good = [item for item in loaded if not isinstance(item, Exception)]
+                    line = f"{images.pictures[position].name}: {item or type(item).__name__}"
+                    batch.problems.append((position, line))
+                    continue
+                pixels.append(item[0])
+                batch.facts.append(item[1])
+                batch.positions.append(position)
             failed = failed or (bool(batch.problems) and not skip_bad)
-            if good and not failed:
-                batch.facts = [facts for _, facts in good]
-                batch.layers = _forward([pixels for pixels, _ in good], extractors)
+            if pixels and not failed:
+                batch.layers = _layers(
+                    pixels, extractors, size, [groups[p] for p in batch.positions if groups]
+                )
             done.append(batch)
-            bar.update(len(loaded) * state.num_processes)
+            advance(bar, len(loaded))
     return done
 
 
+def _layers(
+    images: Sequence[Tensor], extractors: Sequence[Extractor], size: int, groups: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Extractor name -> layer -> rows of a batch, at most `size` images in one forward."""
+    parts = [_forward(images[start : start + size], extractors) for start in range(0, len(images), size)]
+    found = {
+        e.name: {layer: torch.cat([part[e.name][layer] for part in parts]) for layer in e.layers}
+        for e in extractors
+    }
+    for e in extractors:
+        if e.perceptual is not None:
+            found[e.name] = {e.perceptual: coordinates(found[e.name][e.perceptual], groups)}
+    return found
+
+
+def advance(bar: tqdm, images: int) -> None:
+    """Moves the first process's bar by what all processes did meanwhile."""
+    bar.update(min(images * PartialState().num_processes, bar.total - bar.n))
+
+
 def _decoded(
-    pictures: Sequence[Picture], starts: Sequence[int], size: int
-) -> Iterator[tuple[int, list[Loaded]]]:
+    pictures: Sequence[Picture], batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], list[Loaded]]]:
     """Batches of decoded images in order, read by threads a few batches ahead."""
     with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[tuple[int, list[Future]]] = deque()
-        for start in starts:
-            waiting.append((start, [pool.submit(_load, p) for p in pictures[start : start + size]]))
+        waiting: deque[tuple[Sequence[int], list[Future]]] = deque()
+        for positions in batches:
+            waiting.append((positions, [pool.submit(_load, pictures[place]) for place in positions]))
             if len(waiting) > AHEAD:
                 first, futures = waiting.popleft()
                 yield first, [future.result() for future in futures]
@@ -159,15 +200,18 @@ def _forward(images: Sequence[Tensor], extractors: Sequence[Extractor]) -> dict[
 
 def _merged(mine: list[_Batch], extractors: Sequence[Extractor]) -> Extracted:
     """All processes' batches in the order of the set."""
-    batches = sorted(gather_object(mine), key=lambda batch: batch.index)
-    full = [batch for batch in batches if batch.facts]
-    features = {
-        e.name: {layer: torch.cat([b.layers[e.name][layer] for b in full]) for layer in e.layers}
-        for e in extractors
-        if full
-    }
-    facts = tuple(facts for batch in full for facts in batch.facts)
-    return Extracted(features, facts, tuple(line for batch in batches for line in batch.problems))
+    batches = gather_object(mine)
+    skipped = tuple(line for _, line in sorted(problem for batch in batches for problem in batch.problems))
+    full = sorted((b for b in batches if b.layers or not extractors), key=lambda batch: batch.positions)
+    places = [position for batch in full for position in batch.positions]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    is_sorted = places == sorted(places)
+    features = {}
+    for e in extractors if full else ():
+        rows = {layer: stacked([batch.layers[e.name][layer] for batch in full]) for layer in e.layers}
+        features[e.name] = rows if is_sorted else {layer: own[order] for layer, own in rows.items()}
+    facts = [facts for batch in full for facts in batch.facts]
+    return Extracted(features, tuple(facts[place] for place in order), skipped)
 
 
 def _refuse_broken(source: str, made: Extracted) -> None:

@@ -46,7 +46,8 @@ def of_images(images: ImageSet, made: Extracted, extractors: Sequence[Extractor]
     Images of class labels are grouped by class, but "class 3" is no text to compare an image with.
     """
     prompts, has_words = _prompts_of(images, made.facts), "labels" not in images.made
-    inputs = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in extractors}
+    known = [e for e in extractors if e.name in made.features]
+    inputs = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in known}
     by_name = {picture.name: picture for picture in images.pictures}
 
     def picture(name: str) -> Image.Image:

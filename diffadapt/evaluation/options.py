@@ -69,8 +69,19 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def fill_demo(arguments: argparse.Namespace) -> None:
-    """Without any set to score: the embedded style pictures, two disjoint parts of them."""
-    if arguments.generated or arguments.adapters or arguments.run or arguments.with_base:
+    """Without any set to score: the embedded style pictures, two disjoint parts of them.
+
+    Raises: ValueError for a reference alone, and for options of drawing where nothing draws.
+    """
+    if arguments.adapters or arguments.run or arguments.with_base:
+        return
+    of_drawing = ("prompt", "prompts_file", "class_labels", "base", "keep_images")
+    idle = [f"--{name}" for name in of_drawing if getattr(arguments, name) is not None]
+    if idle:
+        raise ValueError(
+            f"{', '.join(idle)}: nothing is drawn; name what draws with --adapters, --run or --with_base"
+        )
+    if arguments.generated:
         return
     if arguments.reference is not None:
         raise ValueError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from diffadapt.evaluation.image_sets import ImageSet, open_set
 from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
+from diffadapt.training.session import quiet, start
 
 REFERENCE = "reference"  # label of the real set
+PATIENCE = timedelta(days=1)  # of the processes that wait while the first one scores; NCCL's is ten minutes
 PACKAGES = (
     "diffadapt",
     "torch",
@@ -93,15 +97,15 @@ def evaluate_sets(
         settings: kept in the record: the command, whether it is a demo, ...
     Raises: what `open_set`, `extract`, `check_sets` and the metrics raise.
     """
-    start, result = time.perf_counter(), _Result()
-    real = None
+    start, result, real = time.perf_counter(), _Result(), None
     if reference is not None:
         cache = FeatureCache(reading.cache)
         real = _material(REFERENCE, reference, extractors, reading, role="real", cache=cache)
-        result.materials[REFERENCE] = real
+        if real is not None:
+            result.materials[REFERENCE] = real
     for label, source in generated.items():
         own = _material(label, source, extractors, reading, role="generated", cache=None)
-        if PartialState().is_main_process:
+        if own is not None:
             _score(label, own, real, extractors, plan, reading, protocol, result)
             result.materials[label] = replace(own, inputs={})  # features are needed no more
     if not PartialState().is_main_process:
@@ -145,17 +149,20 @@ def _material(
     *,
     role: str,
     cache: FeatureCache | None,
-) -> Material:
+) -> Material | None:
+    """A set's features and facts. None on all but the main process, which scores."""
     if isinstance(source, str) and is_material_file(source):
-        return of_file(Path(source), extractors, role=role)
+        return of_file(Path(source), extractors, role=role) if PartialState().is_main_process else None
     images = open_set(source, download=reading.download) if isinstance(source, str) else source
     made = extract(
         images, extractors, batch_size=reading.batch_size, skip_bad=reading.skip_bad, cache=cache, title=label
     )
+    if not PartialState().is_main_process:
+        return None
     material = of_images(images, made, extractors, role=role)
-    if reading.save_features is None or not PartialState().is_main_process:
+    if reading.save_features is None:
         return material
-    for extractor in extractors:
+    for extractor in (e for e in extractors if e.perceptual is None):
         content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.facts)
         write_features(reading.save_features / label / file_name(extractor.name), content)
     folder = os.path.relpath(reading.save_features / label, reading.record_folder)
@@ -191,7 +198,13 @@ def _score(
         result.rows += image_rows(label, own, real, showing)
 
 
-def deterministic() -> None:
-    """The same numbers in every run: without it cuDNN chooses kernels by their speed."""
-    torch.backends.cudnn.deterministic = True
+def begin(num_threads: int | None) -> torch.device:
+    """The surroundings of an evaluation: all processes, quiet libraries, the same numbers in every run.
+
+    Returns this process's device.
+    """
+    quiet()
+    warnings.filterwarnings("ignore", module="torch|transformers|diffusers")
+    torch.backends.cudnn.deterministic = True  # else cuDNN chooses kernels by their speed
     torch.backends.cudnn.benchmark = False
+    return start(mixed_precision="no", num_threads=num_threads, patience=PATIENCE).device

@@ -103,10 +103,10 @@ def score_set(
 
     Raises: ValueError (TooFewImages) for a metric that was asked for by name.
     """
-    own, reference = generated.inputs[extractor.name], real and real.inputs[extractor.name]
+    own, reference = generated.inputs.get(extractor.name), real and real.inputs.get(extractor.name)
     scores: list[Score] = []
     refused: dict[str, str] = {}
-    for key in plan.metrics or METRICS:
+    for key in (plan.metrics or METRICS) if own is not None else ():
         metric = METRICS[key]
         if not _applies(metric, extractor, own, reference, is_named=bool(plan.metrics)):
             continue

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 import diffadapt as da
-from diffadapt.data.grid import to_pictures
+from diffadapt.evaluation.drawn_files import draw_files
 from diffadapt.evaluation.pictures import FilePicture
 from diffadapt.evaluation.subjects import Subject, SubjectImages
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
-from diffadapt.sampling import Sampler, Shot, draw
+from diffadapt.sampling import Sampler, Shot
 
 BASE = "base"  # label of the images without an adapter
 ADAPTERS = "adapters"  # label of those with each subject's own
@@ -69,12 +69,16 @@ class Drawing:
 def draw_subjects(
     drawing: Drawing, subjects: Sequence[Subject], adapters: Mapping[str, str], *, with_base: bool
 ) -> Sets:
-    """Images with each subject's own adapter, and of the bare base where asked for, as files."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe, sampler = open_base(drawing.base, device=device), drawing.sampler()
+    """Images with each subject's own adapter, and of the bare base where asked for, as files.
+
+    With several processes each draws whole batches of every subject's images.
+    """
+    state, sampler = PartialState(), drawing.sampler()
+    pipe = open_base(drawing.base, device=state.device)
     labels = [*([BASE] if with_base else []), *([ADAPTERS] if adapters else [])]
     found: Sets = {}
-    with tqdm(desc="images", total=sum(len(drawing.shots(s, 0)) for s in subjects) * len(labels)) as bar:
+    total = sum(len(drawing.shots(s, 0)) for s in subjects) * len(labels)
+    with tqdm(desc="images", total=total, disable=not state.is_main_process) as bar:
         for label in labels:
             images = []
             for place, subject in enumerate(subjects):
@@ -98,17 +102,17 @@ def _draw(
     folder: Path,
     bar: tqdm,
 ) -> SubjectImages:
-    shots, pictures = drawing.shots(subject, place), []
     (folder / subject.name).mkdir(parents=True, exist_ok=True)
-    for images in draw(pipe, shots, sampler):
-        for picture in to_pictures(images):
-            number, sample = divmod(len(pictures), drawing.samples)
-            name = f"{subject.name}/{number:02d}-{sample}.png"
-            picture.save(folder / name)
-            pictures.append(FilePicture(name, folder / name))
-        bar.update(len(images))
-    numbers = tuple(number for number in range(len(subject.templates)) for _ in range(drawing.samples))
-    return SubjectImages(subject, tuple(pictures), numbers, tuple(shot.seed for shot in shots))
+    shots = drawing.shots(subject, place)
+    places = [divmod(index, drawing.samples) for index in range(len(shots))]
+    names = [f"{subject.name}/{number:02d}-{sample}.png" for number, sample in places]
+    draw_files(pipe, shots, sampler, [folder / name for name in names], bar)
+    return SubjectImages(
+        subject,
+        tuple(FilePicture(name, folder / name) for name in names),
+        tuple(number for number, _ in places),
+        tuple(shot.seed for shot in shots),
+    )
 
 
 def _training(adapters: Mapping[str, str]) -> dict[str, dict]:

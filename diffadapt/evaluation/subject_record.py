@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate import PartialState
 from PIL import Image
 
+from diffadapt.evaluation.extraction import extract
 from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.image_sets import fingerprint
 from diffadapt.evaluation.page import write_page
@@ -17,8 +19,8 @@ from diffadapt.evaluation.record import EvaluationRecord, SetSummary
 from diffadapt.evaluation.run import REFERENCE
 from diffadapt.evaluation.subject_drawing import Sets
 from diffadapt.evaluation.subject_layout import real_images
-from diffadapt.evaluation.subject_scores import score_subjects
-from diffadapt.evaluation.subjects import SubjectImages
+from diffadapt.evaluation.subject_scores import check_extractors, score_subjects
+from diffadapt.evaluation.subjects import SubjectImages, joined
 from diffadapt.evaluation.tables import markdown, per_image_csv
 from diffadapt.files import write_atomically
 
@@ -32,21 +34,27 @@ def evaluate_subjects(
     token: str,
     seed: int,
     settings: Mapping[str, object] | None = None,
-) -> EvaluationRecord:
-    """Scores of every set of images, all of the same subjects.
+) -> EvaluationRecord | None:
+    """Scores of every set of images, all of the same subjects. None on all but the main process.
 
     Args:
         sets: label -> the images of every subject, and how they were made.
         token: the unique word of the prompts.
         seed: of the bootstrap.
     """
+    check_extractors(extractors)
     start = time.perf_counter()
     subjects = [own.subject for own in next(iter(sets.values()))[0]]
-    real = real_images(subjects, extractors)
+    real = real_images(subjects, [e for e in extractors if e.perceptual is None])
     scores, rows, refused = [], [], {}
     for label, (images, _) in sets.items():
-        own = score_subjects(label, images, real, extractors, token=token, seed=seed)
+        made = extract(joined(images, source=label, kind="memory"), extractors, title=label)
+        if not PartialState().is_main_process:
+            continue
+        own = score_subjects(label, images, made, real, extractors, token=token, seed=seed)
         scores, rows, refused = scores + own[0], rows + own[1], refused | own[2]
+    if not PartialState().is_main_process:
+        return None
     summaries = {label: _summary(label, images, made) for label, (images, made) in sets.items()}
     names = ", ".join(subject.name for subject in subjects)
     count = len(real.made.facts)
@@ -59,7 +67,12 @@ def evaluate_subjects(
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         images=tuple(rows),
         refused=refused,
-        settings={**(settings or {}), "seconds": round(time.perf_counter() - start, 1)},
+        settings={
+            **(settings or {}),
+            "seconds": round(time.perf_counter() - start, 1),
+            "device": str(PartialState().device),
+            "processes": PartialState().num_processes,
+        },
     )
 
 

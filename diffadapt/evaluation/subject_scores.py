@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffadapt.evaluation.extraction import Extracted, extract
+from diffadapt.evaluation.extraction import Extracted
 from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.record import ImageRow, Score
 from diffadapt.evaluation.scoring import kind_of
 from diffadapt.evaluation.subject_layout import Layout, RealImages, Side
-from diffadapt.evaluation.subjects import SubjectImages, joined
+from diffadapt.evaluation.subjects import SubjectImages
 from diffadapt.metrics.copying import Nearest, copy_threshold, nearest_images
 from diffadapt.metrics.diversity import group_distances
 from diffadapt.metrics.intervals import proportion_interval
@@ -24,6 +24,7 @@ FIDELITY = {"clip": "clip_i", "dino": "dino"}  # kind of extractor -> its score 
 def score_subjects(
     label: str,
     images: Sequence[SubjectImages],
+    made: Extracted,
     real: RealImages,
     extractors: Sequence[Extractor],
     *,
@@ -33,9 +34,10 @@ def score_subjects(
     """Scores of one generated set, a row per image, and what was refused: score -> reason.
 
     Likeness to the subject (DINO, CLIP-I) has the likeness of its real images to each other as its floor.
+
+    Args:
+        made: features of `joined(images)`.
     """
-    check_extractors(extractors)
-    made = extract(joined(images, source=label, kind="memory"), extractors, title=label)
     layout = Layout(label, images, real, seed)
     scores: list[Score] = []
     refused: dict[str, str] = {}

@@ -144,9 +144,11 @@ def existing_images(folder: str | Path, subjects: Sequence[Subject]) -> list[Sub
     return found
 
 
-def joined(sets: Sequence[SubjectImages], *, source: str, kind: str, **facts: object) -> ImageSet:
-    """The images of all subjects as one set, in order."""
-    return ImageSet(source, kind, [picture for own in sets for picture in own.pictures], **facts)
+def joined(sets: Sequence[SubjectImages], *, source: str, kind: str) -> ImageSet:
+    """The images of all subjects as one set, in order; prompts: subject and number of the prompt."""
+    pictures = [picture for own in sets for picture in own.pictures]
+    prompts = tuple(f"{own.subject.name} {number}" for own in sets for number in own.numbers)
+    return ImageSet(source, kind, pictures, prompts=prompts)
 
 
 def _prompt_number(name: str, subject: Subject) -> int:

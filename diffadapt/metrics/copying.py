@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn.functional import normalize
 from diffadapt.metrics.checks import Features, as_features, as_pair
 
 SAME_IMAGE = 0.9999  # cosine from which two training images are one picture
+ROWS = 1024  # rows of the matrix of cosines held at a time
 
 
 class Nearest(NamedTuple):
@@ -31,10 +34,15 @@ def nearest_images(*, generated: Features, training: Features, mirrored: Feature
     """
     training, generated = as_pair(training, generated)
     sides = [training] if mirrored is None else [training, _mirror_of(training, mirrored)]
-    generated = normalize(generated, dim=1)
-    found = [(generated @ normalize(side, dim=1).T).max(dim=1) for side in sides]
-    values = torch.stack([side.values for side in found])
-    similarity, side = values.max(dim=0)
+    sides = [normalize(side, dim=1) for side in sides]
+    blocks = [_nearest(rows, sides) for rows in normalize(generated, dim=1).split(ROWS)]
+    return Nearest(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
+
+
+def _nearest(generated: Tensor, sides: Sequence[Tensor]) -> Nearest:
+    """The same of some unit vectors, among those as they are and those mirrored."""
+    found = [(generated @ side.T).max(dim=1) for side in sides]
+    similarity, side = torch.stack([each.values for each in found]).max(dim=0)
     index = torch.stack([each.indices for each in found]).gather(0, side[None])[0]
     return Nearest(similarity, index, side == 1)
 
@@ -76,13 +84,13 @@ def copy_threshold(*, training: Features) -> float:
     A generated image beyond it resembles a training image more than any other photograph of the subject does.
     """
     rows = normalize(as_features("training", training), dim=1)
-    cosines = rows @ rows.T
-    others = cosines[cosines < SAME_IMAGE]
-    if not len(others):
+    blocks = (own @ rows.T for own in rows.split(ROWS))
+    largest = max(float(cosines.masked_fill_(cosines >= SAME_IMAGE, -math.inf).max()) for cosines in blocks)
+    if largest == -math.inf:
         raise ValueError(
             "training: all images are the same picture, so no threshold follows from them; give one"
         )
-    return float(others.max())
+    return largest
 
 
 def _mirror_of(training: Tensor, mirrored: Features) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.metrics.frechet import Statistics
+from diffadapt.metrics.kernel import discrepancy
 from diffadapt.metrics.manifold import neighbour_distances
 
 ROLES = ("features", "logits", "texts", "pixels", "groups", "mirrored")
@@ -39,6 +40,7 @@ class Inputs:
         self.features, self._statistics = dict(features), statistics
         self._samples: dict[tuple[int, int], Inputs] = {}
         self._neighbours: dict[int, Tensor] = {}
+        self._discrepancy: tuple[Inputs, tuple[float, float]] | None = None
 
     @classmethod
     def of_statistics(cls, statistics: Statistics) -> Inputs:
@@ -69,6 +71,13 @@ class Inputs:
         if depth not in self._neighbours:
             self._neighbours[depth] = neighbour_distances(self["features"], depth)
         return self._neighbours[depth]
+
+    def discrepancy(self, generated: Inputs) -> tuple[float, float]:
+        """What `kernel.discrepancy` gives between the features of both; kept for the last generated set."""
+        if self._discrepancy is None or self._discrepancy[0] is not generated:
+            found = discrepancy(real=self["features"], generated=generated["features"])
+            self._discrepancy = generated, found
+        return self._discrepancy[1]
 
     def rows(self, rows: Tensor) -> Inputs:
         """The set of some of the images."""

@@ -45,9 +45,12 @@ def both_logits(job: Job) -> dict:
     return {"real_logits": job.real["logits"], "generated_logits": job.generated["logits"], **job.options}
 
 
+def kid(job: Job) -> Estimate:
+    return kernel.kid_with_interval(**pair(job), known=job.real.discrepancy(job.generated))
+
+
 def kid_subsets(job: Job) -> Estimate:
-    """No interval: the subsets share images, so their spread says nothing of the error; `kid` has one."""
-    return Estimate(kernel.kid_subsets(**pair(job)))
+    return kernel.kid_subsets_with_interval(**pair(job), known=job.real.discrepancy(job.generated))
 
 
 def precision_recall(job: Job) -> tuple[Estimate, ...]:

@@ -16,12 +16,18 @@ ROWS = 1024  # rows of the kernel matrix held at a time
 
 def kid(*, real: Features, generated: Features) -> float:
     """The unbiased estimate from all pairs (U-statistic). Below 0 for sets that are very alike."""
-    return _mmd(*as_pair(real, generated))[0]
+    return discrepancy(real=real, generated=generated)[0]
 
 
-def kid_with_interval(*, real: Features, generated: Features) -> Estimate:
-    """`kid` and a normal interval from the variance of the U-statistic, all terms."""
-    value, variance = _mmd(*as_pair(real, generated))
+def kid_with_interval(
+    *, real: Features, generated: Features, known: tuple[float, float] | None = None
+) -> Estimate:
+    """`kid` and a normal interval from the variance of the U-statistic, all terms.
+
+    Args:
+        known: what `discrepancy` gave, if known.
+    """
+    value, variance = known or discrepancy(real=real, generated=generated)
     return Estimate(value, normal_interval(value, variance**0.5, "normal, variance of the U-statistic"))
 
 
@@ -38,6 +44,8 @@ def kid_subset_values(
     *, real: Features, generated: Features, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> Tensor:
     """The estimate of each subset, (subsets,). Their spread is no standard error: subsets share images.
+
+    Torch-fidelity's subsets: drawn without replacement, so each estimate is all pairs' on average.
 
     Raises: ValueError when a set has fewer than `size` images.
     """
@@ -56,8 +64,27 @@ def kid_subset_values(
     return torch.stack(values)
 
 
+def kid_subsets_with_interval(
+    *, real: Features, generated: Features, known: tuple[float, float] | None = None, **options: int
+) -> Estimate:
+    """`kid_subsets` and a normal interval.
+
+    Given the images, every subset's estimate varies about that of all pairs. So the variance of the subsets'
+    mean is that of all pairs (the images might have been others) and the subsets' own over their number.
+
+    Args:
+        known: what `discrepancy` gave, if known.
+        options: those of `kid_subset_values`.
+    """
+    values = kid_subset_values(real=real, generated=generated, **options)
+    of_choice = float(values.var()) / len(values) if len(values) > 1 else 0.0
+    error = ((known or discrepancy(real=real, generated=generated))[1] + of_choice) ** 0.5
+    method = "normal, variance of the U-statistic and of the choice of subsets"
+    return Estimate(float(values.mean()), normal_interval(float(values.mean()), error, method))
+
+
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 
 @dataclass(frozen=True)
@@ -105,8 +132,8 @@ def _effects(rows: Tensor, columns: Tensor, mean_square: Tensor) -> _Effects:
     return _Effects(mean, rows, columns, (mean_square - explained).clamp(min=0))
 
 
-def _mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """MMD^2 and the variance of its estimate.
+def discrepancy(*, real: Features, generated: Features) -> tuple[float, float]:
+    """MMD^2 from all pairs and the variance of this estimate.
 
     Hoeffding's decomposition of the two-sample U-statistic: with f(x) = E k(x, x') - E k(x, y), g alike, and
     the interactions d_xx, d_yy, d_xy,
@@ -116,6 +143,7 @@ def _mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
     Near MMD = 0 the first two terms vanish, and the last three are the variance. Var f is that of the
     observed row means, less what they owe to the finite number of entries in a row.
     """
+    x, y = as_pair(real, generated)
     m, n = len(x), len(y)
     xx, yy, xy = _within(x), _within(y), _between(x, y)
     variance_f = ((xx.rows - xy.rows).var() - xx.interaction / (m - 1) - xy.interaction / n).clamp(min=0)

@@ -13,7 +13,7 @@ from diffadapt.metrics.inception_score import (
 )
 from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.jobs import Job
-from diffadapt.metrics.kernel import kid_with_interval
+from diffadapt.metrics.kernel import kid_subsets
 from diffadapt.metrics.metric import Metric, Minimum
 from diffadapt.metrics.msid import msid, msid_with_interval
 from diffadapt.metrics.similarity import ceiling_similarity
@@ -68,7 +68,7 @@ _ALL = (
         better="lower",
         minimum=_at_least(500),
         **_FEATURES,
-        **_single(lambda job: kid_with_interval(**jobs.pair(job))),
+        **_single(jobs.kid),
     ),
     Metric(
         "kid_subsets",
@@ -77,7 +77,8 @@ _ALL = (
         minimum=lambda width, options: options["size"],
         options={"subsets": 100, "size": 1000, "seed": 2020},
         **_FEATURES,
-        **_single(jobs.kid_subsets),
+        value=lambda job: (kid_subsets(**jobs.pair(job)),),
+        estimate=lambda job: (jobs.kid_subsets(job),),
     ),
     Metric(
         "inception_score",
@@ -110,6 +111,7 @@ _ALL = (
         minimum=_at_least(1000),
         options={"k": 3},
         equal_n=True,
+        version="1, ties count",
         **_FEATURES,
         **_several(jobs.precision_recall),
     ),
@@ -120,6 +122,7 @@ _ALL = (
         minimum=_at_least(1000),
         options={"k": 5},
         equal_n=True,
+        version="1, ties do not count",
         **_FEATURES,
         **_several(jobs.density_coverage),
     ),

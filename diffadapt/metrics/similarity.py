@@ -47,4 +47,5 @@ def ceiling_similarity(*, real: Features) -> float:
     """Mean cosine between different real images: CLIP-I or DINO of the subject itself."""
     rows = normalize(as_features("real", real), dim=1)
     n = len(rows)
-    return float(((rows @ rows.T).sum() - rows.square().sum()) / (n * (n - 1)))
+    of_all_pairs = rows.sum(dim=0).square().sum()  # without the matrix of pairs
+    return float((of_all_pairs - rows.square().sum()) / (n * (n - 1)))

@@ -3,11 +3,12 @@
 import logging
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -18,16 +19,22 @@ def start(
     num_threads: int | None,
     trackers: Sequence[str] = (),
     logging_dir: str | None = None,
+    patience: timedelta | None = None,
 ) -> Accelerator:
     """An accelerator that uses the machine: on a CPU all available cores, unless told otherwise.
 
+    Args:
+        patience: how long processes wait for each other before the run is given up; None: torch's default.
     Raises: ValueError for fp16 where there is no GPU.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if mixed_precision == "fp16" and (use_cpu or not torch.accelerator.is_available()):
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, log_with=list(trackers) or None, project_dir=logging_dir
+        mixed_precision=mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=logging_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)] if patience is not None else None,
     )
     use_cores(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return accelerator

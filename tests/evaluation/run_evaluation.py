@@ -1,23 +1,29 @@
-"""Scores two folders with the toy extractor and writes the record; run by one or several processes."""
+"""Runs command lines of the scripts in eval/ one after the other; started as one process or as several."""
 
+import importlib
+import json
+import os
 import sys
+from pathlib import Path
 
-from accelerate import Accelerator
+import torch
 
-from diffadapt.evaluation.extractors import load_extractor
-from diffadapt.evaluation.run import Reading, evaluate_sets
-from diffadapt.evaluation.scoring import Plan
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 
 
-def score(generated, real, output):
-    plan = Plan(("fid", "kid", "precision_recall", "vendi"), allow_small=True, intervals=False)
-    reading = Reading(batch_size=4, skip_bad=True)
-    extractors = [load_extractor("toy_extractor:Toy")]
-    outcome = evaluate_sets({"a": str(generated)}, str(real), extractors, plan, reading=reading)
-    if outcome is not None:
-        outcome.record.write(output)
+def run_all(commands):
+    """Each a list: the script's name, then its arguments."""
+    for script, *arguments in commands:
+        assert importlib.import_module(script).main(arguments) == 0, script
+
+
+def refuse(source, target):
+    raise AssertionError(f"{target} is written by another process than the first")
 
 
 if __name__ == "__main__":
-    Accelerator()  # knows from the environment which processes there are
-    score(*sys.argv[1:])
+    if os.environ["RANK"] != "0":
+        os.replace = refuse  # every file of a result is written under another name, then renamed
+    run_all(json.loads(sys.argv[1]))
+    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    assert backend.options._timeout.days == 1  # the others wait while the first one scores

@@ -5,10 +5,14 @@ import hashlib
 import pytest
 import torch
 import torch_fidelity
+import torchvision
+from torch import nn
 from torch.nn.functional import interpolate
 from torchmetrics.functional.image.lpips import _LPIPS
+from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
 
+from diffadapt import embedded
 from diffadapt.evaluation import weights
 from diffadapt.evaluation.extractors import canonical, load_extractor
 from diffadapt.evaluation.extractors.convolutional import Inception, lpips
@@ -39,8 +43,40 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     assert (found["logits_unbiased"] - logits).abs().max() < 2e-6 * logits.abs().max()
     assert (extractor.sha256, extractor.preset, extractor.smoke) == (file.sha256, "tf1", False)
     assert pool.std() > 1e-3  # the signal has not died on the way
-    other = load_extractor("inception", weights={"inception": path}, preset="torchmetrics")
-    assert not torch.allclose(other(images())["pool"], pool, rtol=1e-3)
+    smooth = load_extractor("inception", weights={"inception": path}, preset="torchmetrics")(images())["pool"]
+    assert not torch.allclose(smooth, pool, rtol=1e-3)
+    metrics = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+    assert torch.equal(metrics(images()), pool)  # so what agrees with the one agrees with the other
+    metrics.use_antialias = True
+    assert (metrics(images()) - smooth).abs().max() < 1e-6 * smooth.abs().max()
+
+
+class SmallVgg(nn.Module):
+    """torchvision's VGG16 in small: the same parts, other sizes."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.features, self.avgpool = nn.Conv2d(3, 4, 3, stride=8), nn.AdaptiveAvgPool2d(7)
+        fc1, fc2, fc3 = nn.Linear(4 * 49, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.classifier = nn.Sequential(fc1, nn.ReLU(), nn.Dropout(), fc2, nn.ReLU(), nn.Dropout(), fc3)
+
+    def forward(self, pixels):
+        return self.classifier(self.avgpool(self.features(pixels)).flatten(1))
+
+
+def test_vgg16_is_torch_fidelitys_second_layer_after_its_relu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.models, "vgg16", SmallVgg)
+    path = tmp_path / "vgg.pth"
+    torch.save(SmallVgg().state_dict(), path)
+    file = weights.WeightFile("vgg.pth", "", 0, hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(weights.FILES, "vgg16", file)
+    extractor = load_extractor("vgg16", weights={"vgg16": path})
+    oracle = torch_fidelity.feature_extractor_vgg16.FeatureExtractorVGG16("o", ["fc2_relu"], str(path))
+    (expected,) = oracle(images(4))
+    found = extractor(images(4))["fc2_relu"]
+    assert expected.count_nonzero() > 0
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert (extractor.features, extractor.logits, extractor.preset) == ("fc2_relu", None, "tf1")
 
 
 @pytest.mark.parametrize("kind", ["alex", "squeeze"])
@@ -64,6 +100,10 @@ def test_embedded_clip_is_the_training_figures_clip():
     assert torch.allclose(extractor(square)["image"], clip.images([square / 255]), atol=1e-6)
     assert torch.equal(extractor.texts(["a cat"]), clip.texts(["a cat"]))
     assert load_extractor("clip:embedded:clip").name == "embedded:clip"
+    own = load_extractor(f"clip:{embedded('clip')}")  # any CLIP model in a folder
+    assert own.name.startswith("clip:/")
+    assert (own.sha256, own.preset) == (extractor.sha256, "crop-64")
+    assert torch.equal(own(square)["image"], extractor(square)["image"])
 
 
 def test_embedded_digits_gives_features_and_logits():

@@ -12,6 +12,7 @@ from image_files import write_images
 from pipelines import tiny_sd_pipeline
 
 import diffadapt as da
+from diffadapt.evaluation import drawn_files
 from diffadapt.evaluation.drawing import files_of_run, labelled
 from diffadapt.evaluation.options import labels_of
 from diffadapt.evaluation.record import read_record
@@ -99,6 +100,7 @@ def test_several_folders_bad_files_options_and_cache(tmp_path, sets):
         (["--metrics", "fid"], "--allow_small"),
         (["--feature_batch_size", "0"], "at least 1"),
         (["--adapters", "/nowhere.safetensors"], "nowhere"),
+        (["--prompt", "a cat", "--keep_images", "kept"], "--prompt, --keep_images: nothing is drawn"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, sets, change, message, capsys, monkeypatch):
@@ -206,6 +208,16 @@ def test_a_base_that_is_told_classes(tmp_path):
     assert [row.prompt for row in record.images] == ["class 0", "class 0", "class 2", "class 2"]
     assert record.sets["base"].made["labels"] == [0, 0, 2, 2]
     assert record.settings["demo"] is False
+
+
+def test_images_that_are_not_kept_need_one_machine(monkeypatch):
+    class FourProcesses:
+        num_processes, is_main_process = 4, True
+
+    monkeypatch.setattr(drawn_files, "PartialState", FourProcesses)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"several machines .* --keep_images"), drawn_files.passing_folder():
+        pass
 
 
 def test_the_base_alone_must_be_named(tmp_path, capsys):

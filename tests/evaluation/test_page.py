@@ -153,6 +153,31 @@ def test_a_plot_is_the_same_bytes_every_time_and_accepts_equal_values(tmp_path):
     assert Image.open(tmp_path / "equal.png").width > 100
 
 
+def open_in_browser(path, home, *options):
+    """What Chromium makes of a page, and what it says on its console."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={home / 'profile'}", "--enable-logging=stderr", *options, "--dump-dom"]
+    return subprocess.run(
+        [*command, f"file://{path}"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(home)},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+def test_a_browser_has_nothing_to_complain_of(tmp_path):
+    """The page as it is written: nothing in it offends its own rule to fetch nothing and run nothing."""
+    write_page(record(count=3), tmp_path / "page.html", picture)
+    done = open_in_browser(tmp_path / "page.html", tmp_path)
+    assert "Content-Security-Policy" in done.stdout
+    assert "CONSOLE" not in done.stderr, done.stderr
+    (tmp_path / "rude.html").write_text(
+        (tmp_path / "page.html")
+        .read_text()
+        .replace("</main>", '<img src="https://nowhere.invalid/a.png"></main>')
+    )
+    assert "CONSOLE" in open_in_browser(tmp_path / "rude.html", tmp_path).stderr  # so it would have been seen
+
+
 PROBE = """<script>addEventListener("load", () => {
   const images = [...document.images], box = document.documentElement;
   const seen = images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width >= 30);
@@ -173,13 +198,8 @@ def test_a_browser_shows_every_image_at_a_desks_and_a_phones_width(tmp_path, wid
     read = """<script>f.onload = () => setTimeout(() => {
       document.body.dataset.probe = f.contentDocument.body.dataset.probe; }, 300);</script>"""
     (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{read}</body>")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
-    command += ["--window-size=1400,3000", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-    done = subprocess.run(
-        [*command, "--dump-dom", f"file://{tmp_path}/frame.html"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
+    options = ["--allow-file-access-from-files", "--window-size=1400,3000", "--virtual-time-budget=5000"]
+    done = open_in_browser(tmp_path / "frame.html", tmp_path, *options)
     assert "CONSOLE" not in done.stderr, done.stderr
     probe = re.search('<body data-probe="([^"]*)"', done.stdout)
     assert probe, done.stdout[-500:] + done.stderr[-2000:]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prompts_file import FILE
 
 from diffadapt.evaluation.extractors.base import Extractor
 from diffadapt.evaluation.page import page
@@ -18,31 +19,6 @@ from diffadapt.evaluation.subjects import (
     open_subjects,
     read_prompts,
 )
-
-FILE = """Classes
-
-subject_name,class
-backpack,backpack
-bear_plushie,stuffed animal
-cat,cat
-
-Prompts
-
-Object Prompts
-
-prompt_list = [
-'a {0} {1} in the jungle'.format(unique_token, class_token),
-'a {0} {1} with the Eiffel Tower in the background'.format(unique_token, class_token),
-"a child's {0} {1}".format(unique_token, class_token)
-]
-
-Live Subject Prompts
-
-prompt_list = [
-'a {0} {1} wearing a red hat'.format(unique_token, class_token),
-'a red {0} {1}'.format(unique_token, class_token)
-]
-"""
 
 
 @pytest.fixture

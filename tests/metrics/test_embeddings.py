@@ -69,7 +69,9 @@ def test_clip_score_refuses_what_does_not_fit():
         clip_score(images=images - 1, texts=["a", "b"], model=clip)
 
 
-def test_copies_are_found_mirrored_too():
+@pytest.mark.parametrize("rows", [1024, 2])  # at a time
+def test_copies_are_found_mirrored_too(rows, monkeypatch):
+    monkeypatch.setattr("diffadapt.metrics.copying.ROWS", rows)
     training, generated = gaussian_sets(5, 4, width=30)
     mirrored = gaussian_sets(5, width=30, seed=9)[0]
     generated[1], generated[2] = training[3] * 2, mirrored[4] + 0.01
@@ -81,7 +83,9 @@ def test_copies_are_found_mirrored_too():
     assert copy_rate(generated=generated, training=training, mirrored=mirrored, threshold=0.9) == 0.5
 
 
-def test_threshold_is_the_likeness_of_training_images():
+@pytest.mark.parametrize("rows", [1024, 2])  # at a time
+def test_threshold_is_the_likeness_of_training_images(rows, monkeypatch):
+    monkeypatch.setattr("diffadapt.metrics.copying.ROWS", rows)
     training, generated = gaussian_sets(5, 4)
     cosines = normalize(training) @ normalize(training).T
     expected = float(cosines.fill_diagonal_(-1).max())

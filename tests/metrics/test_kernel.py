@@ -8,7 +8,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from diffadapt.metrics import kid, kid_subsets
-from diffadapt.metrics.kernel import kid_subset_values, kid_with_interval
+from diffadapt.metrics.kernel import kid_subset_values, kid_subsets_with_interval, kid_with_interval
 
 
 def test_subsets_are_those_of_torch_fidelity():
@@ -67,6 +67,17 @@ def test_the_interval_is_as_wide_as_the_estimates_scatter(shift):
     for seed in range(100):
         first, second = gaussian_sets(60, 80, width=4, seed=seed)
         found.append(kid_with_interval(real=first, generated=(second - 0.3) / 0.9 + shift))
+    scatter = float(torch.tensor([each.value for each in found]).std())
+    widths = torch.tensor([each.interval.high - each.interval.low for each in found])
+    assert float(widths.mean()) / 2 / 1.96 == pytest.approx(scatter, rel=0.25)
+
+
+def test_the_interval_of_subsets_is_as_wide_as_their_means_scatter():
+    found = []
+    for seed in range(100):
+        first, second = gaussian_sets(60, 80, width=4, seed=seed)
+        options = {"subsets": 4, "size": 20, "seed": seed}
+        found.append(kid_subsets_with_interval(real=first, generated=second, **options))
     scatter = float(torch.tensor([each.value for each in found]).std())
     widths = torch.tensor([each.interval.high - each.interval.low for each in found])
     assert float(widths.mean()) / 2 / 1.96 == pytest.approx(scatter, rel=0.25)

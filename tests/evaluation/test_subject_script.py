@@ -1,0 +1,78 @@
+"""eval/subject.py as it is used: images made elsewhere, and what is refused before anything is drawn."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from image_files import write_images
+from prompts_file import FILE
+
+from diffadapt.evaluation.record import read_record
+from diffadapt.exits import run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
+
+import subject
+
+
+@pytest.fixture
+def subjects(tmp_path):
+    """Options that name two own subjects, a cat and a backpack, and the embedded extractor."""
+    for place, name in enumerate(("backpack", "cat")):
+        write_images(tmp_path / "data" / name, 3, first=50 * place, size=(20, 16))
+    (tmp_path / "prompts.txt").write_text(FILE)
+    given = ["--subjects", tmp_path / "data", "--prompts", tmp_path / "prompts.txt"]
+    return [*given, "--extractors", "embedded:clip"]
+
+
+def evaluate(tmp_path, *arguments):
+    output = tmp_path / "out"
+    return run(lambda: subject.main([*map(str, arguments), "--output", str(output)])), output
+
+
+def test_images_made_elsewhere(tmp_path, subjects, capsys):
+    for place, (name, prompts) in enumerate((("backpack", 3), ("cat", 2))):
+        for number in range(prompts):
+            folder = tmp_path / "made" / name / f"{number:02d}"
+            write_images(folder, 2, first=200 + 20 * place + 4 * number, size=(20, 16))
+    code, output = evaluate(tmp_path, *subjects, "--images", tmp_path / "made")
+    record = read_record(output / "subject.json")
+    assert code == 0
+    assert record.labels == ["made"]
+    assert record.sets["made"].count == len(record.images) == 10
+    assert {score.metric for score in record.scores} == {"clip_i", "clip_t", "copy_rate"}
+    assert record.stamp == ""
+    assert "real against real" in capsys.readouterr().out
+    assert len(list(csv.DictReader((output / "subject.csv").open()))) == 10
+    assert (output / "subject.html").read_text().count("<img") > 10
+
+
+@pytest.mark.parametrize(
+    ("own", "change", "message"),
+    [
+        (False, ["--adapters", "cat"], "SUBJECT=FILE"),
+        (False, ["--adapters", "cat=/nowhere.safetensors"], "/nowhere.safetensors"),
+        (False, ["--adapters", "dog=/nowhere.safetensors"], "no embedded subject 'dog'"),
+        (False, ["--samples", "0"], "at least 1"),
+        (False, ["--prompts", "prompts.txt"], "belongs to --subjects"),
+        (False, ["--base", "somewhere/else"], "both be embedded"),
+        (False, ["--extractors", "embedded:digits"], "needs one clip or dino"),
+        (True, [], "name what draws"),
+        (True, ["--images", "/nowhere"], "/nowhere"),
+        (True, ["--images", "/nowhere", "--compare"], "scores what is there"),
+        (True, ["--extractors", "dino"], "facebook/dino-vits16"),
+    ],
+)
+def test_mistakes_are_one_message_and_leave_nothing(tmp_path, subjects, own, change, message, capsys):
+    code, output = evaluate(tmp_path, *(subjects if own else []), *change)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert not output.exists()
+
+
+def test_own_subjects_need_their_prompts(tmp_path, capsys):
+    assert evaluate(tmp_path, "--subjects", tmp_path)[0] == 2
+    assert "--subjects needs --prompts FILE" in capsys.readouterr().err
