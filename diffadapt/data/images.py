@@ -16,6 +16,7 @@ from tqdm import tqdm
 MAX_PIXELS = 178_956_970  # of one picture; more is a decompression bomb, as for Pillow
 MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
 MANY = 200  # pictures from which on checking shows its progress
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")  # that are read
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
@@ -91,12 +92,7 @@ def open_image(source: str | ImageSource) -> Image.Image:
     Raises: ValueError for a picture above MAX_PIXELS (before it is unpacked) or MAX_ASPECT; for damaged files
     whatever Pillow raises.
     """
-    opened = source if isinstance(source, str | Path) else BytesIO(source.read_bytes())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit stands below
-        image = Image.open(opened)
-    with image:
-        _check_size(image.size)
+    with opened(source) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):
             return _from_high_depth(image)
@@ -105,6 +101,26 @@ def open_image(source: str | ImageSource) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB")
         return image.convert("RGB")
+
+
+def opened(source: str | ImageSource) -> Image.Image:
+    """A picture of one of FORMATS that is not unpacked yet.
+
+    Pillow's other readers, of which one starts a program, never see the file.
+
+    Raises: ValueError for a picture above MAX_PIXELS or MAX_ASPECT; for other files whatever Pillow raises.
+    """
+    place = source if isinstance(source, str | Path) else BytesIO(source.read_bytes())
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit stands below
+        image = Image.open(place, formats=[name for name in FORMATS if name in Image.OPEN])
+    try:
+        _check_size(image.size)
+    except ValueError:
+        image.close()
+        raise
+    return image
 
 
 def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffadapt.data.images import ImageSource, StoredImage, open_image
+from diffadapt.data.images import ImageSource, StoredImage, open_image, opened
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class FilePicture:
     def load(self) -> tuple[Tensor, Facts]:
         data = self.source.read_bytes()
         try:
-            image = Image.open(BytesIO(data))
+            image = opened(StoredImage(self.name, data))
         except UnidentifiedImageError:
             raise ValueError(f"{len(data):,} bytes that are no image") from None
         with image:

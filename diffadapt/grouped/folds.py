@@ -17,6 +17,8 @@ from torch import Tensor
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.draws import draw_normal, draw_orthonormal, draw_uniform
 
+MOST_PADDED = 8  # sides of the dense Kronecker factors, as a multiple of the shortest side they are cut to
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -38,6 +40,13 @@ class Fold:
     core: str = "tucker"
     lefts: int = 0
     block: int = 1
+
+    def __post_init__(self) -> None:
+        if self.blocks > MOST_PADDED * min(self.axes):
+            raise ValueError(
+                f"superlora: the dense factors make {self.blocks} rows and columns of a group of "
+                f"{' x '.join(map(str, self.axes))}; lower kron_block or kron_factors"
+            )
 
     @property
     def shapes(self) -> Shapes:

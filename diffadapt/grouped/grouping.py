@@ -13,6 +13,7 @@ from fractions import Fraction
 from diffadapt.site import Site
 
 MOST_GROUPS = 65_536
+MOST_CUTS = 256  # groups that one weight may lie in; its change is an expression of as many levels
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ def _equal_groups(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
         raise ValueError(
             f"superlora: groups={count} leaves some of the {total} entries' groups empty; "
             f"use at most {most} groups"
+        )
+    largest = max(sites, key=lambda site: site.numel)
+    if largest.numel > MOST_CUTS * size:
+        raise ValueError(
+            f"superlora: groups={count} cuts the {largest.numel} entries of {largest.name} into more than "
+            f"{MOST_CUTS} groups; use at most {total * MOST_CUTS // largest.numel} groups"
         )
     pieces: list[list[Piece]] = [[] for _ in range(count)]
     start = 0

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from diffadapt.data.images import StoredImage, check_images, list_images, open_image, to_pixels, view_of
 
@@ -106,6 +106,18 @@ def test_decompression_bombs_are_refused_by_name_before_they_are_unpacked(tmp_pa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # whatever a program does to Pillow's own limit
     with pytest.raises(ValueError, match=r"bomb.png: 30000 x 30000 pixels are refused"):
         check_images([tmp_path / "bomb.png"])
+
+
+def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_text(script)
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: started.append(given))
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "EPS"  # what Pillow would take it for
+    with pytest.raises(ValueError, match=r"a\.png: cannot identify image file"):
+        check_images(list_images(tmp_path))
+    assert not started
 
 
 def test_a_thread_of_pixels_is_listed(tmp_path):

@@ -71,3 +71,10 @@ def test_numbered_groups_have_one_size_and_the_last_ends_early():
 def test_groups_that_would_be_empty_are_an_error():
     with pytest.raises(ValueError, match="at most 73"):
         group_sites(SITES, 100)
+
+
+def test_a_weight_is_not_cut_into_more_groups_than_an_expression_can_join():
+    sites = [Site("a.q", "linear", (64, 64)), Site("a.v", "linear", (8, 8))]
+    assert len(group_sites(sites, 260)) == 260
+    with pytest.raises(ValueError, match=r"4096 entries of a\.q into more than 256 .*use at most 260 groups"):
+        group_sites(sites, 298)

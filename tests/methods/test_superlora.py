@@ -300,6 +300,9 @@ def unet():
         (1_504, {"rank": 1}),  # "beyond 1000 for 2D"
         (70_720, {"rank": 13, "groups": 8, "reshape": False}),  # "2D, group8, rank13"
         (565_248, {"tensor_order": 1}),
+        (555, {"rank": 1, "kron_factors": 2, "kron_block": 10, "reshape": False}),  # LoKr "500", not exactly
+        (152, {"rank": 1, "kron_factors": 3}),  # LoNKr "150", not exactly
+        (130, {"rank": 1, "kron_factors": 4, "kron_block": 6, "reshape": False}),
         (75_776, {"rank": 8, "groups": "weight", "reshape": False}),  # LoRA of rank 8
     ],
 )
@@ -562,7 +565,7 @@ def everything(adapter):
     return [p.detach() for p in adapter.parameters()], list(adapter.buffers()), weights
 
 
-@pytest.mark.parametrize(("options", "threads"), [(VARIANTS[25], 1), (VARIANTS[11], 3)], ids=["1", "3"])
+@pytest.mark.parametrize(("options", "threads"), [(VARIANTS[25], 3), (VARIANTS[11], 1)], ids=["3", "1"])
 def test_another_process_makes_the_same_bits(options, threads, tmp_path):
     _, adapter = adapted(options, torch.float32, seed=7)
     path, out = str(tmp_path / "a.safetensors"), str(tmp_path / "out.pt")
@@ -623,6 +626,24 @@ def test_a_rank_must_be_below_the_shortest_side():
         da.attach(model, da.SuperLoRA(rank=3, tensor_order=5), "all")
     assert not da.attached(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_most_groups_that_are_allowed_can_be_joined():
+    model = nn.Sequential(nn.Linear(64, 64)).double()
+    adapter = da.attach(model, da.SuperLoRA(tensor_order=1, groups=256), "0")
+    train(adapter)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    y = model(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, x @ adapter.adapted_weight("0").T + model[0].bias)
+    assert all(parameter.grad.any() for parameter in adapter.parameters())
+
+
+def test_dense_factors_far_larger_than_the_group_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"make 134217728 rows and columns of a group of .*lower kron_block"):
+        da.attach(model, da.SuperLoRA(rank=1, kron_factors=4, kron_block=512), "all")
+    assert not da.attached(model)
 
 
 def test_rank_patterns_do_not_fit_shared_factors():
