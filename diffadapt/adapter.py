@@ -84,7 +84,8 @@ class Adapter(nn.Module):
     def adapted_weight(self, site: str | Site) -> Tensor:
         """The exact changed weight of one site under this adapter alone, at its strength.
 
-        Returns: a tensor of the weight's own shape, float32 (float64 on a float64 base).
+        Returns: a tensor of the weight's own shape, float32 (float64 on a float64 base); a class table for
+            more classes than the base's has more rows.
         Raises: ValueError for a name that is not one of ``sites``.
         """
         record = self._record(site)

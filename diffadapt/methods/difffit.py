@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +23,8 @@ class DiffFit(ClassEmbedding):
     Parameters as 1LoRA's Table 1 counts DiffFit on DiT: 2 per output, norms, table. Its tables for
     Depth-Anything and LLaMA count one vector per layer: that is ``gamma=False``. The authors' own code places
     gamma on residual branches and in single layers only, with other totals.
+
+    ``classes`` and ``null_class`` are those of ``class_embedding``.
     """
 
     name: ClassVar[str] = "difffit"
@@ -57,13 +59,15 @@ class DiffFit(ClassEmbedding):
         chosen = {"gamma": self.gamma, "beta": self.beta}
         return {key: (site.out,) for key, wanted in chosen.items() if wanted}
 
-    def shared(self, sites) -> Shapes:
+    def shared(self, sites: Sequence[Site]) -> Shapes:
         return super().shared([site for site in sites if site.kind == "embedding"])
 
     def lent(self, site: Site) -> dict[str, str]:
         return super().lent(site) if site.kind == "embedding" else {}
 
-    def start_shared(self, sites, bases, tensors: Mapping[str, Tensor], seed: int) -> None:
+    def start_shared(
+        self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
+    ) -> None:
         tables = [(s, base) for s, base in zip(sites, bases, strict=True) if s.kind == "embedding"]
         super().start_shared([s for s, _ in tables], [base for _, base in tables], tensors, seed)
 

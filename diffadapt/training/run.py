@@ -90,7 +90,7 @@ class Run:
     def validate(self, step: Step) -> None:
         """Pictures through a saved file, when it is time."""
         every = self.options.validation_steps
-        if not every or step.index % every or self.exit_code:
+        if not every or step.index % every or self.exit_code or not self.report.validation_shots():
             return
         with woken(self.idle, self.accelerator.device), gathered(self.denoiser):
             if self.accelerator.is_main_process:

@@ -17,8 +17,8 @@ import diffadapt as da
 METHODS = (
     *("lora(rank=2)", "flora(rank=2)", "dora(rank=2)", "pissa(rank=2)", "vera(rank=2)", "mora(rank=2)"),
     *("loha(rank=1)", "lokr(rank=1)", "liera(rank=2)", "1lora(compression=random)", "1lora+norms", "difffit"),
-    *("superlora(rank=1)", "superlora(rank=1,groups=2,projection=linear,rho=0.5)", "class_embedding"),
-    "peft:LOHA(r=2)",
+    *("superlora(rank=1)", "superlora(rank=1,groups=2,projection=linear,rho=0.5)"),
+    *("class_embedding(classes=9)", "peft:LOHA(r=2)"),
 )
 
 
@@ -51,7 +51,8 @@ def subjects(folder: Path) -> list[Subject]:
 
 
 def _own(method: str, folder: Path) -> Subject:
-    targets = "conv_in+depthwise+attention" if method != "class_embedding" else "class_embedding"
+    is_table = method.startswith("class_embedding")
+    targets = "class_embedding" if is_table else "conv_in+depthwise+attention"
     if method.startswith("peft"):
         targets = "attention"
     adapter = da.attach(denoiser(), da.make_method(method), targets, seed=7)

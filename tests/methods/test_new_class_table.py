@@ -5,94 +5,41 @@ import copy
 import diffusers
 import pytest
 import torch
+from class_models import (
+    CLASSES,
+    FEWER,
+    MORE,
+    attached,
+    copied,
+    network,
+    output,
+    picture,
+    table,
+    tables_of,
+    trained,
+)
 from class_pipelines import class_pipeline, class_tables, dit_pipeline
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from torch import nn
 
 import diffadapt as da
-from diffadapt.analysis import analyse
-from diffadapt.attaching import attached as attached_to
-from diffadapt.budget import count_parameters
-from diffadapt.compress import combined
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.pipelines import ClassConditionalPipeline
 
-MORE, FEWER = {"unet": 5, "dit": 1004}, {"unet": 2, "dit": 2}
-CLASSES = {"unet": 3, "dit": 1000}  # of the bases; the null class is the row behind them
-NAMES = {"unet": "unet.class_embedding", "dit": "transformer.{}.0.norm1.emb.class_embedder.embedding_table"}
 sizes = pytest.mark.parametrize("size", [MORE, FEWER], ids=["more", "fewer"])
 kinds = pytest.mark.parametrize("kind", ["unet", "dit"])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {
-        "unet": class_pipeline(tmp_path_factory.mktemp("unet")),
-        "dit": dit_pipeline(tmp_path_factory.mktemp("dit")),
-    }
-
-
-@pytest.fixture(scope="module")
-def bases(folders):
-    return {kind: open_pipeline(str(folder)) for kind, folder in folders.items()}
+def bases(tmp_path_factory):
+    made = {"unet": class_pipeline, "dit": dit_pipeline}
+    return {kind: open_pipeline(str(make(tmp_path_factory.mktemp(kind)))) for kind, make in made.items()}
 
 
 @pytest.fixture
 def fresh(bases):
     """Bases without adapters, with networks of their own."""
-
-    def make(kind):
-        pipe, part = bases[kind], "unet" if kind == "unet" else "transformer"
-        parts = {**pipe.components, part: copy.deepcopy(getattr(pipe, part))}
-        further = {"null_class": CLASSES["unet"]} if kind == "unet" else {}
-        made = type(pipe)(**parts, **further)
-        made.set_progress_bar_config(disable=True)
-        return made
-
-    return make
-
-
-def network(pipe):
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
-def tables_of(model):
-    return [model.class_embedding] if isinstance(model, UNet2DModel) else class_tables(model)
-
-
-def output(pipe, *labels):
-    """What the network makes of fixed noise when it is told these classes."""
-    model = network(pipe)
-    x = torch.randn(1, model.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    x, t = x.expand(len(labels), -1, -1, -1), torch.full((len(labels),), 500)
-    return model(x, t, class_labels=torch.tensor(labels)).sample
-
-
-def picture(pipe, label, guidance=2.0):
-    seed = [torch.Generator().manual_seed(1)]
-    options = {"num_inference_steps": 2, "generator": seed, "output_type": "np"}
-    return torch.tensor(pipe([label], guidance_scale=guidance, **options).images)
-
-
-def attached(pipe, classes, **more):
-    return da.attach(
-        pipe, da.make_method("lora(rank=2)+class_embedding", classes=classes), "attention", **more
-    )
-
-
-def trained(adapter, pipe, *labels):
-    """Two steps of a large rate, on the classes that are named."""
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=3.0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        output(pipe, *labels).square().mean().backward()
-        optimizer.step()
-    return adapter
-
-
-def table(adapter):
-    (own,) = (tensor for part in adapter.parts for tensor in part.shared.values())
-    return own
+    return lambda kind: copied(bases[kind])
 
 
 @kinds
@@ -217,13 +164,6 @@ def test_a_wrong_class_names_the_range(fresh, kind, size):
         picture(pipe, classes)
 
 
-def test_stock_pipelines_that_cannot_be_right_are_named(bases):
-    parts = {**bases["dit"].components, "transformer": copy.deepcopy(bases["dit"].transformer)}
-    stock = diffusers.DiTPipeline(**parts)
-    with pytest.warns(UserWarning, match=r"takes row 1000 for the null class, which is 1001 now; draw with"):
-        da.attach(stock, da.ClassEmbedding(classes=1001), "class_embedding")
-
-
 def test_labels_dropped_in_training_mode_become_the_null_class(fresh):
     pipe = fresh("dit")
     adapter = trained(attached(pipe, 1004), pipe, 3, 1004)
@@ -271,79 +211,18 @@ def test_adapters_of_several_sizes_add_up_and_are_switched_alone(fresh):
     assert torch.equal(layer.weight, base)
 
 
-def test_a_base_without_null_class_gets_a_table_without_one(fresh):
-    parts = fresh("unet").components
-    pipe = ClassConditionalPipeline(parts["unet"], parts["scheduler"])
-    with pytest.raises(ValueError, match="has no null class: null_class=False"):
-        da.attach(pipe, da.ClassEmbedding(classes=6), "class_embedding")
-    adapter = da.attach(pipe, da.ClassEmbedding(classes=6, null_class=False), "class_embedding")
-    assert table(adapter).shape == (6, 32)
-    assert torch.equal(table(adapter)[:4], parts["unet"].class_embedding.weight)
-    assert str(pipe.class_table) == "6 classes, 0 to 5"
-
-
-@pytest.mark.parametrize(
-    ("method", "targets", "message"),
-    [
-        ("class_embedding(classes=3,null_class=false)", "class_embedding", "drop null_class=False"),
-        ("class_embedding(classes=3)", "class_embedding+!transformer_blocks.0.*", "every copy"),
-        ("difffit(classes=3,class_embedding=false)", "attention", "needs class_embedding"),
-        ("class_embedding(classes=0)", "class_embedding", "at least 1, got 0"),
-        ("class_embedding(classes=true)", "class_embedding", "classes must be int"),
-    ],
-)
-def test_tables_that_do_not_fit_are_refused_and_nothing_is_attached(fresh, method, targets, message):
-    pipe = fresh("dit")
-    with pytest.raises(ValueError, match=message):
-        da.attach(pipe, da.make_method(method), targets)
-    assert not attached_to(pipe)
-    assert all(type(layer) is nn.Embedding for layer in class_tables(pipe.transformer))
-
-
-def test_embeddings_that_are_no_class_table_and_null_classes_elsewhere_are_refused(fresh):
-    with pytest.raises(ValueError, match="words is no class table"):
-        da.attach(nn.ModuleDict({"words": nn.Embedding(4, 8)}), da.ClassEmbedding(classes=3), "words")
-    parts = fresh("unet").components
-    pipe = ClassConditionalPipeline(parts["unet"], parts["scheduler"], null_class=0)
-    with pytest.raises(ValueError, match="null class in its last row"):
-        da.attach(pipe, da.ClassEmbedding(classes=3), "class_embedding")
-
-
-def test_exports_hold_a_longer_table_in_whole_pipelines_only(fresh, tmp_path):
-    for kind, classes in MORE.items():
-        pipe = fresh(kind)
-        adapter = trained(attached(pipe, classes), pipe, 0, classes - 1)
-        with torch.no_grad():
-            expected = output(pipe, classes - 1, classes)
-        report = da.export(adapter, tmp_path / kind, "merged")
-        assert ("stock DiTPipeline" in report.line) == (kind == "dit")
-        with torch.no_grad():
-            made = output(open_pipeline(str(tmp_path / kind)), classes - 1, classes)
-        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
-        part = {"unet": UNet2DModel, "dit": DiTTransformer2DModel}[kind]
-        part.from_pretrained(tmp_path / kind, subfolder="unet" if kind == "unet" else "transformer")
-        assert pipe.class_table.rows == classes + 1  # the live model is as it was
-        for to in ("kohya", "diffusers"):
-            with pytest.raises(ValueError, match=r"rows more than the base's.*--to merged"):
-                da.export(adapter, tmp_path / "file.safetensors", to)
-        with pytest.raises(ValueError, match="more rows than"):
-            combined([adapter])
-
-
-def test_figures_of_a_longer_table_are_those_of_its_change(fresh):
-    pipe = fresh("unet")
-    adapter = da.attach(pipe, da.ClassEmbedding(classes=5), "class_embedding")
+def test_a_longer_table_beside_a_base_in_half_precision_starts_with_its_bits_and_compiles_whole():
+    model = nn.ModuleDict({"class_embedding": nn.Embedding(4, 8, dtype=torch.bfloat16)})
+    layer, before = model["class_embedding"], model["class_embedding"].weight.clone()
+    adapter = da.attach(model, da.ClassEmbedding(classes=6), "class_embedding")
+    rows = torch.tensor([0, 1, 2, 6])
+    assert torch.equal(layer(rows), before)
+    assert table(adapter).dtype == torch.float32
     with torch.no_grad():
-        table(adapter)[4] += 2.0
-    (figures,) = analyse({"a": adapter})["a"]
-    assert figures.norm == pytest.approx(2 * 32**0.5)
-    assert figures.effective_rank == pytest.approx(1)
-
-
-def test_parameters_of_a_real_dit_with_another_number_of_classes():
-    with torch.device("meta"):
-        real = DiTTransformer2DModel(num_layers=28)  # DiT-XL/2's widths, 1000 classes
-    counted = count_parameters(real, da.ClassEmbedding(classes=101), "class_embedding")
-    assert counted.total == 117_504  # 1LoRA's Table 1
-    rest = count_parameters(real, da.DiffFit(), "linear").total - 1001 * 1152
-    assert count_parameters(real, da.DiffFit(classes=101), "linear").total == rest + 117_504
+        table(adapter).add_(1.0)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.arange(7)), table(adapter).to(torch.bfloat16))
+    assert 0 < da.merge(adapter) < 0.01  # the share lost to rounding
+    torch.testing.assert_close(layer.weight, table(adapter).to(torch.bfloat16))
+    da.detach(adapter)
+    assert torch.equal(layer.weight, before)
