@@ -68,9 +68,12 @@ def plan_parts(
 ) -> list[PartPlan]:
     """One plan for every part of a method, over the sites whose kind it can change.
 
-    ``ranks`` gives single sites another rank, by name. Raises ValueError when a part finds no site.
+    ``ranks`` gives single sites another rank, by name, in the parts that have one. Raises ValueError when a
+    part finds no site, or no part has a rank.
     """
     ranks, plans = ranks or {}, []
+    if ranks and not any(hasattr(part, "rank") for part in method.parts):
+        raise ValueError(f"{method} has no rank, so there is none to choose for {next(iter(ranks))}")
     for number, part in enumerate(method.parts):
         indices = tuple(i for i, site in enumerate(sites) if part.serves(site))
         if not indices:
@@ -83,7 +86,8 @@ def plan_parts(
                 f"{part.name} shares its factors among layers, so {ranked[0]} cannot have a rank of its own "
                 f"({ranks[ranked[0]]}); drop its rank pattern"
             )
-        methods = tuple(replace(part, rank=ranks[s.name]) if s.name in ranks else part for s in chosen)
+        own = ranks if hasattr(part, "rank") else {}
+        methods = tuple(replace(part, rank=own[s.name]) if s.name in own else part for s in chosen)
         label = part.name if len(method.parts) == 1 else f"{number}.{part.name}"
         plans.append(PartPlan(label, indices, chosen, methods))
     return plans

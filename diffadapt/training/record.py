@@ -33,13 +33,22 @@ class Log:
         write_atomically(self.path, lambda path: path.write_text(text))
 
     def write(self, **event: object) -> None:
-        """Values that are not finite numbers, as the loss of a step that was left out, become null."""
+        """Values that are not finite numbers, as the loss of a step that was left out, become null.
+
+        Raises: OSError with the remedy when it cannot be written.
+        """
         if self.enabled:
             finite = {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()
             }
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"cannot write {self.path} ({error}); make room, then repeat the command with "
+                    "--resume_from_checkpoint latest"
+                ) from error
 
     def _lines(self) -> list[str]:
         """Complete lines: a killed run may leave half a line at the end."""

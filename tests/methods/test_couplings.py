@@ -79,3 +79,19 @@ def test_liera_with_flora_takes_its_tucker_product(kind, order):
 
     theirs = {key: (tensor, same) for key, tensor in tensors.items()}
     assert_same(base, da.LieRA(rank=3, scale=0.5, order=order, inner="flora"), x, forward, theirs)
+
+
+@pytest.mark.parametrize("order", ["first", "exp"])
+def test_liera_with_flora_of_a_linear_layer_takes_the_product_of_three(order):
+    base, x = layer("linear")
+    shapes = {"up": (10, 3), "core": (3, 3), "down": (3, 12)}
+    tensors = {key: torch.empty(shape, dtype=torch.float64).requires_grad_() for key, shape in shapes.items()}
+    randomized(tensors)
+
+    def forward(value):
+        return affine(
+            base, value, frame(base, order, 0.5 * tensors["up"] @ tensors["core"] @ tensors["down"])
+        )
+
+    theirs = {key: (tensor, same) for key, tensor in tensors.items()}
+    assert_same(base, da.LieRA(rank=3, scale=0.5, order=order, inner="flora"), x, forward, theirs)

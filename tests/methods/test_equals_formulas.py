@@ -77,6 +77,46 @@ def test_mora_rotates_far_blocks_in_half_precision_too():
     close(model(x), exact, 0.015)
 
 
+# Methods of Linear layers on a convolution: the same on every window, channel by channel as the weight
+
+
+def windows(base, x: Tensor) -> Tensor:
+    """What each output of a convolution sees ``(batch, height, width, fan_in)``."""
+    size = base(x).shape[2:]
+    found = F.unfold(x, base.kernel_size, padding=base.padding, stride=base.stride)
+    return found.transpose(1, 2).unflatten(1, size)
+
+
+def on_windows(base, branch):
+    """The convolution plus a branch ``(..., fan_in) -> (..., out)``."""
+    return lambda value: base(value) + branch(windows(base, value)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(("kind", "formula"), [(1, mora_type_1), (6, mora_type_6)])
+def test_mora_of_a_convolution(kind, formula):
+    base, x = layer("conv")
+    size = int(((72 + 6) * 2) ** 0.5 + 0.5) // 2 * 2
+    square = free(size, size)
+    original = on_windows(base, lambda rows: formula(rows, square, 6))
+    assert_same(base, da.MoRA(rank=2, type=kind), x, original, {"square": (square, same)})
+
+
+def test_vera_of_a_convolution():
+    base, x = layer("conv")
+    up, down, outer, inner = free(6, 5).detach(), free(5, 72).detach(), free(6), free(5)
+    original = on_windows(base, lambda rows: outer * ((inner * (rows @ down.T)) @ up.T))
+    theirs = {"out_scale": (outer, same), "rank_scale": (inner, same)}
+    assert_same(base, da.VeRA(rank=5), x, original, theirs, frozen={"up_6x72": up, "down_6x72": down})
+
+
+def test_1lora_with_a_random_compression_of_a_convolution():
+    base, x = layer("conv")
+    vector, weights = free(6), torch.randn(72, dtype=torch.float64)
+    original = on_windows(base, lambda rows: vector * (rows @ weights)[..., None])
+    method, theirs = da.OneLoRA(compression="random"), {"vector": (vector, same)}
+    assert_same(base, method, x, original, theirs, frozen={"weights_72": weights})
+
+
 # LieRA, arXiv 2504.00851, equations 5 and 6, and ConvLoRA's way to see a convolution as a matrix
 
 

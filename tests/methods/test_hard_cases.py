@@ -175,6 +175,16 @@ def test_a_rank_pattern_reaches_only_the_parts_and_sites_it_names():
     assert adapter.num_parameters == 16 * (5 + 3 + 2)
 
 
+def test_a_rank_pattern_passes_by_the_parts_without_a_rank():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    adapter = da.attach(model, da.make_method("1lora+lora(rank=2)"), "linear", rank_patterns={"0": 5})
+    assert adapter.num_parameters == 2 * 8 + 16 * (5 + 2)
+    da.detach(adapter)
+    with pytest.raises(ValueError, match="1lora has no rank, so there is none to choose for 0"):
+        da.attach(model, da.OneLoRA(), "linear", rank_patterns={"0": 5})
+    assert not da.attached(model)
+
+
 def test_layers_of_one_shape_share_the_frozen_matrices_of_vera_whatever_else_is_adapted():
     def constants(targets):
         model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 6))

@@ -1,6 +1,7 @@
 """Checkpoints on a disk that is full, and how many are kept."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -8,6 +9,7 @@ from small_run import SmallBatches, bits, same_bits, small_trainer
 
 from diffadapt.training import state
 from diffadapt.training.loop import train
+from diffadapt.training.record import Log
 
 
 def names(folder):
@@ -102,3 +104,13 @@ def test_a_full_disk_ends_with_a_message_and_the_last_checkpoint_whole(small_dis
     state.restore(again, latest)
     assert same_bits(kept, bits(again))
     load_file(latest / "adapter.safetensors")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file on a full disk, as Linux has it")
+def test_a_log_on_a_full_disk_says_what_to_do(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.write(step=1)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*log.jsonl .*No space left.*make room, then repeat"):
+        log.write(step=2)
