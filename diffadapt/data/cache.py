@@ -1,9 +1,10 @@
 """Encoded pictures and captions, kept under a hash of everything they follow from.
 
 The key of a picture names the file's content, the autoencoder, the size, the cut and the mirroring; that of a
-caption its text, the text encoders, the tokenizers and what the pipeline makes of an empty caption. So another
-base, or a picture that was edited, never finds an old entry, and any number of runs can share one folder. An entry holds
-what an autoencoder gives for a picture (moments, not a sample), so every draw from it is new.
+caption its text, the text encoders, the tokenizers and what the pipeline makes of an empty caption. So
+another base, or a picture that was edited, never finds an old entry, and any number of runs can share one
+folder. An entry holds what an autoencoder gives for a picture (moments, not a sample), so every draw from it
+is new.
 """
 
 import hashlib

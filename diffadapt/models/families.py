@@ -15,6 +15,7 @@ BASES = {  # family -> class of a loaded base
     "unet2d": unet2d.UNet2D,
     "dit": dit.DiT,
 }
+OPTIONAL_PARTS = frozenset(("safety_checker", "feature_extractor", "image_encoder"))  # of a pipeline
 # Values for options that were not given. What was tuned on an embedded base never reaches another base.
 DEFAULTS = {**sd.DEFAULTS, **sdxl.DEFAULTS, **unet2d.DEFAULTS, **dit.DEFAULTS}
 # Ranks and learning rates that were tried on a base; other methods bring their own.
@@ -66,6 +67,11 @@ def load_base(
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
+    missing = [
+        part for part, value in pipe.components.items() if value is None and part not in OPTIONAL_PARTS
+    ]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}; give the folder of a whole pipeline")
     return BASES[kind](pipe, name, family)
 
 

@@ -36,6 +36,7 @@ LEAST = {  # the smallest values that make sense
     (
         "lr_warmup_steps",
         "learning_rate",
+        "text_encoder_lr",
         "max_grad_norm",
         "snr_gamma",
         "noise_offset",
@@ -116,13 +117,20 @@ def fitted(options: TrainOptions, method: Method, model: object) -> Method:
     )
 
 
-def text_targets(options: TrainOptions) -> str | None:
-    """What of the text encoders is adapted; None: nothing.
+def check_text_encoders(options: TrainOptions) -> None:
+    """Raises: ValueError for options of the text encoders that would have no effect."""
+    for name in ("text_encoder_targets", "text_encoder_lr"):
+        if getattr(options, name) is not None and not options.train_text_encoder:
+            raise ValueError(f"--{name} needs --train_text_encoder")
+    if options.text_encoder_lr is not None and options.optimizer.lower() in OWN_RATE:
+        raise ValueError(
+            f"--text_encoder_lr: {options.optimizer} finds one rate for everything; leave it out, or take "
+            "another --optimizer"
+        )
 
-    Raises: ValueError for targets without `--train_text_encoder`.
-    """
-    if options.text_encoder_targets is not None and not options.train_text_encoder:
-        raise ValueError("--text_encoder_targets needs --train_text_encoder")
+
+def text_targets(options: TrainOptions) -> str | None:
+    """What of the text encoders is adapted; None: nothing."""
     return (options.text_encoder_targets or "attention") if options.train_text_encoder else None
 
 

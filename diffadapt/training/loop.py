@@ -22,6 +22,7 @@ from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_
 from diffadapt.training.objective import Objective
 from diffadapt.training.optimizers import make_optimizer
 from diffadapt.training.options import TrainOptions
+from diffadapt.training.rates import rate_groups
 from diffadapt.training.sharding import average_gradients, check_processes, shard
 
 SMALL_ATTENTION = 256  # latent positions up to which plain attention beats the fused kernel on a CPU
@@ -73,7 +74,7 @@ def prepare(accelerator: Accelerator, objective: Objective, options: TrainOption
     """
     adapter = objective.adapter
     check_precision(adapter)
-    optimizer = make_optimizer([p for p in adapter.parameters() if p.requires_grad], options)
+    optimizer = make_optimizer(rate_groups(adapter, options.text_encoder_lr), options)
     scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer,

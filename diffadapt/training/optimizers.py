@@ -12,6 +12,7 @@ from torch import nn
 from diffadapt.nearest import near
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import pairs
+from diffadapt.training.rates import RateGroup
 
 # Those that are not torch's: (module, class, package to install)
 OTHERS = {
@@ -22,8 +23,10 @@ UNFIT = {"LBFGS": "needs the loss again within a step", "SparseAdam": "takes spa
 ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` with `--optimizer_options`.
+def make_optimizer(
+    parameters: Sequence[nn.Parameter] | Sequence[RateGroup], options: TrainOptions
+) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` with `--optimizer_options`; a group without a rate has the run's own.
 
     Raises: ValueError for an unknown name, a package that is not installed, or arguments it does not take.
     """

@@ -58,6 +58,9 @@ class TrainOptions:
     text_encoder_targets: str | None = option(
         None, "what of them, as --targets; default with --train_text_encoder: attention"
     )
+    text_encoder_lr: float | None = option(
+        None, "their learning rate; default with --train_text_encoder: --learning_rate"
+    )
     # length and saving
     max_train_steps: int | None = option(None, "optimizer steps")
     checkpointing_steps: int = option(500, "write checkpoint-N every so many steps")

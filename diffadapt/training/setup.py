@@ -19,6 +19,7 @@ from diffadapt.training import session, state
 from diffadapt.training.defaults import (
     build_method,
     check_ranges,
+    check_text_encoders,
     filled,
     fitted,
     recommended_rate,
@@ -58,7 +59,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     trackers = check_trackers(options.report_to)
     check_hub(options)
     method = build_method(options)
-    text_targets(options)
+    check_text_encoders(options)
     accelerator = session.start(
         mixed_precision=options.mixed_precision,
         num_threads=options.num_threads,
@@ -87,7 +88,10 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
 def train_text_encoders(model: Base) -> None:
     """Captions stay token ids, encoded in every step. Raises: ValueError for a base that is told classes."""
     if not hasattr(model, "train_text_encoder"):
-        raise ValueError(f"--train_text_encoder: {model.source} is told classes and has no text encoder")
+        raise ValueError(
+            f"--train_text_encoder: {model.source} is told classes and has no text encoder; leave the option "
+            "out; --adapter METHOD+class_embedding trains its table of classes"
+        )
     model.train_text_encoder = True
 
 

@@ -28,6 +28,9 @@ def before_training(
         options.gradient_accumulation_steps,
         trainer.accelerator.num_processes,
     )
+    rates = f"{rate:g}"
+    if options.text_encoder_lr is not None:
+        rates += f", of the text encoders {options.text_encoder_lr:g}"
     schedule = f"{options.optimizer}, {options.lr_scheduler}"
     schedule += f", warm-up {warmup_steps(options)}" if options.lr_warmup_steps else ""
     schedule += f", moving average {options.ema_decay:g}" if options.use_ema else ""
@@ -37,7 +40,7 @@ def before_training(
         "data": batches.description,
         **(told or {}),
         "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
-        "steps": f"{options.max_train_steps}, rate {rate:g} ({schedule}), seed {options.seed}",
+        "steps": f"{options.max_train_steps}, rate {rates} ({schedule}), seed {options.seed}",
         "memory": str(estimate_memory(trainer, batches, pipe)),
         "machine": f"{trainer.accelerator.device}, mixed precision: {options.mixed_precision}",
         "output": options.output_dir,

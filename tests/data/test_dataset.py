@@ -44,6 +44,16 @@ def test_a_folder_is_read_as_datasets_reads_it_with_and_without_streaming(tmp_pa
     assert all(e.source.read_bytes() == pictures[e.caption] for e in drawn)
 
 
+def test_a_configuration_chooses_the_part_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, count in (("few", 1), ("many", 3)):
+        write_pictures(tmp_path / "data" / name, count)
+    parts = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("few", "many"))
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    counts = [len(open_table(str(tmp_path / "data"), config_name=name)) for name in ("few", "many")]
+    assert counts == [1, 3]
+
+
 def test_wrong_columns_and_splits_list_those_there_are(tmp_path, table):
     with pytest.raises(
         ValueError, match=r"no column 'words'; --caption_column is one of: picture, text, label"

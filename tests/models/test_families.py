@@ -91,6 +91,14 @@ def test_names_that_lead_nowhere_are_errors_with_a_remedy(tmp_path):
         load_base(str(tmp_path))
 
 
+def test_a_base_without_a_text_encoder_is_named_with_what_it_lacks(place, tmp_path):
+    pipe = load_base(str(place / "sdxl")).pipe
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no text_encoder, tokenizer; give the folder of a whole pipe"):
+        load_base(str(tmp_path))
+
+
 def test_revision_and_variant_reach_the_loader(place, tmp_path):
     pipe = load_base(str(place / "sd")).pipe
     pipe.save_pretrained(tmp_path, variant="fp16")

@@ -66,10 +66,13 @@ def test_names_are_found_in_any_case_and_arguments_arrive():
     group = optimizer.param_groups[0]
     assert type(optimizer) is torch.optim.RMSprop
     assert (group["momentum"], group["centered"], group["lr"]) == (0.5, True, 1e-3)
-    adam = make_optimizer(parameters(), train_options(adam_beta2=0.95, adam_weight_decay=0.5))
+    adam = make_optimizer(
+        parameters(), train_options(adam_beta2=0.95, adam_weight_decay=0.5, adam_epsilon=1e-6)
+    )
     assert type(adam) is torch.optim.AdamW
     assert adam.param_groups[0]["betas"] == (0.9, 0.95)
     assert adam.param_groups[0]["weight_decay"] == 0.5
+    assert adam.param_groups[0]["eps"] == 1e-6
 
 
 @pytest.mark.parametrize(

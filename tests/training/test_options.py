@@ -1,7 +1,6 @@
 """Options: the command line wins over the file, the file over defaults; mistakes name what was meant."""
 
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, fields
 
 import pytest
 from pipelines import tiny_unet
@@ -9,10 +8,17 @@ from pipelines import tiny_unet
 import diffadapt as da
 from diffadapt.method_names import make_method
 from diffadapt.models.families import DEFAULTS, TUNED
-from diffadapt.training.defaults import build_method, check_ranges, choose_base, filled, fitted, text_targets
+from diffadapt.training.defaults import (
+    build_method,
+    check_ranges,
+    check_text_encoders,
+    choose_base,
+    filled,
+    fitted,
+    text_targets,
+)
 from diffadapt.training.options import TrainOptions, option
-from diffadapt.training.parsing import pairs, parse, read_config, write_config
-from diffadapt.training.setup import train_text_encoders
+from diffadapt.training.parsing import ELSEWHERE, pairs, parse, read_config, write_config
 
 
 @dataclass(frozen=True)
@@ -152,14 +158,23 @@ def test_a_budget_chooses_the_rank_and_excludes_another():
             fitted(options, build_method(options), model)
 
 
-def test_text_encoder_targets_need_the_option_that_trains_them():
+def test_options_of_text_encoders_need_the_one_that_trains_them():
     assert text_targets(Options()) is None
     assert text_targets(Options(train_text_encoder=True)) == "attention"
     assert text_targets(Options(train_text_encoder=True, text_encoder_targets="all")) == "all"
-    with pytest.raises(ValueError, match="--text_encoder_targets needs --train_text_encoder"):
-        text_targets(Options(text_encoder_targets="all"))
-    with pytest.raises(ValueError, match="--train_text_encoder: digits is told classes"):
-        train_text_encoders(SimpleNamespace(source="digits"))
+    check_text_encoders(Options(train_text_encoder=True, text_encoder_targets="all", text_encoder_lr=1e-4))
+    for given in ({"text_encoder_targets": "all"}, {"text_encoder_lr": 1e-4}):
+        with pytest.raises(ValueError, match=f"--{next(iter(given))} needs --train_text_encoder"):
+            check_text_encoders(Options(**given))
+    with pytest.raises(ValueError, match="prodigy finds one rate for everything; leave it out"):
+        check_text_encoders(Options(train_text_encoder=True, text_encoder_lr=1e-4, optimizer="prodigy"))
+
+
+def test_what_is_called_otherwise_here_is_an_option_here():
+    names = {field.name for field in fields(Options)}
+    for other, own in ELSEWHERE.items():
+        assert other not in names
+        assert own.startswith("the environment") or own.split()[0].removeprefix("--") in names, own
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Text encoders that are trained: gradients, exact resumes, one file, the same images from it."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -28,7 +31,7 @@ def folders(tmp_path_factory):
     return {family: write(place / family) for family, write in WRITERS.items()}
 
 
-def make(folder, method="lora(rank=2)", steps=4):
+def make(folder, method="lora(rank=2)", steps=4, **given):
     """A trainer at step 0, its batches and its base."""
     model = load_base(str(folder))
     model.train_text_encoder = True
@@ -36,9 +39,8 @@ def make(folder, method="lora(rank=2)", steps=4):
     batches = Batches(model, examples, resolution=32, center_crop=True, seed=0)
     adapter = da.attach(model.pipe, da.make_method(method), "attention", text_encoder_targets="all")
     objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
-    options = train_options(
-        pretrained_model_name_or_path=str(folder), max_train_steps=steps, learning_rate=1e-2
-    )
+    given = {"max_train_steps": steps, "learning_rate": 1e-2, **given}
+    options = train_options(pretrained_model_name_or_path=str(folder), **given)
     return prepare(Accelerator(cpu=True), objective, options), batches, model
 
 
@@ -65,6 +67,38 @@ def test_every_trained_tensor_gets_a_gradient(folders, family, method):
     assert not still
     roots = {site.name.partition(".")[0] for site in trainer.adapter.sites}
     assert roots == {"unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
+
+
+@pytest.mark.parametrize("method", ["lora(rank=2)", "lora(rank=2)+norms", "peft:LORA"])
+def test_text_encoders_learn_at_their_own_rate(folders, method):
+    trainer, batches, _ = make(
+        folders["sdxl"], method, steps=2, text_encoder_lr=1e-4, lr_scheduler="linear", optimizer="SGD"
+    )
+    before = {name: p.detach().clone() for name, p in trainer.adapter.named_parameters()}
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(name, parameter):
+        gradients[name] = parameter.grad.detach().clone()
+
+    for name, parameter in trainer.adapter.named_parameters():
+        parameter.register_post_accumulate_grad_hook(partial(keep, name))
+    trainer.options = replace(trainer.options, max_grad_norm=1e9)
+    next(train(trainer, batches))
+    groups = [{id(p) for p in group["params"]} for group in trainer.optimizer.param_groups]
+    assert all(groups)
+    assert not groups[0] & groups[1]
+    for name, parameter in trainer.adapter.named_parameters():
+        rate = 1e-2 if id(parameter) in groups[0] else 1e-4
+        expected = before[name].double() - rate * gradients[name].double()
+        assert (parameter.double() - expected).abs().max() <= 1e-7, name
+    assert trainer.scheduler.get_last_lr() == [1e-2 / 2, 1e-4 / 2]
+    of_text = sum(site.name.startswith("text_encoder") for site in trainer.adapter.sites)
+    assert len(groups[1]) >= of_text > 0
+
+
+def test_tensors_that_serve_both_cannot_have_two_rates(folders):
+    with pytest.raises(ValueError, match="superlora shares its trained tensors among layers"):
+        make(folders["sd"], "superlora(rank=2, groups=1)", text_encoder_lr=1e-4)
 
 
 def test_the_prediction_with_token_ids_is_that_with_text_states(folders):
