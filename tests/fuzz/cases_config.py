@@ -50,6 +50,7 @@ class Configs:
             scheduler=scheduler,
             accelerator=SimpleNamespace(scaler=None, is_main_process=True),
             average=None,
+            notes={},
             skipped=0,
             options=TrainOptions(output_dir=str(self.folder.parent), max_train_steps=3),
             step=1,
