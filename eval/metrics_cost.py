@@ -60,17 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [_row(pair, options.rounds) for pair in _pairs(options.images)]
     command = [sys.executable, __file__, "--memory", "--many", str(options.many)]
     measured = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    page = TEXT.read_text().format(
-        **vars(options),
-        rows="\n".join(rows),
-        kept=_seconds_with_a_kept_reference(options.images),
-        seconds=float(measured[-2]),
-        memory=float(measured[-1]),
-        matrix=4 * options.many**2 / 1e9,
-    )
+    kept = _seconds_with_a_kept_reference(options.images)
+    page = _page(options, rows, kept=kept, seconds=float(measured[-2]), memory=float(measured[-1]))
     write_atomically(options.output, lambda path: path.write_text(page))
     print(page)
     return 0
+
+
+def _page(options: argparse.Namespace, rows: Sequence[str], **measured: float) -> str:
+    facts = {"images": options.images, "many": options.many, "rounds": options.rounds, **measured}
+    return TEXT.read_text().format(rows="\n".join(rows), matrix=4 * options.many**2 / 1e9, **facts)
 
 
 def _pairs(n: int) -> list[Pair]:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,3 +38,11 @@ def test_a_row_holds_times_ratio_goal_and_values():
 
 def test_memory_is_this_processs():
     assert 0.05 < metrics_cost._peak_memory() < 64
+
+
+def test_the_page_has_rows_and_memory():
+    options = SimpleNamespace(images=50, many=20_000, rounds=3, output="page.md", memory=False)
+    page = metrics_cost._page(options, ["| FID | row |"], kept=0.5, seconds=123.4, memory=1.25)
+    assert "| FID | row |" in page
+    assert "1.25" in page
+    assert "{" not in page
