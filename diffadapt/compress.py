@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
+from diffadapt.attaching import detach
 from diffadapt.derived import Derived
 from diffadapt.export.factors import low_rank
 from diffadapt.imports.attach import attach_forms
@@ -86,8 +87,6 @@ def combined(adapters: Sequence[Adapter]) -> tuple[dict, float]:
 
 def replaced(adapters: Sequence[Adapter], forms: Mapping[str, Form], *, name: str = "default") -> Adapter:
     """A new adapter with these forms on the layers of the given adapters, which are taken off."""
-    from diffadapt.attaching import detach
-
     roots, found = {}, {}
     for adapter in adapters:
         roots |= adapter.roots

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Wanted = tuple[bool, bool]  # the gradients asked for: of the input, of the weight
+Grads = tuple[Tensor | None, Tensor | None]  # those gradients; None where not asked for
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class LinearMap:
     def bias_grad(self, grad: Tensor) -> Tensor:
         return as_rows(grad).sum(0)
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None
+    ) -> Grads:
         """The wanted gradients of the input and the weight; the input's is added in place to ``into``."""
         grad_weight = self.weight_grad(grad, x, weight) if wanted[1] else None
         if not wanted[0] or into is None:
@@ -80,7 +83,9 @@ class ConvMap:
     def bias_grad(self, grad: Tensor) -> Tensor:
         return grad.sum([0, *range(2, grad.dim())])
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None):
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted, into: Tensor | None = None
+    ) -> Grads:
         """The wanted gradients of the input and the weight; the input's is added in place to ``into``."""
         grad_x, grad_weight, _ = self._backward(grad, x, weight, [*wanted, False])
         return added(grad_x, into), grad_weight

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.chain import Step
+from diffadapt.chain_steps import Step
 from diffadapt.update import Expression, LayerMap, LowRank, Tucker
 
 

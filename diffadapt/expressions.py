@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.chain import ChannelSum, Mix, Shared, Step
+from diffadapt.chain_steps import ChannelSum, Mix, Shared, Step
 from diffadapt.convolution import LinearMap
 from diffadapt.update import Expression, LayerMap, LowRank, pointwise_weight
 

@@ -168,40 +168,41 @@ def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]
         base, base_bias = record.original, record.base_bias(layer)
     updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
     base = base.to(x.dtype)
-
-    def term(entry: Entry, update: Update, coefficient: float) -> list[Term]:
-        if update.delta is None:
-            return []
-        inputs = entry.owner.dropped(x, entry.index)
-        return [(update.delta, coefficient * update.multiplier, inputs)]
-
-    def rescaled(entry: Entry, update: Update) -> Tensor:
-        """The whole output under one update that scales rows."""
-        scale = _per_channel(update.scale, x, layer_map)
-        if update.bias_scale is update.scale:  # gamma * (y + beta): one product, bit for bit y at gamma = 1
-            bias = base_bias if update.bias is None else _added(base_bias, update.bias)
-            return scale * branch_sum(layer_map, x, base, bias, term(entry, update, 1.0))
-        bias = effective_bias(base_bias, base_bias, [(1.0, update)])
-        bias, terms = None if bias is None else _per_channel(bias, x, layer_map), term(entry, update, 1.0)
-        return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
-
-    if (
-        len(updates) == 1
-        and updates[0][1].scale is not None
-        and updates[0][0].owner.strength == 1
-        and (record.original is None)
-    ):
-        return rescaled(*updates[0])
+    entry, update = updates[0]
+    is_alone = len(updates) == 1 and entry.owner.strength == 1 and record.original is None
+    if is_alone and update.scale is not None:
+        return _rescaled(layer_map, x, base, base_bias, entry, update)
     additive = [(e, u) for e, u in updates if u.scale is None]
     bias = effective_bias(base_bias, layer.bias, [(e.owner.strength, u) for e, u in additive])
-    terms = [found for e, u in additive for found in term(e, u, e.owner.strength)]
+    terms = [found for e, u in additive for found in _terms(x, e, u, e.owner.strength)]
     y = branch_sum(layer_map, x, layer.weight.to(x.dtype), bias, terms)
     if len(additive) < len(updates):
         plain = branch_sum(layer_map, x, base, base_bias, [])
         for entry, update in updates:
             if update.scale is not None:
-                y = y + entry.owner.strength * (rescaled(entry, update) - plain)
+                whole = _rescaled(layer_map, x, base, base_bias, entry, update)
+                y = y + entry.owner.strength * (whole - plain)
     return y
+
+
+def _rescaled(
+    layer_map: LayerMap, x: Tensor, base: Tensor, base_bias: Tensor | None, entry: Entry, update: Update
+) -> Tensor:
+    """The whole output under one update that scales rows."""
+    scale, terms = _per_channel(update.scale, x, layer_map), _terms(x, entry, update, 1.0)
+    if update.bias_scale is update.scale:  # gamma * (y + beta): one product, bit for bit y at gamma = 1
+        bias = base_bias if update.bias is None else _added(base_bias, update.bias)
+        return scale * branch_sum(layer_map, x, base, bias, terms)
+    bias = effective_bias(base_bias, base_bias, [(1.0, update)])
+    bias = None if bias is None else _per_channel(bias, x, layer_map)
+    return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
+
+
+def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[Term]:
+    """The change of one entry as a term of the sum; none where only rows or biases change."""
+    if update.delta is None:
+        return []
+    return [(update.delta, coefficient * update.multiplier, entry.owner.dropped(x, entry.index))]
 
 
 def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import fields
 
 from diffadapt.methods import METHODS, READABLE, Combined, Method
@@ -11,6 +10,7 @@ from diffadapt.methods.peft_limits import check_options
 from diffadapt.methods.peft_method import PREFIX as PEFT
 from diffadapt.methods.peft_method import parse_peft, peft_method
 from diffadapt.nearest import near
+from diffadapt.option_text import literal, split_outside_brackets
 
 
 def make_method(name: str, **options) -> Method:
@@ -22,7 +22,7 @@ def make_method(name: str, **options) -> Method:
     if name.startswith(PEFT):
         kind, own = parse_peft(name)
         return peft_method(kind, own, options)
-    specs = [_parse(part) for part in _split_parts(name)]
+    specs = [_parse(part) for part in split_outside_brackets(name, "+")]
     known = {field.name for spec, _ in specs for field in fields(METHODS[spec])}
     for option in options:
         if option not in known:
@@ -62,7 +62,7 @@ def with_class_table(name: str, classes: int, *, null_class: bool) -> str:
     if name.startswith(PEFT):
         raise ValueError(f"{name} cannot have a class table beside it; use a method of diffadapt's own")
     wanted = f"classes={classes}" + ("" if null_class else ",null_class=false")
-    parts = _split_parts(name)
+    parts = split_outside_brackets(name, "+")
     for number, part in enumerate(parts):
         kind, own = _parse(part)
         if "classes" in {field.name for field in fields(METHODS[kind])} and own.get("class_embedding", True):
@@ -70,18 +70,6 @@ def with_class_table(name: str, classes: int, *, null_class: bool) -> str:
             parts[number] = f"{kind}({inside}{',' * bool(inside)}{wanted})"
             return "+".join(parts)
     return "+".join([*parts, f"{ClassEmbedding.name}({wanted})"])
-
-
-def _split_parts(name: str) -> list[str]:
-    """Split on the plus signs outside parentheses."""
-    parts, depth = [""], 0
-    for char in name:
-        depth += (char == "(") - (char == ")")
-        if char == "+" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts]
 
 
 def _parse(part: str) -> tuple[str, dict]:
@@ -94,19 +82,12 @@ def _parse(part: str) -> tuple[str, dict]:
     if not inside.endswith(")"):
         raise ValueError(f"method {part!r} lacks its closing parenthesis; write e.g. {name}(rank=4)")
     known, options = {field.name for field in fields(METHODS[name])}, {}
-    for item in filter(None, (item.strip() for item in inside[:-1].split(","))):
+    for item in filter(None, split_outside_brackets(inside[:-1], ",")):
         option, equals, text = (piece.strip() for piece in item.partition("="))
         if not equals or option not in known:
             raise ValueError(f"{name} has no option {option!r}{near(option, known)}")
-        options[option] = _value(text)
+        options[option] = literal(text)
     return name, options
-
-
-def _value(text: str) -> object:
-    try:
-        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError):
-        return text  # a bare word, such as gaussian
 
 
 def _build(name: str, own: dict, given: dict) -> Method:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.expressions import Dense
-from diffadapt.layers import ADAPTED, Entry, Record
+from diffadapt.layers import ADAPTED, ORIGINAL, Entry, Record
 from diffadapt.methods.peft_method import PeftMethod
 from diffadapt.site import Site
 from diffadapt.summing import wide
@@ -187,8 +187,6 @@ def _wrap(adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, fo
 
 
 def _take_off(adapter: Adapter) -> None:
-    from diffadapt.layers import ORIGINAL
-
     for record in adapter.records.values():
         for layer in record.layers:
             if "_diffadapt" in layer.__dict__:

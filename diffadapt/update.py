@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.chain import Shared, Step
+from diffadapt.chain_steps import Shared, Step
 from diffadapt.convolution import ConvMap, LinearMap
 
 LayerMap = LinearMap | ConvMap

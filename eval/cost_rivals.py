@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import diffadapt as da
 from diffadapt.layers import ORIGINAL, Record
+from diffadapt.methods import Method
 from diffadapt.summing import effective_bias
 from diffadapt.targets import find_sites
 
@@ -61,7 +62,7 @@ def make(base: nn.Module, variant: str, targets: str, rank: int) -> nn.Module:
     return model
 
 
-def method(name: str, rank: int) -> da.Method:
+def method(name: str, rank: int) -> Method:
     """``make_method`` with this rank where the method has one and the name does not say another."""
     try:
         return da.make_method(name, rank=rank)

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.adapter import Adapter
+from diffadapt.checkpoint import base_named_in
 from diffadapt.commands.class_names import class_names_in, class_numbers
-from diffadapt.commands.combine import base_named_in
 from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.looks import AdapterFile, Look, looks_of, parse_adapter, parse_strengths
 from diffadapt.models.any_pipeline import open_base
@@ -24,8 +24,6 @@ from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.session import DTYPES, use_cores
-
-__all__ = ["AdapterFile", "parse_adapter", "sample"]
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
@@ -53,6 +51,18 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         "demo": is_embedded(base),
         "base": base,
         **source,
+        "sampler": {**dataclasses.asdict(sampler), "autocast": precision},
+        "device": device,
+        **_facts(pipe, files, looks),
+        "images": images,
+    }
+    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    return folder
+
+
+def _facts(pipe: DiffusionPipeline, files: Sequence[AdapterFile], looks: Sequence[Look]) -> dict[str, object]:
+    """What one needs to know of pipeline, adapters and libraries to make the images again."""
+    return {
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(pipe.scheduler).__name__, **dict(pipe.scheduler.config)},
         "adapters": [
@@ -60,9 +70,6 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
             for i, file in enumerate(files)
         ],
         "looks": [dataclasses.asdict(look) for look in looks],
-        "sampler": {**dataclasses.asdict(sampler), "autocast": precision},
-        "device": device,
-        "images": images,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -71,8 +78,6 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
             "diffadapt": da.__version__,
         },
     }
-    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-    return folder
 
 
 def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Shot]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffadapt.adapter import Adapter
 from diffadapt.checkpoint import read_metadata
-from diffadapt.export.changes import Change, changes_of
+from diffadapt.export.changes import Change
+from diffadapt.export.checks import DTYPES, KINDS, check_arguments, checked_changes, refuse_unless_good
 from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
 from diffadapt.export.kohya import kohya_tensors
 from diffadapt.export.merged import (
@@ -30,11 +31,9 @@ from diffadapt.export.verify import Verdict, verify_diffusers, verify_kohya
 from diffadapt.files import write_atomically
 from diffadapt.nearest import near
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KINDS = ("kohya", "diffusers", "merged")
 MEANT_FOR = {"kohya": ("ComfyUI",), "diffusers": ("diffusers",), "merged": ("diffusers",)}
 
-__all__ = ["DTYPES", "KINDS", "ExportReport", "Verdict", "export", "write_formats"]
+__all__ = ["DTYPES", "KINDS", "ExportReport", "Verdict", "export", "parse_formats", "write_formats"]
 
 
 def export(
@@ -66,20 +65,18 @@ def export(
         file is written then.
     """
     path = Path(path)
-    _check_arguments(to, dtype, rank)
-    changes = changes_of(adapter)
-    _check_biases(changes, to, force)
-    _check_rows(changes, to)
+    check_arguments(to, dtype, rank)
+    changes = checked_changes(adapter, to, force)
     title = path.stem if path.suffix == ".safetensors" else path.name
     header = metadata_of(adapter, base_of(adapter), title=title, base_name=base, extra=metadata)
     if to == "merged":
         return _write_folder(adapter, path, changes, DTYPES[dtype], header, force)
     if to == "diffusers":
         changes = diffusers_changes(changes, rank)
-        tensors = _rounded(diffusers_tensors(changes), DTYPES[dtype])
-        header["lora_adapter_metadata"] = adapter_config(changes)
+        named, header["lora_adapter_metadata"] = diffusers_tensors(changes), adapter_config(changes)
     else:
-        tensors = _rounded(kohya_tensors(changes, base_of(adapter), dense=dense), DTYPES[dtype])
+        named = kohya_tensors(changes, base_of(adapter), dense=dense)
+    tensors = _rounded(named, DTYPES[dtype])
     header |= network_of(tensors, adapter)
     return _write_file(adapter, path, to, changes, tensors, DTYPES[dtype], header, force)
 
@@ -140,7 +137,7 @@ def _write_file(
             verdicts = verify_diffusers(str(temporary), changes, dtype)
         error, layers = _rank_error(changes), len(changes)
         report = ExportReport(path, to, layers, tuple(verdicts), MEANT_FOR[to], whole, rank_error=error)
-        _refuse_unless_good(report, force)
+        refuse_unless_good(report, force)
         header.update(additional_hashes(Path(temporary)))
         header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
         save_file(tensors, temporary, header)
@@ -175,42 +172,11 @@ def _write_folder(
             lost_in_rounding=lost,
             note=note_on_guidance(adapter, changes),
         )
-        _refuse_unless_good(report, force)
+        refuse_unless_good(report, force)
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
-
-
-def _check_arguments(to: str, dtype: str, rank: int | None) -> None:
-    if to not in KINDS:
-        raise ValueError(f"cannot export to {to!r}{near(to, KINDS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
-    if rank is not None and to != "diffusers":
-        raise ValueError(f"rank is for diffusers alone: a {to} file holds every change exactly")
-
-
-def _check_biases(changes: list[Change], to: str, force: bool) -> None:
-    """A bias that stock layers have no place for: ComfyUI drops it, from_pretrained too."""
-    gained = [change.name for change in changes if change.base_bias is None and change.bias is not None]
-    if to != "diffusers" and gained and (to == "merged" or not force):
-        raise ValueError(
-            f"{len(gained)} layers, e.g. {gained[0]}, gain a bias that the stock layers do not have, so a "
-            f"{to} file cannot hold it; --to diffusers can, unless norms change too. Else train without: "
-            "difffit(beta=False), or targets that have biases"
-        )
-
-
-def _check_rows(changes: list[Change], to: str) -> None:
-    for change in changes if to != "merged" else ():
-        if change.gained_rows:
-            raise ValueError(
-                f"{change.name}: the class table has {change.gained_rows} rows more than the base's, which a "
-                f"{to} file cannot hold; use --to merged"
-            )
 
 
 def _rounded(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -236,12 +202,3 @@ def _rank_error(changes: list[Change]) -> float:
         left_out += (adapted - change.target()).square().sum().item() if change.approximated else 0.0
         whole += (adapted - change.weight).square().sum().item()
     return (left_out / whole) ** 0.5 if whole else 0.0
-
-
-def _refuse_unless_good(report: ExportReport, force: bool) -> None:
-    if report.good or force:
-        return
-    verdict = next(v for v in report.verdicts if v.program in report.meant_for and not v.accepted)
-    raise ValueError(
-        f"{report.path} is not written: {verdict}; use --to merged, which holds every change, or --force"
-    )

@@ -31,10 +31,7 @@ def open_pipeline(
     kind = pipeline_class(name, revision=revision)
     place = resolve(name)
     if is_single_file(place):
-        pipe = open_single_file(place)
-        for component in pipe.components.values():
-            if isinstance(component, nn.Module) and component is not getattr(pipe, "vae", None):
-                component.to(dtype)
+        pipe = _from_file(place, dtype)
     else:
         without = {} if safety_checker or kind != "StableDiffusionPipeline" else _UNCHECKED
         opener = _OWN_PIPELINES.get(kind, DiffusionPipeline)
@@ -60,6 +57,14 @@ _OWN_PIPELINES = {  # in place of what diffusers finds, or where it finds none
     "DiTPipeline": DiTPipeline,
 }
 _UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def _from_file(place: str, dtype: torch.dtype) -> DiffusionPipeline:
+    pipe = open_single_file(place)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module) and component is not getattr(pipe, "vae", None):
+            component.to(dtype)
+    return pipe
 
 
 def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:

@@ -5,7 +5,6 @@ Values come from, in rising order: the dataclass, the base family's defaults (fo
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import types
@@ -21,6 +20,7 @@ import yaml
 from diffadapt.files import write_atomically
 from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
+from diffadapt.option_text import literal, split_outside_brackets
 from diffadapt.training.options import TrainOptions
 
 MOST_NESTED = 8  # levels of a file of options
@@ -105,31 +105,12 @@ def write_config(options: TrainOptions, folder: str | Path) -> None:
 def pairs(text: str | None, option: str) -> dict[str, object]:
     """`a=1,b=[2,3],c=word` as a dictionary. Raises ValueError naming the option for anything else."""
     found: dict[str, object] = {}
-    for part in _split(text or ""):
+    for part in filter(None, split_outside_brackets(text or "", ",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
             raise ValueError(f"{option} takes name=value,name=value; got {part!r}")
-        found[name] = _literal(value)
+        found[name] = literal(value)
     return found
-
-
-def _split(text: str) -> list[str]:
-    """Split on the commas outside brackets."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part for part in parts if part.strip()]
-
-
-def _literal(text: str) -> object:
-    try:
-        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError):
-        return text  # a bare word, such as gaussian
 
 
 def _unknown(argument: str, names: Sequence[str]) -> str:
