@@ -1,12 +1,15 @@
 """Training scripts run in the process of a test."""
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+
+from diffadapt.training.run import Run
 
 FOLDER = Path(__file__).parents[1] / "train_scripts"
 
@@ -25,3 +28,15 @@ def runner(name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return script.run(script.main)
 
     return run
+
+
+def stop_after(index: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets runs in this process receive a signal while step `index` is logged."""
+    log = Run.log
+
+    def log_and_receive(training: Run, step: object) -> None:
+        log(training, step)
+        if step.index == index:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Run, "log", log_and_receive)

@@ -1,6 +1,7 @@
 """train_scripts/class_conditional.py from the command line to the pictures; `diffadapt sample` of classes."""
 
 import json
+import signal
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ from class_pipelines import arguments, class_pipeline, dit_pipeline, write_class
 from PIL import Image
 from pipelines import tiny_sd_pipeline
 from safetensors.torch import load_file
-from scripts import runner
+from scripts import runner, stop_after
 from torchvision.transforms.functional import pil_to_tensor
 
 import diffadapt as da
@@ -134,6 +135,37 @@ def test_bases_told_words_are_refused(run, pictures, tmp_path, capsys):
     words = tiny_sd_pipeline(tmp_path / "words")
     assert run(*arguments(words, tmp_path / "out", train_data_dir=pictures)) == 2
     assert "is told words, not classes" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_summary_and_writes_nothing(run, base, pictures, tmp_path, capsys):
+    fixed = arguments(base, tmp_path / "out", train_data_dir=pictures, held_out=pictures)
+    assert run(*fixed, "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert "  data     9 pictures" in shown
+    assert "  memory   about " in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_sigterm_a_resume_ends_in_the_same_bits(run, base, pictures, tmp_path, monkeypatch):
+    fixed = {"train_data_dir": pictures, "num_validation_images": 0}
+    whole, stopped = (arguments(base, tmp_path / name, **fixed) for name in ("whole", "stopped"))
+    assert run(*whole) == 0
+    with monkeypatch.context() as patched:
+        stop_after(1, signal.SIGTERM, patched)
+        assert run(*stopped) == 128 + signal.SIGTERM
+    assert not (tmp_path / "stopped" / "run.json").exists()
+    assert run(*stopped, "--resume_from_checkpoint", "checkpoint-2") == 0
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_base_told_classes_has_no_text_encoder_to_train(run, base, pictures, tmp_path, capsys):
+    fixed = arguments(base, tmp_path / "out", train_data_dir=pictures)
+    assert run(*fixed, "--train_text_encoder") == 2
+    said = capsys.readouterr().err
+    assert "is told classes and has no text encoder; leave the option out" in said
+    assert "+class_embedding" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_held_out_pictures_of_other_classes_are_refused(run, base, pictures, tmp_path, capsys):

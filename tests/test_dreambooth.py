@@ -63,7 +63,8 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
     base = {"vae": vae, "prediction_type": prediction_type, "scheduler": scheduler}
     fixed = arguments(tmp_path, "out", **base)
     assert run(*fixed, "--adapter", adapter, "--max_train_steps", 4, "--targets", "attention+conv") == 0
-    out, shown = tmp_path / "out", capsys.readouterr().out
+    out, (shown, bar) = tmp_path / "out", capsys.readouterr()
+    assert re.search(r"loss \d\.\d+, lr \d\.\d\de-\d\d, \d+\.\d images/s, \d+\.\d GiB", bar)
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     record = json.loads((out / "run.json").read_text())
     config = yaml.safe_load((out / "config.yaml").read_text())
@@ -84,7 +85,7 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
 
 
 def test_pictures_of_the_run_equal_those_of_diffadapt_sample(run, tmp_path):
-    fixed = arguments(tmp_path, "out")
+    fixed = [*arguments(tmp_path, "out"), "--sample_batch_size", 1]  # an image does not depend on its batch
     assert run(*fixed, "--adapter", "flora", "--max_train_steps", 3, "--learning_rate", "0.05") == 0
     again = ["--prompt", PROMPT, "--num_images", "2", "--num_inference_steps", "2"]
     again += ["--out", str(tmp_path / "again")]
@@ -104,6 +105,16 @@ def test_prior_preservation_makes_and_uses_class_pictures(run, tmp_path, capsys)
     assert "4 class pictures" in capsys.readouterr().out
     assert run(*fixed, "--with_prior_preservation") == 2
     assert "--with_prior_preservation needs --class_prompt" in capsys.readouterr().err
+
+
+def test_pictures_of_a_subject_can_be_told_their_own_captions(run, tmp_path):
+    fixed = [*arguments(tmp_path, "one"), "--max_train_steps", 2, "--num_validation_images", 0]
+    (tmp_path / "mine" / "picture-0.txt").write_text("a photo of sks dog on a beach")
+    assert run(*fixed) == 0
+    assert run(*fixed, "--output_dir", tmp_path / "two", "--instance_captions") == 0
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([json.loads(line)["loss"] for line in log] for log in logs)
+    assert one != two  # a text file is used when asked for
 
 
 def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
@@ -160,6 +171,14 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(run, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_frozen_base_can_have_a_precision_of_its_own(run, tmp_path, capsys):
+    sizes = []
+    for precision in ("fp32", "bf16"):
+        assert run(*arguments(tmp_path, "out"), "--dry_run", "--base_precision", precision) == 0
+        sizes.append(float(re.search(r"base ([\d.]+) MiB", capsys.readouterr().out)[1]))
+    assert 0.45 * sizes[0] < sizes[1] < 0.6 * sizes[0]  # the autoencoder stays in float32
+
+
 def test_a_dry_run_draws_no_class_pictures_but_counts_them(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffadapt.data.class_images.draw", None)  # a call would fail
     there = write_pictures(tmp_path / "dogs", 1)
@@ -183,7 +202,7 @@ def test_what_is_watched_during_a_run_changes_no_bit_of_it(run, tmp_path, monkey
     monkeypatch.setattr(hub, "HfApi", None)  # nothing is sent: a call would fail
     fixed = [*arguments(tmp_path, "watched"), "--adapter", "flora", "--max_train_steps", 4, *FURTHER]
     out = tmp_path / "watched"
-    assert run(*fixed, *WATCHED) == 0
+    assert run(*fixed, *WATCHED, "--logging_dir", tmp_path / "tracked") == 0
     assert run(*fixed, "--output_dir", tmp_path / "plain") == 0
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("watched", "plain"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
@@ -191,7 +210,7 @@ def test_what_is_watched_during_a_run_changes_no_bit_of_it(run, tmp_path, monkey
     assert ["change_norm" in line for line in lines] == [False, True, False, True]
     assert lines[3]["change_norm"] > lines[1]["change_norm"] > 0
     assert lines[3]["amplification"] > 0
-    assert list((out / "logs" / "diffadapt").glob("events.*"))
+    assert list((tmp_path / "tracked" / "diffadapt").glob("events.*"))
     assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-2", "step-4"]
 
 
@@ -218,7 +237,8 @@ def test_a_finished_run_is_uploaded_when_asked(run, tmp_path, monkeypatch, capsy
     sent = {}
 
     class Api:
-        def create_repo(self, name, **_):
+        def create_repo(self, name, private, **_):
+            sent["private"] = private
             return RepoUrl(f"https://huggingface.co/me/{name}")
 
         def upload_folder(self, **options):
@@ -227,9 +247,9 @@ def test_a_finished_run_is_uploaded_when_asked(run, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "get_token", lambda: "a token")
-    upload = ("--push_to_hub", "--hub_model_id", "dog", "--max_train_steps", 1)
+    upload = ("--push_to_hub", "--hub_model_id", "dog", "--hub_private", "--max_train_steps", 1)
     assert run(*arguments(tmp_path, "out"), *upload) == 0
-    assert sent["repo_id"] == "me/dog"
+    assert (sent["repo_id"], sent["private"]) == ("me/dog", True)
     assert {"README.md", "adapter.safetensors", "adapter_comfyui.safetensors", "grid.png"} <= set(
         sent["files"]
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,7 @@ import pytest
 import torch
 from pipelines import tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 from safetensors.torch import load_file
-from scripts import runner
+from scripts import runner, stop_after
 
 import diffadapt as da
 
@@ -158,6 +159,35 @@ def test_a_resumed_stream_ends_in_the_same_bits(run, tmp_path, base):
     resumed = [*arguments(base, tmp_path / "part", steps=4), "--resume_from_checkpoint", "latest"]
     assert run(*resumed, *fixed) == 0
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path, base, monkeypatch, capsys, streamed):
+    data = captioned(tmp_path / "data", 5)
+    source = ["--dataset_name", data, "--streaming", "--shuffle_buffer", 3]
+    fixed = [*(source if streamed else ["--train_data_dir", data]), "--caption_dropout", "0.3", "--use_ema"]
+    whole, stopped = (arguments(base, tmp_path / name, steps=4) for name in ("whole", "stopped"))
+    assert run(*whole, *fixed) == 0
+    with monkeypatch.context() as patched:
+        stop_after(1, signal.SIGTERM, patched)
+        assert run(*stopped, *fixed) == 128 + signal.SIGTERM
+    assert "the same command with --resume_from_checkpoint latest" in "".join(capsys.readouterr())
+    left = {path.name for path in (tmp_path / "stopped").iterdir()}
+    assert left == {"checkpoint-2", "config.yaml", "log.jsonl"}  # the step it fell into was finished
+    assert run(*stopped, *fixed, "--resume_from_checkpoint", "latest") == 0
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_dry_run_shows_the_summary_and_writes_nothing(run, tmp_path, base, capsys):
+    data = captioned(tmp_path / "data", 3)
+    fixed = arguments(base, tmp_path / "out", pictures=2)
+    assert run(*fixed, "--train_data_dir", data, "--validation_data_dir", data, "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert "  data     3 pictures" in shown
+    assert "  memory   about " in shown
+    assert not (tmp_path / "out").exists()
 
 
 def test_accumulation_fills_the_same_buckets_as_a_large_batch(run, tmp_path, base):

@@ -12,6 +12,7 @@ from pathlib import Path
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import class_examples, planned_class_examples
 from diffadapt.data.examples import folder_examples
+from diffadapt.data.sources import instance_folder
 from diffadapt.exits import run
 from diffadapt.models.names import resolve
 from diffadapt.training.defaults import choose_base
@@ -40,6 +41,9 @@ class Options(TrainOptions):
     output_dir: str = option("runs/dreambooth", "where everything is written")
     instance_data_dir: str | None = option(None, "folder of pictures of the subject")
     instance_prompt: str | None = option(None, "what they show, with a rare word: a photo of sks dog")
+    instance_captions: bool = option(
+        False, "tell each picture its own caption, from metadata or a .txt file; without one, the prompt"
+    )
     class_prompt: str | None = option(None, "the same without the rare word: a photo of a dog")
     class_data_dir: str | None = option(None, "folder of class pictures; the base draws missing ones")
     with_prior_preservation: bool = option(
@@ -69,8 +73,9 @@ def main() -> int:
 
 def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
     """The pictures of the subject and, for prior preservation, of its class."""
-    options, model = setup.options, setup.model
-    instances, classes = folder_examples(resolve(options.instance_data_dir), options.instance_prompt), []
+    options, model, classes = setup.options, setup.model, []
+    read = instance_folder if options.instance_captions else folder_examples
+    instances = read(resolve(options.instance_data_dir), options.instance_prompt)
     if options.with_prior_preservation:
         folder = options.class_data_dir or Path(options.output_dir) / "class_images"
         wanted = {"prompt": options.class_prompt, "count": options.num_class_images}

@@ -29,14 +29,8 @@ def captioned_folder(
     Raises: FileNotFoundError or ValueError that lists pictures without caption, captions without picture, or
         the columns there are.
     """
-    pictures, folder = list_images(folder, recursive=True), Path(folder)
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None:
-        captions = _metadata_captions(metadata, image_column or FILE_COLUMN, caption_column)
-    elif image_column or caption_column:
-        raise ValueError(f"no {' or '.join(METADATA)} in {str(folder)!r}, so there are no columns to choose")
-    else:
-        captions = {path.resolve(): _text_beside(path) for path in pictures}
+    pictures = list_images(folder, recursive=True)
+    captions = _captions(Path(folder), pictures, image_column, caption_column)
     missing = [str(path) for path in pictures if not captions.get(path.resolve())]
     if missing:
         raise ValueError(
@@ -44,6 +38,28 @@ def captioned_folder(
             f'{{"file_name": ..., "text": ...}}, or into a .txt file beside the picture:\n{listed(missing)}'
         )
     return [Example(path, captions[path.resolve()]) for path in pictures]
+
+
+def instance_folder(folder: str | Path, prompt: str) -> list[Example]:
+    """The pictures of a folder with their captions, as in `captioned_folder`; those without with `prompt`."""
+    pictures = list_images(folder)
+    captions = _captions(Path(folder), pictures)
+    return [Example(path, captions.get(path.resolve()) or prompt) for path in pictures]
+
+
+def _captions(
+    folder: Path,
+    pictures: Sequence[Path],
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> dict[Path, str]:
+    """Picture -> caption from the folder's metadata, else from text files; empty or not there without one."""
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata is not None:
+        return _metadata_captions(metadata, image_column or FILE_COLUMN, caption_column)
+    if image_column or caption_column:
+        raise ValueError(f"no {' or '.join(METADATA)} in {str(folder)!r}, so there are no columns to choose")
+    return {path.resolve(): _text_beside(path) for path in pictures}
 
 
 def class_folders(folder: str | Path) -> tuple[list[Example], list[str]]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -31,16 +32,34 @@ def check_trackers(text: str) -> list[str]:
 
 
 def start_trackers(accelerator: Accelerator, options: Mapping[str, object], *, step: int) -> None:
-    """Opens the trackers of a run that stands at `step`; what tensorboard holds of later steps is hidden."""
+    """Opens the trackers of a run that stands at `step`; what tensorboard holds of later steps is hidden.
+
+    Tensorboard and wandb write to the accelerator's logging folder, trackio to its own (TRACKIO_DIR).
+    Raises: ValueError when one cannot be opened, as without a login.
+    """
     config = {name: value for name, value in options.items() if value is not None}
-    accelerator.init_trackers(PROJECT, config, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    own: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": step + 1}}
+    if "wandb" in map(str, accelerator.log_with):
+        Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)  # wandb would write elsewhere
+        own["wandb"] = {"dir": accelerator.logging_dir}
+    try:
+        accelerator.init_trackers(PROJECT, config, init_kwargs=own)
+    except Exception as error:  # every library has its own kinds
+        raise ValueError(
+            f"a tracker of --report_to cannot be opened: {error}; log in to it, leave it out, or let wandb "
+            "write here only: WANDB_MODE=offline"
+        ) from error
 
 
 def track_pictures(accelerator: Accelerator, name: str, images: Tensor, step: int) -> None:
-    """Hands pictures (N, 3, H, W) in [0, 1] to tensorboard and wandb; the others get figures only."""
+    """Hands pictures (N, 3, H, W) in [0, 1] to tensorboard, wandb and trackio; others get figures only."""
     values = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: values}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({name: values}, step=step)
+        elif tracker.name == "trackio":
+            from trackio import Image
+
+            tracker.log({f"{name}/{i}": Image(value) for i, value in enumerate(values)}, step=step)

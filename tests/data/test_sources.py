@@ -5,7 +5,7 @@ import json
 import pytest
 from pipelines import write_pictures
 
-from diffadapt.data.sources import captioned_folder, class_folders
+from diffadapt.data.sources import captioned_folder, class_folders, instance_folder
 
 
 def captions(folder, **columns):
@@ -89,6 +89,16 @@ def test_damaged_metadata_names_file_and_line(tmp_path, text, message):
     (tmp_path / "metadata.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         captions(tmp_path)
+
+
+def test_pictures_of_a_subject_may_have_captions_of_their_own(tmp_path):
+    folder = write_pictures(tmp_path, 3)
+    (folder / "picture-1.txt").write_text("a sks dog\non a beach")
+    told = [example.caption for example in instance_folder(folder, "a sks dog")]
+    assert told == ["a sks dog", "a sks dog on a beach", "a sks dog"]
+    (folder / "metadata.csv").write_text("file_name,text\npicture-2.png,a sks dog asleep\n")
+    told = [example.caption for example in instance_folder(folder, "a sks dog")]
+    assert told == ["a sks dog", "a sks dog", "a sks dog asleep"]
 
 
 def test_class_folders_are_numbered_by_name_and_numbers_by_value(tmp_path):

@@ -1,7 +1,8 @@
-"""Trackers: tensorboard holds what the log holds, also after a resume; mistakes are told at the start."""
+"""Trackers hold what the log holds, and the pictures; tensorboard also after a resume. Mistakes are told."""
 
 import importlib.util
 import json
+import struct
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from diffadapt.training import tracking
 from diffadapt.training.loop import train
 from diffadapt.training.record import Progress
 
-events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+FIGURES = ("loss", "lr", "grad_norm", "seconds")
 
 
-def run(folder, steps, *, stop=None, start=0):
-    """Trains and tracks up to step `stop`, as if resumed at `start`."""
+def run(folder, steps, *, tracker="tensorboard", stop=None, start=0):
+    """Trains and tracks up to step `stop`, as if resumed at `start`. Returns the lines of the log."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = small_trainer(max_train_steps=steps, output_dir=str(folder), report_to="tensorboard")
-    trainer.accelerator = Accelerator(cpu=True, log_with=["tensorboard"], project_dir=str(folder / "logs"))
+    trainer = small_trainer(max_train_steps=steps, output_dir=str(folder), report_to=tracker)
+    trainer.accelerator = Accelerator(cpu=True, log_with=[tracker], project_dir=str(folder / "logs"))
     trainer.step = start
     with Progress(trainer) as progress:
         for step in train(trainer, SmallBatches()):
@@ -29,27 +30,78 @@ def run(folder, steps, *, stop=None, start=0):
             if step.index == stop:
                 break
     trainer.accelerator.end_training()
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_tensorboard_gets_every_figure_and_forgets_what_a_resume_repeats(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(tmp_path, 5, stop=4)
-    run(tmp_path, 5, start=2)
+    lines = run(tmp_path, 5, start=2)
     found = events.EventAccumulator(
         str(tmp_path / "logs" / "diffadapt"), size_guidance={"images": 0}
     ).Reload()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     scalars = found.Scalars("loss")
     assert [event.step for event in scalars] == [1, 2, 3, 4, 5]
     assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
     assert [event.step for event in found.Scalars("change_norm")] == [2]
     assert lines[1]["change_norm"] == 0.5
-    assert {"lr", "grad_norm", "seconds"} <= set(found.Tags()["scalars"])
+    assert set(FIGURES) <= set(found.Tags()["scalars"])
     assert len(found.Images("validation")) >= 1
+
+
+def wandb_history(folder):
+    """What an offline run holds of every step: records behind a header of 7 bytes, each with one of 7."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("run-*.wandb")
+    data, place, steps = file.read_bytes(), 7, []
+    while place < len(data):  # of a short run: longer ones are in blocks
+        (length,) = struct.unpack_from("<H", data, place + 4)
+        record = Record.FromString(data[place + 7 : place + 7 + length])
+        place += 7 + length
+        if record.HasField("history"):
+            items = record.history.item
+            steps.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return steps
+
+
+def test_wandb_gets_figures_and_pictures_and_writes_to_the_folder_of_logs(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    lines = run(tmp_path, 2, tracker="wandb")
+    wandb.teardown()  # what writes the file is another process
+    (kept,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")
+    for step, (line, logged) in enumerate(zip(lines, wandb_history(kept), strict=True), start=1):
+        assert logged["_step"] == step
+        assert {name: logged[name] for name in FIGURES} == {name: line[name] for name in FIGURES}
+        assert logged["validation/count"] == 2
+        assert all((kept / "files" / name).is_file() for name in logged["validation/filenames"])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="pip install trackio")
+def test_trackio_gets_figures_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    lines = run(tmp_path, 2, tracker="trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (record,) = SQLiteStorage.get_run_records(tracking.PROJECT)
+    logged = SQLiteStorage.get_logs(tracking.PROJECT, record["name"], run_id=record["id"])
+    for name in FIGURES:
+        found = {entry["step"]: entry[name] for entry in logged if name in entry}
+        assert found == pytest.approx({line["step"]: line[name] for line in lines})
+    pictures = [entry["validation/1"] for entry in logged if "validation/1" in entry]
+    assert [picture["_type"] for picture in pictures] == ["trackio.image"] * 2
+    assert len(list((tmp_path / "trackio" / "media").rglob("*.png"))) == 2 * 2
 
 
 def test_names_are_checked_at_the_start(monkeypatch):
     assert tracking.check_trackers("none") == []
+    pytest.importorskip("tensorboard")
     assert tracking.check_trackers("tensorboard") == ["tensorboard"]
     with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord' .*did you mean tensorboard"):
         tracking.check_trackers("tensorbord")
@@ -58,3 +110,16 @@ def test_names_are_checked_at_the_start(monkeypatch):
         tracking.check_trackers("wandb")
     with pytest.raises(ValueError, match="pip install comet-ml"):
         tracking.check_trackers("comet_ml")
+
+
+def test_one_that_cannot_be_opened_is_an_error_with_a_remedy(monkeypatch):
+    class NoKeyError(Exception):
+        """As libraries of trackers have them: of no common kind."""
+
+    def refuse(*_, **__):
+        raise NoKeyError("no API key configured")
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "init_trackers", refuse)
+    with pytest.raises(ValueError, match=r"cannot be opened: no API key configured; log in .*WANDB_MODE=off"):
+        tracking.start_trackers(accelerator, {}, step=0)
