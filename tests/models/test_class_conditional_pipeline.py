@@ -107,7 +107,9 @@ def test_pictures_and_tuples_on_request(pipe):
 
 @pytest.mark.parametrize("labels", [[CLASSES], [0, 9], [-1], []])
 def test_labels_that_are_no_class_are_refused(pipe, labels):
-    with pytest.raises(ValueError, match=r"no class .*: the base has 3 classes, 0 to 2, and the null class 3"):
+    with pytest.raises(
+        ValueError, match=r"no class .*: the base has 3 classes, 0 to 2, and the null class 3"
+    ):
         pipe(labels)
 
 
