@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import metrics_cost_rivals as rivals
 import torch
 from torch import Tensor
 
@@ -73,6 +72,8 @@ def _page(options: argparse.Namespace, rows: Sequence[str], **measured: float) -
 
 
 def _pairs(n: int) -> list[Pair]:
+    import metrics_cost_rivals as rivals  # not where memory is measured
+
     real, generated, logits = _features(n, 0), 1.02 * _features(n, 1), 2 * _features(n, 2, width=1008)
     sets = {"real": real, "generated": generated}
     known, scored = Statistics.of(real), Statistics.of(generated)

@@ -8,7 +8,6 @@ from itertools import combinations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image.lpips import _LPIPS as TorchmetricsLpips
 
 from diffadapt.metrics.intervals import Estimate, clustered_interval
 
@@ -21,7 +20,7 @@ class Lpips(nn.Module):
     """Distance of two images in a network's features (LPIPS, arXiv 1801.03924), torchmetrics' with its
     heads."""
 
-    def __init__(self, network: TorchmetricsLpips):
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
@@ -38,6 +37,8 @@ def load_lpips(state_dict: Mapping[str, Tensor], *, net: str = "alex") -> Lpips:
     """
     if net not in BACKBONES:
         raise ValueError(f"net={net!r}: expected one of {', '.join(BACKBONES)}")
+    from torchmetrics.functional.image.lpips import _LPIPS as TorchmetricsLpips  # slow, needed here alone
+
     network = TorchmetricsLpips(net=net, pnet_rand=True).eval().requires_grad_(False)
     own = network.net.state_dict()
     found = {}

@@ -40,9 +40,8 @@ def precision_recall_hits(
     real_radii, generated_radii = _radii(real, k, real_neighbours), _radii(generated, k, generated_neighbours)
     precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real_radii.device)
     for block in squared_blocks(generated, real):
-        precise.append(_inside(block, generated, real, real_radii.expand(len(block.squared), -1)).any(dim=1))
-        of_rows = generated_radii[block.rows, None].expand(-1, len(real))
-        recalled |= _inside(block, generated, real, of_rows).any(dim=0)
+        precise.append(_inside(block, generated, real, real_radii).any(dim=1))
+        recalled |= _inside(block, generated, real, generated_radii[block.rows, None]).any(dim=0)
     return torch.cat(precise), recalled
 
 
@@ -63,7 +62,7 @@ def density_coverage_counts(
     radii = _radii(real, k, real_neighbours)
     counts, covered = [], torch.zeros(len(real), dtype=torch.bool, device=radii.device)
     for block in squared_blocks(generated, real):
-        inside = _inside(block, generated, real, radii.expand(len(block.squared), -1), strict=True)
+        inside = _inside(block, generated, real, radii, strict=True)
         counts.append(inside.sum(dim=1))
         covered |= inside.any(dim=0)
     return torch.cat(counts), covered
@@ -79,11 +78,16 @@ def _radii(points: Points, k: int, known: Tensor | None) -> Tensor:
 
 
 def _inside(block: Block, queries: Points, centres: Points, radii: Tensor, strict: bool = False) -> Tensor:
-    """Which pairs of the block lie within their radius (b, N); near ties are decided in float64."""
+    """Which pairs of the block lie within their radius (b, N); near ties are decided in float64.
+
+    Args:
+        radii: (N,) of the centres, or (b, 1) of the queries.
+    """
     margin = block.squared - radii.float().square()
     rows, columns = (margin.abs() <= block.bound).nonzero(as_tuple=True)
     inside = margin < 0
-    distances, limits = measure(queries, centres, rows + block.rows.start, columns), radii[rows, columns]
+    distances = measure(queries, centres, rows + block.rows.start, columns)
+    limits = radii.expand(inside.shape)[rows, columns]
     inside[rows, columns] = distances < limits if strict else distances <= limits
     return inside
 

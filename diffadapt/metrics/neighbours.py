@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 256  # rows of the matrix of distances held at a time
+ROWS = 128  # rows of the matrix of distances held at a time
 COLUMNS = 2048  # points centred at a time
 PAIRS = 1024  # pairs measured again at a time
 SPARE = 4  # candidates beyond the k nearest, so that float32's mistakes of order fall among them
