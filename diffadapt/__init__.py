@@ -1,5 +1,12 @@
 """Parameter-efficient fine-tuning of diffusion models."""
 
+import os
+
+# torch reads this when it first allocates: large tensors of a CPU then come in pages of 2 MB (Linux), as it
+# takes longer to hand out pages of 4 KB than to fill them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# isort: split
 # What is listed here is the public API.
 
 from diffadapt.adapter import Adapter

@@ -42,16 +42,16 @@ class Replace(Expression):
 
 @dataclass(frozen=True)
 class Folded(Expression):
-    """An inner matrix of another shape, read row by row into ``shape (out, fan_in)``."""
+    """A low-rank matrix of another shape, read row by row into ``shape (out, fan_in)``."""
 
-    inner: Expression
+    inner: LowRank
     shape: tuple[int, int]
 
     def matrix(self) -> Tensor:
         return self.inner.matrix().reshape(self.shape)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return self.inner.vjp(grad.reshape(self.inner.matrix().shape))
+        return self.inner.vjp(grad.reshape(self.inner.up.shape[0], -1))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,12 +116,17 @@ def test_info_shows_what_a_file_holds(work, capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == 3
 
 
-def test_importing_the_package_does_not_load_the_libraries_of_pipelines():
-    slow = "{'diffusers', 'transformers', 'accelerate', 'datasets'}"
-    told = subprocess.run(
-        [sys.executable, "-c", f"import sys, diffadapt.cli; print({slow} & set(sys.modules))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert told.stdout.strip() == "set()"
+def test_importing_the_package_is_light_and_large_tensors_then_come_in_large_pages():
+    program = """
+import sys, diffadapt.cli
+print({'diffusers', 'transformers', 'accelerate', 'datasets'} & set(sys.modules))
+import torch
+kept = torch.ones(1 << 24)  # 64 MB
+print(next(line for line in open('/proc/self/smaps_rollup') if 'AnonHugePages' in line).split()[1])
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded, huge = told.stdout.split()
+    assert loaded == "set()"
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if setting.exists() and "[never]" not in setting.read_text():
+        assert int(huge) > 60_000  # kB
