@@ -133,9 +133,7 @@ def _plots(record: EvaluationRecord) -> str:
         values = {label: own for label, own in values.items() if own}
         if values:
             shown.append(plot(plots.histogram(values, name), f"{name} of each image"))
-    note = (
-        "Dots: values; bars: 95 % intervals; broken line: the metric between two halves of the real images."
-    )
+    note = "Dots: values; bars: 95 % intervals; broken line: real against real, what real images get."
     text = f'<p class="faint">{note}</p><div class="plots">{"".join(shown)}</div>'
     return f"<h2>Plots</h2>{text}" if shown else ""
 

@@ -82,7 +82,7 @@ def interval_plot(scores: Sequence[Score]) -> Figure:
 def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
     """How one figure of the images is distributed, by set."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 2.2), layout="constrained")
+        figure = Figure(figsize=(4.4, 2.2 + 0.2 * (len(values) > 1)), layout="constrained")
         axes = figure.subplots()
         everything = sorted(value for own in values.values() for value in own)
         low, high = everything[0], _without_outliers(everything)
@@ -97,8 +97,8 @@ def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
         axes.set_title(f"{name} of each image{more}", fontsize=10, loc="left")
         axes.set_ylabel("images")
         axes.yaxis.get_major_locator().set_params(integer=True)
-        if len(values) > 1:
-            axes.legend(frameon=False, fontsize=8, loc="upper left")
+        if len(values) > 1:  # below, where no bar can stand behind it
+            figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=3)
     return figure
 
 
