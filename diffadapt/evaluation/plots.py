@@ -73,7 +73,8 @@ def interval_plot(scores: Sequence[Score]) -> Figure:
         axes.set_ylim(len(scores) - 0.4, -0.6)
         axes.margins(x=0.12)
         hint = {"lower": " (lower is better)", "higher": " (higher is better)"}.get(scores[0].better, "")
-        axes.set_title(scores[0].name + hint, fontsize=10, loc="left")
+        figure.suptitle(scores[0].name + hint, fontsize=9, x=0.02, ha="left")  # may be longer than the axes
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", color="#e5e7eb", lw=0.8)
         axes.set_axisbelow(True)
     return figure

@@ -14,7 +14,7 @@ from torch import Tensor
 
 ROWS = 128  # rows of the matrix of distances held at a time
 COLUMNS = 2048  # points centred at a time
-PAIRS = 1024  # pairs measured again at a time
+PAIRS = 512  # pairs measured again at a time
 SPARE = 4  # candidates beyond the k nearest, so that float32's mistakes of order fall among them
 
 
@@ -56,15 +56,19 @@ class Block(NamedTuple):
 
 
 def squared_blocks(queries: Points, points: Points) -> Iterator[Block]:
-    """The matrix of squared distances, block by block.
+    """The matrix of squared distances, block by block; a block is overwritten by the next one.
 
     The bound is 4 sqrt(D) roundings of |a|^2 + |b|^2: what a sum of D products errs by, with room.
     """
     unit = 4 * torch.finfo(torch.float32).eps * max(queries.exact.shape[1], 16) ** 0.5
+    size = (min(ROWS, len(queries)), len(points))
+    memory = points.squares.new_empty(2, *size)  # of all blocks in turn: a new one each time fragments it
     for start in range(0, len(queries), ROWS):
         rows = slice(start, min(start + ROWS, len(queries)))
-        squared, own = queries.squares[rows, None] + points.squares, queries.centred(rows.start, rows.stop)
-        bound = unit * squared
+        squared, bound = memory[:, : rows.stop - rows.start]
+        torch.add(queries.squares[rows, None], points.squares, out=squared)
+        torch.mul(squared, unit, out=bound)
+        own = queries.centred(rows.start, rows.stop)
         for first in range(0, len(points), COLUMNS):
             last = first + COLUMNS
             squared[:, first:last].addmm_(own, points.centred(first, last).T, alpha=-2)
