@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 import warnings
@@ -104,7 +103,7 @@ def main() -> None:
         else:
             variants = TABLES[name].variants(arguments.methods)
             records[name] = measure(TABLES[name], variants, arguments.repeats, minutes=arguments.minutes)
-        records[name]["machine"] = f"{platform.machine()}, {arguments.threads} threads"
+        records[name]["machine"] = cost_page.machine(arguments.threads)
         records[name]["versions"] = cost_page.versions()
         arguments.records.parent.mkdir(parents=True, exist_ok=True)
         arguments.records.write_text(json.dumps(records, indent=1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,12 @@ def page(records: Sequence[tuple[str, dict]]) -> str:
         lines += _attaching(record) if name == "attach" else _table(name, record)
         lines += ["", f"Measured on {record['machine']}; {record['versions']}.", ""]
     return TEXT.read_text().format(slack=100 * SLACK["step"], tables="\n".join(lines))
+
+
+def machine(threads: int) -> str:
+    """What times depend on besides the versions."""
+    pages = ", large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+    return f"{platform.machine()}, {threads} threads{pages}"
 
 
 def versions() -> str:
