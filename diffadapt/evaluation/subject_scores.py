@@ -74,10 +74,6 @@ def check_extractors(extractors: Sequence[Extractor]) -> None:
         )
 
 
-def _likeness(own: Tensor, side: Side) -> Tensor:
-    return image_similarities(real=side[0], generated=own)
-
-
 def _ceiling(layout: Layout, extractor: Extractor) -> float | None:
     """The real images against each other, no image with itself, over subjects that have two or more."""
     sides = [layout.real.of(own.subject, extractor)[0] for own in layout.images]

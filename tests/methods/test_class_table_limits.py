@@ -5,8 +5,8 @@ import copy
 import diffusers
 import pytest
 import torch
-from class_models import MORE, attached, copied, output, table, trained
-from class_pipelines import class_pipeline, class_tables, dit_pipeline
+from class_models import MORE, attached, output, table, trained
+from class_pipelines import class_tables
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
@@ -17,18 +17,6 @@ from diffadapt.budget import count_parameters
 from diffadapt.compress import combined
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.pipelines import ClassConditionalPipeline
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    made = {"unet": class_pipeline, "dit": dit_pipeline}
-    return {kind: open_pipeline(str(make(tmp_path_factory.mktemp(kind)))) for kind, make in made.items()}
-
-
-@pytest.fixture
-def fresh(bases):
-    """Bases without adapters, with networks of their own."""
-    return lambda kind: copied(bases[kind])
 
 
 def test_stock_pipelines_that_cannot_be_right_are_named(bases):

@@ -10,7 +10,6 @@ from class_models import (
     FEWER,
     MORE,
     attached,
-    copied,
     network,
     output,
     picture,
@@ -18,7 +17,7 @@ from class_models import (
     tables_of,
     trained,
 )
-from class_pipelines import class_pipeline, class_tables, dit_pipeline
+from class_pipelines import class_tables
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import nn
 
@@ -28,18 +27,6 @@ from diffadapt.pipelines import ClassConditionalPipeline
 
 sizes = pytest.mark.parametrize("size", [MORE, FEWER], ids=["more", "fewer"])
 kinds = pytest.mark.parametrize("kind", ["unet", "dit"])
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    made = {"unet": class_pipeline, "dit": dit_pipeline}
-    return {kind: open_pipeline(str(make(tmp_path_factory.mktemp(kind)))) for kind, make in made.items()}
-
-
-@pytest.fixture
-def fresh(bases):
-    """Bases without adapters, with networks of their own."""
-    return lambda kind: copied(bases[kind])
 
 
 @kinds
