@@ -179,6 +179,15 @@ def test_the_frozen_base_can_have_a_precision_of_its_own(run, tmp_path, capsys):
     assert 0.45 * sizes[0] < sizes[1] < 0.6 * sizes[0]  # the autoencoder stays in float32
 
 
+def test_a_dry_run_encodes_no_more_than_it_shows_and_fills_no_cache(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diffadapt.data.encoding.EncodedPictures.prepare", None)  # a call would fail
+    monkeypatch.setattr("diffadapt.data.encoding.EncodedCaptions.prepare", None)
+    cache = ("--center_crop", "--cache_latents", "disk", "--cache_dir", tmp_path / "cache")
+    assert run(*arguments(tmp_path, "out"), *cache, "--dry_run") == 0
+    assert f"encoded once, kept in {tmp_path / 'cache'}" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_dry_run_draws_no_class_pictures_but_counts_them(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffadapt.data.class_images.draw", None)  # a call would fail
     there = write_pictures(tmp_path / "dogs", 1)

@@ -53,6 +53,7 @@ class Batches:
         cache_dir: folder of "disk".
         buckets: sizes that take the place of the square; cuts are then the middle.
         is_streaming: pictures are neither checked nor encoded beforehand; unreadable ones are left out.
+        is_rehearsal: nothing is encoded beforehand and nothing kept, for a look at a run that is not made.
     Raises: ValueError for options that exclude each other, and one that lists unreadable pictures.
     """
 
@@ -73,6 +74,7 @@ class Batches:
         cache_dir: str | None = None,
         buckets: Buckets | None = None,
         is_streaming: bool = False,
+        is_rehearsal: bool = False,
     ):
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
@@ -89,12 +91,13 @@ class Batches:
         squares = bool(sizes) and all(width == height for width, height in sizes)
         self.center_crop = center_crop or squares or buckets is not None
         self.cache = open_cache(self._cache_kind(cache_latents), cache_dir)
-        self.pictures = EncodedPictures(model, self.cache)
-        kept = self.cache if isinstance(self.cache, DiskCache) else None
+        cache = None if is_rehearsal else self.cache
+        self.pictures = EncodedPictures(model, cache)
+        kept = cache if isinstance(cache, DiskCache) else None
         self.captions = EncodedCaptions(model, kept, recent=RECENT if self.is_streaming else None)
         self.cut_captions: list = []  # captions of which the base does not read the end
         if not self.is_streaming:
-            self._prepare([*examples, *classes])
+            self._prepare([*examples, *classes], encode=not is_rehearsal)
 
     @property
     def description(self) -> str:
@@ -216,10 +219,10 @@ class Batches:
                 f"({cut.length} tokens); captions after this one are cut without notice"
             )
 
-    def _prepare(self, examples: Sequence[Example]) -> None:
-        """Encodes everything once, so that a fault shows before the first step."""
-        flips = (False, True) if self.random_flip else (False,)
-        if self.cache is not None:
+    def _prepare(self, examples: Sequence[Example], *, encode: bool) -> None:
+        """Checks the captions and encodes everything once, so that a fault shows before the first step."""
+        if encode and self.cache is not None:
+            flips = (False, True) if self.random_flip else (False,)
             self.pictures.prepare(
                 [
                     (e.source, Cut(self.bucket_of.get(e.source, (self.resolution,) * 2), flip=flip))
@@ -233,7 +236,8 @@ class Batches:
                 f"{len(missing)} of {len(examples)} pictures have no caption:\n{listed(missing)}"
             )
         captions = [with_trigger(e.caption, self.trigger_word) for e in examples]
-        self.captions.prepare(captions + ([self.model.empty_caption] if self.caption_dropout else []))
+        if encode:
+            self.captions.prepare(captions + ([self.model.empty_caption] if self.caption_dropout else []))
         if any(isinstance(caption, str) for caption in captions):
             self.cut_captions = self.model.cut_captions(captions)
 

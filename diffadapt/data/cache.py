@@ -56,7 +56,6 @@ class DiskCache:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Entry | None:
         """The entry, or None where there is none; a damaged one is reported and counts as missing."""

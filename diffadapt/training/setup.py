@@ -114,6 +114,7 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: 
             cache_latents=options.cache_latents,
             cache_dir=options.cache_dir,
             seed=options.seed,
+            is_rehearsal=options.dry_run,
             **further,
         )
 
