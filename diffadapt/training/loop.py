@@ -40,6 +40,7 @@ class Step:
     images: int  # pictures in it, over all processes
     seconds: float
     skipped: bool = False  # left out because its loss or gradient is not finite
+    text_encoder_lr: float | None = None  # where the text encoders have a rate of their own
 
 
 @dataclass
@@ -112,7 +113,7 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
     watch = GradientWatch(trainer.adapter) if trainer.step == 0 else None
     while trainer.step < trainer.options.max_train_steps:
         started = time.perf_counter()
-        rate = trainer.scheduler.get_last_lr()[0]
+        rate, *text_rate = trainer.scheduler.get_last_lr()
         losses = _accumulate(trainer, batches)
         norm = _clip(trainer)
         loss = _mean_loss(trainer, losses)
@@ -124,7 +125,7 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
         _update(trainer, make_step=finite or _scales(trainer))
         trainer.step += 1
         seconds = time.perf_counter() - started
-        yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, skipped=not finite)
+        yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, not finite, *text_rate)
 
 
 def positions(trainer: Trainer, microstep: int) -> Sequence[int]:

@@ -77,8 +77,8 @@ class Progress:
 
     def show(self, step: Step, figures: Mapping[str, float]) -> None:
         """One step and further figures of it: in the bar, as a line of the log, and to the trackers."""
-        values = {name: value for name, value in dataclasses.asdict(step).items() if name != "index"}
-        values = {**values, **figures}
+        values = {**dataclasses.asdict(step), **figures}
+        values = {name: value for name, value in values.items() if name != "index" and value is not None}
         self.log.write(step=step.index, **values)
         self.accelerator.log({name: float(value) for name, value in values.items()}, step=step.index)
         speed, memory = step.images / step.seconds, peak_memory_bytes() / 2**30

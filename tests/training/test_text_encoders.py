@@ -83,7 +83,8 @@ def test_text_encoders_learn_at_their_own_rate(folders, method):
     for name, parameter in trainer.adapter.named_parameters():
         parameter.register_post_accumulate_grad_hook(partial(keep, name))
     trainer.options = replace(trainer.options, max_grad_norm=1e9)
-    next(train(trainer, batches))
+    made = next(train(trainer, batches))
+    assert (made.lr, made.text_encoder_lr) == (1e-2, 1e-4)
     groups = [{id(p) for p in group["params"]} for group in trainer.optimizer.param_groups]
     assert all(groups)
     assert not groups[0] & groups[1]
