@@ -87,6 +87,14 @@ class Adapted(nn.Module):
             entry.owner.follow(self.weight.device)
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self._diffadapt.original is not None and any(name.startswith(prefix) for name in state_dict):
+            raise ValueError(
+                f"{prefix.rstrip('.')} holds a merged adapter, and weights loaded into it would be lost when "
+                "that is taken out again; unmerge, load, merge"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class AdaptedLinear(Adapted, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:

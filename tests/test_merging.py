@@ -129,3 +129,23 @@ def test_merging_in_channels_last_keeps_the_memory_format():
     assert model.conv_in.weight.stride() == stride
     da.unmerge(adapter)
     assert model.conv_in.weight.stride() == stride
+
+
+def test_other_weights_can_be_put_under_an_adapter_but_not_over_a_merged_one(three):
+    model, bare, (adapter, *_) = three
+    other = {name: value + 0.01 for name, value in bare.state_dict().items()}
+    fresh = copy.deepcopy(bare)
+    fresh.load_state_dict(other)
+    moved = da.attach(fresh, da.LoRA(rank=2), "all", seed=0)
+    train(moved, seed=0)
+    moved.strength, x = adapter.strength, image().double()
+    for further in three[2][1:]:
+        further.strength = 0
+    assert torch.equal(torch.func.functional_call(model, other, (x,)), fresh(x))
+    da.merge(adapter)
+    with pytest.raises(ValueError, match=r"conv_in holds a merged adapter.*unmerge, load, merge"):
+        model.load_state_dict(other)
+    da.unmerge(adapter)
+    assert all(torch.equal(value, bare.state_dict()[key]) for key, value in model.state_dict().items())
+    model.load_state_dict(other)
+    torch.testing.assert_close(model(x), fresh(x), rtol=1e-12, atol=1e-12)
