@@ -14,6 +14,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
@@ -113,8 +114,7 @@ def generated_sets(
     base = base or DEMO_BASE
     if is_embedded(base) != (arguments.subjects is None):
         raise ValueError(f"the base {base!r} and the subjects must both be embedded, or neither")
-    names = ("samples", "unique_token", "seed", "num_inference_steps", "guidance_scale", "batch_size")
-    options = {name: getattr(arguments, name) for name in names}
+    options = {field.name: getattr(arguments, field.name) for field in fields(Drawing)[2:]}
     if options["samples"] is None:
         options["samples"] = 2 if is_embedded(base) else 4
     drawing = Drawing(base, Path(arguments.output) / "images", **options)
@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
     add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
     add("--batch_size", type=int, default=8, help="images drawn at once; changes nothing else (default: 8)")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on a GPU, no on a CPU")
     add("--seed", type=int, default=0, help="of the first image, and of the bootstrap (default: 0)")
     add("--num_threads", type=int, help="CPU threads; default: all available cores")
     add("--output", default="runs/subject", help="folder (default: runs/subject)")

@@ -23,7 +23,7 @@ from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw, shots
-from diffadapt.training.session import DTYPES, use_cores
+from diffadapt.training.session import DTYPES, drawing_precision, use_cores
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
@@ -36,8 +36,8 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     wanted = wanted_shots(arguments, [file.path for file in files])
     base = arguments.base or base_named_in([file.path for file in files])
     use_cores(arguments.num_threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = arguments.mixed_precision or ("fp16" if device == "cuda" else "no")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = drawing_precision(arguments.mixed_precision, device)
     defaults = drawing_defaults(base, revision=arguments.revision)
     sampler = sampler_of(arguments, defaults, DTYPES.get(precision))
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
@@ -52,7 +52,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         "base": base,
         **source,
         "sampler": {**dataclasses.asdict(sampler), "autocast": precision},
-        "device": device,
+        "device": device.type,
         **_facts(pipe, files, looks),
         "images": images,
     }

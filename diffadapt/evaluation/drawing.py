@@ -22,7 +22,7 @@ from diffadapt.looks import AdapterFile, parse_adapter
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
 from diffadapt.sampling import Sampler, Shot
-from diffadapt.training.session import DTYPES
+from diffadapt.training.session import DTYPES, drawing_precision
 
 BASE = "base"  # label of the images without an adapter
 RUN_FIGURES = ("method", "parameters", "steps", "seconds", "peak_memory_bytes")  # kept of a run.json
@@ -55,7 +55,7 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
     wanted = wanted_shots(arguments, [adapter.path for adapter in adapters])
     base = arguments.base or base_named_in([adapter.path for adapter in adapters])
     device = PartialState().device
-    precision = arguments.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    precision = drawing_precision(arguments.mixed_precision, device)
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     sampler = sampler_of(
         arguments, drawing_defaults(base, revision=arguments.revision), DTYPES.get(precision)

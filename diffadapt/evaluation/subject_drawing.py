@@ -18,6 +18,7 @@ from diffadapt.evaluation.subjects import Subject, SubjectImages
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
 from diffadapt.sampling import Sampler, Shot
+from diffadapt.training.session import DTYPES, drawing_precision
 
 BASE = "base"  # label of the images without an adapter
 ADAPTERS = "adapters"  # label of those with each subject's own
@@ -37,6 +38,7 @@ class Drawing:
         seed: of the first subject's first sample; samples of one subject have consecutive seeds, the same
             for every prompt, and every subject has its own.
         num_inference_steps, guidance_scale: None for what suits the base.
+        mixed_precision: no, fp16 or bf16; None for fp16 on a GPU, no on a CPU.
     """
 
     base: str
@@ -47,10 +49,15 @@ class Drawing:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 8
+    mixed_precision: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"--samples must be at least 1, got {self.samples}")
+
+    @property
+    def precision(self) -> str:
+        return drawing_precision(self.mixed_precision, PartialState().device)
 
     def sampler(self) -> Sampler:
         defaults = drawing_defaults(self.base)
@@ -58,7 +65,12 @@ class Drawing:
             defaults["num_inference_steps"] if self.num_inference_steps is None else self.num_inference_steps
         )
         guidance = defaults["guidance_scale"] if self.guidance_scale is None else self.guidance_scale
-        return Sampler(num_inference_steps=steps, guidance_scale=guidance, batch_size=self.batch_size)
+        return Sampler(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            batch_size=self.batch_size,
+            autocast=DTYPES.get(self.precision),
+        )
 
     def shots(self, subject: Subject, place: int) -> list[Shot]:
         """All images of the subject at that place in the list, prompt by prompt."""
@@ -87,6 +99,7 @@ def draw_subjects(
                 if adapter is not None:
                     da.detach(adapter)
             made = {"base": drawing.base, "samples": drawing.samples, **vars(sampler)}
+            made["autocast"] = drawing.precision
             if label == ADAPTERS:
                 made |= {"adapters": dict(adapters), **_training(adapters)}
             found[label] = (images, made)

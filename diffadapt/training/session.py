@@ -55,6 +55,11 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     return DTYPES.get(accelerator.mixed_precision)
 
 
+def drawing_precision(wish: str | None, device: torch.device) -> str:
+    """Precision of activations when drawing from files, a key of DTYPES or "no": half on a GPU by default."""
+    return wish or ("fp16" if device.type == "cuda" else "no")
+
+
 def use_cores(num_threads: int | None = None, *, processes: int = 1) -> None:
     """Sets torch's threads. `accelerate launch` exports OMP_NUM_THREADS=1 by itself: nobody's wish."""
     wish = os.environ.get("OMP_NUM_THREADS")

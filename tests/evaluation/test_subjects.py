@@ -116,6 +116,8 @@ def test_samples_have_the_same_seeds_for_every_prompt_and_others_for_every_subje
     assert drawing.shots(cat, 0)[2].prompt == "a sks cat face emoji on a blue background"
     with pytest.raises(ValueError, match="--samples must be at least 1, got 0"):
         Drawing("embedded:emoji", tmp_path, samples=0)
+    assert drawing.sampler().autocast is None  # on a CPU
+    assert Drawing("embedded:emoji", tmp_path, mixed_precision="bf16").sampler().autocast == torch.bfloat16
 
 
 def toy(name="clip:toy", **options):
