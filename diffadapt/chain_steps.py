@@ -75,22 +75,27 @@ class Mix:
 
 @dataclass(frozen=True)
 class ChannelSum:
-    """The sum over the channels of each of ``groups`` runs, added in float32 or wider."""
+    """``share`` times the sum over the channels of each of ``groups`` runs, added in float32 or wider."""
 
     channel_dim: int
     groups: int = 1
+    share: float = 1.0
 
     def product(self, x: Tensor, weight: None = None) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.groups == 1:
-            return x.sum(self.channel_dim, keepdim=True, dtype=wide).to(x.dtype)
-        return x.unflatten(1, (self.groups, -1)).sum(2, dtype=wide).to(x.dtype)
+            total = x.sum(self.channel_dim, keepdim=True, dtype=wide)
+        else:
+            total = x.unflatten(1, (self.groups, -1)).sum(2, dtype=wide)
+        return (total if self.share == 1 else total * self.share).to(x.dtype)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: None, wanted: Wanted, into: Tensor | None = None
     ) -> Grads:
         if not wanted[0]:
             return None, None
+        if self.share != 1:
+            grad = grad * self.share
         if self.groups > 1:
             grad = grad.repeat_interleave(x.shape[1] // self.groups, 1)
         return (grad.expand(x.shape) if into is None else into.add_(grad)), None

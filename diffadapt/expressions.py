@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,10 +183,14 @@ class Kron(Expression):
 
 @dataclass(frozen=True)
 class FeatureSum(Expression):
-    """The sum over an output's receptive field times ``vector (out,)``: keeps the sum, never ``x``."""
+    """The sum over an output's receptive field times ``vector (out,)``: keeps the sum, never ``x``.
+
+    ``share``: what the steps multiply the sum by, and divide the vector by.
+    """
 
     vector: Tensor
     fan_in: int
+    share: float = 1.0
 
     def matrix(self) -> Tensor:
         return self.vector[:, None].expand(-1, self.fan_in)
@@ -198,11 +203,21 @@ class FeatureSum(Expression):
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
         groups, column = layer.groups, self.vector[:, None]
-        total = Step(ChannelSum(layer.channel_dim, groups), trained=False)
+        if self.share != 1:
+            column = column / self.share
+        total = Step(ChannelSum(layer.channel_dim, groups, self.share), trained=False)
         if isinstance(layer, LinearMap):
             return total, Step(layer, column)
         window = Step(layer, column.new_ones(groups, 1, *shape[2:]), trained=False)
         return total, window, Step(layer.pointwise(groups), pointwise_weight(column, layer))
 
     def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return (grads[-1].reshape(self.vector.shape),)
+        grad = grads[-1].reshape(self.vector.shape)
+        return (grad if self.share == 1 else grad / self.share,)
+
+    def within(self, dtype: torch.dtype) -> FeatureSum:
+        """In float16 thousands of features would add up to more than 65,504, the largest number there."""
+        if dtype != torch.float16:
+            return self
+        bits = math.ceil(math.log2(self.fan_in) / 2)  # half of what keeps any sum in range: vectors have one
+        return FeatureSum(self.vector, self.fan_in, 2.0**-bits)

@@ -210,7 +210,8 @@ def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[
     """The change of one entry as a term of the sum; none where only rows or biases change."""
     if update.delta is None:
         return []
-    return [(update.delta, coefficient * update.multiplier, entry.owner.dropped(x, entry.index))]
+    change, inputs = update.delta.within(x.dtype), entry.owner.dropped(x, entry.index)
+    return [(change, coefficient * update.multiplier, inputs)]
 
 
 def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:

@@ -58,6 +58,10 @@ class Expression:
         """Gradients of ``tensors()`` given those of the weights of ``steps``."""
         raise TypeError(f"{type(self).__name__} does not define steps_vjp()")
 
+    def within(self, dtype: torch.dtype) -> Expression:
+        """The same change, with steps whose values stay in the range of activations in that precision."""
+        return self
+
     def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
         """``layer(x)`` with the change alone as its weight, through its chain; None where it has none."""
         if not self.is_thin(layer, shape):

@@ -46,6 +46,7 @@ EXPRESSIONS = {
     "kron": lambda: expressions.Kron(rand(2, 4), low_rank(3, 2)),
     "kron-of-kron": lambda: expressions.Kron(rand(2, 2), expressions.Kron(rand(1, 2), low_rank(3, 2))),
     "feature-sum": lambda: expressions.FeatureSum(rand(6), 8),
+    "feature-sum-in-shares": lambda: expressions.FeatureSum(rand(6), 8, 0.25),
     "kron-rows": lambda: slices.KronRows(rand(6, 2), low_rank(6, 4)),
     "slice": lambda: slices.Slice(low_rank(4, 16), 4, 16, 15, 7, (6, 8)),
     "joined-between-rows": lambda: slices.Joined(low_rank(2), low_rank(4), 16, (6, 8)),
@@ -129,6 +130,7 @@ CONVOLUTIONS = {
     "kron": (lambda groups: expressions.Kron(rand(4, 2), low_rank(2, 4 // groups * 6)), 1),
     "hadamard-pair": (lambda groups: expressions.HadamardPair(low_rank(8, 48, 1), low_rank(8, 48, 1)), 1),
     "feature-sum": (lambda groups: expressions.FeatureSum(rand(8), 8 // groups * 6), 2),
+    "feature-sum-in-shares": (lambda groups: expressions.FeatureSum(rand(8), 8 // groups * 6, 0.25), 2),
 }
 
 

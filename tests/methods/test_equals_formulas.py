@@ -210,6 +210,28 @@ def test_1lora_of_a_convolution(kind):
     assert_same(base, da.OneLoRA(), x, forward, {"vector": (vector, same)})
 
 
+@pytest.mark.parametrize("groups", [0, 1, 2], ids=["linear", "conv", "conv-grouped"])
+def test_1lora_adds_up_more_than_float16_can_hold(groups):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.nn.Conv2d(2048, 8, 3, groups=groups) if groups else torch.nn.Linear(8192, 8)
+    x = (40 + torch.randn(2, *((2048, 3, 3) if groups else (8192,)), generator=generator)).half()
+    adapter = da.attach(base.half(), da.OneLoRA(), "all")
+    (vector,) = adapter.parameters()
+    with torch.no_grad():
+        base.weight.zero_(), base.bias.zero_(), vector.copy_(torch.linspace(0.001, 0.01, 8))
+    sums = x.double().reshape(2, max(groups, 1), -1).sum(2)
+    assert sums.min() > 65_504
+    x.requires_grad_()
+    y = base(x).flatten(1)
+    each = sums.repeat_interleave(8 // max(groups, 1), 1)
+    close(y.double(), vector.double() * each, 2e-3)
+    (y.float() / 1024).sum().backward()
+    close(vector.grad.double(), each.sum(0) / 1024, 2e-3)
+    expected = vector.detach().double().reshape(max(groups, 1), -1).sum(1) / 1024
+    seen = x.grad.double().reshape(2, len(expected), -1)
+    close(seen, expected[None, :, None].expand_as(seen), 2e-3)
+
+
 def test_1lora_with_a_random_compression():
     base, x = layer("linear")
     vector, weights = free(10), torch.randn(12, dtype=torch.float64)
