@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
-from diffadapt.data.cache import DiskCache, open_cache
+from diffadapt.data.cache import open_cache
 from diffadapt.data.description import describe
 from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
 from diffadapt.data.examples import Draw, Example, Examples, Order
@@ -78,9 +78,8 @@ class Batches:
     ):
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
-        self.model, self.seed, self.resolution = model, seed, resolution
-        self.random_flip, self.caption_dropout = random_flip, caption_dropout
-        self.noise_offset, self.trigger_word = noise_offset, trigger_word
+        self.model, self.seed, self.resolution, self.trigger_word = model, seed, resolution, trigger_word
+        self.random_flip, self.caption_dropout, self.noise_offset = random_flip, caption_dropout, noise_offset
         self.is_streaming = is_streaming or isinstance(examples, Stream)
         self.timestep_count = model.training_schedule().config.num_train_timesteps
         self.bucket_of: dict[ImageSource, Size] = {}
@@ -91,10 +90,9 @@ class Batches:
         squares = bool(sizes) and all(width == height for width, height in sizes)
         self.center_crop = center_crop or squares or buckets is not None
         self.cache = open_cache(self._cache_kind(cache_latents), cache_dir)
-        cache = None if is_rehearsal else self.cache
-        self.pictures = EncodedPictures(model, cache)
-        kept = cache if isinstance(cache, DiskCache) else None
-        self.captions = EncodedCaptions(model, kept, recent=RECENT if self.is_streaming else None)
+        used = None if is_rehearsal else self.cache
+        self.pictures = EncodedPictures(model, used)
+        self.captions = EncodedCaptions(model, used, recent=RECENT if self.is_streaming else None)
         self.cut_captions: list = []  # captions of which the base does not read the end
         if not self.is_streaming:
             self._prepare([*examples, *classes], encode=not is_rehearsal)

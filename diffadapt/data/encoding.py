@@ -93,13 +93,14 @@ class EncodedCaptions:
     """What the base is told for a caption: one row of each of its conditions.
 
     Args:
-        cache: a folder where text states are kept from run to run.
+        cache: where text states are kept from run to run, if it is on disk.
         recent: how many captions are held in memory; None: all.
     """
 
-    def __init__(self, model: Base, cache: DiskCache | None, *, recent: int | None):
+    def __init__(self, model: Base, cache: MemoryCache | DiskCache | None, *, recent: int | None):
         self.model = model
-        self._is_kept = cache is not None and not getattr(model, "train_text_encoder", False)
+        is_trained = getattr(model, "train_text_encoder", False)
+        self._is_kept = isinstance(cache, DiskCache) and not is_trained
         self.cache = cache
         self._encoder = _text_encoding(model) if self._is_kept else ""
         self.row = lru_cache(maxsize=recent)(self._find)  # caption -> name -> (...) without the batch

@@ -83,11 +83,15 @@ def extract(
         raise ValueError(f"no image of {images.source!r} can be read:\n{listed(made.skipped)}")
     _refuse_broken(images.source, made)
     if cache is not None and not made.skipped and PartialState().is_main_process:
-        for e in missing:
-            if e.perceptual is None:
-                cache.put(e, SetFeatures(identity_of(e), made.features[e.name], made.facts))
+        _keep(cache, made, missing)
     PartialState().wait_for_everyone()  # nobody looks for what is still being written
     return Extracted({**made.features, **{n: c.layers for n, c in kept.items()}}, made.facts, made.skipped)
+
+
+def _keep(cache: FeatureCache, made: Extracted, extractors: Sequence[Extractor]) -> None:
+    for e in extractors:
+        if e.perceptual is None:
+            cache.put(e, SetFeatures(identity_of(e), made.features[e.name], made.facts))
 
 
 def _kept(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,22 +21,13 @@ from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.feature_file import SetFeatures, file_name, write_features
 from diffadapt.evaluation.image_sets import ImageSet, open_set
 from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
+from diffadapt.evaluation.provenance import run_facts, versions
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
 from diffadapt.training.session import quiet, start
 
 REFERENCE = "reference"  # label of the real set
 PATIENCE = timedelta(days=1)  # of the processes that wait while the first one scores; NCCL's is ten minutes
-PACKAGES = (
-    "diffadapt",
-    "torch",
-    "torchvision",
-    "torchmetrics",
-    "torch-fidelity",
-    "transformers",
-    "numpy",
-    "pillow",
-)
 
 
 @dataclass(frozen=True)
@@ -110,34 +99,24 @@ def evaluate_sets(
             result.materials[label] = replace(own, inputs={})  # features are needed no more
     if not PartialState().is_main_process:
         return None
-    facts = {**(settings or {}), "protocol": protocol, "seconds": round(time.perf_counter() - start, 1)}
-    record = _record(result, extractors, plan, reading, facts)
+    facts = {**(settings or {}), "protocol": protocol, "batch_size": reading.batch_size, **run_facts(start)}
+    record = _record(result, extractors, plan, facts)
     return Outcome(record, lambda label, name: result.materials[label].picture(name))
 
 
 def _record(
-    result: _Result,
-    extractors: Sequence[Extractor],
-    plan: Plan,
-    reading: Reading,
-    settings: Mapping[str, object],
+    result: _Result, extractors: Sequence[Extractor], plan: Plan, settings: Mapping[str, object]
 ) -> EvaluationRecord:
-    state = PartialState()
-    machine = {
-        "device": str(state.device),
-        "processes": state.num_processes,
-        "batch_size": reading.batch_size,
-    }
     return EvaluationRecord(
         scores=tuple(result.scores),
         sets={label: material.summary for label, material in result.materials.items()},
         extractors=tuple(extractor.summary for extractor in extractors),
         seeds={"metrics": plan.seed},
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        versions=versions(),
         warnings=tuple(result.warnings),
         images=tuple(result.rows),
         refused=result.refused,
-        settings={**settings, **machine},
+        settings=settings,
     )
 
 

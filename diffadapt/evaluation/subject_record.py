@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
@@ -15,16 +13,15 @@ from diffadapt.evaluation.extraction import extract
 from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.image_sets import fingerprint
 from diffadapt.evaluation.page import write_page
+from diffadapt.evaluation.provenance import run_facts, versions
 from diffadapt.evaluation.record import EvaluationRecord, SetSummary
 from diffadapt.evaluation.run import REFERENCE
 from diffadapt.evaluation.subject_drawing import Sets
-from diffadapt.evaluation.subject_layout import real_images
+from diffadapt.evaluation.subject_layout import RealImages, real_images
 from diffadapt.evaluation.subject_scores import check_extractors, score_subjects
-from diffadapt.evaluation.subjects import SubjectImages, joined
+from diffadapt.evaluation.subjects import Subject, SubjectImages, joined
 from diffadapt.evaluation.tables import markdown, per_image_csv
 from diffadapt.files import write_atomically
-
-LIBRARIES = ("diffadapt", "torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 def evaluate_subjects(
@@ -55,24 +52,15 @@ def evaluate_subjects(
         scores, rows, refused = scores + own[0], rows + own[1], refused | own[2]
     if not PartialState().is_main_process:
         return None
-    summaries = {label: _summary(label, images, made) for label, (images, made) in sets.items()}
-    names = ", ".join(subject.name for subject in subjects)
-    count = len(real.made.facts)
-    summaries[REFERENCE] = SetSummary("real", names, "subjects", count, real.fingerprint)
     return EvaluationRecord(
         tuple(scores),
-        summaries,
+        _summaries(sets, subjects, real),
         tuple(extractor.summary for extractor in extractors),
         seeds={"metrics": seed},
-        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        versions=versions(),
         images=tuple(rows),
         refused=refused,
-        settings={
-            **(settings or {}),
-            "seconds": round(time.perf_counter() - start, 1),
-            "device": str(PartialState().device),
-            "processes": PartialState().num_processes,
-        },
+        settings={**(settings or {}), **run_facts(start)},
     )
 
 
@@ -89,6 +77,13 @@ def write_record(record: EvaluationRecord, sets: Sets, folder: Path) -> None:
     for ending, text in (("md", markdown(record)), ("csv", per_image_csv(record))):
         write_atomically(folder / f"subject.{ending}", lambda path, text=text: path.write_text(text))
     write_page(record, folder / "subject.html", picture)
+
+
+def _summaries(sets: Sets, subjects: Sequence[Subject], real: RealImages) -> dict[str, SetSummary]:
+    names = ", ".join(subject.name for subject in subjects)
+    found = {label: _summary(label, images, made) for label, (images, made) in sets.items()}
+    count = len(real.made.facts)
+    return {**found, REFERENCE: SetSummary("real", names, "subjects", count, real.fingerprint)}
 
 
 def _summary(label: str, images: Sequence[SubjectImages], made: Mapping[str, object]) -> SetSummary:

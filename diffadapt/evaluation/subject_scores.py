@@ -38,11 +38,10 @@ def score_subjects(
     Args:
         made: features of `joined(images)`.
     """
-    layout = Layout(label, images, real, seed)
+    layout, nearest = Layout(label, images, real, seed), None
     scores: list[Score] = []
     refused: dict[str, str] = {}
     columns: dict[str, Tensor] = {}
-    nearest = None
     for extractor in extractors:
         if extractor.perceptual is not None:
             _diversity(layout, made, extractor, scores, refused)

@@ -76,9 +76,7 @@ def export(
         named, header["lora_adapter_metadata"] = diffusers_tensors(changes), adapter_config(changes)
     else:
         named = kohya_tensors(changes, base_of(adapter), dense=dense)
-    tensors = _rounded(named, DTYPES[dtype])
-    header |= network_of(tensors, adapter)
-    return _write_file(adapter, path, to, changes, tensors, DTYPES[dtype], header, force)
+    return _write_file(adapter, path, to, changes, named, DTYPES[dtype], header, force)
 
 
 # what training can leave beside the adapter, and the end of its name
@@ -119,11 +117,13 @@ def _write_file(
     path: Path,
     to: str,
     changes: list[Change],
-    tensors: dict[str, Tensor],
+    named: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     header: dict[str, str],
     force: bool,
 ) -> ExportReport:
+    tensors = _rounded(named, dtype)
+    header |= network_of(tensors, adapter)
     whole = any(key.endswith(".diff") for key in tensors)
     if whole:
         header["diffadapt.base_only"] = base_only_note(adapter)

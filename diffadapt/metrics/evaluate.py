@@ -60,8 +60,7 @@ def evaluate(
         equalise: cut both sets to one size where the value moves with it; False warns instead.
         network: distance of two images, for `lpips_diversity`.
         options: of the metric, see `METRICS[key].options`.
-    Raises: ValueError for an unknown metric or option, a role that is missing, NaN; TooFewImages (a
-        ValueError).
+    Raises: ValueError for an unknown metric or option, a missing role, NaN; of it TooFewImages.
     """
     metric = _metric(key)
     options = _complete(metric, options)
@@ -73,11 +72,8 @@ def evaluate(
     job = Job(generated, real, options, seed, network)
     estimates = metric.estimate(job) if intervals else tuple(Estimate(value) for value in metric.value(job))
     floors, floor_n = _floor(metric, job) if floor and real is not None else (None, None)
-    if floor_n is not None and floor_n < generated.n:
-        notes += (f"floor of {floor_n} real images in each set, the score is of {generated.n}",)
-    n = {"generated": generated.n}
-    if metric.real and real.n is not None:
-        n["real"] = real.n
+    notes += _floor_note(floor_n, generated.n)
+    n = {"generated": generated.n, **({"real": real.n} if metric.real and real.n is not None else {})}
     return Evaluation(dict(zip(metric.scores, estimates, strict=True)), n, floors, floor_n, options, notes)
 
 
@@ -113,6 +109,12 @@ def _floor(metric: Metric, job: Job) -> tuple[dict[str, float] | None, int | Non
     except ValueError:  # halves too small for the metric: subsets of 1000 of a reference of 1500
         return None, None
     return dict(zip(metric.scores, found, strict=True)), n
+
+
+def _floor_note(floor_n: int | None, n: int) -> tuple[str, ...]:
+    if floor_n is None or floor_n >= n:
+        return ()
+    return (f"floor of {floor_n} real images in each set, the score is of {n}",)
 
 
 def _metric(key: str) -> Metric:
