@@ -40,8 +40,8 @@ DEFAULTS = {
 # Ranks and learning rates that were tried on a base; other methods bring their own.
 TUNED = {
     "emoji": {
-        "lora": {"rank": 8, "learning_rate": 2e-3},
-        "flora": {"rank": 14, "learning_rate": 2e-3},
+        "lora": {"rank": 8, "learning_rate": 5e-4},
+        "flora": {"rank": 14, "learning_rate": 5e-4},
     },
     "sd": {},
 }

@@ -1,6 +1,6 @@
 """The denoiser of the embedded base: a two-level UNet2DConditionModel on the latents of vae.py.
 
-    python train_scripts/pretrain/unet.py --build BUILD --steps 2200        # about 30 minutes on two cores
+    python train_scripts/pretrain/unet.py --build BUILD --steps 7000        # about two hours on two cores
 
 v-prediction, large batches, bf16 autocast. The text encoder starts as a copy of clip's and learns along at a
 lower rate. Latents and tokens are made once. Continues from BUILD/unet.state; writes
@@ -76,7 +76,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="folder with data, tokenizer, clip and vae")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--text_lr", type=float, default=1e-4)
