@@ -59,7 +59,7 @@ class PeftPart(nn.Module):
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
         """PEFT's merged weight and bias, as differences."""
         layer, record = self.layers[index], self.records[index]
-        alone = copy.deepcopy(layer, {id(record): record})
+        alone = copy.deepcopy(layer, {id(record): record, id(self): self})  # a hook of it names this part
         inner, bias = alone.get_base_layer(), record.base_bias()
         inner.weight = nn.Parameter(wide(base).clone(), requires_grad=False)
         if bias is not None:

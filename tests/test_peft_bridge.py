@@ -77,6 +77,21 @@ def test_merging_is_exact_and_unmerging_restores_bits(method):
     assert all(map(torch.equal, weights, (record.base() for record in adapter.records.values())))
 
 
+class Whole:
+    """Part of a model; a copy of it is a copy of the model."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the whole model is copied")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_copies_a_layer_at_a_time_never_the_model(method):
+    model, adapter = attached(method)
+    model.whole = Whole()
+    da.merge(adapter)
+    da.unmerge(adapter)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_strength_goes_from_the_base_to_the_adapter(method):
     model, adapter = attached(method)

@@ -1,8 +1,8 @@
 """What the README says, done."""
 
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -52,13 +52,18 @@ def test_every_method_is_named():
 
 
 @pytest.mark.parametrize("block", blocks("bash")[2:])
-def test_the_options_of_every_command_exist(block):
+def test_the_options_of_every_command_exist(block, monkeypatch, capsys):
     commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     for command in commands:
         if command[0] == "diffadapt":
-            program = [sys.executable, "-m", "diffadapt", command[1]]
+            program, further = ROOT / "diffadapt" / "__main__.py", [command[1]]
         else:
-            program = [sys.executable, str(ROOT / next(word for word in command if word.endswith(".py")))]
-        text = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+            program, further = ROOT / next(word for word in command if word.endswith(".py")), []
+            monkeypatch.syspath_prepend(program.parent)
+        monkeypatch.setattr(sys, "argv", [program.name, *further, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(program), run_name="__main__")
+        assert end.value.code == 0
+        text = capsys.readouterr().out
         for word in command:
             assert not word.startswith("--") or f"{word} " in text or f"{word}\n" in text, (word, program)
