@@ -74,7 +74,8 @@ class GroupPlan:
         entries = self.fold.vector(own) if self.projection == "none" else self._projected(own, tensors)
         lengths = [piece.length for piece in self.group.pieces]
         parts = entries.split([*lengths, self.group.size - sum(lengths)])
-        return [Dense(part.reshape(shape)) for part, shape in zip(parts, self.shapes, strict=False)]
+        own_parts = zip(parts[: len(lengths)], self.shapes, strict=True)  # the last part is nobody's
+        return [Dense(part.reshape(shape)) for part, shape in own_parts]
 
     def _projected(self, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
         """All entries of the group through its projection, less what that makes of their start."""

@@ -1,6 +1,8 @@
 """Names of base models: a folder, a hub name, one checkpoint file, or `embedded:NAME` for a shipped one."""
 
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from diffadapt.models.single_file import is_single_file, pipeline_of_file
@@ -12,6 +14,7 @@ FAMILIES = {  # pipeline class in model_index.json -> family
     "ClassConditionalPipeline": "unet2d",
     "DiTPipeline": "dit",
 }
+LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts, with the folders of diffusers.pipelines
 
 
 def is_embedded(name: str) -> bool:
@@ -44,9 +47,24 @@ def pipeline_class(name: str, *, revision: str | None = None) -> str:
     if not index.is_file():
         raise ValueError(f"{name!r} has no model_index.json; give the folder of a whole diffusers pipeline")
     try:
-        return str(json.loads(index.read_text())["_class_name"])
+        content = json.loads(index.read_text())
+        kind = str(content["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not the index of a diffusers pipeline ({error!r})") from None
+    _refuse_other_libraries(content, index)
+    return kind
+
+
+def _refuse_other_libraries(content: Mapping[str, object], index: Path) -> None:
+    """Raises ValueError for a part that any other installed module would be imported for."""
+    for part, value in content.items():
+        library = value[0] if isinstance(value, list) and value else None
+        if library is None or library in LIBRARIES:
+            continue
+        if not (str(library).isidentifier() and find_spec(f"diffusers.pipelines.{library}")):
+            raise ValueError(
+                f"{index}: {part!r} is of {library!r}; parts of a base come from {' or '.join(LIBRARIES)}"
+            )
 
 
 def looks_local(place: str) -> bool:

@@ -1,11 +1,13 @@
 """Bases from strangers: what their folders hold is never run as code."""
 
 import json
+import sys
 
 import pytest
 
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.models.families import load_base
+from diffadapt.models.names import pipeline_class
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Evil: pass\n"
 
@@ -34,6 +36,16 @@ def hostile(folder, index, *files):
 def test_code_in_a_bases_folder_is_refused_and_not_run(tmp_path, monkeypatch, opener, index, file):
     folder = hostile(tmp_path / "base", index, file)
     monkeypatch.chdir(folder)
-    with pytest.raises((ValueError, TypeError, OSError)):
+    with pytest.raises(ValueError, match=r"is of '\w+'; parts of a base come from diffusers or transformers"):
         opener(str(folder))
     assert not list(tmp_path.rglob("ran"))
+    assert "antigravity" not in sys.modules
+
+
+def test_parts_of_diffusers_own_pipelines_are_known(tmp_path):
+    parts = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "image_encoder": [None, None],
+    }
+    folder = hostile(tmp_path / "base", {"_class_name": "StableDiffusionPipeline", **parts})
+    assert pipeline_class(str(folder)) == "StableDiffusionPipeline"
