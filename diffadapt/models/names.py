@@ -59,9 +59,9 @@ def _refuse_other_libraries(content: Mapping[str, object], index: Path) -> None:
     """Raises ValueError for a part that any other installed module would be imported for."""
     for part, value in content.items():
         library = value[0] if isinstance(value, list) and value else None
-        if library is None or library in LIBRARIES:
+        if not isinstance(library, str) or library in LIBRARIES:  # a setting, or a part left out
             continue
-        if not (str(library).isidentifier() and find_spec(f"diffusers.pipelines.{library}")):
+        if not (library.isidentifier() and find_spec(f"diffusers.pipelines.{library}")):
             raise ValueError(
                 f"{index}: {part!r} is of {library!r}; parts of a base come from {' or '.join(LIBRARIES)}"
             )
