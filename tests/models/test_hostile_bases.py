@@ -46,6 +46,7 @@ def test_parts_of_diffusers_own_pipelines_are_known(tmp_path):
     parts = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "image_encoder": [None, None],
+        "sizes": [64, 128],
     }
     folder = hostile(tmp_path / "base", {"_class_name": "StableDiffusionPipeline", **parts})
     assert pipeline_class(str(folder)) == "StableDiffusionPipeline"
