@@ -20,8 +20,9 @@ def blocks(language: str) -> list[str]:
 
 def test_the_first_two_commands_are_the_main_job_and_the_tests():
     assert [block.strip() for block in blocks("bash")[:2]] == [
-        "python -m pip install -e . && accelerate launch train_scripts/dreambooth.py --adapter flora",
-        'python -m pip install -e ".[test]" && python -m pytest',
+        "python -m pip install -e . -c constraints.txt && "
+        "accelerate launch train_scripts/dreambooth.py --adapter flora",
+        'python -m pip install -e ".[test]" -c constraints.txt && python -m pytest',
     ]
 
 
