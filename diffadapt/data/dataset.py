@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Iterable
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffadapt.data.examples import Example
-from diffadapt.data.images import StoredImage, is_inside
+from diffadapt.data.images import StoredImage
+from diffadapt.data.links import is_inside
 from diffadapt.data.sources import choose_caption_column
 from diffadapt.data.stream import Stream
 

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from diffadapt.data.links import leads_out, visible_files
+
 MAX_PIXELS = 178_956_970  # of one picture; more is a decompression bomb, as for Pillow
 MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
 MANY = 200  # pictures from which on checking shows its progress
@@ -53,8 +55,11 @@ class View:
     size: tuple[int, int]  # of the part
 
 
-def list_images(folder: str | Path, *, recursive: bool = False) -> list[Path]:
+def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bool = False) -> list[Path]:
     """The pictures of a folder (and of the folders in it) in the order of their names.
+
+    Args:
+        follow_links: also where they lead out of the folder, or out of its repository in the hub's cache.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -63,21 +68,19 @@ def list_images(folder: str | Path, *, recursive: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds your pictures")
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    visible = (p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
-    paths = sorted(p for p in visible if p.suffix.lower() in EXTENSIONS and p.is_file())
+    files, outside = visible_files(folder, recursive=recursive, follow_links=follow_links)
+    paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    if not follow_links:
+        outside += [path for path in paths if leads_out(path, folder)]
+    if outside:
+        raise ValueError(
+            f"links out of {str(folder)!r}; copy the files instead, or give --follow_links:\n"
+            f"{listed([str(path) for path in outside])}"
+        )
     if not paths:
         kinds = " ".join(sorted(EXTENSIONS))
         raise ValueError(f"no pictures in {str(folder)!r}; expected files ending in {kinds}")
-    outside = [str(p) for p in paths if not is_inside(p, folder)]
-    if outside:
-        raise ValueError(f"links out of {str(folder)!r}; copy the files instead:\n{listed(outside)}")
     return paths
-
-
-def is_inside(path: Path, folder: str | Path) -> bool:
-    """Whether a path, with all links followed, lies within a folder."""
-    return path.resolve().is_relative_to(Path(folder).resolve())
 
 
 def listed(lines: Sequence[str], *, most: int = 20) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffadapt.data.examples import Example, folder_examples
-from diffadapt.data.images import is_inside, list_images, listed
+from diffadapt.data.images import list_images, listed
+from diffadapt.data.links import is_inside
 
 FILE_COLUMN = "file_name"  # as in the image folders of `datasets`
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when no column is named
