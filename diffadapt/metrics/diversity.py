@@ -68,13 +68,13 @@ def lpips_diversity(*, pixels: Tensor, groups: Sequence | Tensor, network: Dista
 def lpips_diversity_with_interval(
     *, pixels: Tensor, groups: Sequence | Tensor, network: Distance, seed: int = 0
 ) -> Estimate:
-    """`lpips_diversity` and its bootstrap over prompts; no interval for a single prompt."""
+    """`lpips_diversity` and its interval over prompts; no interval for a single prompt."""
     found = group_distances(pixels=pixels, groups=groups, network=network)
     values = torch.tensor(list(found.values()), dtype=torch.float64)
     several = len(values) > 1
     return Estimate(
         float(values.mean()),
-        clustered_interval(values, list(found), over="prompts", seed=seed) if several else None,
+        clustered_interval(values, list(found), over="prompts", seed=seed, low=0.0) if several else None,
     )
 
 

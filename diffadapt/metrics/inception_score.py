@@ -5,6 +5,7 @@ exp(mean over images of KL(p(y|x) || p(y)))
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,13 @@ import torch
 from torch import Tensor
 
 from diffadapt.metrics.checks import Features, as_features
-from diffadapt.metrics.intervals import Estimate, Z, half_samples_interval, normal_interval
+from diffadapt.metrics.intervals import (
+    Estimate,
+    Z,
+    half_samples_interval,
+    normal_interval,
+    student_quantile,
+)
 
 
 def inception_score(*, logits: Features, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
@@ -54,25 +61,48 @@ def is_gap(*, real_logits: Features, generated_logits: Features, splits: int = 1
 
 def inception_score_with_interval(*, logits: Features, splits: int = 10, seed: int = 2020) -> Estimate:
     """The mean score; the splits are independent samples, one split is judged by its random halves."""
-    logits = as_features("logits", logits)
-    value, error, method = _value_and_error(logits, splits, seed)
-    return Estimate(value, normal_interval(value, error, method, low=1.0))
+    score = _scored(as_features("logits", logits), splits, seed)
+    quantile = Z if score.degrees is None else student_quantile(score.degrees)
+    interval = normal_interval(score.value, score.error, score.method, low=1.0, quantile=quantile)
+    return Estimate(score.value, interval)
 
 
 def is_gap_with_interval(
     *, real_logits: Features, generated_logits: Features, splits: int = 10, seed: int = 2020
 ) -> Estimate:
-    """`is_gap`; the errors of both sets add in squares."""
-    real = _value_and_error(as_features("real_logits", real_logits), splits, seed)
-    generated = _value_and_error(as_features("generated_logits", generated_logits), splits, seed)
-    gap, error = abs(generated[0] - real[0]), (generated[1] ** 2 + real[1] ** 2) ** 0.5
-    return Estimate(gap, normal_interval(gap, error, generated[2] + ", both sets", low=0.0))
+    """`is_gap`; the errors of both sets add in squares.
+
+    The degrees of freedom of the sum are Welch and Satterthwaite's (Biometrics Bulletin 2, 1946):
+    (e_r^2 + e_g^2)^2 / ((e_r^4 + e_g^4) / (splits - 1)), rounded down.
+    """
+    real = _scored(as_features("real_logits", real_logits), splits, seed)
+    generated = _scored(as_features("generated_logits", generated_logits), splits, seed)
+    gap = abs(generated.value - real.value)
+    variance = generated.error**2 + real.error**2
+    quantile = Z
+    if generated.degrees is not None:
+        fourth = generated.error**4 + real.error**4
+        degrees = generated.degrees if fourth == 0 else int(generated.degrees * variance**2 / fourth)
+        quantile = student_quantile(degrees)
+    method = f"{generated.method}, both sets"
+    return Estimate(gap, normal_interval(gap, variance**0.5, method, low=0.0, quantile=quantile))
 
 
-def _value_and_error(logits: Tensor, splits: int, seed: int) -> tuple[float, float, str]:
+@dataclass(frozen=True)
+class _Scored:
+    """A score, its standard error and the degrees of freedom of that; None where it is not from splits."""
+
+    value: float
+    error: float
+    degrees: int | None
+    method: str
+
+
+def _scored(logits: Tensor, splits: int, seed: int) -> _Scored:
     scores = inception_scores(logits=logits, splits=splits, seed=seed)
     value = float(scores.mean())
     if splits > 1:
-        return value, float(scores.std()) / splits**0.5, f"normal, standard error over {splits} splits"
+        error = float(scores.std()) / splits**0.5
+        return _Scored(value, error, splits - 1, f"Student's t, standard error over {splits} splits")
     halves = half_samples_interval(value, lambda rows: float(_score(logits[rows])), len(logits))
-    return value, (halves.high - halves.low) / 2 / Z, halves.method
+    return _Scored(value, (halves.high - halves.low) / 2 / Z, None, halves.method)

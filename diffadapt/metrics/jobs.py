@@ -81,9 +81,9 @@ def _mean(job: Job, values: Tensor) -> Estimate:
     groups = job.generated.features.get("groups")
     if groups is not None and len(groups.unique()) > 1:
         means = list(cluster_means(values, groups).values())
-        interval = clustered_interval(values, groups, over="groups of images", seed=job.seed)
+        interval = clustered_interval(values, groups, over="groups of images", seed=job.seed, low=-1, high=1)
         return Estimate(sum(means) / len(means), interval)
-    return Estimate(float(values.mean()), mean_interval(values))
+    return Estimate(float(values.mean()), mean_interval(values, low=-1, high=1))
 
 
 def copies(job: Job) -> Estimate:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.metrics.checks import Features, as_features, as_pair
-from diffadapt.metrics.intervals import Estimate, mean_interval, proportion_interval
+from diffadapt.metrics.intervals import Estimate, normal_interval, proportion_interval
 from diffadapt.metrics.neighbours import Block, Points, measure, nearest, prepare, squared_blocks
 
 
@@ -50,22 +50,23 @@ def density_coverage(*, real: Features, generated: Features, k: int = 5) -> tupl
 
     Density may exceed 1. Raises as `precision_recall`.
     """
-    counts, covered = density_coverage_counts(real=real, generated=generated, k=k)
-    return float(counts.double().mean()) / k, float(covered.double().mean())
+    balls, members = density_coverage_counts(real=real, generated=generated, k=k)
+    return float(balls.double().mean()) / k, float((members > 0).double().mean())
 
 
 def density_coverage_counts(
     *, real: Features, generated: Features, k: int = 5, real_neighbours: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """In how many real balls each generated image lies, (M,); whether each real ball holds one, (N,) bool."""
+    """In how many real balls each generated image lies, (M,); how many of them each real ball holds, (N,)."""
     real, generated = prepare(*as_pair(real, generated, dtype=None))
     radii = _radii(real, k, real_neighbours)
-    counts, covered = [], torch.zeros(len(real), dtype=torch.bool, device=radii.device)
+    balls = []
+    members = torch.zeros(len(real), dtype=torch.long, device=radii.device)
     for block in squared_blocks(generated, real):
         inside = _inside(block, generated, real, radii, strict=True)
-        counts.append(inside.sum(dim=1))
-        covered |= inside.any(dim=0)
-    return torch.cat(counts), covered
+        balls.append(inside.sum(dim=1))
+        members += inside.sum(dim=0)
+    return torch.cat(balls), members
 
 
 def neighbour_distances(features: Features, k: int) -> Tensor:
@@ -127,15 +128,24 @@ def precision_recall_with_interval(*, real: Features, generated: Features, **opt
 def density_coverage_with_interval(
     *, real: Features, generated: Features, k: int = 5, real_neighbours: Tensor | None = None
 ) -> dict[str, Estimate]:
-    """Density with its standard error over generated images, coverage as a proportion of real images."""
-    counts, covered = density_coverage_counts(
+    """Density with the errors of both sets, coverage as a proportion of real images.
+
+    Density is the mean of x_ij = [generated image i lies in the ball of real image j] N / k over all pairs. To
+    first order its variance is that of the means over j, divided by M, plus that of the means over i, divided
+    by N: the generated and the real images might both have been others.
+    """
+    balls, members = density_coverage_counts(
         real=real, generated=generated, k=k, real_neighbours=real_neighbours
     )
-    counts = counts.double() / k
-    density = Estimate(
-        float(counts.mean()), mean_interval(counts, over="generated images, given the real set")
-    )
-    return {"density": density, "coverage": _proportion(covered, "the generated set")}
+    of_generated = balls.double() / k  # (M,)
+    of_real = members.double() * (len(members) / len(balls) / k)  # (N,)
+    variance = float(of_generated.var() / len(balls) + of_real.var() / len(members))
+    value = float(of_generated.mean())
+    method = "normal, standard errors over generated and over real images"
+    return {
+        "density": Estimate(value, normal_interval(value, variance**0.5, method, low=0.0)),
+        "coverage": _proportion(members > 0, "the generated set"),
+    }
 
 
 def _proportion(hits: Tensor, given: str) -> Estimate:

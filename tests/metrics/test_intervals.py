@@ -5,18 +5,25 @@ import pytest
 import torch
 from feature_sets import gaussian_sets
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from diffadapt.metrics import Statistics
 from diffadapt.metrics.frechet import fid_infinity_with_interval, fid_with_interval
+from diffadapt.metrics.inception_score import inception_score_with_interval
 from diffadapt.metrics.intervals import (
     cluster_means,
     clustered_interval,
     half_samples_interval,
     mean_interval,
     proportion_interval,
+    student_quantile,
 )
 from diffadapt.metrics.kernel import kid_with_interval
-from diffadapt.metrics.manifold import precision_recall, precision_recall_with_interval
+from diffadapt.metrics.manifold import (
+    density_coverage_with_interval,
+    precision_recall,
+    precision_recall_with_interval,
+)
 
 DRAWS = 200
 
@@ -28,7 +35,29 @@ def test_proportions_are_scipys_exact_interval(hits, n):
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_clusters_are_the_unit_of_the_bootstrap():
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30, 999, 1000])
+def test_quantiles_of_students_t_are_scipys(degrees):
+    assert student_quantile(degrees) == pytest.approx(student.ppf(0.975, degrees), rel=1e-12)
+    with pytest.raises(ValueError, match="at least 1 degree of freedom, got 0"):
+        student_quantile(0)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5, 9])
+def test_intervals_over_few_clusters_cover_the_mean(clusters):
+    """The percentile bootstrap of 2, 3 and 5 clusters holds it in 55, 73 and 88 of 100 draws."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(500, clusters, dtype=torch.float64, generator=generator)
+    intervals = [clustered_interval(means, list(range(clusters))) for means in draws]
+    assert "Student's t" in intervals[0].method
+    assert np.mean([found.low <= 0 <= found.high for found in intervals]) >= 0.93
+
+
+def test_ten_clusters_are_bootstrapped():
+    means = torch.randn(10, dtype=torch.float64)
+    assert "bootstrap over 10 subjects" in clustered_interval(means, list(range(10))).method
+
+
+def test_clusters_are_the_unit_of_the_interval():
     values = torch.tensor([0.0, 0.2, 1.0, 1.2, 0.5])
     clusters = ["cat", "cat", "dog", "dog", "car"]
     assert cluster_means(values, clusters) == pytest.approx({"cat": 0.1, "dog": 1.1, "car": 0.5})
@@ -134,3 +163,26 @@ def test_precision_intervals_cover():
         return precision_recall_with_interval(real=real, generated=generated)["precision"].interval
 
     assert _coverage(draw, truth) >= 0.9
+
+
+def test_inception_score_intervals_cover():
+    """With 1.96 standard errors of 10 splits they hold the truth in 89 of 100 draws."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(seed):
+        logits = 2 * torch.randn(1000, 10, dtype=torch.float64, generator=generator)
+        return inception_score_with_interval(logits=logits, seed=seed)
+
+    found = [draw(seed) for seed in range(400)]
+    truth = np.mean([estimate.value for estimate in found])
+    assert np.mean([each.interval.low <= truth <= each.interval.high for each in found]) >= 0.93
+
+
+def test_density_intervals_cover_new_sets_of_both():
+    """With the error over generated images alone they hold the truth in 88 of 100 draws."""
+    found = []
+    for seed in range(300):
+        real, generated = gaussian_sets(150, 150, width=6, seed=seed)
+        found.append(density_coverage_with_interval(real=real, generated=generated)["density"])
+    truth = np.mean([estimate.value for estimate in found])
+    assert np.mean([each.interval.low <= truth <= each.interval.high for each in found]) >= 0.93
