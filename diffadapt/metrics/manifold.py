@@ -130,9 +130,9 @@ def density_coverage_with_interval(
 ) -> dict[str, Estimate]:
     """Density with the errors of both sets, coverage as a proportion of real images.
 
-    Density is the mean of x_ij = [generated image i lies in the ball of real image j] N / k over all pairs. To
-    first order its variance is that of the means over j, divided by M, plus that of the means over i, divided
-    by N: the generated and the real images might both have been others.
+    Density is the mean of x_ij = [generated image i lies in the ball of real image j] N / k over all pairs.
+    To first order its variance is that of the means over j, divided by M, plus that of the means over i,
+    divided by N: the generated and the real images might both have been others.
     """
     balls, members = density_coverage_counts(
         real=real, generated=generated, k=k, real_neighbours=real_neighbours
