@@ -10,7 +10,6 @@ compare.json, compare.md and compare.html.
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from diffadapt.evaluation.plots import pareto_plot
 from diffadapt.evaluation.tables import MEANING, markdown_table, number
 from diffadapt.exits import run
 from diffadapt.files import write_atomically
+from diffadapt.strict_json import to_json
 
 COLUMNS = ("score", "run", "first", "value", "difference", "95 % interval", "verdict", "remarks")
 CHANCE = 20  # of so many 95 % intervals one misses the truth by chance
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "differences": [{**dataclasses.asdict(d), "verdict": d.verdict} for d in found],
     }
     text = "\n".join([*stamps(runs), *markdown_table(COLUMNS, rows), "", *closing_words(runs, found)]) + "\n"
-    _write(folder / "compare.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    _write(folder / "compare.json", to_json(record))
     _write(folder / "compare.md", text)
     _write(folder / "compare.html", page(runs, found, rows, command))
     print(f"{text}\nwith plots: {folder / 'compare.html'}")

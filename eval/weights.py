@@ -9,7 +9,6 @@ pipeline (`diffadapt extract --adapter full`). Writes weights.json, weights.md a
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from diffadapt.evaluation.tables import markdown_table, number
 from diffadapt.exits import run
 from diffadapt.files import write_atomically
 from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.strict_json import to_json
 from diffadapt.training.session import quiet
 
 COLUMNS = {  # heading -> field of LayerFigures
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             for label, layers in figures.items()
         },
     }
-    _write(folder / "weights.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    _write(folder / "weights.json", to_json(record))
     _write(folder / "weights.md", page(figures, adapters))
     plots = weights_plots.plots(figures, against_dense=dense is not None)
     for name, figure in plots.items():
@@ -126,7 +126,7 @@ def page(figures: dict[str, list[LayerFigures]], adapters: dict[str, Adapter]) -
 
 
 def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -75,6 +75,7 @@ def compare(runs: Sequence[Run]) -> list[Difference]:
         covered = {first.scores[name].metric for name in shared}
         both = (name for a, b in pairs for name in a.values if name in b.values)
         names = dict.fromkeys(name for name in both if name not in covered)
+        names = [name for name in names if _finite_pairs(pairs, name)]
         found += [_figure_difference(run.label, name, pairs) for name in names]
     return found
 
@@ -118,11 +119,16 @@ def _score_difference(first: Run, run: Run, name: str, pairs: list) -> Differenc
 
 
 def _figure_difference(label: str, name: str, pairs: list) -> Difference:
-    pairs = [pair for pair in pairs if all(name in row.values for row in pair)]
+    pairs = _finite_pairs(pairs, name)
     means = [sum(row.values[name] for row in side) / len(pairs) for side in zip(*pairs, strict=True)]
     value = means[1] - means[0]
     interval = _paired_interval(pairs, name) if len(pairs) > 1 else None
     return Difference(f"{name} of each image", label, *means, value, interval, True, "")
+
+
+def _finite_pairs(pairs: list, name: str) -> list:
+    """The pairs of which a figure can be subtracted; the realism of a copy of a real image is infinite."""
+    return [pair for pair in pairs if all(math.isfinite(row.values.get(name, math.nan)) for row in pair)]
 
 
 def _paired_interval(pairs: list, name: str) -> Interval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,10 @@ def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.2 + 0.2 * (len(values) > 1)), layout="constrained")
         axes = figure.subplots()
-        everything = sorted(value for own in values.values() for value in own)
-        low, high = everything[0], _without_outliers(everything)
-        span = (low, high) if high > low else (low - 0.5, high + 0.5)
-        beyond = sum(value > span[1] for value in everything)
+        everything = [value for own in values.values() for value in own]
+        finite = sorted(value for value in everything if math.isfinite(value))
+        span = _histogram_span(finite)
+        beyond = sum(not span[0] <= value <= span[1] for value in everything)
         bins = min(24, 4 + len(everything) // (4 * len(values)))
         for place, (label, own) in enumerate(values.items()):
             colour = COLOURS[place % len(COLOURS)]
@@ -144,8 +145,20 @@ def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
+def _histogram_span(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a histogram of sorted finite values; wide enough for its bins where all values are equal."""
+    if not values:
+        return 0.0, 1.0
+    low = values[0]
+    high = _without_outliers(values)
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return low, high
+    margin = 0.5 * max(1.0, abs(low))  # equal but for rounding: 24 bins between them would have no width
+    return low - margin, high + margin
+
+
 def _without_outliers(values: Sequence[float]) -> float:
-    """The largest of sorted values that is not far beyond most: an exact copy has a realism without limit."""
+    """The largest of sorted values that is not far beyond most: a near copy has a realism without limit."""
     quarter, most = values[len(values) // 4], values[3 * len(values) // 4]
     limit = most + 10 * (most - quarter)
     return max(value for value in values if value <= limit)

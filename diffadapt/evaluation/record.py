@@ -13,6 +13,7 @@ from pathlib import Path
 
 from diffadapt.files import write_atomically
 from diffadapt.metrics.intervals import Interval
+from diffadapt.strict_json import number, to_json
 
 SCHEMA = "diffadapt-evaluation-1"
 NOT_A_SCORE = "NOT A SCORE"  # stamped on everything made with random weights
@@ -112,7 +113,8 @@ class ImageRow:
     Attributes:
         generated: label of its set.
         name: file name, or the drawn image's number and seed.
-        values: such as "realism", "nearest_similarity", "clip_t"; higher is better in each of RANKING.
+        values: such as "realism", "nearest_similarity", "clip_t"; higher is better in each of RANKING. The
+            realism of a copy of a real image is infinite.
         nearest: name of the most similar real image, in the set `nearest_in`.
     """
 
@@ -157,12 +159,12 @@ class EvaluationRecord:
         return [score for score in self.scores if score.generated == label]
 
     def to_json(self) -> str:
-        """Strict JSON: no NaN, keys in the order of the fields."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        """Strict JSON (`diffadapt.strict_json`), keys in the order of the fields."""
+        return to_json(asdict(self))
 
     def write(self, path: str | Path) -> None:
         text = self.to_json()
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationRecord:
@@ -179,17 +181,17 @@ class EvaluationRecord:
                 scores=tuple(_score(values) for values in content.pop("scores")),
                 sets={label: _built(SetSummary, values) for label, values in content.pop("sets").items()},
                 extractors=tuple(_built(ExtractorSummary, e) for e in content.pop("extractors")),
-                images=tuple(_built(ImageRow, values) for values in content.pop("images")),
+                images=tuple(_image_row(values) for values in content.pop("images")),
                 **_tuples(EvaluationRecord, content),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the record of the evaluation is damaged: {error}") from None
 
 
 def read_record(path: str | Path) -> EvaluationRecord:
     """The record in a file; errors name the file."""
     try:
-        return EvaluationRecord.from_json(Path(path).read_text())
+        return EvaluationRecord.from_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -205,7 +207,15 @@ def differences(first: Score, second: Score) -> list[str]:
 
 def _score(values: dict) -> Score:
     interval = values.pop("interval")
-    return _built(Score, {**values, "interval": interval and Interval(**interval)})
+    if interval is not None:
+        interval = Interval(number(interval["low"]), number(interval["high"]), interval["method"])
+    numbers = {name: number(values[name]) for name in ("value", "floor")}
+    return _built(Score, {**values, **numbers, "interval": interval})
+
+
+def _image_row(values: dict) -> ImageRow:
+    figures = {name: number(value) for name, value in values["values"].items()}
+    return _built(ImageRow, {**values, "values": figures})
 
 
 def _built(kind: type, values: dict) -> object:

@@ -136,12 +136,12 @@ def image_rows(
         if real.picture is not None:
             nearest = [real.facts[row].name for row in found.index.tolist()]
     seeds = generated.summary.made.get("seeds") or [None] * len(nearest)
-    finite = {name: column.clamp(max=1e9).tolist() for name, column in values.items()}  # a copy's is infinite
+    figures = {name: column.tolist() for name, column in values.items()}
     return [
         ImageRow(
             label,
             facts.name,
-            {name: column[row] for name, column in finite.items()},
+            {name: column[row] for name, column in figures.items()},
             nearest[row],
             "reference" if nearest[row] is not None else None,
             generated.prompts[row] if generated.prompts else None,

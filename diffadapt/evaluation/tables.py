@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 from diffadapt.evaluation.record import EvaluationRecord, Score
@@ -17,6 +18,8 @@ MEANING = {
 
 def number(value: float) -> str:
     """Four significant digits, without exponents where a reader does not need them."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite" if value > 0 else "-infinite"
     if value == 0 or 1e-3 <= abs(value) < 1000:
         return f"{value:.4g}"
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.2e}"

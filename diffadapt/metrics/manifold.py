@@ -109,7 +109,8 @@ def realism(*, real: Features, generated: Features, k: int = 3) -> Tensor:
         distances = block.squared.double().clamp(min=0).sqrt()
         rows, columns = (block.squared < 1e4 * block.bound).nonzero(as_tuple=True)
         distances[rows, columns] = measure(generated, real, rows + block.rows.start, columns)
-        found.append((radii / distances).amax(dim=1))
+        ratios = (radii / distances).masked_fill(distances == 0, torch.inf)  # 0 / 0 on a repeated real image
+        found.append(ratios.amax(dim=1))
     return torch.cat(found)
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -150,7 +151,25 @@ def test_a_plot_is_the_same_bytes_every_time_and_accepts_equal_values(tmp_path):
     copies = histogram({"a": [*[0.1 * i for i in range(20)], 1e9]}, "realism").axes[0]
     assert copies.get_title("left") == "realism of each image (1 beyond)"
     assert copies.get_xlim()[1] < 3
+    infinite = histogram({"a": [*[0.1 * i for i in range(20)], math.inf, math.nan]}, "realism").axes[0]
+    assert infinite.get_title("left") == "realism of each image (2 beyond)"
+    assert infinite.get_xlim()[1] < 3
     assert Image.open(tmp_path / "equal.png").width > 100
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0, 1 + 1e-16, 1 - 2e-16],
+        [1e9, 1e9 + 1e-7],
+        [0.0, 0.0],
+        [math.inf],
+        [math.nan, math.inf],
+        [0.0, 1e-300],
+    ],
+)
+def test_a_histogram_of_equal_values_has_room_for_its_bins(values, tmp_path):
+    save_plot(histogram({"a": values}, "nearest_similarity"), tmp_path / "plot.png")
 
 
 def open_in_browser(path, home, *options):

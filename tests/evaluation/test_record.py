@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -41,11 +42,18 @@ def test_json_gives_back_an_equal_record(tmp_path):
     assert read_record(tmp_path / "out.json") == record
 
 
-def test_numbers_that_are_none_are_never_written(tmp_path):
-    record = dataclasses.replace(example(), scores=(Score("fid", "fid", "a", float("nan")),))
-    with pytest.raises(ValueError, match="JSON"):
-        record.write(tmp_path / "out.json")
-    assert list(tmp_path.iterdir()) == []
+def test_numbers_that_are_not_finite_are_strict_json_and_come_back(tmp_path):
+    score = Score("fid", "fid", "a", float("nan"), Interval(-math.inf, math.inf, "none"), floor=math.inf)
+    row = ImageRow("a", "copy.png", {"realism": math.inf})
+    dataclasses.replace(example(), scores=(score,), images=(row,)).write(tmp_path / "out.json")
+    stored = json.loads((tmp_path / "out.json").read_text())  # NaN as a bare word would be read here
+    assert stored["scores"][0]["value"] == "NaN"
+    assert stored["images"][0]["values"] == {"realism": "Infinity"}
+    made = read_record(tmp_path / "out.json")
+    assert math.isnan(made.scores[0].value)
+    assert made.scores[0].interval == score.interval
+    assert made.scores[0].floor == math.inf
+    assert made.images == (row,)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,7 @@ def test_numbers_that_are_none_are_never_written(tmp_path):
         (lambda c: c.pop("schema"), "not the JSON of an evaluation"),
         (lambda c: c.update(schema="other-1"), "evaluate again"),
         (lambda c: c["scores"][0].pop("value"), "damaged"),
+        (lambda c: c["scores"][0].update(value="12.5"), "damaged"),
         (lambda c: c["sets"]["a"].update(colour="red"), "damaged"),
     ],
 )

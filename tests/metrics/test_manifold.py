@@ -112,6 +112,14 @@ def test_outliers_lift_precision_and_not_coverage():
     assert density_coverage(real=far, generated=elsewhere)[1] < 0.05
 
 
+def test_realism_is_infinite_on_a_real_image_also_where_its_ball_is_a_point():
+    real = torch.cat([torch.zeros(5, 3), torch.randn(12, 3) + 4])
+    generated = torch.cat([torch.zeros(1, 3), torch.randn(4, 3)])
+    values = realism(real=real, generated=generated, k=3)
+    assert values[0] == torch.inf
+    assert values[1:].isfinite().all()
+
+
 def test_realism_is_the_ratio_of_the_definition():
     real, generated = gaussian_sets()
     radii = np.sort(_distances(real, real), axis=1)[:, 3]

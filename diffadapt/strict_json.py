@@ -1,0 +1,51 @@
+"""JSON that every reader accepts. It has no NaN and no infinity: they are written as strings.
+
+"NaN", "Infinity" and "-Infinity" are the names that ECMAScript gives them (ECMA-262, section 6.1.6.1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_json(content: object) -> str:
+    """Strict JSON, indented, with a line's end.
+
+    Args:
+        content: what `json.dumps` takes; floats that are not finite may stand anywhere in it.
+
+    Raises: TypeError for anything else.
+    """
+    return json.dumps(_without_constants(content), indent=1, allow_nan=False) + "\n"
+
+
+def number(value: object) -> float | int | None:
+    """A number as `to_json` wrote it; None stays None.
+
+    Raises: ValueError for anything else.
+    """
+    if isinstance(value, str) and value in NAMES:
+        return NAMES[value]
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise ValueError(f"expected a number, got {value!r}")
+
+
+def _without_constants(content: object) -> object:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else _name(content)
+    if isinstance(content, Mapping):
+        return {key: _without_constants(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_constants(value) for value in content]
+    return content
+
+
+def _name(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
