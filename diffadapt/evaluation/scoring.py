@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,16 +56,28 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 
 
 def check_plan(
-    plan: Plan, extractors: Sequence[Extractor], *, has_reference: bool, has_prompts: bool
+    plan: Plan,
+    extractors: Sequence[Extractor],
+    *,
+    has_reference: bool,
+    has_prompts: bool,
+    only_statistics: bool = False,
 ) -> None:
     """Before any image is read.
+
+    Args:
+        only_statistics: whether the reference consists of Frechet statistics, without images or features.
 
     Raises: ValueError for a metric asked for that no extractor can give, and for an extractor with which
         nothing can be computed.
     """
-    facts = {"has_reference": has_reference, "has_prompts": has_prompts}
+    facts = {
+        "has_reference": has_reference,
+        "has_prompts": has_prompts,
+        "only_statistics": only_statistics,
+    }
     for extractor in () if plan.metrics else extractors:
-        suited = [metric for metric in METRICS.values() if _suits(metric, extractor)]
+        suited = [metric for metric in METRICS.values() if suits(metric, extractor)]
         lacking = [_missing(metric, extractor, **facts) for metric in suited]
         if None not in lacking:
             why = "; ".join(dict.fromkeys(reason for reason in lacking if reason))
@@ -88,35 +101,57 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
     """
     if not plan.metrics:
         return plan
-    kept = tuple(
-        key
-        for key in plan.metrics
-        if _suits(METRICS[key], extractor) or not any(_suits(METRICS[key], other) for other in extractors)
-    )
-    return replace(plan, metrics=kept) if kept else None
+    kept = []
+    for key in plan.metrics:
+        metric = METRICS[key]
+        meant = [other for other in extractors if suits(metric, other) and gives(metric, other)]
+        if gives(metric, extractor) and (extractor in meant or not meant):
+            kept.append(key)
+    return replace(plan, metrics=tuple(kept)) if kept else None
+
+
+@dataclass
+class Scored:
+    """What came of one set under one extractor.
+
+    Attributes:
+        refused: score -> why the rules do not allow it, such as too few images.
+        failed: score -> why it is missing although it was asked for by name, or should have been possible.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def score_set(
     label: str, generated: Material, real: Material | None, extractor: Extractor, plan: Plan
-) -> tuple[list[Score], dict[str, str]]:
-    """All scores of one set under one extractor, and what was refused: metric -> reason.
-
-    Raises: ValueError (TooFewImages) for a metric that was asked for by name.
-    """
-    own, reference = generated.inputs.get(extractor.name), real and real.inputs.get(extractor.name)
-    scores: list[Score] = []
-    refused: dict[str, str] = {}
-    for key in (plan.metrics or METRICS) if own is not None else ():
+) -> Scored:
+    """All scores of one set under one extractor. A metric that cannot be computed costs itself alone."""
+    own = generated.inputs.get(extractor.name)
+    reference = real and real.inputs.get(extractor.name)
+    is_named = bool(plan.metrics)
+    scored = Scored()
+    for key in plan.metrics or METRICS:
         metric = METRICS[key]
-        if not _applies(metric, extractor, own, reference, is_named=bool(plan.metrics)):
+        name = f"{label}: {score_name(metric.scores[0], extractor.name)}"
+        if own is None or not _applies(metric, extractor, own, reference, is_named=is_named):
+            if is_named:
+                scored.failed[name] = _unread_roles(metric, own, reference)
             continue
         try:
-            scores += _scores(label, metric, own, reference, extractor, plan, real)
+            scores = _scores(label, metric, own, reference, extractor, plan, real)
         except ValueError as error:  # too few images, also where none of the rules can be waived
-            if plan.metrics:
-                raise
-            refused[f"{label}: {score_name(metric.scores[0], extractor.name)}"] = str(error)
-    return scores, refused
+            (scored.failed if is_named else scored.refused)[name] = str(error)
+        except Exception as error:  # one metric's fault must not cost the others
+            scored.failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            for score in scores:
+                if math.isfinite(score.value):
+                    scored.scores.append(score)
+                else:
+                    scored.failed[f"{label}: {score.name}"] = f"its value is {score.value}"
+    return scored
 
 
 def image_rows(
@@ -219,10 +254,10 @@ def _applies(
     """Whether the features at hand are what a metric reads and, unless named, of the kind it is for."""
     has_roles = all(role in own.roles for role in metric.generated)
     has_real = not metric.real or (reference is not None and all(r in reference.roles for r in metric.real))
-    return has_roles and has_real and (is_named or _suits(metric, extractor))
+    return has_roles and has_real and (is_named or suits(metric, extractor))
 
 
-def _suits(metric: Metric, extractor: Extractor) -> bool:
+def suits(metric: Metric, extractor: Extractor) -> bool:
     """CLIP-I is not computed from DINO features, nor the other way round, unless asked for by name."""
     kind = kind_of(extractor)
     if metric.key == "copy_rate":
@@ -230,7 +265,32 @@ def _suits(metric: Metric, extractor: Extractor) -> bool:
     return metric.extractor == "inception" or metric.extractor == kind
 
 
-def _missing(metric: Metric, extractor: Extractor, *, has_reference: bool, has_prompts: bool) -> str | None:
+def gives(metric: Metric, extractor: Extractor) -> bool:
+    """Whether an extractor has the layers, and the text encoder, that a metric reads."""
+    available = {
+        "features": extractor.features,
+        "logits": extractor.logits,
+        "pixels": extractor.perceptual,
+        "texts": extractor.texts,
+    }
+    return all(available.get(role, True) is not None for role in metric.generated)
+
+
+def _unread_roles(metric: Metric, own: Inputs | None, reference: Inputs | None) -> str:
+    """Why a metric that was asked for by name has nothing to read."""
+    if own is None:
+        return "the set has no features of this extractor"
+    sides = (("generated", metric.generated, own), ("real", metric.real, reference))
+    for side, roles, inputs in sides:
+        lacking = [role for role in roles if inputs is None or role not in inputs.roles]
+        if lacking:
+            return f"the {side} set has no {lacking[0]}"
+    return "it does not apply"
+
+
+def _missing(
+    metric: Metric, extractor: Extractor, *, has_reference: bool, has_prompts: bool, only_statistics: bool
+) -> str | None:
     layers = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
     for role in metric.generated:
         if role in layers and layers[role] is None:
@@ -239,7 +299,11 @@ def _missing(metric: Metric, extractor: Extractor, *, has_reference: bool, has_p
             return f"{extractor.name} knows no texts; use a clip: extractor"
         if role in ("texts", "groups") and not has_prompts:
             return "it needs the images' prompts: draw them with --adapters, --run or `diffadapt sample`"
-    return "it needs a --reference" if metric.real and not has_reference else None
+    if metric.real and not has_reference:
+        return "it needs a --reference"
+    if only_statistics and metric.real not in ((), ("statistics",)):
+        return "the --reference holds statistics alone, for the Frechet distance; name its images"
+    return None
 
 
 def _squared_distance(first: Tensor, second: Tensor) -> Tensor:
