@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from diffadapt.data.images import EXTENSIONS, StoredImage, list_images
-from diffadapt.data.links import visible_files
 from diffadapt.evaluation.archives import arrays_of, members_of
 from diffadapt.evaluation.pictures import ArrayPicture, FilePicture, Picture, to_uint8
 from diffadapt.models.names import is_embedded, resolve
@@ -43,14 +42,13 @@ class ImageSet:
         return len(self.pictures)
 
 
-def open_set(source: str, *, download: bool = False, follow_links: bool = False) -> ImageSet:
+def open_set(source: str, *, download: bool = False) -> ImageSet:
     """The images a name stands for.
 
     Args:
         source: a folder (with the folders in it), FILE.zip, FILE.npz with images, FILE.parquet, a folder
             that `datasets` saved, `datasets:NAME[:SPLIT[:COLUMN]]`, or `embedded:NAME[:SPLIT]`.
         download: whether a named data set may be fetched.
-        follow_links: follow links out of a folder too.
     Raises: FileNotFoundError where nothing is, ValueError for other files and empty sets.
     """
     if source.startswith(DATASETS):
@@ -61,7 +59,7 @@ def open_set(source: str, *, download: bool = False, follow_links: bool = False)
             import datasets
 
             return _from_dataset(source, datasets.load_from_disk(str(path)), None)
-        return _from_folder(source, path, follow_links)
+        return _from_folder(source, path)
     if not path.exists():
         raise FileNotFoundError(f"no images at {source!r}; give a folder, a .zip, a .npz or {DATASETS}NAME")
     if path.suffix == ".zip":
@@ -112,14 +110,14 @@ def _from_sample(source: str, folder: Path) -> ImageSet:
     )
 
 
-def _from_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
+def _from_folder(source: str, folder: Path) -> ImageSet:
     if (folder / SAMPLE).is_file():
         return _from_sample(source, folder)
-    paths = list_images(folder, recursive=True, follow_links=follow_links)
-    pictures = [FilePicture(path.relative_to(folder).as_posix(), path) for path in paths]
-    files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
-    others = [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in EXTENSIONS]
-    ignored = tuple(f"{name}: not an image file" for name in others)
+    pictures = [
+        FilePicture(path.relative_to(folder).as_posix(), path) for path in list_images(folder, recursive=True)
+    ]
+    others = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() not in EXTENSIONS)
+    ignored = tuple(f"{p.relative_to(folder).as_posix()}: not an image file" for p in others)
     return ImageSet(source, "embedded" if is_embedded(source) else "folder", pictures, ignored)
 
 

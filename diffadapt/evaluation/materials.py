@@ -102,7 +102,8 @@ def _inputs(
     extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str] = (), has_words: bool = False
 ) -> Inputs:
     roles = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
-    found = {role: layers[layer] for role, layer in roles.items() if layer is not None}
+    roles |= extractor.roles
+    found = {role: layers[layer] for role, layer in roles.items() if layer in layers}
     if prompts:
         order = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         found["groups"] = torch.tensor([order[prompt] for prompt in prompts])

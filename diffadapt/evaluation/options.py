@@ -12,12 +12,10 @@ from diffadapt.commands.drawing_options import add_drawing_options
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.cache import default_folder
 from diffadapt.evaluation.extractors import NAMES, Extractor, load_extractor
-from diffadapt.evaluation.output_files import OutputFiles
 from diffadapt.evaluation.resize import PRESETS
 from diffadapt.evaluation.run import REFERENCE, Reading
 from diffadapt.evaluation.scoring import Plan, parse_metrics
 from diffadapt.evaluation.weights import parse_weights
-from diffadapt.files import check_writable_folder
 from diffadapt.metrics.registry import METRICS
 from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
@@ -62,7 +60,6 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")
-    add("--follow_links", action="store_true", help="follow links out of the sets' folders too")
     add("--allow_small", action="store_true", help="score too few images too, stamped as not comparable")
     add("--allow_overlap", action="store_true", help="score a set all of whose images stand in the reference")
     add("--feature_batch_size", type=int, default=32, help="images per forward of an extractor (default: 32)")
@@ -93,17 +90,6 @@ def fill_demo(arguments: argparse.Namespace) -> None:
     arguments.generated = ["embedded:style/fluent3d/held_out"]
     arguments.reference = "embedded:style/fluent3d/train"
     arguments.allow_small = True
-
-
-def check_places(arguments: argparse.Namespace) -> None:
-    """Whether everything that will be written can be, before any work.
-
-    Raises: ValueError or OSError naming the place.
-    """
-    OutputFiles.of(arguments.output).check()
-    for folder in (arguments.keep_images, arguments.save_features):
-        if folder is not None:
-            check_writable_folder(folder)
 
 
 def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]:
@@ -163,7 +149,6 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         Path(arguments.output).parent,
         arguments.allow_overlap,
         arguments.download,
-        arguments.follow_links,
     )
 
 

@@ -5,6 +5,7 @@
 `clean`       bicubic with smoothing, kept within range, not rounded: clean-fid's (arXiv 2104.11222)
 `crop-S`      bicubic with smoothing so that the shorter side is S, then the middle: CLIP's and DINO's
 `bilinear`    bilinear without smoothing: pytorch-fid's and PIQ's
+`pil`         bicubic with smoothing, rounded to whole levels: Pillow's and torchvision's of files, dgm-eval's
 `none`        as it is
 """
 
@@ -13,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from diffadapt.nearest import near
 
-PRESETS = ("tf1", "clean", "torchmetrics", "bilinear", "none")
+PRESETS = ("tf1", "clean", "torchmetrics", "bilinear", "pil", "none")
+CROP = "crop-"
 
 
 def resize(images: Tensor, side: int, preset: str) -> Tensor:
@@ -25,26 +26,51 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
 
     Images of the wanted size are left as they are under every preset.
 
-    Raises: ValueError for an unknown preset.
+    Raises: ValueError for an unknown preset, or one that cannot give this side.
     """
+    check_preset(preset, side)
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     pixels = images.float()
     if preset == "none" or images.shape[-2:] == (side, side):
         return pixels
     if preset == "tf1":
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
         return interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)
     if preset in ("torchmetrics", "bilinear"):
         smooth = preset == "torchmetrics"
         return interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=smooth)
     if preset == "clean":
         return _bicubic(pixels, (side, side))
-    if preset.startswith("crop-") and preset[5:].isdecimal():
-        return _shorter_side_then_middle(pixels, int(preset[5:]), side)
-    raise ValueError(f"unknown resize preset {preset!r}{near(preset, [*PRESETS, f'crop-{side}'])}")
+    if preset == "pil":
+        rows = _bicubic(
+            pixels, (pixels.shape[-2], side)
+        ).round()  # Pillow rounds after each of its two passes
+        return _bicubic(rows, (side, side)).round()
+    return shorter_side_then_middle(pixels, int(preset.removeprefix(CROP)), side)
 
 
-def _shorter_side_then_middle(pixels: Tensor, shorter: int, side: int) -> Tensor:
+def check_preset(preset: str, side: int) -> None:
+    """Raises: ValueError for an unknown preset, and for a crop from images smaller than the network wants."""
+    if preset in PRESETS:
+        return
+    shorter = preset.removeprefix(CROP)
+    if not preset.startswith(CROP) or not shorter.isdecimal():
+        raise ValueError(f"unknown resize preset {preset!r}{near(preset, [*PRESETS, f'{CROP}{side}'])}")
+    if int(shorter) < side:
+        raise ValueError(
+            f"resize {preset}: the shorter side would be {shorter}, below the {side} pixels that the network "
+            f"takes; give {CROP}{side} or more, or one of {', '.join(PRESETS)}"
+        )
+
+
+def shorter_side_then_middle(pixels: Tensor, shorter: int, side: int) -> Tensor:
+    """The middle side x side pixels of images whose shorter side becomes `shorter` (at least `side`).
+
+    Args:
+        pixels: (B, 3, H, W) float, in [0, 255].
+    """
     height, width = pixels.shape[-2:]
     scale = shorter / min(height, width)
     pixels = _bicubic(pixels, (max(shorter, int(height * scale)), max(shorter, int(width * scale))))

@@ -15,17 +15,15 @@ from accelerate import PartialState
 from PIL import Image
 
 from diffadapt.evaluation import overlap, protocols
-from diffadapt.evaluation.archives import IMAGES, names_of
 from diffadapt.evaluation.cache import FeatureCache, identity_of
 from diffadapt.evaluation.extraction import extract
 from diffadapt.evaluation.extractors import Extractor
-from diffadapt.evaluation.feature_file import SetFeatures, file_name, read_features, write_features
+from diffadapt.evaluation.feature_file import SetFeatures, file_name, write_features
 from diffadapt.evaluation.image_sets import ImageSet, open_set
 from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
 from diffadapt.evaluation.provenance import run_facts, versions
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
-from diffadapt.evaluation.set_sizes import check_sizes
 from diffadapt.training.session import quiet, start
 
 REFERENCE = "reference"  # label of the real set
@@ -43,7 +41,6 @@ class Reading:
         record_folder: where the record will stand, which names that folder.
         allow_overlap: score a set all of whose images stand in the reference.
         download: whether named data sets may be fetched.
-        follow_links: follow links out of the sets' folders too.
     """
 
     batch_size: int = 32
@@ -53,28 +50,20 @@ class Reading:
     record_folder: Path = Path()
     allow_overlap: bool = False
     download: bool = False
-    follow_links: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation gave.
-
-    Attributes:
-        picture: `picture(label, name)` of the images that the record names, for pages.
-        failures: what should have been computed and was not, "what: why".
-    """
+    """The record, and `picture(label, name)` of the images that it names, for pages."""
 
     record: EvaluationRecord
     picture: Callable[[str, str], Image.Image]
-    failures: tuple[str, ...] = ()
 
 
 @dataclass
 class _Result:
     scores: list[Score] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
     rows: list[ImageRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     materials: dict[str, Material] = field(default_factory=dict)
@@ -95,107 +84,24 @@ def evaluate_sets(
     Args:
         generated: label -> a set, or its name as `open_set` takes it, or a file of features.
         settings: kept in the record: the command, whether it is a demo, ...
-
-    A set that cannot be read or scored, and a metric that cannot be computed, cost themselves alone; they
-    stand in `Outcome.failures`.
-
-    Raises: what `open_set`, `check_sizes` and the reading of the reference raise; with a single generated
-        set, what its reading raises.
+    Raises: what `open_set`, `extract`, `check_sets` and the metrics raise.
     """
-    start, result = time.perf_counter(), _Result()
-    opened = {label: open_generated(source, reading) for label, source in generated.items()}
-    opened_reference = None if reference is None else open_reference(reference, reading)
-    check_counts(plan, extractors, opened, opened_reference)
-    real = None
-    if opened_reference is not None:
+    start, result, real = time.perf_counter(), _Result(), None
+    if reference is not None:
         cache = FeatureCache(reading.cache)
-        real = _material(REFERENCE, opened_reference, extractors, reading, role="real", cache=cache)
+        real = _material(REFERENCE, reference, extractors, reading, role="real", cache=cache)
         if real is not None:
             result.materials[REFERENCE] = real
-    for label, source in opened.items():
-        try:
-            own = _material(label, source, extractors, reading, role="generated", cache=None)
-            if own is not None:
-                _score(label, own, real, extractors, plan, reading, protocol, result)
-                result.materials[label] = replace(own, inputs={})  # features are needed no more
-        except (ValueError, OSError, FloatingPointError) as error:
-            if len(opened) == 1:
-                raise
-            result.failed[label] = str(error)
-    if len(result.failed) == len(opened) and not result.scores:
-        raise ValueError("no set could be scored:\n" + "\n".join(_failures(result)))
+    for label, source in generated.items():
+        own = _material(label, source, extractors, reading, role="generated", cache=None)
+        if own is not None:
+            _score(label, own, real, extractors, plan, reading, protocol, result)
+            result.materials[label] = replace(own, inputs={})  # features are needed no more
     if not PartialState().is_main_process:
         return None
     facts = {**(settings or {}), "protocol": protocol, "batch_size": reading.batch_size, **run_facts(start)}
     record = _record(result, extractors, plan, facts)
-    return Outcome(record, lambda label, name: result.materials[label].picture(name), _failures(result))
-
-
-def open_reference(source: str | ImageSet | Path, reading: Reading) -> ImageSet | Path:
-    """The images a name stands for; the path of a file of features or statistics."""
-    if not isinstance(source, str):
-        return source
-    if is_material_file(source):
-        return Path(source)
-    return open_set(source, download=reading.download, follow_links=reading.follow_links)
-
-
-def open_generated(source: str | ImageSet | Path, reading: Reading) -> ImageSet | Path:
-    """The same for a set to score, of which the images or their features are needed.
-
-    Raises: ValueError for a file that holds statistics alone.
-    """
-    if isinstance(source, str) and Path(source).suffix == ".npz" and is_material_file(source):
-        if IMAGES not in names_of(Path(source)):
-            raise ValueError(
-                f"{source!r} holds statistics of images, which serve as a --reference alone; give the images"
-            )
-        return open_set(source)
-    return open_reference(source, reading)
-
-
-def check_places(
-    generated: Mapping[str, ImageSet | Path], reference: ImageSet | Path | None, reading: Reading
-) -> None:
-    """Raises: ValueError for a set that is its own reference, unless `reading.allow_overlap`."""
-    if reference is None or reading.allow_overlap:
-        return
-    for label, source in generated.items():
-        if _place_of(source) == _place_of(reference):
-            raise ValueError(
-                f"{label!r} is scored against itself: the same folder twice? Name two different sets, or "
-                "give --allow_overlap"
-            )
-
-
-def _place_of(source: ImageSet | Path) -> Path:
-    return Path(source.source if isinstance(source, ImageSet) else source).resolve()
-
-
-def check_counts(
-    plan: Plan,
-    extractors: Sequence[Extractor],
-    generated: Mapping[str, ImageSet | Path],
-    reference: ImageSet | Path | None,
-) -> None:
-    """`check_sizes` with the numbers of images of sets that are not read yet."""
-    counts = {label: _count_of(source) for label, source in generated.items()}
-    check_sizes(plan, extractors, counts, None if reference is None else _count_of(reference))
-
-
-def _count_of(source: ImageSet | Path) -> int | None:
-    """None where only statistics of the images are at hand."""
-    if isinstance(source, ImageSet):
-        return len(source)
-    return None if source.suffix == ".npz" else len(read_features(source).facts)
-
-
-def _failures(result: _Result) -> tuple[str, ...]:
-    """What is missing, set by set; a set without any score is one, whatever was refused by the rules."""
-    lines = [f"{what}: {why}" for what, why in result.failed.items()]
-    scored = {score.generated for score in result.scores}
-    empty = [label for label in result.materials if label != REFERENCE and label not in scored]
-    return (*lines, *(f"{label}: no score could be computed" for label in empty))
+    return Outcome(record, lambda label, name: result.materials[label].picture(name))
 
 
 def _record(
@@ -209,14 +115,14 @@ def _record(
         versions=versions(),
         warnings=tuple(result.warnings),
         images=tuple(result.rows),
-        refused={**result.refused, **result.failed},
+        refused=result.refused,
         settings=settings,
     )
 
 
 def _material(
     label: str,
-    source: ImageSet | Path,
+    source: str | ImageSet,
     extractors: Sequence[Extractor],
     reading: Reading,
     *,
@@ -224,9 +130,9 @@ def _material(
     cache: FeatureCache | None,
 ) -> Material | None:
     """A set's features and facts. None on all but the main process, which scores."""
-    if isinstance(source, Path):
-        return of_file(source, extractors, role=role) if PartialState().is_main_process else None
-    images = source
+    if isinstance(source, str) and is_material_file(source):
+        return of_file(Path(source), extractors, role=role) if PartialState().is_main_process else None
+    images = open_set(source, download=reading.download) if isinstance(source, str) else source
     made = extract(
         images, extractors, batch_size=reading.batch_size, skip_bad=reading.skip_bad, cache=cache, title=label
     )
@@ -263,19 +169,12 @@ def _score(
         its_plan = plan_for(extractor, extractors, plan)
         if its_plan is None:
             continue
-        scored = score_set(label, own, real, extractor, its_plan)
-        result.scores += scored.scores
-        result.refused |= scored.refused
-        result.failed |= scored.failed
+        scores, refused = score_set(label, own, real, extractor, its_plan)
+        result.scores += scores
+        result.refused |= refused
     showing = next((e for e in extractors if e.features is not None), None)
     if showing is not None and own.picture is not None:
-        try:
-            result.rows += image_rows(label, own, real, showing)
-        except (
-            ValueError,
-            RuntimeError,
-        ) as error:  # must not cost the scores
-            result.failed[f"{label}: figures of each image"] = str(error)
+        result.rows += image_rows(label, own, real, showing)
 
 
 def begin(num_threads: int | None) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +21,11 @@ from diffadapt.nearest import near
 
 ALL = "all"
 REALISM_K = 3
+LACKING = {  # role -> what is said where an extractor has no layer for it
+    "pixels": "it needs an lpips: extractor",
+    "spatial": "sFID's layer is Inception's: give --extractor inception",
+    "raw": "CLIP-FID needs a clip: extractor",
+}
 KINDS = {"embedded:clip": "clip", "embedded:digits": "digits", "dinov2": "dino"}  # name or its head -> kind
 
 
@@ -61,23 +65,16 @@ def check_plan(
     *,
     has_reference: bool,
     has_prompts: bool,
-    only_statistics: bool = False,
+    has_train: bool = False,
 ) -> None:
     """Before any image is read.
-
-    Args:
-        only_statistics: whether the reference consists of Frechet statistics, without images or features.
 
     Raises: ValueError for a metric asked for that no extractor can give, and for an extractor with which
         nothing can be computed.
     """
-    facts = {
-        "has_reference": has_reference,
-        "has_prompts": has_prompts,
-        "only_statistics": only_statistics,
-    }
+    facts = {"has_reference": has_reference, "has_prompts": has_prompts, "has_train": has_train}
     for extractor in () if plan.metrics else extractors:
-        suited = [metric for metric in METRICS.values() if suits(metric, extractor)]
+        suited = [metric for metric in METRICS.values() if _suits(metric, extractor) and not metric.is_extra]
         lacking = [_missing(metric, extractor, **facts) for metric in suited]
         if None not in lacking:
             why = "; ".join(dict.fromkeys(reason for reason in lacking if reason))
@@ -101,57 +98,47 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
     """
     if not plan.metrics:
         return plan
-    kept = []
-    for key in plan.metrics:
-        metric = METRICS[key]
-        meant = [other for other in extractors if suits(metric, other) and gives(metric, other)]
-        if gives(metric, extractor) and (extractor in meant or not meant):
-            kept.append(key)
-    return replace(plan, metrics=tuple(kept)) if kept else None
+    kept = tuple(
+        key
+        for key in plan.metrics
+        if _suits(METRICS[key], extractor) or not any(_suits(METRICS[key], other) for other in extractors)
+    )
+    return replace(plan, metrics=kept) if kept else None
 
 
-@dataclass
-class Scored:
-    """What came of one set under one extractor.
-
-    Attributes:
-        refused: score -> why the rules do not allow it, such as too few images.
-        failed: score -> why it is missing although it was asked for by name, or should have been possible.
-    """
-
-    scores: list[Score] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+def with_layers(extractor: Extractor, plan: Plan) -> Extractor:
+    """The extractor with the layers that only the metrics named need, such as sFID's."""
+    roles = [role for key in plan.metrics for role in METRICS[key].generated]
+    return extractor.serving(roles)
 
 
 def score_set(
-    label: str, generated: Material, real: Material | None, extractor: Extractor, plan: Plan
-) -> Scored:
-    """All scores of one set under one extractor. A metric that cannot be computed costs itself alone."""
-    own = generated.inputs.get(extractor.name)
-    reference = real and real.inputs.get(extractor.name)
-    is_named = bool(plan.metrics)
-    scored = Scored()
-    for key in plan.metrics or METRICS:
+    label: str,
+    generated: Material,
+    real: Material | None,
+    extractor: Extractor,
+    plan: Plan,
+    train: Material | None = None,
+) -> tuple[list[Score], dict[str, str]]:
+    """All scores of one set under one extractor, and what was refused: metric -> reason.
+
+    Raises: ValueError (TooFewImages) for a metric that was asked for by name.
+    """
+    own, reference = generated.inputs.get(extractor.name), real and real.inputs.get(extractor.name)
+    training = train and train.inputs.get(extractor.name)
+    scores: list[Score] = []
+    refused: dict[str, str] = {}
+    for key in (plan.metrics or METRICS) if own is not None else ():
         metric = METRICS[key]
-        name = f"{label}: {score_name(metric.scores[0], extractor.name)}"
-        if own is None or not _applies(metric, extractor, own, reference, is_named=is_named):
-            if is_named:
-                scored.failed[name] = _unread_roles(metric, own, reference)
+        if not _applies(metric, extractor, own, reference, training, is_named=bool(plan.metrics)):
             continue
         try:
-            scores = _scores(label, metric, own, reference, extractor, plan, real)
+            scores += _scores(label, metric, own, reference, training, extractor, plan, real, train)
         except ValueError as error:  # too few images, also where none of the rules can be waived
-            (scored.failed if is_named else scored.refused)[name] = str(error)
-        except Exception as error:  # one metric's fault must not cost the others
-            scored.failed[name] = f"{type(error).__name__}: {error}"
-        else:
-            for score in scores:
-                if math.isfinite(score.value):
-                    scored.scores.append(score)
-                else:
-                    scored.failed[f"{label}: {score.name}"] = f"its value is {score.value}"
-    return scored
+            if plan.metrics:
+                raise
+            refused[f"{label}: {_name(metric.scores[0], metric, extractor)}"] = str(error)
+    return scores, refused
 
 
 def image_rows(
@@ -162,11 +149,11 @@ def image_rows(
     values: dict[str, Tensor] = {}
     nearest: list[str | None] = [None] * len(generated.facts)
     if "features" in own.roles and "texts" in own.roles:
-        values["clip_t"] = text_similarities(images=own["features"], texts=own["texts"])
+        values["clip_t"] = text_similarities(images=own["unit"], texts=own["texts"])
     if reference is not None and "features" in reference.roles and "features" in own.roles:
         if reference.n > REALISM_K:
             values["realism"] = realism(real=reference["features"], generated=own["features"], k=REALISM_K)
-        found = nearest_images(generated=own["features"], training=reference["features"])
+        found = nearest_images(generated=own["unit"], training=reference["unit"])
         values["nearest_similarity"] = found.similarity
         if real.picture is not None:
             nearest = [real.facts[row].name for row in found.index.tolist()]
@@ -193,8 +180,8 @@ def kind_of(extractor: Extractor) -> str:
 
 
 def _scores(
-    label: str, metric: Metric, own: Inputs, reference: Inputs | None, extractor: Extractor, plan: Plan,
-    real: Material | None,
+    label: str, metric: Metric, own: Inputs, reference: Inputs | None, training: Inputs | None,
+    extractor: Extractor, plan: Plan, real: Material | None, train: Material | None,
 ) -> list[Score]:  # fmt: skip
     options = dict(plan.options.get(metric.key, {}))
     network = _squared_distance if extractor.perceptual else None
@@ -202,17 +189,21 @@ def _scores(
         metric.key,
         generated=own,
         real=reference,
+        train=training,
         seed=plan.seed,
         allow_small=plan.allow_small,
         intervals=plan.intervals,
         floor=plan.floor,
         network=network,
-        **options,
+        metric_options=options,
     )
-    identity = _identity(metric, result, extractor, plan, real)
+    identity = _identity(metric, result, extractor, plan, real, train)
+    size = ()
+    if extractor.perceptual:
+        size = (lpips_size(extractor),)
     return [
         Score(
-            score_name(score, extractor.name),
+            _name(score, metric, extractor),
             metric.key,
             label,
             estimate.value,
@@ -221,27 +212,34 @@ def _scores(
             (result.floor or {}).get(score),
             metric.better,
             {**identity, "score": score},
-            result.notes,
+            (*size, *result.notes),
         )
         for score, estimate in result.values.items()
     ]
 
 
 def _identity(
-    metric: Metric, result: Evaluation, extractor: Extractor, plan: Plan, real: Material | None
+    metric: Metric,
+    result: Evaluation,
+    extractor: Extractor,
+    plan: Plan,
+    real: Material | None,
+    train: Material | None,
 ) -> dict[str, object]:
     """The fields of `record.IDENTITY`, but for the score's own name."""
     is_paired = bool(metric.real)
-    layer = extractor.logits if "logits" in metric.generated else extractor.features or extractor.perceptual
+    options = dict(result.options)
+    if metric.train:
+        options["training_images"] = train.summary.fingerprint
     return {
         "metric": metric.key,
         "metric_version": metric.version,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "preset": extractor.preset,
-        "layer": layer,
+        "layer": extractor.layer_of(metric.generated[0]),
         "reference": real.summary.fingerprint if is_paired else None,
-        "options": dict(result.options),
+        "options": options,
         "n_generated": result.n["generated"],
         "n_real": result.n.get("real"),
         "seed": plan.seed,
@@ -249,15 +247,25 @@ def _identity(
 
 
 def _applies(
-    metric: Metric, extractor: Extractor, own: Inputs, reference: Inputs | None, *, is_named: bool
+    metric: Metric,
+    extractor: Extractor,
+    own: Inputs,
+    reference: Inputs | None,
+    training: Inputs | None,
+    *,
+    is_named: bool,
 ) -> bool:
     """Whether the features at hand are what a metric reads and, unless named, of the kind it is for."""
+    if metric.train and (training is None or not set(metric.train) <= set(training.roles)):
+        return False
+    if metric.is_extra and not is_named:
+        return False
     has_roles = all(role in own.roles for role in metric.generated)
     has_real = not metric.real or (reference is not None and all(r in reference.roles for r in metric.real))
-    return has_roles and has_real and (is_named or suits(metric, extractor))
+    return has_roles and has_real and (is_named or _suits(metric, extractor))
 
 
-def suits(metric: Metric, extractor: Extractor) -> bool:
+def _suits(metric: Metric, extractor: Extractor) -> bool:
     """CLIP-I is not computed from DINO features, nor the other way round, unless asked for by name."""
     kind = kind_of(extractor)
     if metric.key == "copy_rate":
@@ -265,45 +273,38 @@ def suits(metric: Metric, extractor: Extractor) -> bool:
     return metric.extractor == "inception" or metric.extractor == kind
 
 
-def gives(metric: Metric, extractor: Extractor) -> bool:
-    """Whether an extractor has the layers, and the text encoder, that a metric reads."""
-    available = {
-        "features": extractor.features,
-        "logits": extractor.logits,
-        "pixels": extractor.perceptual,
-        "texts": extractor.texts,
-    }
-    return all(available.get(role, True) is not None for role in metric.generated)
-
-
-def _unread_roles(metric: Metric, own: Inputs | None, reference: Inputs | None) -> str:
-    """Why a metric that was asked for by name has nothing to read."""
-    if own is None:
-        return "the set has no features of this extractor"
-    sides = (("generated", metric.generated, own), ("real", metric.real, reference))
-    for side, roles, inputs in sides:
-        lacking = [role for role in roles if inputs is None or role not in inputs.roles]
-        if lacking:
-            return f"the {side} set has no {lacking[0]}"
-    return "it does not apply"
-
-
 def _missing(
-    metric: Metric, extractor: Extractor, *, has_reference: bool, has_prompts: bool, only_statistics: bool
+    metric: Metric, extractor: Extractor, *, has_reference: bool, has_prompts: bool, has_train: bool
 ) -> str | None:
-    layers = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
     for role in metric.generated:
-        if role in layers and layers[role] is None:
-            return f"{extractor.name} gives no {role}" if role != "pixels" else "it needs an lpips: extractor"
+        if role == "preference" and kind_of(extractor) != "preference":
+            return "it needs a model of preference: give --preference module:Class"
+        if role not in ("texts", "groups") and extractor.layer_of(role) is None:
+            return LACKING.get(role, f"{extractor.name} gives no {role}")
         if role == "texts" and extractor.texts is None:
             return f"{extractor.name} knows no texts; use a clip: extractor"
         if role in ("texts", "groups") and not has_prompts:
-            return "it needs the images' prompts: draw them with --adapters, --run or `diffadapt sample`"
-    if metric.real and not has_reference:
-        return "it needs a --reference"
-    if only_statistics and metric.real not in ((), ("statistics",)):
-        return "the --reference holds statistics alone, for the Frechet distance; name its images"
-    return None
+            return (
+                "it needs the images' prompts: give --captions, or draw them with --adapters, --run or "
+                "`diffadapt sample`"
+            )
+    if metric.train and not has_train:
+        return "it needs the images trained on: give --train"
+    return "it needs a --reference" if metric.real and not has_reference else None
+
+
+def lpips_size(extractor: Extractor) -> str:
+    """The pixels on which LPIPS was taken, which its value depends on."""
+    if extractor.preset == "none":
+        return "LPIPS of the images at their native size"
+    return f"LPIPS of the images at {extractor.side} x {extractor.side} pixels"
+
+
+def _name(score: str, metric: Metric, extractor: Extractor) -> str:
+    """Its name; with the layer where an extractor's cosines and distances are of different layers."""
+    role = metric.generated[0]
+    is_split = "unit" in extractor.roles and role == "features"
+    return score_name(score, extractor.name, extractor.layer_of(role) if is_split else None)
 
 
 def _squared_distance(first: Tensor, second: Tensor) -> Tensor:

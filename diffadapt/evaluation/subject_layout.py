@@ -42,34 +42,21 @@ class RealImages:
         """Features of one subject's images, of their mirror images, and their names."""
         names = [facts.name for facts in self.made.facts]
         rows = [row for row, name in enumerate(names) if name.startswith(f"{subject.name}/")]
-        both = (own.features[extractor.name][extractor.features][rows] for own in (self.made, self.mirrored))
+        both = (
+            own.features[extractor.name][extractor.layer_of("unit")][rows]
+            for own in (self.made, self.mirrored)
+        )
         return *both, [names[row] for row in rows]
 
 
-def real_images(
-    subjects: Sequence[Subject], extractors: Sequence[Extractor], *, skip_bad: bool = False
-) -> RealImages:
-    """Every real image once as it is and once mirrored: copies are found both ways.
-
-    Args:
-        skip_bad: leave unreadable images out, instead of raising.
-
-    Raises: ValueError that lists unreadable images, or names a subject without a readable one.
-    """
+def real_images(subjects: Sequence[Subject], extractors: Sequence[Extractor]) -> RealImages:
+    """Every real image once as it is and once mirrored: copies are found both ways."""
     pictures = [picture for subject in subjects for picture in subject.real]
-    images = ImageSet("real images", "folder", pictures)
-    made = extract(images, extractors, skip_bad=skip_bad, title=images.source)
-    names = {facts.name for facts in made.facts}
-    for subject in subjects:
-        if not any(picture.name in names for picture in subject.real):
-            raise ValueError(f"subject {subject.name!r} has no readable real image")
-    flipped = []
-    for picture in pictures:
-        if picture.name in names:
-            pixels = picture.load()[0].flip(-1).permute(1, 2, 0)  # (H, W, 3)
-            flipped.append(ArrayPicture(picture.name, pixels.contiguous().numpy()))
-    mirrored = ImageSet("mirrored", "memory", flipped)
-    return RealImages(tuple(subjects), made, extract(mirrored, extractors, title=mirrored.source))
+    flipped = [
+        ArrayPicture(p.name, p.load()[0].flip(-1).permute(1, 2, 0).contiguous().numpy()) for p in pictures
+    ]
+    sets = (ImageSet("real images", "folder", pictures), ImageSet("mirrored", "memory", flipped))
+    return RealImages(tuple(subjects), *(extract(own, extractors, title=own.source) for own in sets))
 
 
 class Layout:
@@ -149,7 +136,7 @@ class Layout:
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,
             "preset": extractor.preset,
-            "layer": extractor.perceptual or extractor.features,
+            "layer": extractor.perceptual or extractor.layer_of("unit"),
             "reference": self.real.fingerprint,
             "options": {"protocol": "dreambooth", "prompts": digest},
             "n_generated": n,

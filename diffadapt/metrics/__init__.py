@@ -1,5 +1,6 @@
 """Figures of generated images: pure functions on features, their intervals, and the registry of them all."""
 
+from diffadapt.metrics.authenticity import authpct
 from diffadapt.metrics.clip import clip_score
 from diffadapt.metrics.copying import copy_rate, nearest_images
 from diffadapt.metrics.diversity import lpips_diversity
@@ -9,7 +10,8 @@ from diffadapt.metrics.frechet_statistics import read_statistics
 from diffadapt.metrics.inception_score import inception_score, is_gap
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import Estimate, Interval
-from diffadapt.metrics.kernel import kid, kid_subsets
+from diffadapt.metrics.kernel import cmmd, kid, kid_subsets
+from diffadapt.metrics.likelihood import fls
 from diffadapt.metrics.manifold import density_coverage, precision_recall, realism
 from diffadapt.metrics.msid import msid
 from diffadapt.metrics.naming import score_name
@@ -25,12 +27,15 @@ __all__ = [
     "Interval",
     "Statistics",
     "TooFewImages",
+    "authpct",
     "clip_score",
+    "cmmd",
     "copy_rate",
     "density_coverage",
     "evaluate",
     "fid",
     "fid_infinity",
+    "fls",
     "inception_score",
     "is_gap",
     "kid",

@@ -10,8 +10,26 @@ from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.jobs import Job
 from diffadapt.metrics.metric import Metric
+from diffadapt.metrics.metric_options import check_options
 from diffadapt.metrics.policy import check_size, common_size
 from diffadapt.metrics.registry import METRICS
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What real images get.
+
+    Attributes:
+        values: score -> value.
+        n: real images in the place of the generated ones.
+        n_real: real images in the place of the reference; None where there is no second set.
+        note: the sizes, and how the value was corrected for them; "" where nothing is to be said.
+    """
+
+    values: Mapping[str, float]
+    n: int
+    n_real: int | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -21,11 +39,9 @@ class Evaluation:
     Attributes:
         values: score -> value and interval.
         n: images used, {"generated": 500, "real": 500}; "real" is missing where no reference was read.
-        floor: score -> what real images get: the value between two halves of the reference, or of the
-            reference itself. None where there is none.
-        floor_n: images in each set of the floor.
+        floor: score -> what real images get, at the sizes of the score. None where there is none.
+        floor_n: real images that stand in the place of the generated ones in the floor.
         options: all options, for the score's identity.
-        notes: what limits the numbers.
     """
 
     values: Mapping[str, Estimate]
@@ -41,80 +57,147 @@ def evaluate(
     *,
     generated: Inputs,
     real: Inputs | None = None,
+    train: Inputs | None = None,
     seed: int = 0,
     allow_small: bool = False,
     intervals: bool = True,
     floor: bool = True,
     equalise: bool = True,
     network: Distance | None = None,
+    metric_options: Mapping[str, object] | None = None,
     **options: object,
 ) -> Evaluation:
     """The scores of one metric of `METRICS`.
 
+    An interval that cannot be found is left out, with a note; the value stays.
+
     Args:
         real: the reference; may be left out where `METRICS[key].real` is empty, and then only serves as the
             floor.
+        train: the images that the generator was trained on, where `METRICS[key].train` asks for them.
         seed: of subsets, bootstraps, probes and the floor's halves.
         allow_small: score below the minimum number of images, stamped "not comparable".
         intervals, floor: leave out what takes more time than the value.
         equalise: cut both sets to one size where the value moves with it; False warns instead.
         network: distance of two images, for `lpips_diversity`.
-        options: of the metric, see `METRICS[key].options`.
-    Raises: ValueError for an unknown metric or option, a missing role, NaN; of it TooFewImages.
+        metric_options: of the metric, see `METRICS[key].options`; the only way to give one called `seed`.
+        options: the same by keyword.
+    Raises: ValueError for an unknown metric or option, a value out of range, a missing role, NaN;
+        of it TooFewImages.
     """
     metric = _metric(key)
-    options = _complete(metric, options)
-    _require_roles(metric, generated, real)
-    notes = _check_sizes(metric, generated, real, options, allow_small)
+    options = _complete(metric, {**(metric_options or {}), **options})
+    _require_roles(metric, {"generated": generated, "real": real, "training": train})
+    notes = _check_sizes(metric, generated, real, train, options, allow_small)
+    reference = real
     if metric.real:
         generated, real, more = _sized(metric, generated, real, equalise, seed)
         notes += more
-    job = Job(generated, real, options, seed, network)
-    estimates = metric.estimate(job) if intervals else tuple(Estimate(value) for value in metric.value(job))
-    floors, floor_n = _floor(metric, job) if floor and real is not None else (None, None)
-    notes += _floor_note(floor_n, generated.n)
-    n = {"generated": generated.n, **({"real": real.n} if metric.real and real.n is not None else {})}
+    job = Job(generated, real, options, seed, network, train)
+    estimates, more = _estimates(metric, job) if intervals else (_bare(metric.value(job)), ())
+    notes += more
+    found = _floor(metric, job, reference) if floor and reference is not None else None
+    if isinstance(found, str):
+        notes += (found,)
+        found = None
+    elif found is not None and found.note:
+        notes += (found.note,)
+    n = {"generated": generated.n}
+    if metric.real and real.count(metric.real[0]) is not None:
+        n["real"] = real.count(metric.real[0])
+    if metric.train:
+        n["training"] = train.n
+    floors = None if found is None else found.values
+    floor_n = None if found is None else found.n
     return Evaluation(dict(zip(metric.scores, estimates, strict=True)), n, floors, floor_n, options, notes)
+
+
+def _bare(values: tuple[float, ...]) -> tuple[Estimate, ...]:
+    return tuple(Estimate(value) for value in values)
+
+
+def _estimates(metric: Metric, job: Job) -> tuple[tuple[Estimate, ...], tuple[str, ...]]:
+    """Values with intervals; where the intervals fail the values alone, and a note why."""
+    try:
+        return metric.estimate(job), ()
+    except ValueError as error:
+        return _bare(metric.value(job)), (f"no interval: {error}",)
 
 
 def real_floor(
     key: str, *, real: Inputs, n: int, seed: int = 0, network: Distance | None = None, **options: object
 ) -> tuple[dict[str, float] | None, int | None]:
-    """What real images get, for sets of at most `n`: (score -> value, images in each set), or (None, None).
+    """What real images get in the place of `n` generated ones, scored against all of the reference.
 
-    For most metrics the value between two disjoint random halves of the reference: a generator as good as
-        the reference
-    reaches it, and no more. Metrics without a reference are taken of the reference itself.
+    Returns: score -> value, and the real images that stood in for generated ones; (None, None) where real
+        images cannot give it.
     """
     metric = _metric(key)
-    job = Job(real.sample(min(n, real.n), seed), real, _complete(metric, options), seed, network)
-    return _floor(metric, job)
-
-
-def _floor(metric: Metric, job: Job) -> tuple[dict[str, float] | None, int | None]:
-    real = job.real
-    if metric.floor == "" or real.n is None:
+    generated = real.sample(min(n, real.n), seed)
+    found = _floor(metric, Job(generated, real, _complete(metric, options), seed, network), real)
+    if found is None or isinstance(found, str):
         return None, None
+    return dict(found.values), found.n
+
+
+def _floor(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
+    """The floor; a note where real images cannot give one at the sizes of the score; None where there is
+    none.
+
+    Args:
+        job: of the score, its real images cut to one size with the generated ones where the metric asks that.
+        reference: all real images.
+    """
+    if metric.floor == "" or reference.n is None:
+        return None
     if callable(metric.floor):
-        return dict(zip(metric.scores, metric.floor(real), strict=True)), real.n
-    if metric.floor == "self":
-        if not set(metric.generated) <= set(real.roles):
-            return None, None
-        own = real.sample(min(real.n, job.generated.n), job.seed)
-        return dict(zip(metric.scores, metric.value(replace(job, generated=own)), strict=True)), own.n
-    n = min(job.generated.n, real.n // 2)
-    first, second = real.halves(n, job.seed)
+        return Floor(dict(zip(metric.scores, metric.floor(reference), strict=True)), reference.n)
+    if metric.floor in ("self", "self_any"):
+        return _floor_of_one_set(metric, job, reference)
+    return _floor_of_two_parts(metric, job, reference)
+
+
+def _floor_of_one_set(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
+    """The metric of real images alone, as many as were generated."""
+    if not set(metric.generated) <= set(reference.roles):
+        return None
+    if metric.floor == "self" and reference.n < job.generated.n:
+        return f"no floor: it would take {job.generated.n} real images, there are {reference.n}"
+    sample = reference.sample(min(reference.n, job.generated.n), job.seed)
+    values = metric.value(replace(job, generated=sample))
+    note = f"floor of {sample.n} real images" if sample.n < job.generated.n else ""
+    return Floor(dict(zip(metric.scores, values, strict=True)), sample.n, note=note)
+
+
+def _floor_of_two_parts(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
+    """The metric between two disjoint random parts of the reference.
+
+    A part of n real images takes the place of n generated ones, the rest that of the reference. Where the
+    reference is not larger than 2 n it is halved.
+    """
+    if any(reference.is_imported(role) for role in metric.real):
+        return "no floor: the images behind the published statistics are not at hand"
+    n_generated, n_real = job.generated.n, job.real.n
+    if metric.floor == "sizes":
+        n, m = n_generated, n_real
+        if n + m > reference.n:
+            return (
+                f"no floor: it would take {n} and {m} different real images, the reference has {reference.n}"
+            )
+    else:
+        n = min(n_generated, reference.n // 2)
+        m = reference.n - n
+    first, second = reference.parts(n, m, job.seed)
     try:
-        found = metric.value(replace(job, generated=first, real=second))
-    except ValueError:  # halves too small for the metric: subsets of 1000 of a reference of 1500
-        return None, None
-    return dict(zip(metric.scores, found, strict=True)), n
-
-
-def _floor_note(floor_n: int | None, n: int) -> tuple[str, ...]:
-    if floor_n is None or floor_n >= n:
-        return ()
-    return (f"floor of {floor_n} real images in each set, the score is of {n}",)
+        values = metric.value(replace(job, generated=first, real=second))
+    except ValueError as error:  # parts too small for the metric: subsets of 1000 of a reference of 1500
+        return f"no floor: {error}"
+    note = f"floor of {n} against {m} other real images"
+    if metric.bias is not None:
+        factor = metric.bias(n_generated, n_real) / metric.bias(n, m)
+        values = tuple(value * factor for value in values)
+        note += f", its sampling bias scaled by {factor:.3g} to {n_generated} against {n_real}"
+    return Floor(dict(zip(metric.scores, values, strict=True)), n, m, note)
 
 
 def _metric(key: str) -> Metric:
@@ -124,36 +207,45 @@ def _metric(key: str) -> Metric:
 
 
 def _complete(metric: Metric, options: Mapping[str, object]) -> dict[str, object]:
-    unknown = [name for name in options if name not in metric.options]
-    if unknown:
-        known = ", ".join(metric.options) or "none"
-        raise ValueError(f"{metric.key} has no option {unknown[0]!r}; it has {known}")
+    check_options(metric.key, options, metric.options)
     return {**metric.options, **options}
 
 
-def _require_roles(metric: Metric, generated: Inputs, real: Inputs | None) -> None:
-    if metric.real and real is None:
+def _require_roles(metric: Metric, sets: Mapping[str, Inputs | None]) -> None:
+    """Raises: ValueError for a set or a role that the metric reads and that is not there."""
+    if metric.real and sets["real"] is None:
         raise ValueError(f"{metric.key} compares with real images; give a reference")
-    for which, needed, inputs in (("generated", metric.generated, generated), ("real", metric.real, real)):
+    if metric.train and sets["training"] is None:
+        raise ValueError(f"{metric.key} compares with the images trained on; give them with --train")
+    for which, needed in (("generated", metric.generated), ("real", metric.real), ("training", metric.train)):
+        inputs = sets[which]
         missing = [role for role in needed if role not in inputs.roles]
         if missing:
             raise ValueError(f"{metric.key} needs {missing[0]!r} of the {which} images, got {inputs.roles}")
 
 
 def _check_sizes(
-    metric: Metric, generated: Inputs, real: Inputs | None, options: Mapping[str, object], allow_small: bool
+    metric: Metric,
+    generated: Inputs,
+    real: Inputs | None,
+    train: Inputs | None,
+    options: Mapping[str, object],
+    allow_small: bool,
 ) -> tuple[str, ...]:
     width = generated[metric.generated[0]].shape[-1]
     sizes = [("generated", generated.n, metric.minimum)]
-    if metric.real and real.n is not None:
-        sizes.append(("real", real.n, metric.minimum_real or metric.minimum))
+    of_real = metric.minimum_real or metric.minimum
+    if metric.real and real.count(metric.real[0]) is not None:
+        sizes.append(("real", real.count(metric.real[0]), of_real))
+    if metric.train:
+        sizes.append(("training", train.n, of_real))
     stamps = (
         check_size(metric.key, role, n, minimum(width, options), allow_small=allow_small)
         for role, n, minimum in sizes
     )
     notes = [stamp for stamp in stamps if stamp]
-    if metric.real == ("statistics",) and real.statistics.note:
-        notes.append(real.statistics.note)
+    imported = [role for role in metric.real if real.is_imported(role)]
+    notes += [real.statistics_of(role).note for role in imported if real.statistics_of(role).note]
     return tuple(notes)
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from diffadapt.evaluation.resize import shorter_side_then_middle
 from diffadapt.models.names import resolve
 
 
@@ -26,20 +27,26 @@ class ClipFeatures:
         features = []
         for batch in batches:
             if batch.shape[-2:] != (side, side):
-                batch = interpolate(batch, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+                batch = (
+                    shorter_side_then_middle(255 * batch, side, side) / 255
+                )  # as CLIP's own processor does
             features.append(self.encode(batch))
         return torch.cat(features)
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1], S the model's own side -> (B, D) unit vectors, float32."""
+        return normalize(self.embed(pixels), dim=-1)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor) -> Tensor:
+        """The same as the model gives them, of any length."""
         mean, std = (
             torch.tensor(v, device=pixels.device).view(3, 1, 1)
             for v in (self.processor.image_mean, self.processor.image_std)
         )
         pixels = ((pixels - mean) / std).to(self.model.device)
         hidden = self.model.vision_model(pixel_values=pixels).pooler_output
-        return normalize(self.model.visual_projection(hidden).float(), dim=-1)
+        return self.model.visual_projection(hidden).float()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffadapt.metrics import copying, diversity, kernel, manifold, similarity
+from diffadapt.metrics import authenticity, copying, diversity, kernel, likelihood, manifold, similarity
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import (
     Estimate,
@@ -27,14 +28,20 @@ class Job:
     options: Mapping[str, object]
     seed: int = 0
     network: diversity.Distance | None = None
+    train: Inputs | None = None
 
 
 def pair(job: Job) -> dict:
     return {"real": job.real["features"], "generated": job.generated["features"], **job.options}
 
 
-def statistics(job: Job) -> dict:
-    return {"real": job.real.statistics, "generated": job.generated.statistics}
+def statistics(job: Job, name: str = "statistics") -> dict:
+    return {"real": job.real.statistics_of(name), "generated": job.generated.statistics_of(name)}
+
+
+def units(job: Job) -> dict:
+    """Features of length 1 of both sets."""
+    return {"real": job.real["unit"], "generated": job.generated["unit"]}
 
 
 def logits(job: Job) -> dict:
@@ -67,32 +74,53 @@ def density_coverage(job: Job) -> tuple[Estimate, ...]:
 
 
 def image_similarity(job: Job) -> Estimate:
-    return _mean(job, similarity.image_similarities(**pair(job)))
+    return _mean(job, similarity.image_similarities(**units(job)), low=-1, high=1)
 
 
 def text_similarity(job: Job) -> Estimate:
-    return _mean(
-        job, similarity.text_similarities(images=job.generated["features"], texts=job.generated["texts"])
-    )
+    values = similarity.text_similarities(images=job.generated["unit"], texts=job.generated["texts"])
+    return _mean(job, values, low=-1, high=1)
 
 
-def _mean(job: Job, values: Tensor) -> Estimate:
+def _mean(job: Job, values: Tensor, *, low: float = -math.inf, high: float = math.inf) -> Estimate:
     """A mean over images; over prompts or subjects where the set says which image belongs to which."""
     groups = job.generated.features.get("groups")
     if groups is not None and len(groups.unique()) > 1:
         means = list(cluster_means(values, groups).values())
-        interval = clustered_interval(values, groups, over="groups of images", seed=job.seed, low=-1, high=1)
+        interval = clustered_interval(
+            values, groups, over="groups of images", seed=job.seed, low=low, high=high
+        )
         return Estimate(sum(means) / len(means), interval)
-    return Estimate(float(values.mean()), mean_interval(values, low=-1, high=1))
+    return Estimate(float(values.mean()), mean_interval(values, low=low, high=high))
 
 
 def copies(job: Job) -> Estimate:
     mirrored = job.real.features.get("mirrored")
     hits = copying.copies(
-        generated=job.generated["features"], training=job.real["features"], mirrored=mirrored, **job.options
+        generated=job.generated["unit"], training=job.real["unit"], mirrored=mirrored, **job.options
     )
     count = int(hits.sum())
     return Estimate(count / len(hits), proportion_interval(count, len(hits), given="the training images"))
+
+
+def authpct(job: Job) -> Estimate:
+    return authenticity.authpct_with_interval(
+        training=job.train["features"], generated=job.generated["features"]
+    )
+
+
+def fls(job: Job) -> Estimate:
+    return likelihood.fls_with_interval(
+        training=job.train["features"],
+        test=job.real["features"],
+        generated=job.generated["features"],
+        seed=job.seed,
+    )
+
+
+def preference(job: Job) -> Estimate:
+    """The mean of one number per image, which a plug-in gave."""
+    return _mean(job, job.generated["preference"][:, 0])
 
 
 def lpips_diversity(job: Job) -> Estimate:

@@ -1,7 +1,12 @@
-"""Kernel distance of two sets of features (KID, arXiv 1801.01401): MMD^2 with k(x, y) = (x.y / D + 1)^3."""
+"""Kernel distances of two sets of features, MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y).
+
+KID (arXiv 1801.01401): k(x, y) = (x.y / D + 1)^3. CMMD (arXiv 2401.09603): k(x, y) = exp(-|x - y|^2 / (2
+sigma^2)).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +17,9 @@ from diffadapt.metrics.checks import Features, as_pair
 from diffadapt.metrics.intervals import Estimate, normal_interval
 
 ROWS = 1024  # rows of the kernel matrix held at a time
+SIGMA = 10.0  # of CMMD's Gaussian kernel, for embeddings of length 1
+SCALE = 1000.0  # CMMD is reported times this
+Kernel = Callable[[Tensor, Tensor], Tensor]  # (m, D), (n, D) -> (m, n)
 
 
 def kid(*, real: Features, generated: Features) -> float:
@@ -83,6 +91,38 @@ def kid_subsets_with_interval(
     return Estimate(float(values.mean()), normal_interval(float(values.mean()), error, method))
 
 
+def cmmd(*, real: Features, generated: Features) -> float:
+    """CLIP maximum mean discrepancy: 1000 x the biased estimate (V-statistic) with the Gaussian kernel,
+    sigma = 10.
+
+        MMD^2_b = mean_ij k(x_i, x_j) + mean_ij k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
+
+    The means of one set with itself include i = j, so that two samples of one distribution are
+    (1 - E k(x, x')) (1/m + 1/n) x 1000 apart on average, not 0.
+
+    Args:
+        real, generated: (m, D), (n, D) CLIP image embeddings of length 1.
+    Source: Jayasumana et al., arXiv 2401.09603, and google-research/cmmd (distance.py, embedding.py).
+    """
+    return cmmd_with_interval(real=real, generated=generated).value
+
+
+def cmmd_with_interval(*, real: Features, generated: Features) -> Estimate:
+    """`cmmd` and a normal interval from the variance of the U-statistic, for sets of these sizes."""
+    x, y = as_pair(real, generated)
+    unbiased, variance, within = _discrepancy(x, y, gaussian_kernel)
+    bias = (1 - within[0]) / len(x) + (1 - within[1]) / len(y)  # k(x, x) = 1 enters each mean 1/m times
+    value = SCALE * (unbiased + bias)
+    method = "normal, variance of the U-statistic, at these numbers of images"
+    return Estimate(value, normal_interval(value, SCALE * variance**0.5, method, low=0.0))
+
+
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """exp(-|x - y|^2 / (2 sigma^2)), (m, n)."""
+    squared = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+    return squared.clamp_(min=0).div_(-2 * SIGMA**2).exp_()
+
+
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
@@ -102,12 +142,12 @@ class _Effects:
     interaction: Tensor
 
 
-def _within(x: Tensor) -> _Effects:
+def _within(x: Tensor, kernel: Kernel) -> _Effects:
     """Of one set with itself, without the diagonal; what stands right of it is formed once."""
     sums, squares = x.new_zeros(len(x)), x.new_zeros(())
     for start in range(0, len(x), ROWS):
         own, later = x[start : start + ROWS], x[start + ROWS :]
-        block, beside = _kernel(own, own), _kernel(own, later)
+        block, beside = kernel(own, own), kernel(own, later)
         block.diagonal().zero_()
         sums[start : start + ROWS] += block.sum(dim=1) + beside.sum(dim=1)
         sums[start + ROWS :] += beside.sum(dim=0)
@@ -116,10 +156,10 @@ def _within(x: Tensor) -> _Effects:
     return _effects(rows, rows, squares / (len(x) * (len(x) - 1)))
 
 
-def _between(x: Tensor, y: Tensor) -> _Effects:
+def _between(x: Tensor, y: Tensor, kernel: Kernel) -> _Effects:
     rows, columns, squares = [], y.new_zeros(len(y)), y.new_zeros(())
     for own in x.split(ROWS):
-        block = _kernel(own, y)
+        block = kernel(own, y)
         rows.append(block.mean(dim=1))
         columns += block.sum(dim=0)
         squares += block.square_().sum()
@@ -143,12 +183,17 @@ def discrepancy(*, real: Features, generated: Features) -> tuple[float, float]:
     Near MMD = 0 the first two terms vanish, and the last three are the variance. Var f is that of the
     observed row means, less what they owe to the finite number of entries in a row.
     """
-    x, y = as_pair(real, generated)
+    value, variance, _ = _discrepancy(*as_pair(real, generated), _kernel)
+    return value, variance
+
+
+def _discrepancy(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[float, float, tuple[float, float]]:
+    """The unbiased estimate, its variance, and the mean of the kernel within x and within y."""
     m, n = len(x), len(y)
-    xx, yy, xy = _within(x), _within(y), _between(x, y)
+    xx, yy, xy = _within(x, kernel), _within(y, kernel), _between(x, y, kernel)
     variance_f = ((xx.rows - xy.rows).var() - xx.interaction / (m - 1) - xy.interaction / n).clamp(min=0)
     variance_g = ((yy.rows - xy.columns).var() - yy.interaction / (n - 1) - xy.interaction / m).clamp(min=0)
     variance = 4 * variance_f / m + 4 * variance_g / n
     variance += 2 * xx.interaction / (m * (m - 1)) + 2 * yy.interaction / (n * (n - 1))
     variance += 4 * xy.interaction / (m * n)
-    return float(xx.mean + yy.mean - 2 * xy.mean), float(variance)
+    return float(xx.mean + yy.mean - 2 * xy.mean), float(variance), (float(xx.mean), float(yy.mean))

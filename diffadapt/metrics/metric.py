@@ -10,6 +10,7 @@ from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.jobs import Job
 
 Minimum = Callable[[int, Mapping[str, object]], int]  # (width of the features, options) -> images
+Bias = Callable[[int, int], float]  # (generated, real images) -> sampling bias, up to a constant factor
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,19 @@ class Metric:
         estimate: the scores with intervals, in order.
         minimum: images needed in the generated set.
         minimum_real: the same for the reference; None: as many as generated ones.
-        options: what it can be given, with defaults; part of a score's identity.
+        options: what it can be given, with defaults; part of a score's identity. `metric_options.RULES` has
+            their types and ranges.
         extractor: kind of extractor its own name belongs to.
         equal_n: whether its value moves with the numbers of images, so that both sets are cut to one size.
-        floor: "halves" (the value between two halves of the reference), "self" (the value of the reference
-            alone), a function of the reference, or "" for none.
+        floor: what real images get, of real images alone. "halves": between two parts of the reference;
+            "sizes": the same where the parts can have the sizes of the score, else none; "self": of as many
+            images of the reference as were generated; "self_any": the same or fewer; a function of the
+            reference; "": none. A metric whose mean moves with the numbers of images must not take parts of
+            other sizes, unless `bias` corrects for it.
+        bias: how the sampling bias goes with the sizes: a floor of two parts is multiplied by bias(sizes of
+            the score) / bias(sizes of the parts).
+        train: roles it reads of the generator's training images.
+        is_extra: only computed when named: it needs a layer of its own, or much time.
         version: changed whenever the same features would give another value.
     """
 
@@ -46,4 +55,7 @@ class Metric:
     extractor: str = "inception"
     equal_n: bool = False
     floor: str | Callable[[Inputs], tuple[float, ...]] = "halves"
+    bias: Bias | None = None
+    train: tuple[str, ...] = ()
+    is_extra: bool = False
     version: str = "1"

@@ -13,7 +13,7 @@ from diffadapt.metrics.inception_score import (
 )
 from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.jobs import Job
-from diffadapt.metrics.kernel import kid_subsets
+from diffadapt.metrics.kernel import cmmd_with_interval, kid_subsets
 from diffadapt.metrics.metric import Metric, Minimum
 from diffadapt.metrics.msid import msid, msid_with_interval
 from diffadapt.metrics.similarity import ceiling_similarity
@@ -31,6 +31,8 @@ def _several(estimate: Callable[[Job], tuple[Estimate, ...]]) -> dict:
 
 _FEATURES = {"generated": ("features",), "real": ("features",)}
 _ONE = ("features",)
+_UNIT = ("unit",)
+_UNITS = {"generated": _UNIT, "real": _UNIT}
 
 
 def _twice_the_width(width: int, options: Mapping[str, object]) -> int:
@@ -39,6 +41,34 @@ def _twice_the_width(width: int, options: Mapping[str, object]) -> int:
 
 def _at_least(n: int) -> Minimum:
     return lambda width, options: n
+
+
+def _bias_of_both(n_generated: int, n_real: int) -> float:
+    """The mean distance of two samples of one distribution goes with 1/n of both."""
+    return 1 / n_generated + 1 / n_real
+
+
+def _bias_of_reference(n_generated: int, n_real: int) -> float:
+    """What stays of it when the generated images are extrapolated to infinitely many."""
+    return 1 / n_real
+
+
+def _frechet(key: str, role: str, *, extractor: str) -> Metric:
+    """A Frechet distance of other features than those of `fid`; it takes a layer of its own."""
+    name = f"{role}_statistics"
+    return Metric(
+        key,
+        (key,),
+        (role,),
+        (name,),
+        "lower",
+        value=lambda job: (frechet.fid(**jobs.statistics(job, name)),),
+        estimate=lambda job: (frechet.fid_with_interval(**jobs.statistics(job, name), seed=job.seed),),
+        minimum=_twice_the_width,
+        extractor=extractor,
+        bias=_bias_of_both,
+        is_extra=True,
+    )
 
 
 _ALL = (
@@ -51,7 +81,10 @@ _ALL = (
         value=lambda job: (frechet.fid(**jobs.statistics(job)),),
         estimate=lambda job: (frechet.fid_with_interval(**jobs.statistics(job), seed=job.seed),),
         minimum=_twice_the_width,
+        bias=_bias_of_both,
     ),
+    _frechet("sfid", "spatial", extractor="inception"),
+    _frechet("clip_fid", "raw", extractor="clip"),
     Metric(
         "fid_infinity",
         ("fid_infinity",),
@@ -61,6 +94,7 @@ _ALL = (
         value=lambda job: (frechet.fid_infinity(**jobs.statistics(job), seed=job.seed),),
         estimate=lambda job: (frechet.fid_infinity_with_interval(**jobs.statistics(job), seed=job.seed),),
         minimum=_twice_the_width,
+        bias=_bias_of_reference,
     ),
     Metric(
         "kid",
@@ -79,6 +113,17 @@ _ALL = (
         **_FEATURES,
         value=lambda job: (kid_subsets(**jobs.pair(job)),),
         estimate=lambda job: (jobs.kid_subsets(job),),
+    ),
+    Metric(
+        "cmmd",
+        ("cmmd",),
+        ("unit",),
+        ("unit",),
+        "lower",
+        minimum=_at_least(500),
+        extractor="clip",
+        bias=_bias_of_both,
+        **_single(lambda job: cmmd_with_interval(**jobs.units(job))),
     ),
     Metric(
         "inception_score",
@@ -103,6 +148,7 @@ _ALL = (
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         equal_n=True,
+        floor="sizes",
     ),
     Metric(
         "precision_recall",
@@ -111,6 +157,7 @@ _ALL = (
         minimum=_at_least(1000),
         options={"k": 3},
         equal_n=True,
+        floor="sizes",
         version="1, ties count",
         **_FEATURES,
         **_several(jobs.precision_recall),
@@ -122,6 +169,7 @@ _ALL = (
         minimum=_at_least(1000),
         options={"k": 5},
         equal_n=True,
+        floor="sizes",
         version="1, ties do not count",
         **_FEATURES,
         **_several(jobs.density_coverage),
@@ -135,28 +183,29 @@ _ALL = (
         minimum=_at_least(2000),
         options={"k": 5},
         equal_n=True,
+        floor="sizes",
         **_FEATURES,
     ),
     Metric(
         "vendi",
         ("vendi",),
-        _ONE,
+        _UNIT,
         (),
         "higher",
-        value=lambda job: (vendi(features=job.generated["features"]),),
-        estimate=lambda job: (vendi_with_interval(features=job.generated["features"], seed=job.seed),),
+        value=lambda job: (vendi(features=job.generated["unit"]),),
+        estimate=lambda job: (vendi_with_interval(features=job.generated["unit"], seed=job.seed),),
         minimum=_at_least(100),
         floor="self",
     ),
     Metric(
         "clip_t",
         ("clip_t",),
-        ("features", "texts"),
+        ("unit", "texts"),
         (),
         "higher",
         minimum=_at_least(10),
         extractor="clip",
-        floor="self",
+        floor="self_any",
         **_single(jobs.text_similarity),
     ),
     *(
@@ -167,8 +216,8 @@ _ALL = (
             minimum=_at_least(4),
             minimum_real=_at_least(2),
             extractor=extractor,
-            floor=lambda real: (ceiling_similarity(real=real["features"]),),
-            **_FEATURES,
+            floor=lambda real: (ceiling_similarity(real=real["unit"]),),
+            **_UNITS,
             **_single(jobs.image_similarity),
         )
         for key, extractor in (("clip_i", "clip"), ("dino", "dino"))
@@ -182,7 +231,7 @@ _ALL = (
         options={"threshold": None},
         extractor="dino",
         floor="",
-        **_FEATURES,
+        **_UNITS,
         **_single(jobs.copies),
     ),
     Metric(
@@ -193,8 +242,42 @@ _ALL = (
         "higher",
         minimum=_at_least(4),
         extractor="lpips",
-        floor="self",
+        floor="self_any",
         **_single(jobs.lpips_diversity),
+    ),
+    Metric(
+        "authpct",
+        ("authpct",),
+        _ONE,
+        (),
+        "higher",
+        minimum=_at_least(100),
+        minimum_real=_at_least(2),
+        train=_ONE,
+        floor="self_any",
+        **_single(jobs.authpct),
+    ),
+    Metric(
+        "fls",
+        ("fls",),
+        better="higher",
+        minimum=_at_least(1000),
+        train=_ONE,
+        floor=lambda real: (100.0,),  # by definition: as other training images do
+        is_extra=True,
+        **_FEATURES,
+        **_single(jobs.fls),
+    ),
+    Metric(
+        "preference",
+        ("preference",),
+        ("preference",),
+        (),
+        "higher",
+        minimum=_at_least(10),
+        extractor="preference",
+        floor="",
+        **_single(jobs.preference),
     ),
 )
 

@@ -13,7 +13,10 @@ from diffadapt.metrics.intervals import Estimate, half_samples_interval
 def vendi(*, features: Features) -> float:
     """exp of the entropy of the eigenvalues of K / n, K the cosines between rows: 1 (all alike) to n.
 
-    Raises: ValueError for NaN, or a row of zeros, which has no direction.
+    A row of zeros (a ReLU layer may give one) has no direction: all such rows count as alike, and as
+    different from every other row.
+
+    Raises: ValueError for NaN.
     """
     return _effective_number(_unit_rows(features))
 
@@ -30,8 +33,9 @@ def vendi_with_interval(*, features: Features, seed: int = 0) -> Estimate:
 
 def _unit_rows(features: Features) -> Tensor:
     features = as_features("features", features)
-    if (features == 0).all(dim=1).any():
-        raise ValueError("features: a row of zeros has no direction, and no cosine with the others")
+    is_zero = (features == 0).all(dim=1, keepdim=True)
+    if is_zero.any():
+        features = torch.cat([features, is_zero.to(features.dtype)], dim=1)  # a direction of their own
     return normalize(features, dim=1)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch_fidelity
 import torchvision
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
@@ -138,8 +138,74 @@ def test_dino_is_the_class_token_of_the_middle_of_the_image(dino_folder):
     model = ViTModel.from_pretrained(dino_folder, add_pooling_layer=False)
     with torch.no_grad():
         expected = model(pixel_values=middle).last_hidden_state[:, 0]
-    found = extractor(picture)["cls"]
-    assert torch.allclose(found, expected / expected.norm(), atol=1e-5)
+    found = extractor(picture)
+    assert torch.allclose(found["class_token"], expected, atol=1e-5)  # as published: not of length 1
+    assert torch.allclose(found["cls"], expected / expected.norm(), atol=1e-5)
+    assert (extractor.features, extractor.layer_of("unit")) == ("class_token", "cls")
+
+
+def test_dinov2_at_another_size_is_the_authors_own_network(tmp_path):
+    """As dgm-eval runs it: the image squeezed, positions looked up at (patches + 0.1) / grid."""
+    torch.manual_seed(0)
+    config = Dinov2Config(**{**SMALL, "image_size": 70}, patch_size=14)
+    model = Dinov2Model(config)
+    nn.init.normal_(model.embeddings.position_embeddings)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 28, "width": 28}, do_resize=True).save_pretrained(tmp_path)
+    extractor = load_extractor(f"dinov2:{tmp_path}", preset="pil")
+    assert extractor.side == 28
+    picture = images(1, 40, 60)
+    squeezed = interpolate(picture.float(), (28, 28), mode="bicubic", antialias=True).clamp(0, 255).round()
+    embeddings = model.embeddings
+    tokens = embeddings.patch_embeddings(squeezed / 255 * 2 - 1)  # (1, 4, 16)
+    grid = embeddings.position_embeddings[:, 1:].reshape(1, 5, 5, 16).permute(0, 3, 1, 2)
+    places = interpolate(grid, scale_factor=((2 + 0.1) / 5, (2 + 0.1) / 5), mode="bicubic", antialias=False)
+    positions = places.permute(0, 2, 3, 1).reshape(1, 4, 16)
+    start = embeddings.cls_token + embeddings.position_embeddings[:, :1]
+    with torch.no_grad():
+        hidden = torch.cat([start, tokens + positions], dim=1)
+        for layer in model.eval().encoder.layer:
+            output = layer(hidden)
+            hidden = output[0] if isinstance(output, tuple) else output
+        expected = model.layernorm(hidden)[:, 0]
+    assert torch.allclose(extractor(picture)["class_token"], expected, atol=1e-5)
+
+
+def test_clips_embedding_is_made_when_asked_for_and_is_not_scaled():
+    extractor = load_extractor("embedded:clip")
+    assert extractor.layers == ("image",)
+    asked = extractor.serving(["raw"])
+    assert asked.layers == ("image", "embedding")
+    square = images(2, 64, 64)
+    clip = load_clip("embedded:clip")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.processor.image_mean, clip.processor.image_std))
+    with torch.no_grad():
+        hidden = clip.model.vision_model(pixel_values=(square / 255 - mean) / std).pooler_output
+        expected = clip.model.visual_projection(hidden)
+    found = asked(square)
+    assert torch.allclose(found["embedding"], expected, atol=1e-5)
+    assert torch.allclose(found["image"], normalize(expected, dim=1), atol=1e-6)
+    assert torch.equal(found["image"], extractor(square)["image"])
+
+
+def test_inceptions_spatial_features_are_mixed_6_conv_as_adms_evaluator_takes_them():
+    """Another path through the same network: torch-fidelity's block with a hook, channels last."""
+    extractor = load_extractor("inception", smoke=True)
+    assert extractor.layers == ("pool", "logits_unbiased")
+    torch.manual_seed(0)
+    oracle = Inception(None).eval()  # the random weights of --smoke
+    seen = []
+    oracle.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, output: seen.append(output))
+    asked = extractor.serving(["spatial"])
+    assert asked.layers == ("pool", "logits_unbiased", "spatial")
+    picture = images(1)
+    found = asked(picture)["spatial"]
+    with torch.no_grad():
+        oracle(extractor.prepare(picture))
+    expected = seen[-1].numpy().transpose(0, 2, 3, 1)[..., :7].reshape(1, -1)  # (1, 17 x 17 x 7)
+    assert found.shape == (1, 2023)
+    assert found.std() > 0
+    assert (found - torch.from_numpy(expected)).abs().max() < 1e-5 * float(expected.max())
 
 
 def test_dinov2_and_a_model_of_another_kind(tmp_path, dino_folder):
@@ -148,7 +214,11 @@ def test_dinov2_and_a_model_of_another_kind(tmp_path, dino_folder):
     )
     Dinov2Model(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
-    assert load_extractor(f"dinov2:{tmp_path}")(images())["cls"].shape == (2, 16)
+    extractor = load_extractor(f"dinov2:{tmp_path}")
+    found = extractor(images())
+    assert found["class_token"].shape == (2, 16)
+    assert torch.allclose(found["unit_class_token"], normalize(found["class_token"], dim=1), atol=1e-6)
+    assert (extractor.features, extractor.layer_of("unit")) == ("class_token", "unit_class_token")
     with pytest.raises(ValueError, match="needs a model of type dinov2"):
         load_extractor(f"dinov2:{dino_folder}")
 
@@ -214,6 +284,33 @@ def test_clean_is_pillows_bicubic_before_rounding():
     ]
     expected = torch.from_numpy(np.stack([np.asarray(c) for c in channels])).clamp(0, 255)
     assert (resize(picture[None], 23, "clean")[0] - expected).abs().max() < 0.005
+
+
+def test_pil_is_pillows_bicubic_of_a_file():
+    import numpy as np
+    from PIL import Image
+
+    picture = images(1, 64, 48)[0]
+    scaled = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((23, 23), Image.Resampling.BICUBIC)
+    difference = resize(picture[None], 23, "pil")[0] - torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+    assert difference.abs().max() <= 1  # Pillow's weights are whole numbers
+    assert difference.abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("preset", ["crop-8", "crop-0", "crop-", "crop--9", "crop-9.5", "crop"])
+def test_crops_that_cannot_be_are_refused(preset):
+    with pytest.raises(ValueError, match=r"unknown resize preset|below the 9 pixels that the network takes"):
+        resize(images(), 9, preset)
+    with pytest.raises(ValueError, match="resize"):
+        load_extractor("embedded:clip", preset=preset)
+
+
+def test_a_crop_below_an_extractors_side_is_refused_before_any_image_is_read():
+    with pytest.raises(ValueError, match=r"crop-63: .* below the 64 pixels .* give crop-64 or more"):
+        load_extractor("embedded:clip", preset="crop-63")
+    with pytest.raises(ValueError, match=r"below the 299 pixels"):
+        load_extractor("inception", preset="crop-256", smoke=True)
+    assert load_extractor("embedded:clip", preset="crop-72")(images(1, 80, 100))["image"].shape == (1, 128)
 
 
 def test_presets_differ_and_wrong_ones_are_named():

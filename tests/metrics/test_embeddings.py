@@ -3,9 +3,10 @@
 import pytest
 import torch
 from feature_sets import gaussian_sets
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 from transformers import CLIPProcessor
 
+from diffadapt.evaluation.extractors import load_extractor
 from diffadapt.metrics import clip_score, copy_rate, nearest_images, vendi
 from diffadapt.metrics.copying import copy_threshold
 from diffadapt.metrics.features import load_clip
@@ -58,6 +59,25 @@ def test_clip_score_is_a_hundred_times_the_cosine_of_the_stock_model():
     found = clip_score(images=images, texts=texts, model=clip)
     assert found == pytest.approx(max(0.0, 100 * float(cosines.mean())), abs=1e-3)
     assert clip_score(images=(images.float() / 255).split(2), texts=texts, model=clip) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (100, 200), (333, 77), (300, 512)])
+def test_clip_score_crops_the_middle_as_the_stock_processor_does(size):
+    clip = load_clip("embedded:clip")
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (2, 3, 8, 8), generator=generator).float()
+    images = interpolate(coarse, size, mode="bilinear").round().to(torch.uint8)
+    texts = ["a red cat", "two blue cars"]
+    found = clip_score(images=images, texts=texts, model=clip)
+    extractor = load_extractor("embedded:clip")
+    cosines = text_similarities(images=extractor(images)["image"], texts=extractor.texts(texts))
+    assert found == pytest.approx(max(0.0, 100 * float(cosines.mean())), abs=1e-3)
+    pixels = clip.processor(images=list(images), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        hidden = clip.model.vision_model(pixel_values=pixels).pooler_output
+        stock = clip.model.visual_projection(hidden)
+    expected = text_similarities(images=stock, texts=clip.texts(texts))
+    assert found == pytest.approx(max(0.0, 100 * float(expected.mean())), abs=0.1)  # it rounds to levels
 
 
 def test_clip_score_refuses_what_does_not_fit():
@@ -118,8 +138,14 @@ def test_vendi_is_the_exponential_of_the_entropy():
     assert found.interval.low < found.value < found.interval.high
 
 
-def test_vendi_refuses_a_row_without_direction():
+def test_vendi_counts_rows_without_direction_as_alike_and_unlike_all_others():
     features, _ = gaussian_sets(40)
-    features[3] = 0
-    with pytest.raises(ValueError, match="no direction"):
-        vendi(features=features)
+    features[3] = features[17] = 0
+    cosines = normalize(features) @ normalize(features).T
+    cosines[3, 3] = cosines[17, 17] = cosines[3, 17] = cosines[17, 3] = 1
+    shares = torch.linalg.eigvalsh(cosines / 40)
+    shares = shares[shares > 1e-12]
+    assert vendi(features=features) == pytest.approx(
+        float(torch.exp(-(shares * shares.log()).sum())), rel=1e-9
+    )
+    assert vendi(features=torch.zeros(4, 3)) == pytest.approx(1)

@@ -1,14 +1,21 @@
 """The kernel distance against torch-fidelity, torchmetrics, its definition; its variance against scatter."""
 
+import numpy as np
 import pytest
 import torch
 from feature_sets import gaussian_sets
 from torch import nn
+from torch.nn.functional import normalize
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from diffadapt.metrics import kid, kid_subsets
-from diffadapt.metrics.kernel import kid_subset_values, kid_subsets_with_interval, kid_with_interval
+from diffadapt.metrics import cmmd, kid, kid_subsets
+from diffadapt.metrics.kernel import (
+    cmmd_with_interval,
+    kid_subset_values,
+    kid_subsets_with_interval,
+    kid_with_interval,
+)
 
 
 def test_subsets_are_those_of_torch_fidelity():
@@ -87,3 +94,27 @@ def test_subsets_larger_than_a_set_are_refused():
     real, generated = gaussian_sets(30, 20)
     with pytest.raises(ValueError, match="subsets of 25 images"):
         kid_subsets(real=real, generated=generated, size=25)
+
+
+def test_cmmd_is_its_definition():
+    """Pair by pair in numpy: the biased estimate, sigma = 10, times 1000."""
+    real, generated = (normalize(rows).numpy() for rows in gaussian_sets(25, 19))
+
+    def mean_kernel(first, second):
+        squared = ((first[:, None] - second[None]) ** 2).sum(axis=2)
+        return np.exp(-squared / (2 * 10.0**2)).mean()
+
+    expected = 1000 * (
+        mean_kernel(real, real) + mean_kernel(generated, generated) - 2 * mean_kernel(real, generated)
+    )
+    assert cmmd(real=real, generated=generated) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(real=real, generated=real) == pytest.approx(0, abs=1e-9)
+
+
+def test_cmmd_intervals_hold_its_mean_at_these_numbers():
+    found = []
+    for seed in range(150):
+        real, generated = (normalize(rows) for rows in gaussian_sets(60, 50, seed=seed))
+        found.append(cmmd_with_interval(real=real, generated=generated))
+    mean = np.mean([each.value for each in found])
+    assert np.mean([each.interval.low <= mean <= each.interval.high for each in found]) >= 0.9

@@ -15,7 +15,7 @@ from diffadapt.evaluation.extractors.custom import custom
 from diffadapt.evaluation.extractors.digits import digits
 from diffadapt.evaluation.extractors.transformer import clip, dino
 from diffadapt.evaluation.hub import folder_of
-from diffadapt.evaluation.resize import PRESETS
+from diffadapt.evaluation.resize import check_preset
 from diffadapt.nearest import near
 
 __all__ = ["EMBEDDED", "NAMES", "Extractor", "available", "canonical", "load_extractor"]
@@ -66,8 +66,16 @@ def load_extractor(
         missing weights, with the remedies.
     """
     name, given = canonical(name), weights or {}
-    if preset is not None and preset not in PRESETS and not preset.startswith("crop-"):
-        raise ValueError(f"unknown resize preset {preset!r}{near(preset, [*PRESETS, 'crop-256'])}")
+    if preset is not None:
+        check_preset(preset, 1)  # before any weights are looked for
+    extractor = _built(name, given, preset=preset, device=device, download=download, smoke=smoke)
+    check_preset(extractor.preset, extractor.side)
+    return extractor
+
+
+def _built(
+    name: str, given: Mapping[str, Path], *, preset: str | None, device: str, download: bool, smoke: bool
+) -> Extractor:
     if name in weight_files.FILES:
         return _of_weight_file(name, given, preset=preset, device=device, download=download, smoke=smoke)
     if smoke and name not in EMBEDDED:

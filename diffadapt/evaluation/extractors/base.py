@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Extractor:
         logits: the layer of class scores for the Inception Score; None where there are none.
         network: (B, 3, side, side) float32 in [0, 255] -> layer -> (B, D).
         texts: captions -> (N, D) in the space of `features`; None without a text encoder.
+        roles: further roles of `metrics.inputs.ROLES` -> the layer that serves them; a layer that is not in
+            `layers` is made only when asked for.
         smoke: random weights; nothing made with them is a score.
     """
 
@@ -41,7 +43,20 @@ class Extractor:
     logits: str | None = None
     perceptual: str | None = None  # the layer in which squared distances are LPIPS
     texts: Callable[[Sequence[str]], Tensor] | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
     smoke: bool = False
+
+    def layer_of(self, role: str) -> str | None:
+        """The layer that serves a role; cosines take the features where no layer of length 1 is made."""
+        own = {"features": self.features, "logits": self.logits, "pixels": self.perceptual}
+        if role == "unit":
+            return self.roles.get("unit", self.features)
+        return own[role] if role in own else self.roles.get(role)
+
+    def serving(self, roles: Sequence[str]) -> Extractor:
+        """Itself with the layers that serve these roles."""
+        wanted = [self.roles[role] for role in roles if role in self.roles]
+        return replace(self, layers=tuple(dict.fromkeys([*self.layers, *wanted])))
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, side, side) float32 in [0, 255]."""

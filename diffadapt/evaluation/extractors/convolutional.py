@@ -29,6 +29,8 @@ LPIPS = {  # backbone -> its layers in torchvision after which features are take
     "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
 LPIPS_SIDE = 256  # pixels
+SPATIAL_BLOCK = "Mixed_6d"  # whose 1 x 1 branch is `mixed_6/conv` in TensorFlow's graph
+SPATIAL_CHANNELS = 7  # of its 192, in 17 x 17 places: 2023 numbers, ordered by row, column, channel
 
 
 class Inception(fidelity.FeatureExtractorInceptionV3):
@@ -63,14 +65,19 @@ class Inception(fidelity.FeatureExtractorInceptionV3):
         """Scaled as TensorFlow's graph does it; symmetric: to exactly [-1, 1], as pytorch-fid and PIQ do."""
         x = pixels / 127.5 - 1 if symmetric else (pixels - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        for layer in list(self.children())[:-2]:  # all but AvgPool and fc
+        for name, layer in list(self.named_children())[:-2]:  # all but AvgPool and fc
+            if name == SPATIAL_BLOCK:
+                spatial = layer.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             x = layer(x)
         pool = self.AvgPool(x).flatten(1)
-        return {"pool": pool, "logits_unbiased": pool.mm(self.fc.weight.T)}
+        return {"pool": pool, "logits_unbiased": pool.mm(self.fc.weight.T), "spatial": spatial}
 
 
 def inception(path: Path | None, *, sha256: str, preset: str | None, device: str) -> Extractor:
-    """Layers "pool" (2048) and "logits_unbiased" (1008); resize `tf1` unless told otherwise."""
+    """Layers "pool" (2048) and "logits_unbiased" (1008); resize `tf1` unless told otherwise.
+
+    When asked for "spatial" (2023): the features of sFID (arXiv 2103.03841) as ADM's evaluator takes them.
+    """
     model = frozen(Inception(_state(path)), device).fused()
     network = partial(model, symmetric=preset == "bilinear")
     layers = ("pool", "logits_unbiased")
@@ -83,6 +90,7 @@ def inception(path: Path | None, *, sha256: str, preset: str | None, device: str
         "pool",
         _on(device, network),
         layers[1],
+        roles={"spatial": "spatial"},
         smoke=path is None,
     )
 

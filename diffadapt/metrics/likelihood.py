@@ -1,0 +1,127 @@
+"""Feature likelihood score: how likely unseen real images are under the generated ones (FLS, arXiv
+2302.04440).
+
+A mixture of isotropic Gaussians, one around each generated image, gets the bandwidths under which the
+training images are likeliest. Test images are unlikely under it when the generated images are poor, too much
+alike, or copies of training images (whose bandwidths shrink to nothing).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffadapt.metrics.checks import Features, as_features, refuse_unequal_widths
+from diffadapt.metrics.intervals import Estimate, Interval, mean_interval
+
+MOST = 10_000  # images of each of the four sets, as in dgm-eval
+STEPS = 100
+RATE = 0.5
+SLOWER_FROM = 50  # steps after which the rate is a tenth
+LOG_BANDWIDTHS = (-100.0, 20.0)  # a generated copy of a training image would take its bandwidth to 0
+
+
+def fls(*, training: Features, test: Features, generated: Features, seed: int = 0) -> float:
+    """100 exp(-2 (L(generated) - L(other training images)) / D); higher is better, 100 is as real images do.
+
+    L is the mean negative log-likelihood of the test images under the mixture
+
+        p(x) = 1/M sum_j N(x; g_j, s_j I),    log s by 100 steps of Adam on the training images' likelihood.
+
+    Features are first brought to mean 0 and deviation 1 over all four sets together. The training images are
+    cut into two random halves: one fits the bandwidths, the other stands in for the generated images in the
+    second term. Each set is cut to the number of the smallest, at most 10,000.
+
+    Args:
+        training, test, generated: (N, D) features of one layer. The test images must not have been trained
+        on. seed: of the choice of images.
+    Raises: ValueError for NaN, widths that differ, or fewer than four training images.
+    Source: Jiralerspong et al., arXiv 2302.04440, section 3, as dgm-eval computes it (metrics/fls.py).
+    """
+    return fls_with_interval(training=training, test=test, generated=generated, seed=seed).value
+
+
+def fls_with_interval(*, training: Features, test: Features, generated: Features, seed: int = 0) -> Estimate:
+    """`fls` and Student's t interval over the test images, the mixtures held fixed."""
+    sets = _chosen(training, test, generated, seed)
+    width = sets.test.shape[1]
+    differences = _surprise(sets, sets.generated) - _surprise(sets, sets.baseline)  # (n,) of test images
+    spread = mean_interval(differences, over="test images")
+
+    def score(difference: float) -> float:
+        return 100 * math.exp(-2 * difference / width)
+
+    interval = Interval(score(spread.high), score(spread.low), f"{spread.method}, mixtures fixed")
+    return Estimate(score(float(differences.mean())), interval)
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """Four standardised sets of equally many images, (n, D)."""
+
+    fitting: Tensor
+    baseline: Tensor
+    test: Tensor
+    generated: Tensor
+
+
+def _chosen(training: Features, test: Features, generated: Features, seed: int) -> _Sets:
+    training = as_features("training", training)
+    test = as_features("test", test)
+    generated = as_features("generated", generated)
+    refuse_unequal_widths(test.shape[1], generated.shape[1])
+    refuse_unequal_widths(training.shape[1], generated.shape[1])
+    n = min(MOST, len(training) // 2, len(test), len(generated))
+    if n < 2:
+        raise ValueError(f"{len(training)} training images cannot be cut into two halves of at least 2")
+    generator = np.random.default_rng(seed)
+
+    def choose(rows: Tensor, count: int) -> Tensor:
+        return rows[torch.from_numpy(generator.permutation(len(rows))[:count])]
+
+    test = choose(test, n)
+    generated = choose(generated, n)
+    fitting, baseline = choose(training, 2 * n).split(n)
+    everything = torch.cat([fitting, baseline, test, generated])
+    deviation = everything.std(dim=0)
+    deviation[deviation == 0] = 1  # a column without any variation says nothing, and must not divide by 0
+    mean = everything.mean(dim=0)
+    return _Sets(*((rows - mean) / deviation for rows in (fitting, baseline, test, generated)))
+
+
+def _surprise(sets: _Sets, centres: Tensor) -> Tensor:
+    """Negative log-likelihood of each test image, (n,), under the mixture around `centres`."""
+    width = centres.shape[1]
+    logs = _fitted(torch.cdist(sets.fitting, centres).square(), width)
+    return -_log_likelihoods(torch.cdist(sets.test, centres).square(), logs, width)
+
+
+def _log_likelihoods(squared: Tensor, logs: Tensor, width: int) -> Tensor:
+    """Log of the mixture's density up to (2 pi)^(-D/2).
+
+    Args:
+        squared: (n, M) squared distances of the images to the centres.
+        logs: (M,) log s of each centre, s its variance.
+    """
+    exponents = -squared / (2 * logs.exp()) - width / 2 * logs
+    return exponents.logsumexp(dim=1) - math.log(squared.shape[1])
+
+
+def _fitted(squared: Tensor, width: int) -> Tensor:
+    """Log bandwidths (M,) by the published descent: Adam from 0, its rate a tenth in the second half."""
+    logs = torch.zeros(squared.shape[1], dtype=squared.dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([logs], lr=RATE)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [SLOWER_FROM], gamma=0.1)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            (-_log_likelihoods(squared, logs, width).mean()).backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                logs.clamp_(*LOG_BANDWIDTHS)
+    return logs.detach()
