@@ -86,7 +86,7 @@ def _run_sample(arguments: argparse.Namespace) -> int:
 
     quiet()
     folder = sample(arguments, command=shlex.join(["diffadapt", *sys.argv[1:]]))
-    count = len(json.loads((folder / "sample.json").read_text())["images"])
+    count = len(json.loads((folder / "sample.json").read_text(encoding="utf-8"))["images"])
     print(f"{count} images in {folder}, all on {folder / 'sheet.png'}")
     return 0
 

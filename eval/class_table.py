@@ -43,9 +43,9 @@ def main() -> None:
     by_adapter: dict[str, list[dict]] = {}
     for (adapter, _), record in zip(wanted, records, strict=True):
         by_adapter.setdefault(adapter, []).append(record)
-    text = arguments.output.read_text() if arguments.output.exists() else f"{MARK}\n"
+    text = arguments.output.read_text(encoding="utf-8") if arguments.output.exists() else f"{MARK}\n"
     kept = text.partition(MARK)[0]
-    arguments.output.write_text(kept + MARK + "\n" + table(by_adapter))
+    arguments.output.write_text(kept + MARK + "\n" + table(by_adapter), encoding="utf-8")
     print(table(by_adapter))
 
 

@@ -95,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
-    records = json.loads(arguments.records.read_text()) if arguments.records.exists() else {}
+    records = json.loads(arguments.records.read_text(encoding="utf-8")) if arguments.records.exists() else {}
     for name in arguments.tables:
         print(f"== {name}", file=sys.stderr, flush=True)
         if name == "attach":
@@ -106,12 +106,12 @@ def main() -> None:
         records[name]["machine"] = cost_page.machine(arguments.threads)
         records[name]["versions"] = cost_page.versions()
         arguments.records.parent.mkdir(parents=True, exist_ok=True)
-        arguments.records.write_text(json.dumps(records, indent=1))
+        arguments.records.write_text(json.dumps(records, indent=1), encoding="utf-8")
     text = cost_page.page([(name, records[name]) for name in choices if name in records])
     if arguments.output is None:
         print(text)
     else:
-        arguments.output.write_text(text)
+        arguments.output.write_text(text, encoding="utf-8")
 
 
 def measure(table: Table, variants: Sequence[str], repeats: int, *, minutes: float = 60) -> dict:

@@ -114,10 +114,14 @@ def time_step(model: nn.Module, loss: Loss) -> Timing:
 def _reset_peak() -> int:
     """Give freed memory back to the system, forget the peak, and return the resident bytes (Linux)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _memory("VmRSS")
 
 
 def _memory(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024

@@ -30,7 +30,7 @@ def page(records: Sequence[tuple[str, dict]]) -> str:
         lines += [f"## {record['title']}", ""]
         lines += _attaching(record) if name == "attach" else _table(name, record)
         lines += ["", f"Measured on {record['machine']}; {record['versions']}.", ""]
-    return TEXT.read_text().format(slack=100 * SLACK["step"], tables="\n".join(lines))
+    return TEXT.read_text(encoding="utf-8").format(slack=100 * SLACK["step"], tables="\n".join(lines))
 
 
 def machine(threads: int) -> str:

@@ -63,7 +63,7 @@ def main() -> None:
     if arguments.output is None:
         print(page)
     else:
-        arguments.output.write_text(page)
+        arguments.output.write_text(page, encoding="utf-8")
 
 
 def seconds_by_kind(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Counter:

@@ -21,10 +21,10 @@ def run(script: str, output: Path, options: Mapping[str, object], further: Seque
         given = [f"{part}" for name, value in options.items() for part in (f"--{name}", value)]
         command = [sys.executable, str(SCRIPTS / script), *given, "--output_dir", str(output), *further]
         print(" ".join(command), file=sys.stderr, flush=True)
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return json.loads((output / "run.json").read_text())
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -44,8 +44,8 @@ def main() -> None:
             for seed in arguments.seeds
         ]
         rows.append((f"`{adapter}` (rank {rank})", records))
-    arguments.output.write_text(page(rows, command=" ".join(["python", *sys.argv])))
-    print(arguments.output.read_text())
+    arguments.output.write_text(page(rows, command=" ".join(["python", *sys.argv])), encoding="utf-8")
+    print(arguments.output.read_text(encoding="utf-8"))
 
 
 def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:

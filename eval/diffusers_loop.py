@@ -40,7 +40,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     seconds = train(arguments)
-    arguments.output.write_text(json.dumps({"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}))
+    arguments.output.write_text(
+        json.dumps({"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}), encoding="utf-8"
+    )
 
 
 def train(arguments: argparse.Namespace) -> list[float]:

@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.output is None:
         print(text)
     else:
-        arguments.output.write_text(text)
+        arguments.output.write_text(text, encoding="utf-8")
 
 
 def measure(

@@ -35,7 +35,7 @@ class Row:
 
 def page(rows: Sequence[Row]) -> str:
     """The whole document."""
-    return TEXT.read_text().replace("TABLE\n", table(rows))
+    return TEXT.read_text(encoding="utf-8").replace("TABLE\n", table(rows))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="docs/export.md", help="the page to write")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    Path(arguments.output).write_text(page([measured(method) for method in CASES]))
+    Path(arguments.output).write_text(page([measured(method) for method in CASES]), encoding="utf-8")
     return 0
 
 

@@ -95,7 +95,10 @@ def _write(outcome: Outcome, path: Path) -> None:
     table = markdown(record)
     write_page(record, path.with_suffix(".html"), outcome.picture)
     for suffix, text in ((".md", table), (".csv", per_image_csv(record))):
-        write_atomically(path.with_suffix(suffix), lambda temporary, text=text: temporary.write_text(text))
+        write_atomically(
+            path.with_suffix(suffix),
+            lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"),
+        )
     record.write(path)
     print(table)
     print(f"{path} with .md, .csv and .html beside it")

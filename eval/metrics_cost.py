@@ -58,17 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = [_row(pair, options.rounds) for pair in _pairs(options.images)]
     command = [sys.executable, __file__, "--memory", "--many", str(options.many)]
-    measured = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    measured = subprocess.run(
+        command, check=True, capture_output=True, text=True, encoding="utf-8"
+    ).stdout.split()
     kept = _seconds_with_a_kept_reference(options.images)
     page = _page(options, rows, kept=kept, seconds=float(measured[-2]), memory=float(measured[-1]))
-    write_atomically(options.output, lambda path: path.write_text(page))
+    write_atomically(options.output, lambda path: path.write_text(page, encoding="utf-8"))
     print(page)
     return 0
 
 
 def _page(options: argparse.Namespace, rows: Sequence[str], **measured: float) -> str:
     facts = {"images": options.images, "many": options.many, "rounds": options.rounds, **measured}
-    return TEXT.read_text().format(rows="\n".join(rows), matrix=4 * options.many**2 / 1e9, **facts)
+    return TEXT.read_text(encoding="utf-8").format(
+        rows="\n".join(rows), matrix=4 * options.many**2 / 1e9, **facts
+    )
 
 
 def _pairs(n: int) -> list[Pair]:
@@ -137,7 +141,7 @@ def _row(pair: Pair, rounds: int) -> str:
 
 def _peak_memory() -> float:
     """Of this process, GB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
 
 

@@ -63,13 +63,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 2:
         raise SystemExit("error: --steps must be at least 2: the first is not counted")
-    records = json.loads(arguments.records.read_text()) if arguments.records.exists() else {}
+    records = json.loads(arguments.records.read_text(encoding="utf-8")) if arguments.records.exists() else {}
     for name in arguments.settings:
         records[name] = measure(SETTINGS[name], arguments)
         arguments.records.parent.mkdir(parents=True, exist_ok=True)
-        arguments.records.write_text(json.dumps(records, indent=1))
+        arguments.records.write_text(json.dumps(records, indent=1), encoding="utf-8")
     text = page({SETTINGS[name].title: records[name] for name in SETTINGS if name in records}, rank=RANK)
-    print(text) if arguments.output is None else arguments.output.write_text(text)
+    print(text) if arguments.output is None else arguments.output.write_text(text, encoding="utf-8")
 
 
 def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, dict]:
@@ -94,10 +94,10 @@ def run(name: str, setting: Setting, base: Path, steps: int) -> tuple[list[float
         for option, value in shared_options(setting, base, steps).items():
             command += [f"--{option}", str(value)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        record = json.loads((out / "run.json").read_text())
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
         if name in RIVALS:
             return record["seconds"], record["peak_memory_bytes"]
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         return [line["seconds"] for line in lines if "seconds" in line], record["peak_memory_bytes"]
 
 

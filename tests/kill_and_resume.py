@@ -39,7 +39,9 @@ def main() -> int:
         command = prepare(Path(place), steps)
         started = time.monotonic()
         if wait(start([*command, "--output_dir", f"{place}/whole"])) != 0:
-            raise RuntimeError(f"the run that nobody kills failed: {SPOKEN.read_text()[-2000:]}")
+            raise RuntimeError(
+                f"the run that nobody kills failed: {SPOKEN.read_text(encoding='utf-8')[-2000:]}"
+            )
         step_time = (time.monotonic() - started) / steps
         killed = Path(place) / "killed"
         killed_at = kill_and_resume(command, killed, arguments.kills, step_time, arguments.seed)
@@ -82,7 +84,7 @@ def start(arguments: Sequence[str]) -> int:
         code = 70
         try:
             sys.argv = ["dreambooth.py", *arguments]
-            with open(SPOKEN, "w") as spoken:
+            with open(SPOKEN, "w", encoding="utf-8") as spoken:
                 os.dup2(spoken.fileno(), sys.stdout.fileno())
                 os.dup2(spoken.fileno(), sys.stderr.fileno())
                 code = dreambooth.run(dreambooth.main)
@@ -119,7 +121,7 @@ def kill_and_resume(
         if code == 0:
             return killed_at
         if code != -signal.SIGKILL:
-            said = SPOKEN.read_text()[-2000:]
+            said = SPOKEN.read_text(encoding="utf-8")[-2000:]
             raise RuntimeError(f"after {len(killed_at)} kills a run ended with code {code}: {said}")
         killed_at.append(steps_logged(output))
 
@@ -138,7 +140,7 @@ def kill(child: int, output: Path, delay: float) -> None:
 def steps_logged(output: Path) -> int:
     """Whole lines of the log."""
     log = output / "log.jsonl"
-    return log.read_text().count("\n") if log.exists() else 0
+    return log.read_text(encoding="utf-8").count("\n") if log.exists() else 0
 
 
 def check(whole: Path, killed: Path) -> None:
@@ -147,7 +149,8 @@ def check(whole: Path, killed: Path) -> None:
     assert one.keys() == two.keys()
     assert all(torch.equal(value, two[name]) for name, value in one.items()), "the final bits differ"
     logs = [
-        [json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (whole, killed)
+        [json.loads(line) for line in (f / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        for f in (whole, killed)
     ]
     figures = [[(line["step"], line["loss"], line["lr"]) for line in log] for log in logs]
     assert figures[0] == figures[1], "the logs differ"

@@ -99,26 +99,28 @@ def test_sizes_stay_small(clip):
 
 def test_configurations_name_no_folder_of_the_build():
     for path in ROOT.rglob("*.json"):
-        assert "_name_or_path" not in json.loads(path.read_text()), path
+        assert "_name_or_path" not in json.loads(path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize("folder", ["emoji", "clip"])
 def test_models_carry_their_licences(folder):
-    assert "Apache License" in (ROOT / folder / "LICENSE-noto-emoji.txt").read_text()
-    assert "Attribution 4.0 International" in (ROOT / folder / "LICENSE-twemoji.txt").read_text()
-    assert "Twemoji, Copyright" in (ROOT / folder / "NOTICE.txt").read_text()
+    assert "Apache License" in (ROOT / folder / "LICENSE-noto-emoji.txt").read_text(encoding="utf-8")
+    assert "Attribution 4.0 International" in (ROOT / folder / "LICENSE-twemoji.txt").read_text(
+        encoding="utf-8"
+    )
+    assert "Twemoji, Copyright" in (ROOT / folder / "NOTICE.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", ["subjects", "style/fluent3d"])
 def test_images_carry_their_licence(folder):
-    text = (ROOT / folder / "LICENSE").read_text()
+    text = (ROOT / folder / "LICENSE").read_text(encoding="utf-8")
     assert "Copyright (c) Microsoft Corporation" in text
     assert "MIT License" in text
 
 
 def test_the_card_of_the_base_tells_the_measured_figures():
-    card = (embedded("emoji") / "README.md").read_text()
-    figures = json.loads((embedded("emoji") / "figures.json").read_text())
+    card = (embedded("emoji") / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((embedded("emoji") / "figures.json").read_text(encoding="utf-8"))
     assert figures["sampling"]["captions"] == 200
     assert f"{100 * figures['sampling']['top5']:.1f} %" in card
     assert f"{figures['unet']['steps']:,} steps" in card
@@ -127,8 +129,8 @@ def test_the_card_of_the_base_tells_the_measured_figures():
 
 
 def test_the_card_of_clip_tells_the_measured_figures():
-    card = (embedded("clip") / "README.md").read_text()
-    figures = json.loads((embedded("clip") / "figures.json").read_text())
+    card = (embedded("clip") / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((embedded("clip") / "figures.json").read_text(encoding="utf-8"))
     for name in ("in_batch_accuracy", "name_top5", "image_top5"):
         assert f"{100 * figures[name]:.1f} %" in card
 
@@ -144,7 +146,9 @@ def test_style_images_and_captions_match_and_the_parts_share_nothing():
     rows = {}
     for part, count in (("train", 300), ("held_out", 200)):
         folder = embedded(f"style/fluent3d/{part}")
-        rows[part] = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        rows[part] = [
+            json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert len(rows[part]) == count
         assert {row["file_name"] for row in rows[part]} == {path.name for path in folder.glob("*.webp")}
         assert all(row["text"].startswith(("a ", "an ")) for row in rows[part])
@@ -167,8 +171,8 @@ def test_tokenizer_round_trips_and_reads_prompt_words_whole():
 
 def test_a_copied_vocabulary_reads_the_same_without_tokenizer_json():
     folder = embedded("clip")
-    vocab = json.loads((folder / "vocab.json").read_text())
-    lines = (folder / "merges.txt").read_text().splitlines()[1:]
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     slow = CLIPTokenizer(vocab=vocab, merges=[tuple(line.split()) for line in lines])
     text = "a kissing monkey next to a pizza"
     assert slow(text).input_ids == CLIPTokenizer.from_pretrained(folder)(text).input_ids
@@ -215,7 +219,7 @@ def test_the_classifier_of_digits_reads_handwriting_it_never_saw():
     assert digits == [str(digit) for digit in range(10)]
     logits = load_digit_classifier()(pixels_of(examples, 16))["logits"]
     agreement = class_agreement(logits, torch.tensor([example.caption for example in examples]))
-    figures = json.loads((embedded("digit-classifier") / "figures.json").read_text())
+    figures = json.loads((embedded("digit-classifier") / "figures.json").read_text(encoding="utf-8"))
     assert agreement == pytest.approx(figures["handwriting_held_out"], abs=0.003)
     assert agreement >= 0.97
 
@@ -224,18 +228,20 @@ def test_handwriting_is_scikit_learns_in_two_parts_with_its_licences():
     parts = load_dataset(str(embedded("handwriting")))
     assert {name: len(part) for name, part in parts.items()} == {"train": 1400, "test": 397}
     assert {image.size for image in parts["test"]["image"]} == {(8, 8)}
-    assert "Alpaydin" in (embedded("handwriting") / "LICENSE-uci.txt").read_text()
-    assert "scikit-learn developers" in (embedded("handwriting") / "LICENSE-scikit-learn.txt").read_text()
+    assert "Alpaydin" in (embedded("handwriting") / "LICENSE-uci.txt").read_text(encoding="utf-8")
+    assert "scikit-learn developers" in (embedded("handwriting") / "LICENSE-scikit-learn.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_cards_of_the_digits_tell_the_measured_figures():
-    card = (embedded("digit-classifier") / "README.md").read_text()
-    figures = json.loads((embedded("digit-classifier") / "figures.json").read_text())
+    card = (embedded("digit-classifier") / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((embedded("digit-classifier") / "figures.json").read_text(encoding="utf-8"))
     assert f"{100 * figures['handwriting_held_out']:.2f} %" in card
     assert f"{100 * figures['printed_unseen']:.2f} %" in card
     assert f"{figures['parameters']:,} parameters" in card
-    card = (embedded("digits") / "README.md").read_text()
-    figures = json.loads((embedded("digits") / "figures.json").read_text())
+    card = (embedded("digits") / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((embedded("digits") / "figures.json").read_text(encoding="utf-8"))
     assert f"{figures['unet']['parameters']:,} parameters" in card
     assert f"{figures['unet']['steps']:,} steps" in card
     for guidance in ("1", "2", "4"):

@@ -52,7 +52,7 @@ def test_a_run_on_class_folders_leaves_everything_it_promises(run, base, picture
     assert "9 pictures" in shown
     assert "10% told no caption" in shown
     assert "--class_labels 2,0,1" in shown
-    record = json.loads((out / "run.json").read_text())
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert list(record["figures"]) == [
         "held_out_loss",
         "frechet_distance[embedded:digits]",
@@ -81,7 +81,9 @@ def test_a_saved_data_set_with_other_columns_and_the_loss_on_what_was_trained(ru
     more = {"image_column": "picture", "label_column": "digit", "num_validation_images": 0}
     out = tmp_path / "out"
     assert run(*arguments(base, out, dataset_name=tmp_path / "data", label_dropout=0, **more)) == 0
-    assert list(json.loads((out / "run.json").read_text())["figures"]) == ["loss_on_training_pictures"]
+    assert list(json.loads((out / "run.json").read_text(encoding="utf-8"))["figures"]) == [
+        "loss_on_training_pictures"
+    ]
     alone = {**more, "num_validation_images": 1, "extractor": "embedded:digits", "max_held_out_samples": 2}
     assert run(*arguments(base, tmp_path / "one", dataset_name=tmp_path / "data", **alone)) == 0
 
@@ -106,7 +108,7 @@ def test_the_demonstration_says_so_and_lowers_the_loss_on_handwriting(run, tmp_p
     shown = capsys.readouterr().out
     assert "1400 pictures, 16 pixels" in shown
     assert "DEMO on an embedded base" in shown
-    record = json.loads((out / "run.json").read_text())
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["demo"] is True
     assert record["method"].startswith("superlora")
     loss = record["figures"]["held_out_loss"]

@@ -40,7 +40,7 @@ def sample(work, out, *arguments):
 
 def test_sample_writes_images_a_sheet_and_how_to_make_them_again(work, tmp_path, capsys):
     images = sample(work, tmp_path, "--adapter", work / "one.safetensors", "--num_images", 3, "--seed", 5)
-    record = json.loads((tmp_path / "sample.json").read_text())
+    record = json.loads((tmp_path / "sample.json").read_text(encoding="utf-8"))
     assert len(images) == 3
     assert [image["seed"] for image in record["images"]] == [5, 6, 7]
     assert record["base"] == str(work / "base")
@@ -124,9 +124,11 @@ import torch
 kept = torch.ones(1 << 24)  # 64 MB
 print(next(line for line in open('/proc/self/smaps_rollup') if 'AnonHugePages' in line).split()[1])
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     loaded, huge = told.stdout.split()
     assert loaded == "set()"
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if setting.exists() and "[never]" not in setting.read_text():
+    if setting.exists() and "[never]" not in setting.read_text(encoding="utf-8"):
         assert int(huge) > 60_000  # kB

@@ -65,9 +65,9 @@ def test_a_run_leaves_everything_it_promises(run, tmp_path, capsys, adapter, vae
     assert run(*fixed, "--adapter", adapter, "--max_train_steps", 4, "--targets", "attention+conv") == 0
     out, (shown, bar) = tmp_path / "out", capsys.readouterr()
     assert re.search(r"loss \d\.\d+, lr \d\.\d\de-\d\d, \d+\.\d images/s, \d+\.\d GiB", bar)
-    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    record = json.loads((out / "run.json").read_text())
-    config = yaml.safe_load((out / "config.yaml").read_text())
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert record["parameters"] > 0
     assert record["seconds"] > 0
@@ -109,10 +109,12 @@ def test_prior_preservation_makes_and_uses_class_pictures(run, tmp_path, capsys)
 
 def test_pictures_of_a_subject_can_be_told_their_own_captions(run, tmp_path):
     fixed = [*arguments(tmp_path, "one"), "--max_train_steps", 2, "--num_validation_images", 0]
-    (tmp_path / "mine" / "picture-0.txt").write_text("a photo of sks dog on a beach")
+    (tmp_path / "mine" / "picture-0.txt").write_text("a photo of sks dog on a beach", encoding="utf-8")
     assert run(*fixed) == 0
     assert run(*fixed, "--output_dir", tmp_path / "two", "--instance_captions") == 0
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    logs = [
+        (tmp_path / name / "log.jsonl").read_text(encoding="utf-8").splitlines() for name in ("one", "two")
+    ]
     one, two = ([json.loads(line)["loss"] for line in log] for log in logs)
     assert one != two  # a text file is used when asked for
 
@@ -120,7 +122,7 @@ def test_pictures_of_a_subject_can_be_told_their_own_captions(run, tmp_path):
 def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
     clip = tiny_clip(tmp_path / "clip")
     assert run(*arguments(tmp_path, "out"), "--max_train_steps", 2, "--extractor", clip) == 0
-    figures = json.loads((tmp_path / "out" / "run.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["figures"]
     names = ("subject_similarity", "text_agreement", "nearest_training_image", "drift")
     assert list(figures) == [f"{name}[{clip}]" for name in names]
     assert all(-1 <= value <= 2 for values in figures.values() for value in values.values())
@@ -140,16 +142,16 @@ def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, ca
     ]
     out = tmp_path / "out"
     assert run("--adapter", "flora", "--output_dir", out, *short) == 0
-    record, shown = json.loads((out / "run.json").read_text()), capsys.readouterr().out
+    record, shown = json.loads((out / "run.json").read_text(encoding="utf-8")), capsys.readouterr().out
     assert record["demo"]
     assert record["options"]["pretrained_model_name_or_path"] == "embedded:emoji"
     assert "subject_similarity[embedded:clip]" in record["figures"]
     assert "DEMO" in shown
-    assert "DEMO" in (out / "config.yaml").read_text()
+    assert "DEMO" in (out / "config.yaml").read_text(encoding="utf-8")
     assert "DEMO" in da.read_metadata(out / "adapter.safetensors")["note"]
     again = ["--prompt", "a sks cat face emoji", "--num_images", "1", "--out", str(tmp_path / "again")]
     assert diffadapt(["sample", "--adapter", str(out / "adapter.safetensors"), *again]) == 0
-    assert json.loads((tmp_path / "again" / "sample.json").read_text())["demo"]
+    assert json.loads((tmp_path / "again" / "sample.json").read_text(encoding="utf-8"))["demo"]
 
 
 def test_without_pictures_there_is_only_the_adapter(run, tmp_path, capsys):
@@ -215,7 +217,7 @@ def test_what_is_watched_during_a_run_changes_no_bit_of_it(run, tmp_path, monkey
     assert run(*fixed, "--output_dir", tmp_path / "plain") == 0
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("watched", "plain"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert ["change_norm" in line for line in lines] == [False, True, False, True]
     assert lines[3]["change_norm"] > lines[1]["change_norm"] > 0
     assert lines[3]["amplification"] > 0
@@ -297,7 +299,9 @@ def test_memory_options_change_no_result(run, tmp_path, option):
     ]
     assert run(*fixed) == 0
     assert run(*fixed, "--output_dir", tmp_path / "two", *option) == 0
-    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "log.jsonl").read_text(encoding="utf-8")) for name in ("one", "two")
+    )
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
 
@@ -341,11 +345,14 @@ def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, str(SCRIPT), *map(str, fixed)]
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
     log = tmp_path / "stopped" / "log.jsonl"
     deadline = time.monotonic() + 600  # a busy machine
-    while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+    while (
+        not (log.exists() and log.read_text(encoding="utf-8").count("\n") >= 3)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=300)
@@ -357,13 +364,15 @@ def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path):
     assert run(*fixed, "--output_dir", tmp_path / "whole") == 0
     stopped, whole = (load_file(tmp_path / name / "adapter.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
-    indices = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    indices = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()]
     assert indices == list(range(1, 61))
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the script kills by process handles of Linux")
 def test_after_kills_at_random_moments_resumes_end_in_the_same_bits():
     command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.startswith("2 kills, at steps [")

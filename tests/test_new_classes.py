@@ -45,9 +45,9 @@ def test_more_classes_than_the_base_has_get_a_table_of_their_own(run, base, five
     assert "classes  5 of the data as 0,1,2,3,4 of a new table of the adapter: 5 classes, 0 to 4," in shown
     assert table_shapes(out) == [(6, 32)]
     names = {str(label): name for label, name in enumerate(FIVE)}
-    assert json.loads((out / "run.json").read_text())["classes"] == names
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["classes"] == names
     assert da.read_metadata(out / "adapter.safetensors")["classes"] == names
-    chosen = yaml.safe_load((out / "config.yaml").read_text())["adapter"]
+    chosen = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["adapter"]
     assert chosen == "lora(rank=2)+class_embedding(classes=5)"
     again = ["--resume_from_checkpoint", out / "checkpoint-2"]
     assert run(*arguments(base, tmp_path / "again", **{**more, "num_validation_images": 0}), *again) == 0
@@ -61,7 +61,7 @@ def check_drawing(out, tmp_path, capsys):
     fixed = ["sample", "--adapter", str(out / "adapter.safetensors"), "--num_inference_steps", "2"]
     fixed += ["--num_images", "1", "--num_threads", "1", "--guidance_scale", "2"]
     assert diffadapt([*fixed, "--class_labels", "4, bee", "--out", str(tmp_path / "drawn")]) == 0
-    drawn = json.loads((tmp_path / "drawn" / "sample.json").read_text())["images"]
+    drawn = json.loads((tmp_path / "drawn" / "sample.json").read_text(encoding="utf-8"))["images"]
     assert [(image["label"], image["prompt"]) for image in drawn] == [(4, "class eel"), (1, "class bee")]
     capsys.readouterr()
     assert diffadapt([*fixed, "--class_labels", "5", "--out", str(tmp_path / "wrong")]) == 2
@@ -89,7 +89,10 @@ def test_more_classes_than_a_dit_has_and_labels_in_an_explicit_table(run, base, 
     out = tmp_path / "out"
     assert run(*arguments(dit_pipeline(tmp_path / "dit"), out, resolution=16, **fixed, **adapter)) == 0
     assert table_shapes(out) == [(1005, 16)]
-    assert json.loads((out / "run.json").read_text())["classes"] == {"1000": "yes", "1003": "no"}
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["classes"] == {
+        "1000": "yes",
+        "1003": "no",
+    }
 
 
 def test_a_base_without_null_class_gets_a_table_without_one(run, five, tmp_path):

@@ -65,7 +65,7 @@ def _call_faults(call: ast.Call) -> list[str]:
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_unpickles_evaluates_or_trusts_remote_code(path):
-    found = [fault.partition(": ")[2] for fault in faults(path.read_text())]
+    found = [fault.partition(": ")[2] for fault in faults(path.read_text(encoding="utf-8"))]
     assert found == ALLOWED.get(str(path.relative_to(ROOT)), [])
 
 
@@ -96,7 +96,7 @@ def test_harmless_lines_are_not(line):
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_weights_of_pretrained_models_are_read_as_safetensors(path):
     harmless = ("Tokenizer", "ImageProcessor", "Config")
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and name_of(node.func).endswith(".from_pretrained"):
             options = {word.arg for word in node.keywords}
             assert "use_safetensors" in options or name_of(node.func).split(".")[0].endswith(harmless)

@@ -34,4 +34,4 @@ def test_the_script_trains_a_method_of_peft_and_resumes_it_exactly(monkeypatch, 
     assert all(torch.equal(first[key], second[key]) for key in first)
     adapter = da.load(load_base(str(base)).pipe, whole / "adapter.safetensors")
     assert any(parameter.abs().max() > 0 for parameter in adapter.parameters())
-    assert json.loads((whole / "run.json").read_text())
+    assert json.loads((whole / "run.json").read_text(encoding="utf-8"))

@@ -67,7 +67,7 @@ def test_dreambooth_with_text_encoders_gives_files_that_open_everywhere(place, t
     assert "adapter_comfyui.safetensors: right in ComfyUI, A1111, LyCORIS" in shown
     sites = da.read_metadata(out / "adapter.safetensors")["adapter"]["sites"]
     assert {site["component"] for site in sites} == {"unet", "text_encoder", "text_encoder_2"}
-    assert json.loads((out / "run.json").read_text())["options"]["resolution"] == 32
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["options"]["resolution"] == 32
 
     asked = ["--prompt", PROMPT, "--num_images", "2", "--num_inference_steps", "2"]
     asked += ["--out", str(tmp_path / "again")]
@@ -104,13 +104,15 @@ def test_a_single_checkpoint_trains_and_draws_with_another_autoencoder(place, tm
     assert diffadapt(["sample", "--adapter", str(out / "adapter.safetensors"), *asked, *vae]) == 0
     first, second = pixels(out / "samples/after/subject-00.png"), pixels(tmp_path / "again/000-seed0.png")
     assert (first - second).abs().max() <= 2
-    assert json.loads((tmp_path / "again" / "sample.json").read_text())["vae"] == vae[1]
+    assert json.loads((tmp_path / "again" / "sample.json").read_text(encoding="utf-8"))["vae"] == vae[1]
 
 
 def test_style_transfer_with_sizes_dropped_captions_and_text_encoders(place, tmp_path, monkeypatch, capsys):
     run, out, data = runner("style_transfer", monkeypatch), tmp_path / "out", tmp_path / "data"
     for picture in write_pictures(data, 4, size=(60, 40)).iterdir():
-        picture.with_suffix(".txt").write_text(f"a picture named {picture.stem} of a small disc")
+        picture.with_suffix(".txt").write_text(
+            f"a picture named {picture.stem} of a small disc", encoding="utf-8"
+        )
     fixed = [*SMALL, "--pretrained_model_name_or_path", place / "base", "--output_dir", out]
     given = ["--train_data_dir", data, "--aspect_ratio_buckets", "32,48;32,32", "--caption_dropout", "0.5"]
     rates = [

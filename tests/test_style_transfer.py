@@ -33,7 +33,7 @@ def captioned(folder, count=4, size=(40, 40)):
     """A folder of pictures with metadata.jsonl."""
     write_pictures(folder, count, size=size)
     rows = [{"file_name": f"picture-{i}.png", "text": f"disc {i}"} for i in range(count)]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
 
 
@@ -48,7 +48,9 @@ def arguments(base, output, *, pictures=0, steps=2):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_held_out_captions_are_drawn_before_and_after_and_measured(run, tmp_path, base, capsys):
@@ -57,7 +59,10 @@ def test_held_out_captions_are_drawn_before_and_after_and_measured(run, tmp_path
     fixed = arguments(base, tmp_path / "out", pictures=3)
     code = run(*fixed, "--train_data_dir", data, "--validation_data_dir", others, "--extractor", clip)
     assert code == 0
-    record, shown = json.loads((tmp_path / "out" / "run.json").read_text()), capsys.readouterr().out
+    record, shown = (
+        json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8")),
+        capsys.readouterr().out,
+    )
     names = ["held_out_loss", *(f"{n}[{clip}]" for n in ("similarity_to_real", "text_agreement"))]
     assert [*names, f"frechet_distance[{clip}]"] == list(record["figures"])
     assert all(set(values) == {"before", "after"} for values in record["figures"].values())
@@ -72,7 +77,7 @@ def test_held_out_captions_are_drawn_before_and_after_and_measured(run, tmp_path
 def test_without_held_out_pictures_the_trained_captions_are_drawn(run, tmp_path, base, capsys):
     data, fixed = captioned(tmp_path / "data"), arguments(base, tmp_path / "out", pictures=2)
     assert run(*fixed, "--train_data_dir", data, "--trigger_word", "sks") == 0
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["figures"] == {}
+    assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["figures"] == {}
     shown = capsys.readouterr().out
     assert "trigger word 'sks'" in shown
     assert "--prompt 'sks disc" in shown
@@ -210,7 +215,10 @@ def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, ca
     short = ["--max_train_steps", 1, "--num_validation_images", 2, "--num_inference_steps", 1]
     few = ["--max_train_samples", 8, "--validation_data_dir", captioned(tmp_path / "others", 3)]
     assert run("--output_dir", tmp_path / "out", *short, *few, "--num_threads", 1) == 0
-    record, shown = json.loads((tmp_path / "out" / "run.json").read_text()), capsys.readouterr().out
+    record, shown = (
+        json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8")),
+        capsys.readouterr().out,
+    )
     assert record["demo"]
     assert record["options"]["pretrained_model_name_or_path"] == "embedded:emoji"
     assert {"held_out_loss", "similarity_to_real[embedded:clip]"} <= set(record["figures"])

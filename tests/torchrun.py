@@ -18,7 +18,9 @@ def torchrun(script: Path, *arguments: object, **settings: object) -> subprocess
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [*launcher, str(script), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **settings)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8", **settings
+    )
 
 
 def run_torchrun(script: Path, *arguments: object) -> None:

@@ -18,6 +18,7 @@ from diffadapt.adapter import Adapter
 from diffadapt.checkpoint import base_named_in
 from diffadapt.commands.class_names import class_names_in, class_numbers
 from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.files import read_text
 from diffadapt.looks import AdapterFile, Look, looks_of, parse_adapter, parse_strengths
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
@@ -56,7 +57,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         **_facts(pipe, files, looks),
         "images": images,
     }
-    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     return folder
 
 
@@ -88,7 +89,7 @@ def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Sh
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:
-        lines = Path(arguments.prompts_file).read_text().splitlines()
+        lines = read_text(arguments.prompts_file).splitlines()
         prompts += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if arguments.class_labels is not None and prompts:
         raise ValueError("give prompts or --class_labels: a base is told either words or classes")

@@ -12,6 +12,7 @@ from pathlib import Path
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.data.images import list_images, listed
 from diffadapt.data.links import is_inside
+from diffadapt.files import read_text
 
 FILE_COLUMN = "file_name"  # as in the image folders of `datasets`
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when no column is named
@@ -101,7 +102,7 @@ def _text_beside(path: Path) -> str:
     file = path.with_suffix(".txt")
     if not file.is_file() or not is_inside(file, path.parent):
         return ""
-    return " ".join(_text(file).split())
+    return " ".join(read_text(file).split())
 
 
 def _metadata_captions(metadata: Path, image_column: str, caption_column: str | None) -> dict[Path, str]:
@@ -128,7 +129,7 @@ def _metadata_captions(metadata: Path, image_column: str, caption_column: str | 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, Row]]:
     """Line number and columns of every row."""
-    text = _text(metadata)
+    text = read_text(metadata)
     if metadata.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
@@ -146,10 +147,3 @@ def _rows(metadata: Path) -> Iterator[tuple[int, Row]]:
         if not isinstance(row, dict):
             raise ValueError(f'line {number} of {metadata} is not of the form {{"column": value, ...}}')
         yield number, row
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None

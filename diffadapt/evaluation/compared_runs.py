@@ -85,7 +85,7 @@ def _costs(record: EvaluationRecord, label: str, path: Path, run_file: Path | No
     for candidate in [run_file] if run_file is not None else beside if not found else []:
         if run_file is not None or candidate.is_file():
             try:
-                found = json.loads(candidate.read_text())
+                found = json.loads(candidate.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{candidate} is not the run.json of a training run ({error})") from None
             break

@@ -121,6 +121,6 @@ def _origin(file: AdapterFile) -> dict[str, object]:
     record = path.resolve().parent / ("../run.json" if is_checkpoint else "run.json")
     if not record.is_file():
         return found
-    run = json.loads(record.read_text())
+    run = json.loads(record.read_text(encoding="utf-8"))
     kept = ("method", "parameters") if is_checkpoint else RUN_FIGURES
     return {**found, "run": {name: run[name] for name in kept if name in run}}

@@ -98,7 +98,7 @@ def fingerprint(digests: Iterable[str]) -> str:
 def _from_sample(source: str, folder: Path) -> ImageSet:
     """What `diffadapt sample` left: its images with their prompts, not the sheet of them all."""
     try:
-        images = json.loads((folder / SAMPLE).read_text())["images"]
+        images = json.loads((folder / SAMPLE).read_text(encoding="utf-8"))["images"]
         names, prompts = [image["file"] for image in images], tuple(image["prompt"] for image in images)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / SAMPLE} is damaged: {error}; remove it to score all images") from None

@@ -133,7 +133,7 @@ def _training(adapters: Mapping[str, str]) -> dict[str, dict]:
     files = [Path(path).with_name("run.json") for path in adapters.values()]
     if not all(file.is_file() for file in files):
         return {}
-    runs = [json.loads(file.read_text()) for file in files]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     keys = ("parameters", "seconds", "peak_memory_bytes")
     known = [key for key in keys if all(key in run for run in runs)]
     return {"run": {key: sum(run[key] for run in runs) / len(runs) for key in known}}

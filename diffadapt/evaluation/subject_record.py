@@ -75,7 +75,9 @@ def write_record(record: EvaluationRecord, sets: Sets, folder: Path) -> None:
 
     record.write(folder / "subject.json")
     for ending, text in (("md", markdown(record)), ("csv", per_image_csv(record))):
-        write_atomically(folder / f"subject.{ending}", lambda path, text=text: path.write_text(text))
+        write_atomically(
+            folder / f"subject.{ending}", lambda path, text=text: path.write_text(text, encoding="utf-8")
+        )
     write_page(record, folder / "subject.html", picture)
 
 

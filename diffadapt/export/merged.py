@@ -39,7 +39,9 @@ def write_merged(
     for place in (folder, *(place for place in folder.iterdir() if place.is_dir())):
         _rewrite(place, values.get(place, {}), dtype)
     _write_sizes(folder, changes, in_pipeline=pipeline is not None)
-    (folder / "diffadapt.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
+    (folder / "diffadapt.json").write_text(
+        json.dumps(metadata, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def verify_merged(folder: Path, changes: Sequence[Change], dtype: torch.dtype) -> Verdict:
@@ -109,9 +111,9 @@ def _write_sizes(folder: Path, changes: Sequence[Change], *, in_pipeline: bool) 
 
 
 def _add(file: Path, keys: Sequence[str], rows: int) -> None:
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     values |= {key: values[key] + rows for key in keys if isinstance(values.get(key), int)}
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _only_root(adapter: Adapter) -> nn.Module:

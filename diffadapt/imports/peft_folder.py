@@ -104,7 +104,7 @@ def _matches(pattern: str, layer: str) -> bool:
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not PEFT's configuration of an adapter ({error!r})") from error

@@ -57,7 +57,9 @@ def write_forms(
         return _save(dict(_diffusers(layers)), path, header, dtype)
     config = _peft_config(layers, sources[0].path.with_name(peft_folder.CONFIG))
     written = _save(dict(_peft(layers)), path / peft_folder.TENSORS, header, dtype)
-    write_atomically(path / peft_folder.CONFIG, lambda temporary: temporary.write_text(config))
+    write_atomically(
+        path / peft_folder.CONFIG, lambda temporary: temporary.write_text(config, encoding="utf-8")
+    )
     return written
 
 
@@ -136,7 +138,7 @@ def _component(layer: Layer) -> tuple[str, str]:
 
 
 def _peft_config(layers: Sequence[Layer], source: Path) -> str:
-    before = json.loads(source.read_text())
+    before = json.loads(source.read_text(encoding="utf-8"))
     ranks = {layer.name: _rank(layer) for layer in layers}
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != common}

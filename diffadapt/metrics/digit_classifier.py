@@ -43,7 +43,7 @@ class DigitClassifier(nn.Module):
 def load_digit_classifier(folder: str | Path | None = None) -> DigitClassifier:
     """The classifier of a folder (config.json, model.safetensors), frozen, in float32; default: embedded."""
     folder = Path(folder) if folder is not None else embedded("digit-classifier")
-    classifier = DigitClassifier(**json.loads((folder / "config.json").read_text()))
+    classifier = DigitClassifier(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     classifier.load_state_dict(load_file(folder / "model.safetensors"))
     return classifier.float().requires_grad_(False).eval()
 

@@ -66,7 +66,7 @@ def _build(path: Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {str(path)!r}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):

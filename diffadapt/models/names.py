@@ -47,7 +47,7 @@ def pipeline_class(name: str, *, revision: str | None = None) -> str:
     if not index.is_file():
         raise ValueError(f"{name!r} has no model_index.json; give the folder of a whole diffusers pipeline")
     try:
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_text(encoding="utf-8"))
         kind = str(content["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not the index of a diffusers pipeline ({error!r})") from None

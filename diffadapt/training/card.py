@@ -24,7 +24,7 @@ def write_card(
         draw: options of `diffadapt sample` that say what to draw.
     """
     text = "\n\n".join([_header(options), *_body(output, options, record, title=title, draw=draw)]) + "\n"
-    write_atomically(output / "README.md", lambda path: path.write_text(text))
+    write_atomically(output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def base_licence(name: str) -> str | None:
@@ -54,7 +54,10 @@ def _header(options: TrainOptions) -> str:
 def _body(
     output: Path, options: TrainOptions, record: Mapping[str, object], *, title: str, draw: str
 ) -> list[str]:
-    base, config = options.pretrained_model_name_or_path, (output / "config.yaml").read_text().strip()
+    base, config = (
+        options.pretrained_model_name_or_path,
+        (output / "config.yaml").read_text(encoding="utf-8").strip(),
+    )
     parts = [
         f"# {title}",
         f"An adapter made with diffadapt: `{record['method']}`, {record['parameters']:,} trained parameters, "

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import yaml
 
-from diffadapt.files import write_atomically
+from diffadapt.files import read_text, write_atomically
 from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
 from diffadapt.option_text import literal, split_outside_brackets
@@ -61,7 +61,7 @@ def parse(kind: type[Kind], argv: list[str] | None = None, *, description: str =
 def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
     """The values of a YAML file, converted to the types of the options."""
     try:
-        text = Path(path).read_text()
+        text = read_text(path)
         _check_flat(text)
         values = yaml.safe_load(text)
     except OSError as error:
@@ -99,7 +99,7 @@ def write_config(options: TrainOptions, folder: str | Path) -> None:
         del values[name]
     demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
     text = demo + yaml.safe_dump(values, sort_keys=False)
-    write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text))
+    write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def pairs(text: str | None, option: str) -> dict[str, object]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import platform
-import resource
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,6 +17,11 @@ from diffadapt.files import write_atomically
 from diffadapt.training.loop import Step, Trainer
 from diffadapt.training.tracking import start_trackers, track_pictures
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
@@ -30,7 +34,7 @@ class Log:
             return
         kept = [line for line in self._lines() if json.loads(line).get("step", 0) <= resumed_step]
         text = "".join(kept) if resumed_step else ""
-        write_atomically(self.path, lambda path: path.write_text(text))
+        write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write(self, **event: object) -> None:
         """Values that are not finite numbers, as the loss of a step that was left out, become null.
@@ -42,7 +46,7 @@ class Log:
                 k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()
             }
             try:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(finite) + "\n")
             except OSError as error:
                 raise OSError(
@@ -54,7 +58,11 @@ class Log:
         """Complete lines: a killed run may leave half a line at the end."""
         if not self.path.exists():
             return []
-        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        return [
+            line
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if line.endswith("}\n")
+        ]
 
 
 class Progress:
@@ -81,10 +89,12 @@ class Progress:
         values = {name: value for name, value in values.items() if name != "index" and value is not None}
         self.log.write(step=step.index, **values)
         self.accelerator.log({name: float(value) for name, value in values.items()}, step=step.index)
-        speed, memory = step.images / step.seconds, peak_memory_bytes() / 2**30
-        self.bar.set_postfix_str(
-            f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s, {memory:.1f} GiB", refresh=False
-        )
+        speed = step.images / step.seconds
+        shown = f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s"
+        memory = peak_memory_bytes()
+        if memory is not None:
+            shown += f", {memory / 2**30:.1f} GiB"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
     def track_pictures(self, name: str, images: Tensor, step: int) -> None:
@@ -96,10 +106,15 @@ class Progress:
             self.bar.write(text)
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process held: of the GPU when there is one, else of the machine."""
+def peak_memory_bytes() -> int | None:
+    """The most memory this process held: of the GPU when there is one, else of the machine.
+
+    None on a CPU where the system does not count it (Windows).
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -107,6 +122,10 @@ def peak_memory_bytes() -> int:
 def write_run(path: str | Path, values: dict[str, object]) -> None:
     """Writes run.json: the given values with the peak memory and the versions of everything that matters."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
-    content = {**values, "peak_memory_bytes": peak_memory_bytes(), "versions": versions}
+    content = dict(values)
+    memory = peak_memory_bytes()
+    if memory is not None:
+        content["peak_memory_bytes"] = memory
+    content["versions"] = versions
     text = json.dumps(content, indent=1, sort_keys=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -105,7 +105,7 @@ def _write(trainer: Trainer, unfinished: Path) -> None:
     save_file(tensors, unfinished / "state.safetensors")
     content = {"format": FORMAT, "options": dataclasses.asdict(trainer.options), "state": values}
     text = json.dumps({**content, "sha256": state_digest(content, tensors)})
-    (unfinished / "state.json").write_text(text)
+    (unfinished / "state.json").write_text(text, encoding="utf-8")
     for path in [*unfinished.iterdir(), unfinished]:
         sync(path)
 
@@ -162,7 +162,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     Raises: ValueError when the file is damaged or was written by a run with other options.
     """
     try:
-        content = json.loads((checkpoint / "state.json").read_text())
+        content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / "state.safetensors")
         version, sha256 = content["format"], content.pop("sha256", None)
     except (OSError, SafetensorError, *MALFORMED) as error:

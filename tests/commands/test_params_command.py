@@ -115,11 +115,13 @@ def test_rank_patterns(capsys, pipe):
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(tmp_path, capsys, arguments, message):
-    (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "torn.json").write_text("{")
-    (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "class.json").write_text('{"_class_name": "DDIMScheduler"}')
-    (tmp_path / "architecture.json").write_text('{"architectures": ["AutoTokenizer"], "model_type": "clip"}')
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "torn.json").write_text("{", encoding="utf-8")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "class.json").write_text('{"_class_name": "DDIMScheduler"}', encoding="utf-8")
+    (tmp_path / "architecture.json").write_text(
+        '{"architectures": ["AutoTokenizer"], "model_type": "clip"}', encoding="utf-8"
+    )
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     assert main(["params", "--adapter", "lora", *arguments]) == 2
     errors = capsys.readouterr().err

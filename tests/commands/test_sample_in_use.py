@@ -38,7 +38,7 @@ def work(tmp_path_factory):
 def sample(out, *arguments, prompt=("--prompt", "a dog")):
     fixed = [*prompt, "--num_inference_steps", "2", "--num_images", "1", "--out", str(out)]
     assert main(["sample", *fixed, *map(str, arguments)]) == 0
-    record = json.loads((out / "sample.json").read_text())
+    record = json.loads((out / "sample.json").read_text(encoding="utf-8"))
     pictures = [np.asarray(Image.open(out / row["file"])).astype(int) for row in record["images"]]
     return record, pictures
 
@@ -75,7 +75,7 @@ def test_a_file_written_for_comfyui_draws_the_same_and_names_its_base(work, tmp_
 
 
 def test_prompts_come_from_a_file(work, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n\n# a remark\n a red house \n")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n# a remark\n a red house \n", encoding="utf-8")
     chosen = ("--prompts_file", tmp_path / "prompts.txt")
     record, _ = sample(tmp_path / "out", "--adapter", work / "one.safetensors", *chosen)
     assert [row["prompt"] for row in record["images"]] == ["a dog", "a cat", "a red house"]

@@ -35,7 +35,7 @@ def test_a_folder_is_read_as_datasets_reads_it_with_and_without_streaming(tmp_pa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = write_pictures(tmp_path / "data", 3)
     rows = [{"file_name": f"picture-{i}.png", "text": f"disc {i}"} for i in range(3)]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     whole = captioned_table(open_table(str(folder)), name=str(folder))
     stream = captioned_table(open_table(str(folder), is_streaming=True), name=str(folder), buffer=2)
     drawn = [stream.example(draw) for draw in stream.draws(range(3))]
@@ -49,7 +49,7 @@ def test_a_configuration_chooses_the_part_of_a_data_set(tmp_path, monkeypatch):
     for name, count in (("few", 1), ("many", 3)):
         write_pictures(tmp_path / "data" / name, count)
     parts = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("few", "many"))
-    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{parts}---\n", encoding="utf-8")
     counts = [len(open_table(str(tmp_path / "data"), config_name=name)) for name in ("few", "many")]
     assert counts == [1, 3]
 

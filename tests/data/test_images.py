@@ -66,7 +66,7 @@ def test_an_animation_gives_its_first_frame(tmp_path):
 
 def test_unreadable_files_are_all_listed(tmp_path):
     saved(tmp_path / "good.png", np.zeros((4, 4, 3), np.uint8))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     whole = saved(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     whole.write_bytes(whole.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"2 of 3 pictures cannot be read(.|\n)*cut.png(.|\n)*text.png"):
@@ -110,7 +110,7 @@ def test_decompression_bombs_are_refused_by_name_before_they_are_unpacked(tmp_pa
 
 def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
-    (tmp_path / "a.png").write_text(script)
+    (tmp_path / "a.png").write_text(script, encoding="utf-8")
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: started.append(given))
     with Image.open(tmp_path / "a.png") as image:

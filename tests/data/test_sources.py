@@ -17,15 +17,15 @@ def metadata(folder, rows, *, kind="jsonl"):
         text = "\n".join(json.dumps(row) for row in rows)
     else:
         text = "\n".join([",".join(rows[0]), *(",".join(f'"{v}"' for v in row.values()) for row in rows)])
-    (folder / f"metadata.{kind}").write_text(text + "\n")
+    (folder / f"metadata.{kind}").write_text(text + "\n", encoding="utf-8")
 
 
 def test_captions_stand_in_text_files_beside_pictures_also_in_folders_within(tmp_path):
     write_pictures(tmp_path, 1)
     write_pictures(tmp_path / "more", 1)
     write_pictures(tmp_path / ".thumbnails", 1)  # hidden: left alone
-    (tmp_path / "picture-0.txt").write_text("a red disc,\n  on white\n")
-    (tmp_path / "more" / "picture-0.txt").write_text("\ufeffein grüner Kreis")
+    (tmp_path / "picture-0.txt").write_text("a red disc,\n  on white\n", encoding="utf-8")
+    (tmp_path / "more" / "picture-0.txt").write_text("\ufeffein grüner Kreis", encoding="utf-8")
     found = [e.caption for e in captioned_folder(tmp_path)]
     assert sorted(found) == ["a red disc, on white", "ein grüner Kreis"]
 
@@ -55,8 +55,8 @@ def test_a_wrong_column_lists_those_there_are(tmp_path, option):
 
 def test_pictures_without_caption_are_all_listed(tmp_path):
     write_pictures(tmp_path, 3)
-    (tmp_path / "picture-1.txt").write_text("a disc")
-    (tmp_path / "picture-2.txt").write_text("  \n")
+    (tmp_path / "picture-1.txt").write_text("a disc", encoding="utf-8")
+    (tmp_path / "picture-2.txt").write_text("  \n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"2 of 3 pictures have no caption(.|\n)*picture-0(.|\n)*picture-2"):
         captions(tmp_path)
 
@@ -93,10 +93,10 @@ def test_damaged_metadata_names_file_and_line(tmp_path, text, message):
 
 def test_pictures_of_a_subject_may_have_captions_of_their_own(tmp_path):
     folder = write_pictures(tmp_path, 3)
-    (folder / "picture-1.txt").write_text("a sks dog\non a beach")
+    (folder / "picture-1.txt").write_text("a sks dog\non a beach", encoding="utf-8")
     told = [example.caption for example in instance_folder(folder, "a sks dog")]
     assert told == ["a sks dog", "a sks dog on a beach", "a sks dog"]
-    (folder / "metadata.csv").write_text("file_name,text\npicture-2.png,a sks dog asleep\n")
+    (folder / "metadata.csv").write_text("file_name,text\npicture-2.png,a sks dog asleep\n", encoding="utf-8")
     told = [example.caption for example in instance_folder(folder, "a sks dog")]
     assert told == ["a sks dog", "a sks dog", "a sks dog asleep"]
 

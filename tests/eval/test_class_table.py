@@ -33,9 +33,9 @@ def test_mean_and_deviation_of_the_seeds_of_each_method():
 def test_a_finished_run_is_read_and_the_page_above_the_table_stays(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "lora-seed5"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(record(0.1)))
+    (folder / "run.json").write_text(json.dumps(record(0.1)), encoding="utf-8")
     page = tmp_path / "page.md"
-    page.write_text(f"# A title\n\n{script.MARK}\nold\n")
+    page.write_text(f"# A title\n\n{script.MARK}\nold\n", encoding="utf-8")
     arguments = [
         "--adapters",
         "lora",
@@ -48,7 +48,7 @@ def test_a_finished_run_is_read_and_the_page_above_the_table_stays(tmp_path, mon
     ]
     monkeypatch.setattr("sys.argv", ["class_table.py", *arguments])
     script.main()
-    assert page.read_text().startswith("# A title\n")
-    assert "| `lora` | 1,234 | 0.002 | 0.100 |" in page.read_text()
-    assert "old" not in page.read_text()
+    assert page.read_text(encoding="utf-8").startswith("# A title\n")
+    assert "| `lora` | 1,234 | 0.002 | 0.100 |" in page.read_text(encoding="utf-8")
+    assert "old" not in page.read_text(encoding="utf-8")
     assert "one seed" in capsys.readouterr().out

@@ -152,9 +152,11 @@ def test_costs_come_from_the_record_from_beside_it_or_from_the_given_file(tmp_pa
     sets = {label: replace(own, made={}) for label, own in bare.sets.items()}
     replace(bare, sets=sets).write(tmp_path / "c" / "evaluation.json")
     assert points(read_runs([tmp_path / "c" / "evaluation.json"]), NAME, "seconds") == []
-    (tmp_path / "c" / "run.json").write_text(json.dumps({"parameters": 5, "seconds": 7.5, "method": "lora"}))
+    (tmp_path / "c" / "run.json").write_text(
+        json.dumps({"parameters": 5, "seconds": 7.5, "method": "lora"}), encoding="utf-8"
+    )
     assert read_runs([tmp_path / "c" / "evaluation.json"])[0].costs == {"parameters": 5, "seconds": 7.5}
-    (tmp_path / "given.json").write_text(json.dumps({"parameters": 9}))
+    (tmp_path / "given.json").write_text(json.dumps({"parameters": 9}), encoding="utf-8")
     assert read_runs([path], [tmp_path / "given.json"])[0].costs == {"parameters": 9}
     with pytest.raises(ValueError, match="1 records, but 2 of --run_json"):
         read_runs([path], [tmp_path / "given.json"] * 2)
@@ -163,10 +165,10 @@ def test_costs_come_from_the_record_from_beside_it_or_from_the_given_file(tmp_pa
 def test_the_script_writes_table_json_and_a_page_with_plots(tmp_path, capsys):
     path = written(tmp_path / "all.json", labels=("a", "b", "c"))
     assert script.main([str(path), "--first", "b", "--output", str(tmp_path / "out")]) == 0
-    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    content = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert content["first"] == "b"
     assert {d["label"] for d in content["differences"]} == {"a", "c"}
-    html = (tmp_path / "out" / "compare.html").read_text()
+    html = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert html.count("data:image/svg+xml") == 3  # parameters, seconds, memory
     assert "DEMO" in html
     printed = capsys.readouterr().out

@@ -124,8 +124,8 @@ def test_the_script_writes_a_page_with_every_row_and_the_goals(tmp_path, monkeyp
     arguments = [word for option, value in options.items() for word in (f"--{option}", str(value))]
     monkeypatch.setattr(sys, "argv", ["cost.py", *arguments])
     cost.main()
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for words in ("| **`lora`** |", "| PEFT lora |", "step time / PEFT lora"):
         assert words in text
-    rows = json.loads(records.read_text())["tiny"]["rows"]
+    rows = json.loads(records.read_text(encoding="utf-8"))["tiny"]["rows"]
     assert set(rows) == {"floor", "peft:lora", "diffadapt:lora", "merged:lora"}

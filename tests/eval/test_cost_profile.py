@@ -44,7 +44,9 @@ def test_a_page_has_a_row_for_every_method(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(sys, "argv", [*command, "--methods", "floor", "liera", "naive:liera"])
     cost_profile.main()
-    rows = [line.split("|") for line in output.read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line.split("|") for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     found = {row[1].strip(): [float(cell) for cell in row[2:-1]] for row in rows[1:]}
     assert set(found) == {"floor", "liera", "naive:liera"}
     assert all(row[-1] > 0 for row in found.values())

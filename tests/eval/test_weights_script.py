@@ -40,7 +40,7 @@ def path_of(files, name):
 def test_table_json_and_plots_hold_the_figures_of_the_files(files, tmp_path, capsys):
     given = [path_of(files, "lora"), path_of(files, "1lora"), "--dense", path_of(files, "full")]
     assert script.main([*given, "--output", str(tmp_path), "--k", "3"]) == 0
-    content = json.loads((tmp_path / "weights.json").read_text())
+    content = json.loads((tmp_path / "weights.json").read_text(encoding="utf-8"))
     assert list(content["adapters"]) == ["lora/adapter", "1lora/adapter"]
     pipe = open_pipeline(content["base"])
     adapters = {name: da.load(pipe, path_of(files, name), name=name) for name in ("lora", "full")}
@@ -55,7 +55,7 @@ def test_table_json_and_plots_hold_the_figures_of_the_files(files, tmp_path, cap
     printed = capsys.readouterr().out
     assert "| lora/adapter | lora |" in printed
     assert "d_E" in printed
-    assert "## 1lora/adapter\n\n| layer | shape |" in (tmp_path / "weights.md").read_text()
+    assert "## 1lora/adapter\n\n| layer | shape |" in (tmp_path / "weights.md").read_text(encoding="utf-8")
     for name in ("layers", "geometry", "alignment"):
         assert Image.open(tmp_path / f"{name}.png").width > 500
 

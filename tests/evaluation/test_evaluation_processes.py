@@ -58,7 +58,7 @@ def subjects(adapter, out):
 def test_two_processes_equal_one(tmp_path, adapter, monkeypatch):
     generated, real = write_images(tmp_path / "a", 19), write_images(tmp_path / "real", 23, first=50)
     random_image(3, (30, 20)).save(generated / "image-007.png")
-    (generated / "image-011.png").write_text("no image")
+    (generated / "image-011.png").write_text("no image", encoding="utf-8")
     outs, names = (tmp_path / "one", tmp_path / "two"), ("folders", "drawn", "subject")
     commands = [
         [folders(generated, real, out), drawn(adapter, real, out), subjects(adapter, out)] for out in outs

@@ -54,7 +54,7 @@ def test_bad_files_are_all_listed_and_left_out_only_when_told(tmp_path, toy):
     write_images(tmp_path, 5)
     whole = (tmp_path / "image-001.png").read_bytes()
     (tmp_path / "image-001.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "image-004.png").write_text("no image")
+    (tmp_path / "image-004.png").write_text("no image", encoding="utf-8")
     images = open_set(str(tmp_path))
     with pytest.raises(ValueError, match="2 of 5 images") as caught:
         extract(images, [toy], batch_size=2)

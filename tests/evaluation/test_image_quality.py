@@ -55,9 +55,9 @@ def test_the_demonstration_writes_json_table_csv_and_page(tmp_path, capsys):
     assert all("below the minimum" in " ".join(s.notes) for s in record.scores if s.metric != "clip_i")
     shown = capsys.readouterr().out
     assert "real against real" in shown
-    assert output.with_suffix(".md").read_text() in shown
-    assert "<img" in output.with_suffix(".html").read_text()
-    assert len(list(csv.DictReader(output.with_suffix(".csv").open()))) == 200
+    assert output.with_suffix(".md").read_text(encoding="utf-8") in shown
+    assert "<img" in output.with_suffix(".html").read_text(encoding="utf-8")
+    assert len(list(csv.DictReader(output.with_suffix(".csv").open(encoding="utf-8")))) == 200
 
 
 def test_random_weights_are_stamped_in_every_output(tmp_path, sets, capsys):
@@ -69,11 +69,11 @@ def test_random_weights_are_stamped_in_every_output(tmp_path, sets, capsys):
     assert read_record(output).stamp == "NOT A SCORE"
     assert "NOT A SCORE" in capsys.readouterr().out
     for suffix in (".md", ".csv", ".html"):
-        assert "NOT A SCORE" in output.with_suffix(suffix).read_text(), suffix
+        assert "NOT A SCORE" in output.with_suffix(suffix).read_text(encoding="utf-8"), suffix
 
 
 def test_several_folders_bad_files_options_and_cache(tmp_path, sets):
-    (Path(sets[0]) / "bad.png").write_text("no image")
+    (Path(sets[0]) / "bad.png").write_text("no image", encoding="utf-8")
     other = write_images(tmp_path / "more" / "a", 6, first=20)
     arguments = [
         "--generated", sets[0], other, "--reference", sets[1], "--extractor", TOY, "--allow_small",
@@ -143,7 +143,7 @@ def trained(tmp_path_factory):
         da.save(adapter, root / "run" / name / "adapter.safetensors", base=str(base))
         da.detach(adapter)
     figures = {"method": "lora", "parameters": 123, "seconds": 4.5, "peak_memory_bytes": 678}
-    (root / "run" / "run.json").write_text(json.dumps(figures))
+    (root / "run" / "run.json").write_text(json.dumps(figures), encoding="utf-8")
     return root / "run"
 
 
@@ -153,7 +153,7 @@ DRAWING = ["--num_images", "2", "--num_inference_steps", "2", "--guidance_scale"
 def test_every_checkpoint_of_a_run_with_paired_seeds(tmp_path, trained):
     run = trained
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\na dog\n")
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
     reference = write_images(tmp_path / "real", 5, size=(32, 32))
     arguments = [
         "--run", run, "--with_base", "--prompts", prompts, *DRAWING, "--reference", reference,

@@ -50,7 +50,7 @@ def test_folder_zip_npz_and_dataset_hold_the_same_images(tmp_path):
 def test_folders_in_folders_are_read_and_other_files_listed(tmp_path):
     write_images(tmp_path / "a", 1)
     write_images(tmp_path / "b", 1, first=1)
-    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "notes.txt").write_text("not an image", encoding="utf-8")
     images = open_set(str(tmp_path))
     assert [p.name for p in images.pictures] == ["a/image-000.png", "b/image-000.png"]
     assert images.ignored == ("notes.txt: not an image file",)
@@ -60,14 +60,16 @@ def test_a_folder_of_diffadapt_sample_is_its_images_with_their_prompts(tmp_path)
     write_images(tmp_path, 3)
     random_image(9).save(tmp_path / "sheet.png")
     images = [{"file": f"image-00{i}.png", "prompt": f"prompt {i}"} for i in (2, 0)]
-    (tmp_path / "sample.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "sample.json").write_text(json.dumps({"images": images}), encoding="utf-8")
     found = open_set(str(tmp_path))
     assert [picture.name for picture in found.pictures] == ["image-002.png", "image-000.png"]
     assert found.prompts == ("prompt 2", "prompt 0")
-    (tmp_path / "sample.json").write_text(json.dumps({"images": [{"file": "../x.png", "prompt": ""}]}))
+    (tmp_path / "sample.json").write_text(
+        json.dumps({"images": [{"file": "../x.png", "prompt": ""}]}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="not in its folder"):
         open_set(str(tmp_path))
-    (tmp_path / "sample.json").write_text("{}")
+    (tmp_path / "sample.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged"):
         open_set(str(tmp_path))
 

@@ -178,7 +178,7 @@ def open_in_browser(path, home, *options):
     command += [f"--user-data-dir={home / 'profile'}", "--enable-logging=stderr", *options, "--dump-dom"]
     return subprocess.run(
         [*command, f"file://{path}"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(home)},
+        capture_output=True, text=True, encoding="utf-8", timeout=120, env={**os.environ, "HOME": str(home)},
     )  # fmt: skip
 
 
@@ -191,8 +191,9 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path):
     assert "CONSOLE" not in done.stderr, done.stderr
     (tmp_path / "rude.html").write_text(
         (tmp_path / "page.html")
-        .read_text()
-        .replace("</main>", '<img src="https://nowhere.invalid/a.png"></main>')
+        .read_text(encoding="utf-8")
+        .replace("</main>", '<img src="https://nowhere.invalid/a.png"></main>'),
+        encoding="utf-8",
     )
     assert "CONSOLE" in open_in_browser(tmp_path / "rude.html", tmp_path).stderr  # so it would have been seen
 
@@ -212,11 +213,11 @@ def test_a_browser_shows_every_image_at_a_desks_and_a_phones_width(tmp_path, wid
     """The frame around the page gives it the width, which a browser's window cannot go below 500 pixels."""
     html = page(record(count=14), picture)
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)  # for the probe alone
-    (tmp_path / "page.html").write_text(html.replace("</head>", PROBE + "</head>"))
+    (tmp_path / "page.html").write_text(html.replace("</head>", PROBE + "</head>"), encoding="utf-8")
     frame = f'<iframe id="f" src="page.html" style="width:{width}px;height:3000px;border:0"></iframe>'
     read = """<script>f.onload = () => setTimeout(() => {
       document.body.dataset.probe = f.contentDocument.body.dataset.probe; }, 300);</script>"""
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{read}</body>")
+    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{read}</body>", encoding="utf-8")
     options = ["--allow-file-access-from-files", "--window-size=1400,3000", "--virtual-time-budget=5000"]
     done = open_in_browser(tmp_path / "frame.html", tmp_path, *options)
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -67,7 +67,7 @@ def test_a_set_keeps_its_order_and_few_numbers_of_each_image(tmp_path, perceptua
 
 def test_unreadable_images_are_left_out_of_their_prompt(tmp_path, perceptual):
     write_images(tmp_path, len(PROMPTS))
-    (tmp_path / "image-002.png").write_text("no image")
+    (tmp_path / "image-002.png").write_text("no image", encoding="utf-8")
     images = ImageSet("a", "adapter", open_set(str(tmp_path)).pictures, prompts=PROMPTS)
     made = extract(images, [perceptual[0]], batch_size=3, skip_bad=True)
     assert made.features["lpips:toy"]["lpips"].shape == (6, 3)

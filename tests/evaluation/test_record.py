@@ -46,7 +46,9 @@ def test_numbers_that_are_not_finite_are_strict_json_and_come_back(tmp_path):
     score = Score("fid", "fid", "a", float("nan"), Interval(-math.inf, math.inf, "none"), floor=math.inf)
     row = ImageRow("a", "copy.png", {"realism": math.inf})
     dataclasses.replace(example(), scores=(score,), images=(row,)).write(tmp_path / "out.json")
-    stored = json.loads((tmp_path / "out.json").read_text())  # NaN as a bare word would be read here
+    stored = json.loads(
+        (tmp_path / "out.json").read_text(encoding="utf-8")
+    )  # NaN as a bare word would be read here
     assert stored["scores"][0]["value"] == "NaN"
     assert stored["images"][0]["values"] == {"realism": "Infinity"}
     made = read_record(tmp_path / "out.json")
@@ -69,7 +71,7 @@ def test_numbers_that_are_not_finite_are_strict_json_and_come_back(tmp_path):
 def test_foreign_and_damaged_records_are_refused(tmp_path, change, message):
     content = json.loads(example().to_json())
     change(content)
-    (tmp_path / "x.json").write_text(json.dumps(content))
+    (tmp_path / "x.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
         read_record(tmp_path / "x.json")
     assert "x.json" in str(caught.value)

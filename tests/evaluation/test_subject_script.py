@@ -21,7 +21,7 @@ def subjects(tmp_path):
     """Options that name two own subjects, a cat and a backpack, and the embedded extractor."""
     for place, name in enumerate(("backpack", "cat")):
         write_images(tmp_path / "data" / name, 3, first=50 * place, size=(20, 16))
-    (tmp_path / "prompts.txt").write_text(FILE)
+    (tmp_path / "prompts.txt").write_text(FILE, encoding="utf-8")
     given = ["--subjects", tmp_path / "data", "--prompts", tmp_path / "prompts.txt"]
     return [*given, "--extractors", "embedded:clip"]
 
@@ -44,8 +44,8 @@ def test_images_made_elsewhere(tmp_path, subjects, capsys):
     assert {score.metric for score in record.scores} == {"clip_i", "clip_t", "copy_rate"}
     assert record.stamp == ""
     assert "real against real" in capsys.readouterr().out
-    assert len(list(csv.DictReader((output / "subject.csv").open()))) == 10
-    assert (output / "subject.html").read_text().count("<img") > 10
+    assert len(list(csv.DictReader((output / "subject.csv").open(encoding="utf-8")))) == 10
+    assert (output / "subject.html").read_text(encoding="utf-8").count("<img") > 10
 
 
 @pytest.mark.parametrize(

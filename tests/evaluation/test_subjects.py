@@ -23,7 +23,7 @@ from diffadapt.evaluation.subjects import (
 
 @pytest.fixture
 def prompts(tmp_path):
-    (tmp_path / "prompts.txt").write_text(FILE)
+    (tmp_path / "prompts.txt").write_text(FILE, encoding="utf-8")
     return read_prompts(tmp_path / "prompts.txt")
 
 
@@ -55,16 +55,16 @@ def test_the_prompts_file_is_read_as_it_is(prompts):
     ],
 )
 def test_a_line_of_another_form_is_refused_with_its_number_and_nothing_is_run(tmp_path, old, new):
-    (tmp_path / "prompts.txt").write_text(FILE.replace(old, new, 1))
+    (tmp_path / "prompts.txt").write_text(FILE.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(ValueError, match=r"prompts.txt, line \d+: .* is not of the dreambooth format"):
         read_prompts(tmp_path / "prompts.txt")
 
 
 def test_a_file_that_is_too_long_or_lacks_a_part_is_refused(tmp_path):
-    (tmp_path / "long.txt").write_text(FILE + "\n" * (1 << 20))
+    (tmp_path / "long.txt").write_text(FILE + "\n" * (1 << 20), encoding="utf-8")
     with pytest.raises(ValueError, match="at most 1,048,576"):
         read_prompts(tmp_path / "long.txt")
-    (tmp_path / "short.txt").write_text(FILE[: FILE.index("Object")])
+    (tmp_path / "short.txt").write_text(FILE[: FILE.index("Object")], encoding="utf-8")
     with pytest.raises(ValueError, match="lacks objects"):
         read_prompts(tmp_path / "short.txt")
 

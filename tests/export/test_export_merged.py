@@ -37,7 +37,7 @@ def test_the_merged_pipeline_draws_the_same_latents(base, method, layers, folder
     assert (drawn - expected).abs().max() < 1e-4
     assert report.verdict("diffusers").status == "exact"
     assert report.lost_in_rounding == 0
-    assert json.loads((tmp_path / base / "diffadapt.json").read_text())["diffadapt.method"]
+    assert json.loads((tmp_path / base / "diffadapt.json").read_text(encoding="utf-8"))["diffadapt.method"]
 
 
 def test_half_precision_tells_the_share_lost_to_rounding(folders, tmp_path):
@@ -69,10 +69,10 @@ def test_a_bias_the_stock_layers_lack_is_refused(folders, tmp_path):
 def test_a_folder_with_other_things_is_left_alone(folders, tmp_path):
     pipe = open_pipeline(folders["sd"])
     adapter = trained(pipe, "lora(rank=2)", layers="qv", text=None)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="already exists"):
         da.export(adapter, tmp_path, to="merged")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
     da.export(adapter, tmp_path, to="merged", force=True)
     assert (tmp_path / "model_index.json").is_file()
     assert not (tmp_path / "notes.txt").exists()

@@ -31,8 +31,8 @@ class Configs:
         self.renew()
         run_state.save(self.trainer, folder)
         write_config(self.trainer.options, self.folder)
-        self.options = (self.folder / "config.yaml").read_text()
-        self.values = json.loads((self.folder / "state.json").read_text())
+        self.options = (self.folder / "config.yaml").read_text(encoding="utf-8")
+        self.values = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         self.tensors = load_file(self.folder / "state.safetensors")
 
     def renew(self) -> None:
@@ -63,7 +63,7 @@ class Configs:
     def write(self, number: int) -> Path:
         way, rng = self._choose(number)
         for name, text in (("config.yaml", self.options), ("state.json", json.dumps(self.values))):
-            (self.folder / name).write_text(text)
+            (self.folder / name).write_text(text, encoding="utf-8")
         save_file(self.tensors, self.folder / "state.safetensors")
         if way == "state tensors":
             self._write_state(self.values, mutated_tensors(self.tensors, rng))
@@ -86,7 +86,7 @@ class Configs:
         if isinstance(values, dict):
             values.pop("sha256", None)
             values = {**values, "sha256": state_digest(values, tensors)}
-        (self.folder / "state.json").write_text(json.dumps(values))
+        (self.folder / "state.json").write_text(json.dumps(values), encoding="utf-8")
         save_file(tensors, self.folder / "state.safetensors")
 
     def open(self, number: int, path: Path) -> None:

@@ -80,7 +80,7 @@ def limited():
     def stop(*_):
         raise Hang(f"more than {SECONDS} s")
 
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
     try:

@@ -41,7 +41,7 @@ class Subject:
         path = folder / self.file_name
         save_file(self.tensors, path, self.header)
         if self.config is not None:
-            (folder / "adapter_config.json").write_text(json.dumps(self.config))
+            (folder / "adapter_config.json").write_text(json.dumps(self.config), encoding="utf-8")
         return path
 
 

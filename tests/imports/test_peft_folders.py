@@ -96,7 +96,7 @@ def test_the_tensors_may_be_named_instead_of_the_folder(tmp_path):
 
 def changed(folder, **options):
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | options), encoding="utf-8")
 
 
 def test_other_types_are_refused_with_what_to_do(tmp_path):

@@ -140,7 +140,7 @@ def peft_folder(folder, seed, **options):
 def test_peft_reads_the_folder_and_gives_the_same_outputs(tmp_path, capsys, options):
     expected = peft_folder(tmp_path / "in", 1, **options)
     assert command(capsys, "resize", tmp_path / "in", tmp_path / "out", "--energy", 1.0)[0] == 0
-    ranks = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"]
+    ranks = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"]
     assert set(ranks.values()) == {2}
     model = peft.PeftModel.from_pretrained(unet(), tmp_path / "out")
     assert torch.allclose(output(model), expected, atol=1e-5)

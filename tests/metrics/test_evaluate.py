@@ -329,7 +329,7 @@ def test_analytic_cases_hold(case):
 
 
 def test_the_page_of_metrics_names_every_metric_and_its_minimum():
-    lines = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8").splitlines()
     rows = {line.split("|")[1]: line.split("|")[4] for line in lines if line.startswith("| `")}
     for key, metric in METRICS.items():
         (needed,) = [cell for names, cell in rows.items() if f"`{key}`" in names]

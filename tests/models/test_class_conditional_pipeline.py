@@ -68,7 +68,7 @@ def test_the_class_and_the_guidance_change_the_image(pipe):
 
 def test_a_folder_gives_the_same_images_and_names_the_null_class(pipe, folder, tmp_path):
     pipe.save_pretrained(tmp_path / "again")
-    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text(encoding="utf-8"))
     assert index["_class_name"] == "ClassConditionalPipeline"
     assert index["null_class"] == CLASSES
     again = open_pipeline(str(tmp_path / "again"))

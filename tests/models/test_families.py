@@ -46,10 +46,10 @@ def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
         return str(index)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}), encoding="utf-8")
     assert family_of("somebody/base", revision="v2") == "sdxl"
     assert asked == [("somebody/base", "model_index.json", "v2")]
-    index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    index.write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
     with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusion"):
         load_base("somebody/base")
     assert drawing_defaults("somebody/base") == DEFAULTS["sd"]
@@ -86,7 +86,7 @@ def test_names_that_lead_nowhere_are_errors_with_a_remedy(tmp_path):
         load_base("somebody/gone")
     with pytest.raises(ValueError, match=r"has no model_index.json"):
         family_of("embedded:clip")
-    (tmp_path / "model_index.json").write_text("{")
+    (tmp_path / "model_index.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is not the index of a diffusers pipeline"):
         load_base(str(tmp_path))
 

@@ -15,10 +15,10 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass
 def hostile(folder, index, *files):
     """A pipeline's folder with that index, and code in those files."""
     folder.mkdir()
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     for name in files:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(CODE)
+        (folder / name).write_text(CODE, encoding="utf-8")
     return folder
 
 

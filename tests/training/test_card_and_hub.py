@@ -27,7 +27,7 @@ def card_of(tmp_path, base):
     options = train_options(pretrained_model_name_or_path=base, output_dir=str(tmp_path))
     write_config(options, tmp_path)
     write_card(tmp_path, options, RECORD, title="A TITLE", draw="--prompt 'a sks dog'")
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
     return yaml.safe_load(text.split("---")[1]), text
 
 
@@ -59,9 +59,9 @@ def test_a_base_without_a_card_has_no_licence_made_up(tmp_path):
     assert "DEMO" not in text
     assert "grid.png" not in text
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     assert base_licence(str(tmp_path / "base")) == "mit"
-    (tmp_path / "base" / "README.md").write_text("---\n[broken\n---\n")
+    (tmp_path / "base" / "README.md").write_text("---\n[broken\n---\n", encoding="utf-8")
     assert base_licence(str(tmp_path / "base")) is None
 
 

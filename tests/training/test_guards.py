@@ -46,7 +46,7 @@ def test_tolerated_steps_are_left_out_and_counted(tmp_path):
         log.write(step=step.index, loss=step.loss)
     assert trainer.skipped == 1
     assert all(value.isfinite().all() for value in before.values())
-    assert log.path.read_text().splitlines()[1] == '{"step": 2, "loss": null}'
+    assert log.path.read_text(encoding="utf-8").splitlines()[1] == '{"step": 2, "loss": null}'
     with pytest.raises(FloatingPointError, match=r"--skip_nonfinite N \(now 1\)"):
         list(train(small_trainer(skip_nonfinite=1), SmallBatches(spoiled=["picture-3.png", "picture-5.png"])))
 

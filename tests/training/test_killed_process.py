@@ -15,7 +15,7 @@ WAIT = 240  # seconds, on a slow machine
 
 
 def _workers(launcher):
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text(encoding="utf-8").split()
     return [int(child) for child in children]
 
 

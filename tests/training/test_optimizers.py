@@ -48,7 +48,7 @@ def test_4_steps_equal_2_and_a_resume_of_2_with_any_optimizer(tmp_path, name):
 def test_the_scalars_of_prodigy_are_in_the_state(tmp_path):
     trainer = small_trainer(max_train_steps=3, optimizer="prodigy", learning_rate=1.0)
     list(train(trainer, SmallBatches()))
-    stored = (state.save(trainer, tmp_path) / "state.json").read_text()
+    stored = (state.save(trainer, tmp_path) / "state.json").read_text(encoding="utf-8")
     group = trainer.optimizer.param_groups[0]
     assert group["d_numerator"] != 0
     assert json.dumps(["k", 3]) in stored

@@ -34,7 +34,9 @@ DEMO = {"pretrained_model_name_or_path": "embedded:emoji", "instance_data_dir": 
 def base(tmp_path):
     """A folder that is a pipeline as far as its index says."""
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (tmp_path / "base" / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8"
+    )
     return str(tmp_path / "base")
 
 
@@ -43,7 +45,9 @@ def choose(**given):
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
-    (tmp_path / "a.yaml").write_text("max_train_steps: 7\nlearning_rate: 1e-4\ncenter_crop: true\nseed: 3\n")
+    (tmp_path / "a.yaml").write_text(
+        "max_train_steps: 7\nlearning_rate: 1e-4\ncenter_crop: true\nseed: 3\n", encoding="utf-8"
+    )
     options = parse(Options, ["--config", str(tmp_path / "a.yaml"), "--seed", "5", "--no-center_crop"])
     assert (options.max_train_steps, options.learning_rate, options.seed) == (7, 1e-4, 5)
     assert options.center_crop is False
@@ -69,7 +73,7 @@ def test_what_was_written_can_be_read_back(tmp_path):
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
-    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         parse(Options, ["--config", str(tmp_path / "a.yaml")])
 

@@ -67,7 +67,7 @@ def test_a_checkpoint_holds_no_pickle_and_a_usable_adapter(tmp_path):
         "state.json",
         "state.safetensors",
     ]
-    json.loads((folder / "state.json").read_text())
+    json.loads((folder / "state.json").read_text(encoding="utf-8"))
     load_file(folder / "state.safetensors")
     da.load(load_base(str(tmp_path / "base")).pipe, folder / "adapter.safetensors")
 

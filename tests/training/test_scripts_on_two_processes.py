@@ -17,7 +17,7 @@ def style(folder):
     """Options of a style run on five captioned pictures: a number that no batch divides."""
     pictures = write_pictures(folder / "pictures", 5)
     for picture in sorted(pictures.iterdir()):
-        picture.with_suffix(".txt").write_text(f"a disc, {picture.stem}")
+        picture.with_suffix(".txt").write_text(f"a disc, {picture.stem}", encoding="utf-8")
     data = {"train_data_dir": pictures, "caption_dropout": 0.3, "resolution": 32}
     return {"pretrained_model_name_or_path": tiny_sd_pipeline(folder / "base", vae="kl"), **data}
 
@@ -48,7 +48,10 @@ def test_two_processes_equal_one_at_the_same_global_batch(name, make, tmp_path, 
     one, two = tmp_path / "one", tmp_path / "two"
     assert runner(name, monkeypatch)(*told, "--train_batch_size", 4, "--output_dir", one) == 0
     run_torchrun(FOLDER / f"{name}.py", *told, "--train_batch_size", 2, "--output_dir", two)
-    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, two)]
+    logs = [
+        [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        for out in (one, two)
+    ]
     assert [step["images"] for step in logs[1]] == [4] * STEPS
     losses = [torch.tensor([step["loss"] for step in log]) for log in logs]
     assert torch.allclose(*losses, rtol=1e-5, atol=1e-6)

@@ -61,5 +61,8 @@ def test_a_sharded_base_trains_as_a_whole_one(tmp_path):
         assert (tmp_path / "sharded" / kept).is_file(), kept
     grids = [Image.open(tmp_path / name / "samples/after/subject-00.png") for name in ("whole", "sharded")]
     assert max(abs(a - b) for a, b in zip(*(g.tobytes() for g in grids), strict=True)) <= 1
-    steps = [json.loads(line) for line in (tmp_path / "sharded" / "log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)
+        for line in (tmp_path / "sharded" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [step["step"] for step in steps if "loss" in step] == [1, 2, 3]

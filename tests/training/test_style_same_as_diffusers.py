@@ -30,7 +30,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = write_pictures(tmp_path / "data", 7, size=(48, 32))
     rows = [{"file_name": f"picture-{i}.png", "text": f"a disc, the {i}th"} for i in range(7)]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
 
 

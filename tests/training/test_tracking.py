@@ -30,7 +30,7 @@ def run(folder, steps, *, tracker="tensorboard", stop=None, start=0):
             if step.index == stop:
                 break
     trainer.accelerator.end_training()
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_tensorboard_gets_every_figure_and_forgets_what_a_resume_repeats(tmp_path):

@@ -140,7 +140,7 @@ def main() -> None:
     model.save_pretrained(args.build / "clip")
     tokenizer.save_pretrained(args.build / "clip")
     CLIPImageProcessor(**half, **size).save_pretrained(args.build / "clip")
-    (args.build / "clip.json").write_text(json.dumps(figures, indent=1))
+    (args.build / "clip.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps(figures))
 
 

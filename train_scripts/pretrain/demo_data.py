@@ -54,7 +54,7 @@ def write_style(fluent: Path, folder: Path, concepts: list[dict], size: int) -> 
         picture(fluent / name, size).save(folder / name, quality=85, method=6)
         text = article(f"a {row['names'][0]} emoji")
         lines.append(json.dumps({"file_name": name, "text": text}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     write_subject(
         fluent, args.assets / "subjects/monkey", 0x1F648, [f"{name}_monkey" for name in MONKEY_NAMES]
     )
-    concepts = json.loads((args.build / "concepts.json").read_text())
+    concepts = json.loads((args.build / "concepts.json").read_text(encoding="utf-8"))
     like_subjects = ("1f408", "1f408-200d-2b1b", "1f431", "1f412", "1f435")  # other cats and monkeys
     found = [row for row in concepts if row["code"] not in like_subjects]
     found = [row for row in found if (fluent / f"{row['code']}.webp").exists()]

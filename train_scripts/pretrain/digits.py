@@ -141,7 +141,7 @@ def main() -> None:
     models = nn.ModuleDict({"unet": unet, "mean": copy.deepcopy(unet).requires_grad_(False).eval()})
     figures = train(models, data, args)
     figures |= {"parameters": sum(p.numel() for p in unet.parameters()), "images": len(data[0])}
-    (args.build / "unet.json").write_text(json.dumps(figures, indent=1))
+    (args.build / "unet.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps(figures))
 
 

@@ -79,7 +79,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     half = {n: t.half() if t.is_floating_point() else t for n, t in classifier.state_dict().items()}
     save_file(half, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(classifier.config) + "\n")
+    (folder / "config.json").write_text(json.dumps(classifier.config) + "\n", encoding="utf-8")
     stored = load_digit_classifier(folder)  # the figures are of what is shipped
     figures = {
         "handwriting_held_out": accuracy(stored, real["held_out"]),
@@ -89,7 +89,7 @@ def main() -> None:
         "batch": args.batch,
         "seconds": time.time() - started,
     }
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures))
 
 

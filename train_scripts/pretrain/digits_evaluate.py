@@ -33,11 +33,11 @@ def place(build: Path, folder: Path) -> None:
     for name, content in kept.items():
         (folder / name).write_bytes(content)
     for config in folder.rglob("*.json"):
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text(encoding="utf-8"))
         content.pop("_name_or_path", None)
         if "dtype" in content:
             content["dtype"] = "float32"  # stock loaders compute in that
-        config.write_text(json.dumps(content, indent=2) + "\n")
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def pictures(
@@ -72,7 +72,10 @@ def main() -> None:
     pipe = ClassConditionalPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     real = printed(find_fonts(args.fonts), 2000, SIDE, seed=3)[0].float() / 255
-    figures = {"unet": json.loads((args.build / "unet.json").read_text()), "count": args.count}
+    figures = {
+        "unet": json.loads((args.build / "unet.json").read_text(encoding="utf-8")),
+        "count": args.count,
+    }
     for guidance in (1.0, 2.0, 4.0):
         started = time.time()
         made, labels = pictures(pipe, args.count, args.steps, guidance)
@@ -81,7 +84,7 @@ def main() -> None:
         if guidance == 2.0:
             enlarged = made[:60].repeat_interleave(3, 2).repeat_interleave(3, 3)
             save_image(enlarged, folder / "samples.png", nrow=CLASSES)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures))
 
 

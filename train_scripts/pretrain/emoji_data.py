@@ -63,7 +63,7 @@ def choose(rows: list[dict]) -> list[dict]:
 def load(build: Path) -> tuple[Tensor, Tensor, Tensor, list[dict]]:
     """RGBA images (N, 64, 64, 4), the concept and the style of each (N,), and the concepts."""
     data = load_file(build / "images.safetensors")
-    concepts = json.loads((build / "concepts.json").read_text())
+    concepts = json.loads((build / "concepts.json").read_text(encoding="utf-8"))
     return data["rgba"], data["concept"], data["style"], concepts
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--twitter", type=Path, required=True, help="the unpacked `package` folder")
     parser.add_argument("--build", type=Path, required=True, help="folder for all that the recipes make")
     args = parser.parse_args()
-    rows = choose(json.loads((args.google / "emoji.json").read_text()))
+    rows = choose(json.loads((args.google / "emoji.json").read_text(encoding="utf-8")))
     images, concept, style, concepts = [], [], [], []
     for index, row in enumerate(rows):
         concepts.append({"code": row["unified"].lower(), "names": phrases(row), "category": row["category"]})
@@ -88,7 +88,7 @@ def main() -> None:
     tensors = {"rgba": torch.from_numpy(np.stack(images))}
     tensors |= {"concept": torch.tensor(concept), "style": torch.tensor(style)}
     save_file(tensors, args.build / "images.safetensors")
-    (args.build / "concepts.json").write_text(json.dumps(concepts, indent=1))
+    (args.build / "concepts.json").write_text(json.dumps(concepts, indent=1), encoding="utf-8")
     print(f"{len(concepts)} concepts, {len(images)} images in {args.build}")
 
 

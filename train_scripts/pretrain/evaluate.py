@@ -51,13 +51,13 @@ def place(build: Path, assets: Path) -> None:
 
 def tidy(path: Path) -> None:
     """Stored as float16 but opened as float32; no folder names; nothing a stock loader would warn about."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if path.parent.name == "vae":
         content.pop("block_out_channels", None)  # AutoencoderTiny adds it by itself
     content.pop("_name_or_path", None)
     if "dtype" in content:
         content["dtype"] = "float32"
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def keep(path: Path) -> bool:
@@ -129,9 +129,11 @@ def main() -> None:
     )
     figures = {"sampling": measure(pipe, clip, Scenes(args.build), args)}
     for part in ("vae", "unet"):
-        figures[part] = json.loads((args.build / f"{part}.json").read_text())
-    (args.assets / "emoji/figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (args.assets / "clip/figures.json").write_text((args.build / "clip.json").read_text() + "\n")
+        figures[part] = json.loads((args.build / f"{part}.json").read_text(encoding="utf-8"))
+    (args.assets / "emoji/figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (args.assets / "clip/figures.json").write_text(
+        (args.build / "clip.json").read_text(encoding="utf-8") + "\n", encoding="utf-8"
+    )
     print(json.dumps(figures["sampling"]))
 
 

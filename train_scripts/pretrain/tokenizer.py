@@ -48,15 +48,15 @@ def main() -> None:
     parser.add_argument("--build", type=Path, required=True, help="folder made by emoji_data.py")
     parser.add_argument("--size", type=int, default=2000)
     args = parser.parse_args()
-    concepts = json.loads((args.build / "concepts.json").read_text())
+    concepts = json.loads((args.build / "concepts.json").read_text(encoding="utf-8"))
     texts = [text for row in concepts for style in STYLES for text in captions(row["names"], style)]
     extra = [*PROMPT_WORDS.split(), *COLOURS]
     vocab, merges = learn(texts + extra * 100, args.size)
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
     tokenizer.save_pretrained(args.build / "tokenizer")
-    (args.build / "tokenizer/vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (args.build / "tokenizer/vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (args.build / "tokenizer/merges.txt").write_text("\n".join(lines) + "\n")
+    (args.build / "tokenizer/merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     again = CLIPTokenizer.from_pretrained(args.build / "tokenizer")
     for text in texts:
         read = again.decode(again(text).input_ids, skip_special_tokens=True)

@@ -96,7 +96,7 @@ def main() -> None:
     figures = train(models, vae, tokenizer, ready, args)
     figures["parameters"] = sum(p.numel() for p in unet.parameters())
     figures["text_parameters"] = sum(p.numel() for p in models["text_encoder"].parameters())
-    (args.build / "unet.json").write_text(json.dumps(figures, indent=1))
+    (args.build / "unet.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps(figures))
 
 

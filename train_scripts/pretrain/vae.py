@@ -125,7 +125,7 @@ def main() -> None:
         figures[f"psnr_{folder.name}"] = quality(model, folder_images(folder))
     figures["parameters"] = sum(p.numel() for p in model.parameters())
     model.save_pretrained(args.build / "vae")
-    (args.build / "vae.json").write_text(json.dumps(figures, indent=1))
+    (args.build / "vae.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps(figures))
 
 
