@@ -14,18 +14,21 @@ import argparse
 import shlex
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
 from diffadapt.checkpoint import base_named_in
 from diffadapt.evaluation import options
+from diffadapt.evaluation.captions import with_captions
 from diffadapt.evaluation.drawing import draw_sets, files_of_run
 from diffadapt.evaluation.drawn_files import passing_folder
-from diffadapt.evaluation.image_sets import ImageSet, has_prompts
+from diffadapt.evaluation.image_sets import ImageSet, has_prompts, open_set
 from diffadapt.evaluation.page import write_page
+from diffadapt.evaluation.preference import METRIC, load_preference
 from diffadapt.evaluation.run import Outcome, begin, evaluate_sets
-from diffadapt.evaluation.scoring import check_plan
+from diffadapt.evaluation.scoring import check_plan, with_layers
 from diffadapt.evaluation.tables import markdown, per_image_csv
 from diffadapt.exits import run
 from diffadapt.files import write_atomically
@@ -63,16 +66,29 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
     plan, reading = options.plan_of(arguments), options.reading_of(arguments)
     with PartialState().local_main_process_first():  # which fetches what is missing
-        extractors = options.extractors_of(arguments, str(device))
-    with_prompts = is_drawing or any(has_prompts(source) for source in arguments.generated)
-    check_plan(plan, extractors, has_reference=arguments.reference is not None, has_prompts=with_prompts)
+        is_alone = arguments.preference is not None and plan.metrics == (METRIC,)
+        extractors = [] if is_alone else options.extractors_of(arguments, str(device))
+    extractors = [with_layers(extractor, plan) for extractor in extractors]
+    preference = None
+    if arguments.preference is not None:
+        preference = load_preference(arguments.preference)
+        plan = replace(plan, metrics=tuple(key for key in plan.metrics if key != METRIC))
+    with_prompts = is_drawing or arguments.captions or any(map(has_prompts, arguments.generated))
+    check_plan(
+        plan,
+        extractors,
+        has_reference=arguments.reference is not None,
+        has_prompts=bool(with_prompts),
+        has_train=arguments.train is not None,
+    )
     is_passing = is_drawing and arguments.keep_images is None
     with passing_folder() if is_passing else nullcontext(arguments.keep_images) as folder:
         sets: dict[str, str | ImageSet] = dict(
             draw_sets(arguments, files, Path(folder)) if is_drawing else {}
         )
         for label, source in options.labels_of(arguments.generated).items():
-            sets[f"{label}-files" if label in sets else label] = source
+            images = captioned(source, arguments.captions, download=reading.download)
+            sets[f"{label}-files" if label in sets else label] = images
         outcome = evaluate_sets(
             sets,
             arguments.reference,
@@ -80,6 +96,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
             plan,
             reading=reading,
             protocol=arguments.protocol,
+            train=arguments.train,
+            preference=preference,
             settings={
                 "command": shlex.join(["python", "eval/image_quality.py", *sys.argv[1:]]),
                 "demo": options.is_demo(arguments),
@@ -88,6 +106,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if outcome is not None:
             _write(outcome, Path(arguments.output))
     return 0
+
+
+def captioned(source: str, captions: str | None, *, download: bool) -> str | ImageSet:
+    """The images of a name with their captions, where some are given."""
+    if captions is None or has_prompts(source):
+        return source
+    return with_captions(open_set(source, download=download), captions)
 
 
 def _write(outcome: Outcome, path: Path) -> None:

@@ -105,6 +105,21 @@ def _text_beside(path: Path) -> str:
     return " ".join(read_text(file).split())
 
 
+def captions_of_file(path: Path) -> dict[str, str]:
+    """Name of an image -> caption, from the columns file_name and text (caption, prompt) of a .jsonl or .csv.
+
+    Raises: ValueError for other columns, naming those there are.
+    """
+    captions = {}
+    for number, row in _rows(path):
+        if FILE_COLUMN not in row:
+            columns = ", ".join(map(str, row))
+            raise ValueError(f"line {number} of {path} has no column {FILE_COLUMN!r}, only {columns}")
+        column = choose_caption_column([str(name) for name in row], None, path)
+        captions[str(row[FILE_COLUMN])] = " ".join(str(row[column] or "").split())
+    return captions
+
+
 def _metadata_captions(metadata: Path, image_column: str, caption_column: str | None) -> dict[Path, str]:
     """Picture -> caption, from every row of the file."""
     captions, problems = {}, []

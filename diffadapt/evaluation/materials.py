@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from diffadapt.evaluation.image_sets import ImageSet, fingerprint
 from diffadapt.evaluation.pictures import Facts
 from diffadapt.evaluation.record import SetSummary
 from diffadapt.evaluation.weights import sha256_of
-from diffadapt.metrics.frechet_statistics import read_statistics
+from diffadapt.metrics.frechet_statistics import read_all_statistics
 from diffadapt.metrics.inputs import Inputs
 
 
@@ -65,9 +65,9 @@ def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Materi
     Raises: ValueError when the features are not those of the only extractor, naming what differs.
     """
     if path.suffix == ".npz":
-        statistics = read_statistics(path)
-        summary = SetSummary(role, str(path), "statistics", statistics.n or 0, sha256_of(path))
-        inputs = {e.name: Inputs.of_statistics(statistics) for e in extractors}
+        statistics = read_all_statistics(path)
+        summary = SetSummary(role, str(path), "statistics", statistics["statistics"].n or 0, sha256_of(path))
+        inputs = {e.name: Inputs({}, statistics=statistics) for e in extractors}
         return Material(summary, inputs, (), None)
     content = read_features(path)
     for extractor in extractors:
@@ -86,6 +86,29 @@ def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Materi
     return Material(summary, inputs, content.facts, None)
 
 
+def with_statistics(material: Material, path: Path) -> Material:
+    """A reference batch as ADM publishes it: images, and Frechet statistics of the whole set they are from.
+
+    The Frechet distances of Inception are taken of the statistics, everything else of the images.
+    """
+    statistics = read_all_statistics(path)
+    inputs = dict(material.inputs)
+    if "inception" in inputs:
+        inputs["inception"] = Inputs(inputs["inception"].features, statistics=statistics)
+    both = fingerprint([material.summary.fingerprint, sha256_of(path)])
+    return replace(material, summary=replace(material.summary, fingerprint=both), inputs=inputs)
+
+
+def has_statistics(source: object) -> bool:
+    """Whether a name stands for an npz that holds images and statistics."""
+    from diffadapt.evaluation.archives import names_of
+
+    path = Path(source) if isinstance(source, str) else None
+    if path is None or path.suffix != ".npz" or not path.is_file():
+        return False
+    return {"arr_0", "mu", "sigma"} <= set(names_of(path))
+
+
 def is_material_file(source: str) -> bool:
     """Whether a name stands for saved features or statistics rather than images."""
     path = Path(source)
@@ -95,7 +118,8 @@ def is_material_file(source: str) -> bool:
         return False
     from diffadapt.evaluation.archives import names_of
 
-    return "mu" in names_of(path)
+    names = names_of(path)
+    return "mu" in names and "arr_0" not in names
 
 
 def _inputs(

@@ -16,6 +16,7 @@ from diffadapt.evaluation.resize import PRESETS
 from diffadapt.evaluation.run import REFERENCE, Reading
 from diffadapt.evaluation.scoring import Plan, parse_metrics
 from diffadapt.evaluation.weights import parse_weights
+from diffadapt.metrics.metric_options import check_options
 from diffadapt.metrics.registry import METRICS
 from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
@@ -35,6 +36,8 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
     add, several = parser.add_argument, {"nargs": "+", "default": []}
     add("--generated", **several, metavar="SET", help="folders, zips, npz, datasets:NAME, embedded:NAME")
     add("--reference", metavar="SET", help="real images, saved features (.safetensors), statistics (.npz)")
+    add("--captions", metavar="FILE", help="of the images: a .jsonl or .csv, COCO's .json, or sidecar")
+    add("--train", metavar="SET", help="images that were trained on, for authpct and fls")
     add("--adapters", **several, metavar="FILE[:STRENGTH]", help="draw and score images of adapters")
     add("--run", metavar="DIR", help="draw and score every checkpoint of a training run")
     add("--with_base", action="store_true", help="draw and score the bare base too, with the same seeds")
@@ -49,6 +52,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     add("--metrics", default="all", help=f"with commas: {', '.join(METRICS)}; or all (default)")
     add("--metric_options", **several, metavar="METRIC.OPTION=VALUE", help="as precision_recall.k=5")
     add("--protocol", choices=tuple(protocols.PROTOCOLS), help="extractor, resize, metrics and k of papers")
+    add("--preference", metavar="MODULE:CLASS", help="a number for each image and prompt, such as HPSv2's")
     add("--resize", help=f"{', '.join(PRESETS)} or crop-SIZE; default: the extractor's own")
     add("--weights", **several, metavar="EXTRACTOR=PATH", help="weights, as inception=/path/file.pth")
     add("--download", action="store_true", help="fetch missing weights, after showing size, source and hash")
@@ -174,9 +178,9 @@ def _metric_option(text: str) -> tuple[str, str, object]:
         raise ValueError(f"--metric_options takes METRIC.OPTION=VALUE, as precision_recall.k=5, got {text!r}")
     if key not in METRICS:
         raise ValueError(f"--metric_options {text}: unknown metric {key!r}{near(key, METRICS)}")
-    if option not in METRICS[key].options:
-        raise ValueError(f"{key} has no option {option!r}{near(option, METRICS[key].options)}")
-    return key, option, yaml.safe_load(value)
+    parsed = yaml.safe_load(value)
+    check_options(key, {option: parsed}, METRICS[key].options)
+    return key, option, parsed
 
 
 def _default_extractor(arguments: argparse.Namespace) -> str:

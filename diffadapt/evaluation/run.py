@@ -20,7 +20,15 @@ from diffadapt.evaluation.extraction import extract
 from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.feature_file import SetFeatures, file_name, write_features
 from diffadapt.evaluation.image_sets import ImageSet, open_set
-from diffadapt.evaluation.materials import Material, is_material_file, of_file, of_images
+from diffadapt.evaluation.materials import (
+    Material,
+    has_statistics,
+    is_material_file,
+    of_file,
+    of_images,
+    with_statistics,
+)
+from diffadapt.evaluation.preference import Preference, score_preference, with_preference
 from diffadapt.evaluation.provenance import run_facts, versions
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
@@ -78,12 +86,16 @@ def evaluate_sets(
     reading: Reading,
     protocol: str | None = None,
     settings: Mapping[str, object] | None = None,
+    train: str | ImageSet | None = None,
+    preference: Preference | None = None,
 ) -> Outcome | None:
     """Scores every generated set against one reference. None on all but the main process.
 
     Args:
         generated: label -> a set, or its name as `open_set` takes it, or a file of features.
         settings: kept in the record: the command, whether it is a demo, ...
+        train: the images that the generators were trained on.
+        preference: gives a number for each image and prompt.
     Raises: what `open_set`, `extract`, `check_sets` and the metrics raise.
     """
     start, result, real = time.perf_counter(), _Result(), None
@@ -92,16 +104,39 @@ def evaluate_sets(
         real = _material(REFERENCE, reference, extractors, reading, role="real", cache=cache)
         if real is not None:
             result.materials[REFERENCE] = real
+    training = None
+    if train is not None:
+        cache = FeatureCache(reading.cache)
+        training = _material("training images", train, extractors, reading, role="real", cache=cache)
     for label, source in generated.items():
         own = _material(label, source, extractors, reading, role="generated", cache=None)
         if own is not None:
-            _score(label, own, real, extractors, plan, reading, protocol, result)
+            _score(label, own, real, training, extractors, plan, reading, protocol, result)
+            if preference is not None:
+                _add_preference(label, own, preference, plan, result)
             result.materials[label] = replace(own, inputs={})  # features are needed no more
     if not PartialState().is_main_process:
         return None
+    if training is not None:
+        settings = {**(settings or {}), "train": _in_words(training)}
     facts = {**(settings or {}), "protocol": protocol, "batch_size": reading.batch_size, **run_facts(start)}
-    record = _record(result, extractors, plan, facts)
+    used = [*extractors, *([preference.extractor] if preference is not None else [])]
+    record = _record(result, used, plan, facts)
     return Outcome(record, lambda label, name: result.materials[label].picture(name))
+
+
+def _in_words(material: Material) -> dict[str, object]:
+    """Source, number and fingerprint of a set."""
+    summary = material.summary
+    return {"source": summary.source, "count": summary.count, "fingerprint": summary.fingerprint}
+
+
+def _add_preference(label: str, own: Material, preference: Preference, plan: Plan, result: _Result) -> None:
+    scores, numbers = score_preference(label, own, preference, plan)
+    result.scores += scores
+    others = [row for row in result.rows if row.generated != label]
+    rows = [row for row in result.rows if row.generated == label]
+    result.rows[:] = [*others, *with_preference(rows, own, label, numbers)]
 
 
 def _record(
@@ -139,6 +174,8 @@ def _material(
     if not PartialState().is_main_process:
         return None
     material = of_images(images, made, extractors, role=role)
+    if role == "real" and has_statistics(images.source):
+        material = with_statistics(material, Path(images.source))
     if reading.save_features is None:
         return material
     for extractor in (e for e in extractors if e.perceptual is None):
@@ -152,6 +189,7 @@ def _score(
     label: str,
     own: Material,
     real: Material | None,
+    training: Material | None,
     extractors: Sequence[Extractor],
     plan: Plan,
     reading: Reading,
@@ -169,7 +207,7 @@ def _score(
         its_plan = plan_for(extractor, extractors, plan)
         if its_plan is None:
             continue
-        scores, refused = score_set(label, own, real, extractor, its_plan)
+        scores, refused = score_set(label, own, real, extractor, its_plan, training)
         result.scores += scores
         result.refused |= refused
     showing = next((e for e in extractors if e.features is not None), None)

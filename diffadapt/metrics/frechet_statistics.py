@@ -15,17 +15,31 @@ NOTE = (
 )
 
 
-def read_statistics(path: str | Path) -> Statistics:
-    """Mean and covariance of a reference set, for `fid` and `fid_infinity` only.
+SPATIAL = "_s"  # ends the names of ADM's statistics for sFID
+
+
+def read_all_statistics(path: str | Path) -> dict[str, Statistics]:
+    """Statistics for FID and, where stored, for sFID, by their roles in `metrics.inputs.STATISTICS`."""
+    found = {"statistics": read_statistics(path)}
+    with np.load(path, allow_pickle=False) as content:
+        has_spatial = f"mu{SPATIAL}" in content
+    if has_spatial:
+        found["spatial_statistics"] = read_statistics(path, ending=SPATIAL)
+    return found
+
+
+def read_statistics(path: str | Path, *, ending: str = "") -> Statistics:
+    """Mean and covariance of a reference set, for the Frechet distances only.
 
     Args:
         path: npz with `mu` (D,) and `sigma` (D, D); nothing in it is unpickled. The number of images is not
             stored.
+        ending: of the names in the file: "_s" for the statistics of sFID.
     Raises: ValueError naming what is missing or does not fit; OSError when the file cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
-            mean, covariance = content["mu"], content["sigma"]
+            mean, covariance = content[f"mu{ending}"], content[f"sigma{ending}"]
     except KeyError as error:
         raise ValueError(f"{path}: no {error.args[0]}; a file of statistics has mu and sigma") from None
     except (BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:

@@ -53,10 +53,10 @@ def custom(name: str, *, preset: str | None, device: str) -> Extractor:
 
     layers = tuple(dict.fromkeys([features, logits] if logits else [features]))
     resize = preset or getattr(made, "preset", "clean")
-    return Extractor(name, _sha256(kind, made), made.side, resize, layers, features, network, logits)
+    return Extractor(name, source_sha256(kind, made), made.side, resize, layers, features, network, logits)
 
 
-def _sha256(kind: type, made: object) -> str:
+def source_sha256(kind: type, made: object) -> str:
     """Over the source file and, of a module, its tensors."""
     source = inspect.getsourcefile(kind)
     hasher = hashlib.sha256(Path(source).read_bytes() if source else kind.__qualname__.encode())
