@@ -64,8 +64,9 @@ class Run:
                 with self.report.untrained():
                     self.report.begin()
             self.accelerator.wait_for_everyone()
+        is_main = self.accelerator.is_main_process
         rest = resting(self.idle, self.accelerator.device)
-        with StopRequest() as stop, Progress(self.trainer) as self.progress, rest:
+        with StopRequest(announce=is_main) as stop, Progress(self.trainer) as self.progress, rest:
             for step in train(self.trainer, self.batches):
                 signal = stop.agreed(self.accelerator)
                 self.exit_code = 128 + signal if signal else 0
