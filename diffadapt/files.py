@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,47 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_atomically` of a text in UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def check_writable(path: str | Path) -> None:
+    """Try whether a file can be written at ``path``, before the work whose result it shall hold.
+
+    Nothing is left behind: a file is made and removed in the nearest folder that is there.
+
+    Raises:
+        ValueError: a folder is at ``path``, or a file where a folder of it should be.
+        OSError: nothing can be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{str(path)!r} is a folder; give the name of a file in it, such as {path / 'a.json'}"
+        )
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be written: {str(folder)!r} is a file, not a folder")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".diffadapt-"):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}; give another place"
+        ) from None
+
+
+def check_writable_folder(folder: str | Path) -> None:
+    """The same for a folder that files are written to, which need not be there yet."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder")
+    check_writable(folder / ".diffadapt-probe")
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 def near(wrong: str, known: Iterable[str]) -> str:
     """The end of an error message: what was probably meant, and what there is."""
     known = sorted(known)
-    close = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(wrong.lower(), by_lower_case, n=3, cutoff=0.5)
+    close = [by_lower_case[name] for name in close]
     meant = f"; did you mean {' or '.join(close)}?" if close else ";"
     return f"{meant} known: {few(known, most=20) or 'none'}"
 

@@ -101,8 +101,8 @@ def ours(setup: Setup, manifold: str) -> dict[str, float]:
     found = {}
     for name, metrics in plans.items():
         plan = Plan(metrics, options, allow_small=True, intervals=False, floor=False)
-        scores, _ = score_set("generated", *materials, setup.extractors[name], plan)
-        found |= {str(score.identity["score"]): score.value for score in scores}
+        scored = score_set("generated", *materials, setup.extractors[name], plan)
+        found |= {str(score.identity["score"]): score.value for score in scored.scores}
     return found
 
 

@@ -5,7 +5,8 @@
     python eval/image_quality.py --adapters a.safetensors b.safetensors --prompts prompts.txt --reference real
     python eval/image_quality.py --run runs/dreambooth --prompts prompts.txt --reference real --extractor clip
 
-Writes a JSON file, a Markdown table, a CSV with a row per image, and one self-contained HTML page.
+Writes a JSON file, a Markdown table, a CSV with a row per image, and one self-contained HTML page. The exit
+code is 1 when something that was asked for could not be computed, 2 when nothing was done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +22,28 @@ from pathlib import Path
 from accelerate import PartialState
 
 from diffadapt.checkpoint import base_named_in
-from diffadapt.evaluation import options
+from diffadapt.commands.sample import wanted_shots
+from diffadapt.evaluation import options, tables
 from diffadapt.evaluation.captions import with_captions
 from diffadapt.evaluation.drawing import draw_sets, files_of_run
 from diffadapt.evaluation.drawn_files import passing_folder
-from diffadapt.evaluation.image_sets import ImageSet, has_prompts, open_set
+from diffadapt.evaluation.extractors import Extractor
+from diffadapt.evaluation.image_sets import ImageSet, has_prompts
+from diffadapt.evaluation.output_files import OutputFiles, report
 from diffadapt.evaluation.page import write_page
 from diffadapt.evaluation.preference import METRIC, load_preference
-from diffadapt.evaluation.run import Outcome, begin, evaluate_sets
-from diffadapt.evaluation.scoring import check_plan, with_layers
-from diffadapt.evaluation.tables import markdown, per_image_csv
+from diffadapt.evaluation.run import (
+    Outcome,
+    begin,
+    check_counts,
+    check_places,
+    evaluate_sets,
+    open_generated,
+    open_reference,
+)
+from diffadapt.evaluation.scoring import Plan, check_plan, with_layers
 from diffadapt.exits import run
-from diffadapt.files import write_atomically
+from diffadapt.files import write_text
 from diffadapt.looks import parse_adapter
 from diffadapt.metrics.analytic import analytic_cases
 
@@ -55,9 +67,11 @@ def verify() -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Draws what is to be drawn, scores everything, writes the four files. Returns the exit code."""
+    """Generates what is to be generated, scores everything, writes the four files. Returns the exit code."""
+    options.check_numbers(arguments)
     device = begin(arguments.num_threads)
     options.fill_demo(arguments)
+    options.check_places(arguments)
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
     is_drawing = bool(files) or arguments.with_base
     if files:
@@ -73,25 +87,33 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.preference is not None:
         preference = load_preference(arguments.preference)
         plan = replace(plan, metrics=tuple(key for key in plan.metrics if key != METRIC))
+    given: dict[str, ImageSet | Path] = {}
+    for label, name in options.labels_of(arguments.generated).items():
+        given[label] = captioned(open_generated(name, reading), arguments.captions)
+    reference = None if arguments.reference is None else open_reference(arguments.reference, reading)
     with_prompts = is_drawing or arguments.captions or any(map(has_prompts, arguments.generated))
     check_plan(
         plan,
         extractors,
-        has_reference=arguments.reference is not None,
+        has_reference=reference is not None,
         has_prompts=bool(with_prompts),
+        only_statistics=isinstance(reference, Path) and reference.suffix == ".npz",
         has_train=arguments.train is not None,
     )
+    check_places(given, reference, reading)
+    check_counts(plan, extractors, given, reference)
+    if is_drawing:
+        check_drawing(arguments, files, plan, extractors, reference)
     is_passing = is_drawing and arguments.keep_images is None
     with passing_folder() if is_passing else nullcontext(arguments.keep_images) as folder:
-        sets: dict[str, str | ImageSet] = dict(
-            draw_sets(arguments, files, Path(folder)) if is_drawing else {}
-        )
-        for label, source in options.labels_of(arguments.generated).items():
-            images = captioned(source, arguments.captions, download=reading.download)
-            sets[f"{label}-files" if label in sets else label] = images
+        sets: dict[str, ImageSet | Path] = {}
+        if is_drawing:
+            sets |= draw_sets(arguments, files, Path(folder))
+        for label, source in given.items():
+            sets[f"{label}-files" if label in sets else label] = source
         outcome = evaluate_sets(
             sets,
-            arguments.reference,
+            reference,
             extractors,
             plan,
             reading=reading,
@@ -103,30 +125,42 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 "demo": options.is_demo(arguments),
             },
         )
-        if outcome is not None:
-            _write(outcome, Path(arguments.output))
-    return 0
+        if outcome is None:
+            return 0
+        problems = write_outcome(outcome, OutputFiles.of(arguments.output))
+    return report(problems)
 
 
-def captioned(source: str, captions: str | None, *, download: bool) -> str | ImageSet:
-    """The images of a name with their captions, where some are given."""
-    if captions is None or has_prompts(source):
-        return source
-    return with_captions(open_set(source, download=download), captions)
+def captioned(images: ImageSet | Path, captions: str | None) -> ImageSet | Path:
+    """The images of a set with their captions, where some are given and it knows none."""
+    if captions is None or isinstance(images, Path) or images.prompts:
+        return images
+    return with_captions(images, captions)
 
 
-def _write(outcome: Outcome, path: Path) -> None:
+def check_drawing(
+    arguments: argparse.Namespace,
+    files: Sequence[str],
+    plan: Plan,
+    extractors: Sequence[Extractor],
+    reference: ImageSet | Path | None,
+) -> None:
+    """Whether as many images as will be generated are enough. Raises: ValueError."""
+    shots = wanted_shots(arguments, [parse_adapter(file).path for file in files])
+    expected = ImageSet("the images to be generated", "adapter", shots)
+    check_counts(plan, extractors, {expected.source: expected}, reference)
+
+
+def write_outcome(outcome: Outcome, places: OutputFiles) -> list[str]:
+    """Writes the scores first, the page last. Returns what could not be computed or made."""
     record = outcome.record
-    table = markdown(record)
-    write_page(record, path.with_suffix(".html"), outcome.picture)
-    for suffix, text in ((".md", table), (".csv", per_image_csv(record))):
-        write_atomically(
-            path.with_suffix(suffix),
-            lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"),
-        )
-    record.write(path)
-    print(table)
-    print(f"{path} with .md, .csv and .html beside it")
+    record.write(places.json)
+    write_text(places.markdown, tables.report(record))
+    write_text(places.csv, tables.per_image_csv(record))
+    problems = [*outcome.failures, *write_page(record, places.page, outcome.picture)]
+    print(tables.markdown(record, width=tables.WIDTH))
+    print(f"{places.json} with .md, .csv and .html beside it")
+    return problems
 
 
 if __name__ == "__main__":

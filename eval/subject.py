@@ -20,7 +20,14 @@ from pathlib import Path
 from accelerate import PartialState
 
 from diffadapt.checkpoint import base_named_in
-from diffadapt.evaluation.extractors import EMBEDDED, Extractor, available, load_extractor
+from diffadapt.evaluation.extractors import (
+    EMBEDDED,
+    Extractor,
+    available,
+    load_extractor,
+    weights_by_extractor,
+)
+from diffadapt.evaluation.output_files import OutputFiles, report
 from diffadapt.evaluation.run import begin
 from diffadapt.evaluation.subject_drawing import Drawing, draw_subjects
 from diffadapt.evaluation.subject_record import evaluate_subjects, write_record
@@ -33,16 +40,30 @@ from diffadapt.evaluation.subjects import (
     open_subjects,
     read_prompts,
 )
-from diffadapt.evaluation.tables import markdown
+from diffadapt.evaluation.tables import WIDTH, markdown
 from diffadapt.exits import run
+from diffadapt.files import check_writable_folder
 from diffadapt.models.names import is_embedded
+from diffadapt.number_ranges import require_at_least
 
 DEMO_BASE = "embedded:emoji"
+MINIMA = {  # option -> its smallest value
+    "samples": 1,
+    "num_inference_steps": 1,
+    "guidance_scale": 0,
+    "batch_size": 1,
+    "seed": 0,
+    "num_threads": 1,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    require_at_least(arguments, MINIMA)
     device = begin(arguments.num_threads)
+    places = OutputFiles.of(Path(arguments.output) / "subject.json")
+    check_writable_folder(arguments.output)
+    places.check()
     files = adapter_files(arguments.adapters or ())
     subjects = chosen_subjects(arguments, list(files))
     with PartialState().local_main_process_first():  # which fetches what is missing
@@ -56,13 +77,17 @@ def main(argv: list[str] | None = None) -> int:
         "unique_token": arguments.unique_token,
     }
     token, seed = arguments.unique_token, arguments.seed
-    record = evaluate_subjects(sets, extractors, token=token, seed=seed, settings=settings)
-    if record is not None:  # the first process writes
-        folder = Path(arguments.output)
-        write_record(record, sets, folder)
-        print(markdown(record))
-        print(f"the images, best and worst: {folder / 'subject.html'}")
-    return 0
+    record = evaluate_subjects(
+        sets, extractors, token=token, seed=seed, settings=settings, skip_bad=arguments.skip_bad
+    )
+    if record is None:  # the first process writes
+        return 0
+    problems = write_record(record, sets, places)
+    print(markdown(record, width=WIDTH))
+    print(f"the images, best and worst: {places.page}")
+    if not record.scores:
+        problems.append("no score could be computed")
+    return report(problems)
 
 
 def adapter_files(given: Sequence[str]) -> dict[str, str]:
@@ -82,13 +107,17 @@ def chosen_subjects(arguments: argparse.Namespace, names: list[str]) -> list[Sub
         return embedded_subjects(names)
     if arguments.prompts is None:
         raise ValueError("--subjects needs --prompts FILE, such as dreambooth's prompts_and_classes.txt")
-    return open_subjects(arguments.subjects, read_prompts(arguments.prompts), names)
+    return open_subjects(
+        arguments.subjects,
+        read_prompts(arguments.prompts),
+        names,
+        follow_links=arguments.follow_links,
+    )
 
 
 def chosen_extractors(arguments: argparse.Namespace, device: str) -> list[Extractor]:
     """The named ones; embedded:clip for the embedded subjects, DreamBooth's otherwise; LPIPS where it is."""
-    given = dict(item.partition("=")[::2] for item in arguments.weights or ())
-    weights = {name: Path(path) for name, path in given.items()}
+    weights = weights_by_extractor(arguments.weights or ())
     names = arguments.extractors
     if names is None:
         names = [EMBEDDED[0]] if arguments.subjects is None else ["dino", "clip"]
@@ -104,7 +133,7 @@ def generated_sets(
     if arguments.images is not None:
         if files or arguments.base or arguments.compare:
             raise ValueError("--images scores what is there: leave out --adapters, --base and --compare")
-        made = existing_images(arguments.images, subjects)
+        made = existing_images(arguments.images, subjects, follow_links=arguments.follow_links)
         return {Path(arguments.images).name: (made, {})}
     base = arguments.base or (base_named_in(list(files.values())) if files else None)
     if base is None and arguments.subjects is not None:
@@ -141,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on a GPU, no on a CPU")
     add("--seed", type=int, default=0, help="of the first image, and of the bootstrap (default: 0)")
     add("--num_threads", type=int, help="CPU threads; default: all available cores")
+    add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")
+    add("--follow_links", action="store_true", help="follow links out of the folders of images too")
     add("--output", default="runs/subject", help="folder (default: runs/subject)")
     return parser
 

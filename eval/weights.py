@@ -25,6 +25,7 @@ from diffadapt.evaluation.tables import markdown_table, number
 from diffadapt.exits import run
 from diffadapt.files import write_atomically
 from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.number_ranges import require_at_least
 from diffadapt.strict_json import to_json
 from diffadapt.training.session import quiet
 
@@ -42,6 +43,7 @@ COLUMNS = {  # heading -> field of LayerFigures
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    require_at_least(arguments, {"k": 1, "rank": 1, "directions": 1, "seed": 0})
     quiet()
     labels = unique_labels(arguments.adapters)
     base = arguments.base or base_named_in(arguments.adapters)

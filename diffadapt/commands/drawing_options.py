@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+MINIMA = {  # option -> its smallest value
+    "num_images": 1,
+    "seed": 0,
+    "num_inference_steps": 1,
+    "guidance_scale": 0,
+    "height": 8,
+    "width": 8,
+    "batch_size": 1,
+    "num_threads": 1,
+}
+
 
 def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> None:
     """What is drawn, from which base, and how; num_images: the default per prompt."""

@@ -12,6 +12,7 @@ from diffadapt.data.images import EXTENSIONS
 
 MAX_MEMBER = 512 << 20  # bytes of one image file
 MAX_RATIO = 200  # unpacked against packed bytes: images hardly shrink, bombs by a thousand
+IMAGES = "arr_0"  # key of the images in an npz as guided-diffusion writes it
 SMALL = 1 << 20  # bytes below which the ratio does not matter
 
 

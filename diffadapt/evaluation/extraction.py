@@ -73,7 +73,9 @@ def extract(
     if known and not missing:
         facts = next((content.facts for content in kept.values()), ())
         return Extracted({name: content.layers for name, content in kept.items()}, facts)
-    made = _merged(_run(images, missing, batch_size, skip_bad, title), missing)
+    batches = [*gather_object(_run(images, missing, batch_size, skip_bad, title))]
+    _refuse_mixed_sizes(images.source, batches, missing)
+    made = _merged(batches, missing)
     if made.skipped and not skip_bad:
         raise ValueError(
             f"{len(made.skipped)} of {len(images)} images of {images.source!r} cannot be read; repair or "
@@ -123,6 +125,8 @@ def _run(
 ) -> list[_Batch]:
     """This process's batches. After the first bad image, unless skipped, the rest is only checked."""
     state, done, failed = PartialState(), [], False
+    needs_one_size = any(e.preset == "none" for e in extractors)
+    sizes: set[torch.Size] = set()
     groups = images.prompts if any(e.perceptual for e in extractors) else ()
     mine = batches_of(len(images), size, groups)[state.process_index :: state.num_processes]
     with tqdm(desc=title, total=len(images), unit="image", disable=not state.is_main_process) as bar:
@@ -136,7 +140,8 @@ def _run(
                 pixels.append(item[0])
                 batch.facts.append(item[1])
                 batch.positions.append(position)
-            failed = failed or (bool(batch.problems) and not skip_bad)
+            sizes |= {image.shape for image in pixels}
+            failed = failed or (bool(batch.problems) and not skip_bad) or (needs_one_size and len(sizes) > 1)
             if pixels and not failed:
                 batch.layers = _layers(
                     pixels, extractors, size, [groups[p] for p in batch.positions if groups]
@@ -202,9 +207,20 @@ def _forward(images: Sequence[Tensor], extractors: Sequence[Extractor]) -> dict[
     return found
 
 
-def _merged(mine: list[_Batch], extractors: Sequence[Extractor]) -> Extracted:
+def _refuse_mixed_sizes(source: str, batches: Sequence[_Batch], extractors: Sequence[Extractor]) -> None:
+    """Raises: ValueError for images of several sizes that no resize makes equal."""
+    unsized = [extractor.name for extractor in extractors if extractor.preset == "none"]
+    examples = {(facts.width, facts.height): facts.name for batch in batches for facts in batch.facts}
+    if unsized and len(examples) > 1:
+        sizes = ", ".join(f"{width}x{height} ({name})" for (width, height), name in examples.items())
+        raise ValueError(
+            f"--resize none needs images of one size for {', '.join(unsized)}; {source!r} has {sizes}; "
+            "give another resize, such as clean"
+        )
+
+
+def _merged(batches: list[_Batch], extractors: Sequence[Extractor]) -> Extracted:
     """All processes' batches in the order of the set."""
-    batches = gather_object(mine)
     skipped = tuple(line for _, line in sorted(problem for batch in batches for problem in batch.problems))
     full = sorted((b for b in batches if b.layers or not extractors), key=lambda batch: batch.positions)
     places = [position for batch in full for position in batch.positions]

@@ -55,7 +55,9 @@ def read_features(path: Path) -> SetFeatures:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[KEY])
             layers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = tuple(Facts(**row) for row in stored["facts"])
+        facts = tuple(
+            Facts(**{**row, "conversions": tuple(row.get("conversions", ()))}) for row in stored["facts"]
+        )
         version, identity, sha256 = (stored[name] for name in ("version", "identity", "tensors"))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no features of this program, or not all of them: {error}") from None

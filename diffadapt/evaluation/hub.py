@@ -29,6 +29,7 @@ def folder_of(
         return Path(resolve(name))
     local = given.get(extractor) or Path(name)
     if local.is_dir():
+        require_safetensors(local)
         return local
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(PATTERNS), local_files_only=True))
@@ -44,9 +45,26 @@ def folder_of(
                 f"  available now: {', '.join(available)}"
             ) from error
         folder = _download(name)
+        require_safetensors(folder)
     for path in folder.glob("*.safetensors"):
         check_blob(path)
     return folder
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raises: FileNotFoundError for a folder of a model without .safetensors, with the remedies."""
+    if list(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+    held = f"only {', '.join(pickled)}, which may run code when it is read" if pickled else "no weights"
+    raise FileNotFoundError(
+        f"{folder} holds no .safetensors, {held}\n"
+        "  take another revision or copy of the model that has model.safetensors; or, where the source is "
+        "trusted, convert it once:\n"
+        f"  python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')"
+        ".save_pretrained('NEW_FOLDER')\", copy the .json and .txt files into it, and give --weights "
+        "EXTRACTOR=NEW_FOLDER"
+    )
 
 
 def _download(name: str) -> Path:

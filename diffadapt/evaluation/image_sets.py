@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from diffadapt.data.images import EXTENSIONS, StoredImage, list_images
-from diffadapt.evaluation.archives import arrays_of, members_of
+from diffadapt.data.links import visible_files
+from diffadapt.evaluation.archives import IMAGES, arrays_of, members_of
 from diffadapt.evaluation.pictures import ArrayPicture, FilePicture, Picture, to_uint8
 from diffadapt.models.names import is_embedded, resolve
 from diffadapt.nearest import near
 
 DATASETS = "datasets:"
 SAMPLE = "sample.json"  # of `diffadapt sample`
+OVERVIEW = re.compile(r"(image|sample|samples)?[-_ ]?(grid|sheet|overview|collage)([-_ ]?\d+)?")
+INPUTS = ("input", "inputs", "source", "conditioning")  # folders of what an image was made from
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # marks of datasets' save_to_disk
 
 
@@ -28,6 +33,7 @@ class ImageSet:
     Attributes:
         source: as it was named; kind: folder, zip, npz, datasets, embedded, adapter or base.
         ignored: files beside the images that are none, "name: reason".
+        no_samples: images that are left out because their names say that they are an overview or an input.
         made: of drawn images, how; prompts: of drawn images, the caption of each.
     """
 
@@ -37,18 +43,20 @@ class ImageSet:
     ignored: tuple[str, ...] = ()
     made: Mapping[str, object] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    no_samples: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
 
-def open_set(source: str, *, download: bool = False) -> ImageSet:
+def open_set(source: str, *, download: bool = False, follow_links: bool = False) -> ImageSet:
     """The images a name stands for.
 
     Args:
-        source: a folder (with the folders in it), FILE.zip, FILE.npz with images, FILE.parquet, a folder
-            that `datasets` saved, `datasets:NAME[:SPLIT[:COLUMN]]`, or `embedded:NAME[:SPLIT]`.
+        source: a folder (with the folders in it), FILE.zip, FILE.npz or FILE.npy with images, FILE.parquet, a
+            folder that `datasets` saved, `datasets:NAME[:SPLIT[:COLUMN]]`, or `embedded:NAME[:SPLIT]`.
         download: whether a named data set may be fetched.
+        follow_links: follow links out of a folder too.
     Raises: FileNotFoundError where nothing is, ValueError for other files and empty sets.
     """
     if source.startswith(DATASETS):
@@ -59,7 +67,7 @@ def open_set(source: str, *, download: bool = False) -> ImageSet:
             import datasets
 
             return _from_dataset(source, datasets.load_from_disk(str(path)), None)
-        return _from_folder(source, path)
+        return _from_folder(source, path, follow_links)
     if not path.exists():
         raise FileNotFoundError(f"no images at {source!r}; give a folder, a .zip, a .npz or {DATASETS}NAME")
     if path.suffix == ".zip":
@@ -67,6 +75,8 @@ def open_set(source: str, *, download: bool = False) -> ImageSet:
         return _checked(ImageSet(source, "zip", pictures))
     if path.suffix == ".npz":
         return _from_npz(source, path)
+    if path.suffix == ".npy":
+        return _from_npy(source, path)
     if path.suffix == ".parquet":
         import datasets
 
@@ -110,26 +120,70 @@ def _from_sample(source: str, folder: Path) -> ImageSet:
     )
 
 
-def _from_folder(source: str, folder: Path) -> ImageSet:
+def _from_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
     if (folder / SAMPLE).is_file():
         return _from_sample(source, folder)
-    pictures = [
-        FilePicture(path.relative_to(folder).as_posix(), path) for path in list_images(folder, recursive=True)
-    ]
-    others = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() not in EXTENSIONS)
-    ignored = tuple(f"{p.relative_to(folder).as_posix()}: not an image file" for p in others)
-    return ImageSet(source, "embedded" if is_embedded(source) else "folder", pictures, ignored)
+    _refuse_results(folder)
+    paths = list_images(folder, recursive=True, follow_links=follow_links)
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    no_samples = [name for name in names if _is_no_sample(name)]
+    if len(no_samples) == len(names):
+        no_samples = []
+    pictures = [FilePicture(name, path) for name, path in names.items() if name not in no_samples]
+    files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
+    others = [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in EXTENSIONS]
+    ignored = tuple(f"{name}: not an image file" for name in others)
+    kind = "embedded" if is_embedded(source) else "folder"
+    return ImageSet(source, kind, pictures, ignored, no_samples=tuple(no_samples))
+
+
+def _is_no_sample(name: str) -> bool:
+    """Whether a file is, by its name, an overview of samples or an input of what made them."""
+    path = PurePosixPath(name)
+    is_input = any(part.lower() in INPUTS for part in path.parts[:-1])
+    return is_input or OVERVIEW.fullmatch(path.stem.lower()) is not None
+
+
+def _refuse_results(folder: Path) -> None:
+    """Raises: ValueError for the folder of a training run or an evaluation, which holds several sets."""
+    if (folder / "run.json").is_file() and (folder / "samples").is_dir():
+        raise ValueError(
+            f"{str(folder)!r} is the folder of a training run, with images of before and after; score its "
+            f"checkpoints with --run {shlex.quote(str(folder))}, or name {folder / 'samples' / 'after'}"
+        )
+    if (folder / "subject.json").is_file() and (folder / "images").is_dir():
+        folders = [str(path) for path in sorted((folder / "images").iterdir()) if path.is_dir()]
+        sets = ", ".join(folders)
+        raise ValueError(f"{str(folder)!r} holds the images of an evaluation; name a set of them: {sets}")
 
 
 def _from_npz(source: str, path: Path) -> ImageSet:
     arrays = arrays_of(path)
-    if "arr_0" not in arrays:
+    images = {name: array for name, array in arrays.items() if array.ndim == 4}
+    if IMAGES in arrays:
+        images = {IMAGES: arrays[IMAGES]}
+    if len(images) != 1:
+        held = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
         raise ValueError(
-            f"{source} holds {', '.join(arrays) or 'nothing'}, no images under 'arr_0' as ADM's files do"
+            f"{source} holds {held}; expected images (N, H, W, 3) under {IMAGES!r}, or one array of four axes"
         )
-    values = to_uint8(arrays["arr_0"], source)
+    return _of_array(source, "npz", *images.values())
+
+
+def _from_npy(source: str, path: Path) -> ImageSet:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{source} cannot be read as an array: {error}") from None
+    return _of_array(source, "npy", values)
+
+
+def _of_array(source: str, kind: str, values: np.ndarray) -> ImageSet:
+    """Images (N, H, W, C), or (N, C, H, W) where only that can be meant."""
+    is_channels_first = values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3)
+    values = to_uint8(values.transpose(0, 2, 3, 1) if is_channels_first else values, source)
     pictures = [ArrayPicture(f"{index:06d}", image) for index, image in enumerate(values)]
-    return _checked(ImageSet(source, "npz", pictures))
+    return _checked(ImageSet(source, kind, pictures))
 
 
 def _named_dataset(source: str, download: bool) -> ImageSet:

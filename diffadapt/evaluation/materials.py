@@ -156,6 +156,7 @@ def _summary(
         formats=dict(Counter(each.format for each in facts)),
         sizes=dict(Counter(f"{each.width}x{each.height}" for each in facts)),
         modes=dict(Counter(each.mode for each in facts)),
+        conversions=dict(Counter(conversion for each in facts for conversion in each.conversions)),
         skipped=tuple(skipped),
         made=dict(made),
     )

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import yaml
 
-from diffadapt.commands.drawing_options import add_drawing_options
+from diffadapt.commands.drawing_options import MINIMA, add_drawing_options
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.cache import default_folder
-from diffadapt.evaluation.extractors import NAMES, Extractor, load_extractor
+from diffadapt.evaluation.extractors import NAMES, Extractor, load_extractor, weights_by_extractor
+from diffadapt.evaluation.output_files import OutputFiles
 from diffadapt.evaluation.resize import PRESETS
 from diffadapt.evaluation.run import REFERENCE, Reading
 from diffadapt.evaluation.scoring import Plan, parse_metrics
-from diffadapt.evaluation.weights import parse_weights
+from diffadapt.files import check_writable_folder
 from diffadapt.metrics.metric_options import check_options
 from diffadapt.metrics.registry import METRICS
 from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
+from diffadapt.number_ranges import require_at_least
 
 EXTRACTORS = (*NAMES, "clip:MODEL", "dino:MODEL", "dinov2:MODEL", "module:Class")
 
@@ -64,12 +66,18 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")
+    add("--follow_links", action="store_true", help="follow links out of the sets' folders too")
     add("--allow_small", action="store_true", help="score too few images too, stamped as not comparable")
     add("--allow_overlap", action="store_true", help="score a set all of whose images stand in the reference")
     add("--feature_batch_size", type=int, default=32, help="images per forward of an extractor (default: 32)")
     add("--cache_dir", help="of references' features (default: $DIFFADAPT_CACHE or ~/.cache/diffadapt)")
     add("--no_cache", action="store_true", help="neither read nor keep features of references")
     add("--save_features", metavar="DIR", help="keep all sets' features, as references and for comparisons")
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises: ValueError for a number out of its range."""
+    require_at_least(arguments, {**MINIMA, "metrics_seed": 0, "feature_batch_size": 1})
 
 
 def fill_demo(arguments: argparse.Namespace) -> None:
@@ -96,6 +104,17 @@ def fill_demo(arguments: argparse.Namespace) -> None:
     arguments.allow_small = True
 
 
+def check_places(arguments: argparse.Namespace) -> None:
+    """Whether everything that will be written can be, before any work.
+
+    Raises: ValueError or OSError naming the place.
+    """
+    OutputFiles.of(arguments.output).check()
+    for folder in (arguments.keep_images, arguments.save_features):
+        if folder is not None:
+            check_writable_folder(folder)
+
+
 def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]:
     """The extractors that were named, else the protocol's, else the default for these sets.
 
@@ -103,7 +122,7 @@ def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]
     """
     chosen = protocols.PROTOCOLS.get(arguments.protocol)
     names = arguments.extractor or (chosen.extractor if chosen else _default_extractor(arguments))
-    weights = parse_weights(arguments.weights)
+    weights = weights_by_extractor(arguments.weights)
     preset = arguments.resize or (chosen.preset if chosen and not arguments.extractor else None)
     return [
         load_extractor(
@@ -142,9 +161,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def reading_of(arguments: argparse.Namespace) -> Reading:
-    """Raises: ValueError for a batch of no images."""
-    if arguments.feature_batch_size < 1:
-        raise ValueError(f"--feature_batch_size must be at least 1, got {arguments.feature_batch_size}")
+    """How images are read."""
     return Reading(
         arguments.feature_batch_size,
         arguments.skip_bad,
@@ -153,6 +170,7 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         Path(arguments.output).parent,
         arguments.allow_overlap,
         arguments.download,
+        arguments.follow_links,
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -15,8 +18,8 @@ from diffadapt.evaluation import plots
 from diffadapt.evaluation.page_style import STYLE
 from diffadapt.evaluation.record import NOT_A_SCORE, EvaluationRecord
 from diffadapt.evaluation.sheets import NEAREST, Cell, Sheet, ranking_key, sheets
-from diffadapt.evaluation.tables import COLUMNS, score_rows
-from diffadapt.files import write_atomically
+from diffadapt.evaluation.tables import COLUMNS, remarks_of_run, score_notes, score_rows
+from diffadapt.files import write_text
 
 Picture = Callable[[str, str], Image.Image]  # (label of a set, image name) -> RGB
 
@@ -27,31 +30,53 @@ STAMPS = {
     "DEMO": "embedded images or models: a demonstration, comparable with itself only",
 }
 CLASSES = {"value": "value", "remarks": "remarks", "95 % interval": "figure", "real against real": "figure"}
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is ever fetched
 
 
-def write_page(record: EvaluationRecord, path: str | Path, picture: Picture) -> None:
-    """Writes the page of an evaluation.
+def write_page(record: EvaluationRecord, path: str | Path, picture: Picture) -> list[str]:
+    """Writes the page of an evaluation. What cannot be shown is left out: the scores are kept elsewhere.
 
     Args:
         picture: the image of a name in a set: of every generated set, and of the real images that
             `record.images` names as nearest. KeyError where only features are at hand: then it is left out.
+
+    Returns: what is missing on the page, or that there is none, and why.
     """
-    text = page(record, picture)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    problems: list[str] = []
+    try:
+        text = page(record, picture, problems, beside=Path(path).stem)
+        write_text(path, text)
+    except Exception as error:  # a page that cannot be made must not cost the scores
+        problems.append(f"the page {path} could not be made: {type(error).__name__}: {error}")
+    return problems
 
 
-def page(record: EvaluationRecord, picture: Picture) -> str:
-    """The whole HTML document."""
+def page(
+    record: EvaluationRecord,
+    picture: Picture,
+    problems: list[str] | None = None,
+    *,
+    beside: str | None = None,
+) -> str:
+    """The HTML document.
+
+    Args:
+        problems: is extended by what could not be shown, and why.
+        beside: name, without ending, of the JSON, Markdown and CSV files beside the page, to link to them.
+    """
+    problems = [] if problems is None else problems
     title = "Evaluation of " + (", ".join(record.labels) or "nothing")
     body = [
         stamp_of(record.stamp),
         f"<main><h1>{escape(title)}</h1>",
-        _introduction(record),
+        _introduction(record, beside),
+        "<h2>Scores</h2>",
+        table(COLUMNS, score_rows(record)) if record.scores else "<p>No score could be computed.</p>",
+        _notes(record),
         _warnings(record),
-        f"<h2>Scores</h2>{table(COLUMNS, score_rows(record))}",
-        _plots(record),
-        *(_images(record, label, picture) for label in record.labels),
+        _plots(record, problems),
+        *(_images(record, label, picture, problems) for label in record.labels),
         _making(record),
         "</main>",
     ]
@@ -105,25 +130,44 @@ def stamp_of(stamp: str) -> str:
     return f'<div class="stamp">{stamp} <span>· {STAMPS[stamp]}</span></div>' if stamp else ""
 
 
-def _introduction(record: EvaluationRecord) -> str:
+def _introduction(record: EvaluationRecord, beside: str | None) -> str:
     sets = [f"{summary.count:,} {summary.role} images of {label}" for label, summary in record.sets.items()]
     extractors = ", ".join(extractor.name for extractor in record.extractors) or "none"
-    command = record.settings.get("command")
-    made = f"<p>Made by <code>{escape(str(command))}</code></p>" if command else ""
-    return f'<p class="faint">{escape("; ".join(sets))}. Extractors: {escape(extractors)}.</p>{made}'
+    parts = [f'<p class="faint">{escape("; ".join(sets))}. Extractors: {escape(extractors)}.</p>']
+    if record.settings.get("command"):
+        parts.append(f"<p>Made by <code>{escape(str(record.settings['command']))}</code></p>")
+    if beside is not None:
+        kinds = {".json": "scores and settings (JSON)", ".md": "table (Markdown)", ".csv": "each image (CSV)"}
+        links = [f'<a href="{escape(quote(beside + end))}">{text}</a>' for end, text in kinds.items()]
+        parts.append(f"<p>{' · '.join(links)}</p>")
+    return "".join(parts)
+
+
+def _notes(record: EvaluationRecord) -> str:
+    """Once for each metric: what its values mean, the method of its interval, its paper."""
+    notes = {name: text for name, text in score_notes(record).items() if text}
+    items = (f"<li><b>{escape(name)}</b>: {_linked(text)}</li>" for name, text in notes.items())
+    return f'<ul class="notes">{"".join(items)}</ul>' if notes else ""
+
+
+def _linked(text: str) -> str:
+    """Escaped text in which arXiv numbers are links."""
+    return ARXIV.sub(r'<a href="https://arxiv.org/abs/\1">arXiv:\1</a>', escape(text))
 
 
 def _warnings(record: EvaluationRecord) -> str:
-    lines = [*record.warnings, *(f"not computed: {what}: {why}" for what, why in record.refused.items())]
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="warnings"><ul>{items}</ul></div>' if lines else ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in remarks_of_run(record))
+    return f'<div class="warnings"><ul>{items}</ul></div>' if items else ""
 
 
-def _plots(record: EvaluationRecord) -> str:
+def _plots(record: EvaluationRecord, problems: list[str]) -> str:
     by_name: dict[str, list] = {}
     for score in record.scores:
         by_name.setdefault(score.name, []).append(score)
-    shown = [plot(plots.interval_plot(own), f"{name} of every set") for name, own in by_name.items()]
+    shown = []
+    for name, scores in by_name.items():
+        make = partial(plots.interval_plot, scores)
+        shown.append(_plot_if_possible(make, f"{name} of every set", problems))
     key = ranking_key(list(record.images))
     for name in dict.fromkeys(name for name in (key, NEAREST) if name is not None):
         values = {
@@ -132,19 +176,28 @@ def _plots(record: EvaluationRecord) -> str:
         }
         values = {label: own for label, own in values.items() if own}
         if values:
-            shown.append(plot(plots.histogram(values, name), f"{name} of each image"))
+            make = partial(plots.histogram, values, name)
+            shown.append(_plot_if_possible(make, f"{name} of each image", problems))
     note = "Dots: values; bars: 95 % intervals; broken line: real against real, what real images get."
     text = f'<p class="faint">{note}</p><div class="plots">{"".join(shown)}</div>'
-    return f"<h2>Plots</h2>{text}" if shown else ""
+    return f"<h2>Plots</h2>{text}" if any(shown) else ""
 
 
-def _images(record: EvaluationRecord, label: str, picture: Picture) -> str:
-    shown = [html for sheet in sheets(record, label) if (html := _sheet(sheet, picture))]
+def _plot_if_possible(make: Callable[[], plots.Figure], description: str, problems: list[str]) -> str:
+    try:
+        return plot(make(), description)
+    except Exception as error:  # matplotlib raises nearly anything; one plot costs itself only
+        problems.append(f"the page lacks the plot of {description}: {type(error).__name__}: {error}")
+        return f"<p>The plot of {escape(description)} could not be made.</p>"
+
+
+def _images(record: EvaluationRecord, label: str, picture: Picture, problems: list[str]) -> str:
+    shown = [html for sheet in sheets(record, label) if (html := _sheet(sheet, picture, problems))]
     return "\n".join([f"<h2>Images of {escape(label)}</h2>", *shown]) if shown else ""
 
 
-def _sheet(sheet: Sheet, picture: Picture) -> str:
-    cells = "".join(_cell(cell, picture) for cell in sheet.cells)
+def _sheet(sheet: Sheet, picture: Picture, problems: list[str]) -> str:
+    cells = "".join(_cell(cell, picture, problems) for cell in sheet.cells)
     if not cells:
         return ""
     pairs = any(len(cell.images) > 1 for cell in sheet.cells)
@@ -152,16 +205,21 @@ def _sheet(sheet: Sheet, picture: Picture) -> str:
     return f'{head}<div class="sheet{" pairs" if pairs else ""}">{cells}</div>'
 
 
-def _cell(cell: Cell, picture: Picture) -> str:
-    images = "".join(_image(label, name, picture) for label, name in cell.images)
+def _cell(cell: Cell, picture: Picture, problems: list[str]) -> str:
+    images = "".join(_image(label, name, picture, problems) for label, name in cell.images)
     caption = f"<figcaption>{escape(cell.caption)}</figcaption>"
     return f'<figure><div class="images">{images}</div>{caption}</figure>' if images else ""
 
 
-def _image(label: str, name: str, picture: Picture) -> str:
+def _image(label: str, name: str, picture: Picture, problems: list[str]) -> str:
     try:
         uri, small = thumbnail(picture(label, name))
     except KeyError:  # of this set only features are at hand
+        return ""
+    except Exception as error:  # removed or damaged since it was scored; Pillow raises almost anything
+        line = f"the page lacks the image {name} of {label}: {error}"
+        if line not in problems:
+            problems.append(line)
         return ""
     css = ' class="small"' if small else ""
     return f'<img{css} src="{uri}" alt="{escape(f"{label}: {name}")}">'
@@ -177,7 +235,7 @@ def _making(record: EvaluationRecord) -> str:
         "Versions": record.versions,
     }
     parts = [
-        f"<details><summary>{escape(name)}</summary>{_facts(values)}</details>"
+        f"<details open><summary>{escape(name)}</summary>{_facts(values)}</details>"
         for name, values in blocks.items()
         if values
     ]

@@ -14,6 +14,10 @@ p { margin: 4px 0 10px; }
 .stamp span { font-weight: 400; }
 .warnings { background: #fff6ec; border-left: 4px solid var(--accent); padding: 8px 14px; margin: 14px 0; }
 .warnings ul { margin: 0; padding-left: 18px; }
+ul.notes { padding-left: 18px; margin: 10px 0; color: var(--faint); font-size: .82rem; line-height: 1.4; }
+ul.notes b { color: var(--ink); font-weight: 600; }
+ul.notes li, .warnings li { overflow-wrap: anywhere; }
+a { color: #2b6cb0; }
 code { font: .86em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--soft); padding: 2px 5px;
   border-radius: 4px; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
@@ -43,11 +47,13 @@ dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 720px) {
   main { padding: 8px 14px 32px; }
   h1 { font-size: 1.35rem; }
+  table.cards, table.cards tbody { display: block; }  /* else the longest name sets the width of all cards */
   table.cards thead { display: none; }
   table.cards tr { display: block; border: 1px solid var(--line); border-radius: 6px; padding: 6px 12px;
     margin: 10px 0; }
   table.cards td { display: flex; justify-content: space-between; gap: 14px; padding: 4px 0; border: 0;
-    text-align: right; }
+    text-align: right; min-width: 0; overflow-wrap: anywhere; }
+  table.cards td.value { white-space: normal; }
   table.cards td:empty { display: none; }
   table.cards td::before { content: attr(data-label); color: var(--faint); text-align: left; flex: none; }
   table.cards td.remarks { display: block; text-align: left; }

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffadapt.data.images import ImageSource, StoredImage, open_image, opened
 
+ORIENTATION = 0x0112  # EXIF tag
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -24,6 +26,7 @@ class Facts:
         dhash, dhash_mirrored: 64-bit difference hashes, the same for images that look alike.
         format: "PNG", "JPEG", ..., "array".
         mode: as stored, such as "RGB", "RGBA", "L".
+        conversions: what was done on the way to 8-bit RGB that not every program does: see `conversions_of`.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Facts:
     mode: str
     width: int
     height: int
+    conversions: tuple[str, ...] = ()
 
 
 class Picture(Protocol):
@@ -68,10 +72,11 @@ class FilePicture:
             raise ValueError(f"{len(data):,} bytes that are no image") from None
         with image:
             kind, mode = image.format or "?", image.mode
+            conversions = conversions_of(image)
             if mode == "F":
                 refuse_out_of_range(np.asarray(image), self.name)
         pixels = np.asarray(open_image(StoredImage(self.name, data)))
-        return _loaded(pixels, self.name, hashlib.sha256(data).hexdigest(), kind, mode)
+        return _loaded(pixels, self.name, hashlib.sha256(data).hexdigest(), kind, mode, conversions)
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,34 @@ def difference_hashes(image: Image.Image) -> tuple[int, int]:
     )
 
 
-def _loaded(values: np.ndarray, name: str, sha256: str, kind: str, mode: str) -> tuple[Tensor, Facts]:
+def conversions_of(image: Image.Image) -> tuple[str, ...]:
+    """How an opened image differs from plain 8-bit RGB, in the words of a warning."""
+    found = []
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        found.append("turned upright by their EXIF orientation")
+    if "transparency" in image.info or _has_alpha(image):
+        found.append("transparent, put on white")
+    if "icc_profile" in image.info:
+        found.append("with an ICC profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        found.append("of more than 8 bits")
+    return tuple(found)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    """Whether a pixel is not opaque."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return False
+    return image.getchannel(image.getbands()[-1]).getextrema()[0] < 255
+
+
+def _loaded(
+    values: np.ndarray, name: str, sha256: str, kind: str, mode: str, conversions: tuple[str, ...] = ()
+) -> tuple[Tensor, Facts]:
     height, width = values.shape[:2]
     hashes = (_hash(values), _hash(values[:, ::-1]), *difference_hashes(Image.fromarray(values)))
     pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-    return pixels, Facts(name, sha256, *hashes, kind, mode, width, height)
+    return pixels, Facts(name, sha256, *hashes, kind, mode, width, height, conversions)
 
 
 def _hash(values: np.ndarray) -> str:

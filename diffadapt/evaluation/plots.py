@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from diffadapt.data.grid import ACCENT, FAINT, INK
 from diffadapt.evaluation.record import Score
+from diffadapt.evaluation.tables import shortened
 from diffadapt.files import write_atomically
 
 COLOURS = (ACCENT, "#2b6cb0", "#3d7a3d", "#7b4fa3", "#a8324a", "#5f6b1f", "#1f7a7a", "#555b66")
@@ -174,4 +175,4 @@ def _bytes(figure: Figure, kind: str) -> bytes:
 
 def _short(label: str, length: int = 26) -> str:
     """A label cut in its middle to what fits beside a plot."""
-    return label if len(label) <= length else f"{label[: length // 2]}…{label[-length // 2 + 1 :]}"
+    return shortened(label, length)

@@ -74,6 +74,8 @@ class SetSummary:
         count: images scored.
         fingerprint: SHA-256 over the sorted hashes of its images.
         formats, sizes, modes: how many images are "PNG", "64x64", "RGB".
+        conversions: how many images are "transparent, put on white", ...; other programs may read those
+            otherwise.
         skipped: unreadable files left out, "name: reason".
         made: of drawn images, how: adapter, sampler, prompts, seeds and the adapter's run.json
             (`made["run"]["parameters"]`, `["seconds"]`, `["peak_memory_bytes"]`); empty for given files.
@@ -88,6 +90,7 @@ class SetSummary:
     formats: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     modes: Mapping[str, int] = field(default_factory=dict)
+    conversions: Mapping[str, int] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     made: Mapping[str, object] = field(default_factory=dict)
     features: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from diffadapt.nearest import near
 
 ALL = "all"
 REALISM_K = 3
+LIKENESS = ("clip_i", "dino")  # metrics of one subject
 LACKING = {  # role -> what is said where an extractor has no layer for it
     "pixels": "it needs an lpips: extractor",
     "spatial": "sFID's layer is Inception's: give --extractor inception",
@@ -65,16 +67,25 @@ def check_plan(
     *,
     has_reference: bool,
     has_prompts: bool,
+    only_statistics: bool = False,
     has_train: bool = False,
 ) -> None:
     """Before any image is read.
 
+    Args:
+        only_statistics: whether the reference consists of Frechet statistics, without images or features.
+
     Raises: ValueError for a metric asked for that no extractor can give, and for an extractor with which
         nothing can be computed.
     """
-    facts = {"has_reference": has_reference, "has_prompts": has_prompts, "has_train": has_train}
+    facts = {
+        "has_reference": has_reference,
+        "has_prompts": has_prompts,
+        "only_statistics": only_statistics,
+        "has_train": has_train,
+    }
     for extractor in () if plan.metrics else extractors:
-        suited = [metric for metric in METRICS.values() if _suits(metric, extractor) and not metric.is_extra]
+        suited = [metric for metric in METRICS.values() if suits(metric, extractor) and not metric.is_extra]
         lacking = [_missing(metric, extractor, **facts) for metric in suited]
         if None not in lacking:
             why = "; ".join(dict.fromkeys(reason for reason in lacking if reason))
@@ -98,12 +109,27 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
     """
     if not plan.metrics:
         return plan
-    kept = tuple(
-        key
-        for key in plan.metrics
-        if _suits(METRICS[key], extractor) or not any(_suits(METRICS[key], other) for other in extractors)
-    )
-    return replace(plan, metrics=kept) if kept else None
+    kept = []
+    for key in plan.metrics:
+        metric = METRICS[key]
+        meant = [other for other in extractors if suits(metric, other) and gives(metric, other)]
+        if gives(metric, extractor) and (extractor in meant or not meant):
+            kept.append(key)
+    return replace(plan, metrics=tuple(kept)) if kept else None
+
+
+@dataclass
+class Scored:
+    """What came of one set under one extractor.
+
+    Attributes:
+        refused: score -> why the rules do not allow it, such as too few images.
+        failed: score -> why it is missing although it was asked for by name, or should have been possible.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def with_layers(extractor: Extractor, plan: Plan) -> Extractor:
@@ -119,26 +145,33 @@ def score_set(
     extractor: Extractor,
     plan: Plan,
     train: Material | None = None,
-) -> tuple[list[Score], dict[str, str]]:
-    """All scores of one set under one extractor, and what was refused: metric -> reason.
-
-    Raises: ValueError (TooFewImages) for a metric that was asked for by name.
-    """
-    own, reference = generated.inputs.get(extractor.name), real and real.inputs.get(extractor.name)
+) -> Scored:
+    """All scores of one set under one extractor. A metric that cannot be computed costs itself alone."""
+    own = generated.inputs.get(extractor.name)
+    reference = real and real.inputs.get(extractor.name)
     training = train and train.inputs.get(extractor.name)
-    scores: list[Score] = []
-    refused: dict[str, str] = {}
-    for key in (plan.metrics or METRICS) if own is not None else ():
+    is_named = bool(plan.metrics)
+    scored = Scored()
+    for key in plan.metrics or METRICS:
         metric = METRICS[key]
-        if not _applies(metric, extractor, own, reference, training, is_named=bool(plan.metrics)):
+        name = f"{label}: {_name(metric.scores[0], metric, extractor)}"
+        if own is None or not _applies(metric, extractor, own, reference, training, is_named=is_named):
+            if is_named:
+                scored.failed[name] = _unread_roles(metric, own, reference, training)
             continue
         try:
-            scores += _scores(label, metric, own, reference, training, extractor, plan, real, train)
+            scores = _scores(label, metric, own, reference, training, extractor, plan, real, train)
         except ValueError as error:  # too few images, also where none of the rules can be waived
-            if plan.metrics:
-                raise
-            refused[f"{label}: {_name(metric.scores[0], metric, extractor)}"] = str(error)
-    return scores, refused
+            (scored.failed if is_named else scored.refused)[name] = str(error)
+        except Exception as error:  # one metric's fault must not cost the others
+            scored.failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            for score in scores:
+                if math.isfinite(score.value):
+                    scored.scores.append(score)
+                else:
+                    scored.failed[f"{label}: {score.name}"] = f"its value is {score.value}"
+    return scored
 
 
 def image_rows(
@@ -198,9 +231,11 @@ def _scores(
         metric_options=options,
     )
     identity = _identity(metric, result, extractor, plan, real, train)
-    size = ()
+    notes = result.notes
     if extractor.perceptual:
-        size = (lpips_size(extractor),)
+        notes = (lpips_size(extractor), *notes)
+    if metric.key in LIKENESS:
+        notes = (*notes, "mean over all real images: a likeness to a subject only where all show it")
     return [
         Score(
             _name(score, metric, extractor),
@@ -212,7 +247,7 @@ def _scores(
             (result.floor or {}).get(score),
             metric.better,
             {**identity, "score": score},
-            (*size, *result.notes),
+            notes,
         )
         for score, estimate in result.values.items()
     ]
@@ -262,10 +297,10 @@ def _applies(
         return False
     has_roles = all(role in own.roles for role in metric.generated)
     has_real = not metric.real or (reference is not None and all(r in reference.roles for r in metric.real))
-    return has_roles and has_real and (is_named or _suits(metric, extractor))
+    return has_roles and has_real and (is_named or suits(metric, extractor))
 
 
-def _suits(metric: Metric, extractor: Extractor) -> bool:
+def suits(metric: Metric, extractor: Extractor) -> bool:
     """CLIP-I is not computed from DINO features, nor the other way round, unless asked for by name."""
     kind = kind_of(extractor)
     if metric.key == "copy_rate":
@@ -273,8 +308,44 @@ def _suits(metric: Metric, extractor: Extractor) -> bool:
     return metric.extractor == "inception" or metric.extractor == kind
 
 
+def gives(metric: Metric, extractor: Extractor) -> bool:
+    """Whether an extractor has the layers, and the text encoder, that a metric reads."""
+    for role in metric.generated:
+        if role == "texts" and extractor.texts is None:
+            return False
+        if role == "preference" and kind_of(extractor) != "preference":
+            return False
+        if role not in ("texts", "groups") and extractor.layer_of(role) is None:
+            return False
+    return True
+
+
+def _unread_roles(
+    metric: Metric, own: Inputs | None, reference: Inputs | None, training: Inputs | None
+) -> str:
+    """Why a metric that was asked for by name has nothing to read."""
+    if own is None:
+        return "the set has no features of this extractor"
+    sides = (
+        ("generated", metric.generated, own),
+        ("real", metric.real, reference),
+        ("training", metric.train, training),
+    )
+    for side, roles, inputs in sides:
+        lacking = [role for role in roles if inputs is None or role not in inputs.roles]
+        if lacking:
+            return f"the {side} set has no {lacking[0]}"
+    return "it does not apply"
+
+
 def _missing(
-    metric: Metric, extractor: Extractor, *, has_reference: bool, has_prompts: bool, has_train: bool
+    metric: Metric,
+    extractor: Extractor,
+    *,
+    has_reference: bool,
+    has_prompts: bool,
+    only_statistics: bool,
+    has_train: bool,
 ) -> str | None:
     for role in metric.generated:
         if role == "preference" and kind_of(extractor) != "preference":
@@ -290,7 +361,11 @@ def _missing(
             )
     if metric.train and not has_train:
         return "it needs the images trained on: give --train"
-    return "it needs a --reference" if metric.real and not has_reference else None
+    if metric.real and not has_reference:
+        return "it needs a --reference"
+    if only_statistics and metric.real not in ((), ("statistics",)):
+        return "the --reference holds statistics alone, for the Frechet distance; name its images"
+    return None
 
 
 def lpips_size(extractor: Extractor) -> str:

@@ -49,14 +49,30 @@ class RealImages:
         return *both, [names[row] for row in rows]
 
 
-def real_images(subjects: Sequence[Subject], extractors: Sequence[Extractor]) -> RealImages:
-    """Every real image once as it is and once mirrored: copies are found both ways."""
+def real_images(
+    subjects: Sequence[Subject], extractors: Sequence[Extractor], *, skip_bad: bool = False
+) -> RealImages:
+    """Every real image once as it is and once mirrored: copies are found both ways.
+
+    Args:
+        skip_bad: leave unreadable images out, instead of raising.
+
+    Raises: ValueError that lists unreadable images, or names a subject without a readable one.
+    """
     pictures = [picture for subject in subjects for picture in subject.real]
-    flipped = [
-        ArrayPicture(p.name, p.load()[0].flip(-1).permute(1, 2, 0).contiguous().numpy()) for p in pictures
-    ]
-    sets = (ImageSet("real images", "folder", pictures), ImageSet("mirrored", "memory", flipped))
-    return RealImages(tuple(subjects), *(extract(own, extractors, title=own.source) for own in sets))
+    images = ImageSet("real images", "folder", pictures)
+    made = extract(images, extractors, skip_bad=skip_bad, title=images.source)
+    names = {facts.name for facts in made.facts}
+    for subject in subjects:
+        if not any(picture.name in names for picture in subject.real):
+            raise ValueError(f"subject {subject.name!r} has no readable real image")
+    flipped = []
+    for picture in pictures:
+        if picture.name in names:
+            pixels = picture.load()[0].flip(-1).permute(1, 2, 0)  # (H, W, 3)
+            flipped.append(ArrayPicture(picture.name, pixels.contiguous().numpy()))
+    mirrored = ImageSet("mirrored", "memory", flipped)
+    return RealImages(tuple(subjects), made, extract(mirrored, extractors, title=mirrored.source))
 
 
 class Layout:

@@ -12,7 +12,7 @@ from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.record import ImageRow, Score
 from diffadapt.evaluation.scoring import kind_of
 from diffadapt.evaluation.subject_layout import Layout, RealImages, Side
-from diffadapt.evaluation.subjects import SubjectImages
+from diffadapt.evaluation.subjects import Subject, SubjectImages
 from diffadapt.metrics.copying import Nearest, copy_threshold, nearest_images
 from diffadapt.metrics.diversity import group_distances
 from diffadapt.metrics.intervals import proportion_interval
@@ -93,10 +93,7 @@ def _copies(
 
     similarity = layout.by_subject(nearest, rows, extractor)
     try:
-        limits = {
-            own.subject.name: copy_threshold(training=layout.real.of(own.subject, extractor)[0])
-            for own in layout.images
-        }
+        limits = {own.subject.name: _copy_limit(layout, own.subject, extractor) for own in layout.images}
         beyond = similarity > torch.tensor([limits[subject.name] for subject in layout.subjects])
         hits, n = int(beyond.sum()), len(beyond)
         interval = proportion_interval(hits, n, given="the real images, generated ones as independent")
@@ -104,6 +101,14 @@ def _copies(
     except ValueError as error:
         refused[f"{layout.label}: copy_rate"] = str(error)
     return similarity, names
+
+
+def _copy_limit(layout: Layout, subject: Subject, extractor: Extractor) -> float:
+    """The likeness beyond which an image is called a copy. Raises: ValueError naming the subject."""
+    try:
+        return copy_threshold(training=layout.real.of(subject, extractor)[0])
+    except ValueError as error:
+        raise ValueError(f"subject {subject.name!r}: {error}") from None
 
 
 def _diversity(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,9 @@ def read_prompts(path: str | Path) -> Prompts:
     return Prompts(found["classes"], tuple(found["objects"]), tuple(found["live"]))
 
 
-def open_subjects(folder: str | Path, prompts: Prompts, names: Sequence[str] = ()) -> list[Subject]:
+def open_subjects(
+    folder: str | Path, prompts: Prompts, names: Sequence[str] = (), *, follow_links: bool = False
+) -> list[Subject]:
     """The subjects in a folder, one folder of images each; all of them, or those named.
 
     Raises: FileNotFoundError or ValueError for a subject without images or without a class.
@@ -109,7 +111,8 @@ def open_subjects(folder: str | Path, prompts: Prompts, names: Sequence[str] = (
                 f"subject {name!r} has no class in the prompts file{near(name, prompts.classes)}"
             )
         class_name = prompts.classes[name]
-        found.append(Subject(name, class_name, prompts.of(class_name), _real_images(name, folder / name)))
+        real = _real_images(name, folder / name, follow_links)
+        found.append(Subject(name, class_name, prompts.of(class_name), real))
     if not found:
         raise ValueError(f"{folder} holds no folders; it needs one with images for each subject")
     return found
@@ -129,7 +132,9 @@ def embedded_subjects(names: Sequence[str] = ()) -> list[Subject]:
     ]
 
 
-def existing_images(folder: str | Path, subjects: Sequence[Subject]) -> list[SubjectImages]:
+def existing_images(
+    folder: str | Path, subjects: Sequence[Subject], *, follow_links: bool = False
+) -> list[SubjectImages]:
     """Images made before: FOLDER/SUBJECT/NN-anything.png, or SUBJECT/NN/anything.png, NN the prompt's number.
 
     Raises: FileNotFoundError or ValueError for a subject without images, or a name without such a number.
@@ -137,12 +142,23 @@ def existing_images(folder: str | Path, subjects: Sequence[Subject]) -> list[Sub
     found = []
     for subject in subjects:
         own = Path(folder) / subject.name
-        paths = list_images(own, recursive=True)
+        paths = list_images(own, recursive=True, follow_links=follow_links)
         names = [path.relative_to(own).as_posix() for path in paths]
         numbers = [_prompt_number(name, subject) for name in names]
         pictures = [FilePicture(f"{subject.name}/{n}", path) for n, path in zip(names, paths, strict=True)]
         found.append(SubjectImages(subject, tuple(pictures), tuple(numbers), (None,) * len(names)))
     return found
+
+
+def readable(images: SubjectImages, names: Collection[str]) -> SubjectImages:
+    """Those of a subject's images whose names are among `names`."""
+    rows = [row for row, picture in enumerate(images.pictures) if picture.name in names]
+    return SubjectImages(
+        images.subject,
+        tuple(images.pictures[row] for row in rows),
+        tuple(images.numbers[row] for row in rows),
+        tuple(images.seeds[row] for row in rows),
+    )
 
 
 def joined(sets: Sequence[SubjectImages], *, source: str, kind: str) -> ImageSet:
@@ -162,6 +178,6 @@ def _prompt_number(name: str, subject: Subject) -> int:
     return int(match[1])
 
 
-def _real_images(name: str, folder: Path) -> tuple[Picture, ...]:
-    paths = list_images(folder)
+def _real_images(name: str, folder: Path, follow_links: bool = False) -> tuple[Picture, ...]:
+    paths = list_images(folder, follow_links=follow_links)
     return tuple(FilePicture(f"{name}/{path.name}", path) for path in paths)

@@ -9,7 +9,7 @@ import hashlib
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def find(extractor: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def parse_weights(pairs: list[str]) -> dict[str, Path]:
+def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
     """`["inception=/path"]` -> {"inception": Path("/path")}.
 
     Raises: ValueError for another form, FileNotFoundError for a path at which nothing is.
@@ -91,6 +91,8 @@ def parse_weights(pairs: list[str]) -> dict[str, Path]:
             raise ValueError(
                 f"--weights takes EXTRACTOR=PATH, such as inception=/path/file.pth, got {pair!r}"
             )
+        if name in found:
+            raise ValueError(f"--weights names {name!r} twice: {found[name]} and {path}; give one")
         if not Path(path).exists():
             raise FileNotFoundError(f"--weights {pair}: there is nothing at {path!r}")
         found[name] = Path(path)

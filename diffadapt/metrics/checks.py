@@ -9,13 +9,16 @@ from torch import Tensor
 Features = Tensor | np.ndarray
 
 
-def as_features(name: str, values: Features, *, dtype: torch.dtype | None = torch.float64) -> Tensor:
+def as_features(
+    name: str, values: Features, *, dtype: torch.dtype | None = torch.float64, least: int = 2
+) -> Tensor:
     """A finite matrix (images, features), converted to `dtype` (None: as it is).
 
     Args:
         name: how errors call the matrix.
         values: tensor or array, any number type, not changed.
-    Raises: TypeError for anything else; ValueError for a wrong shape, fewer than two rows, NaN or infinity.
+        least: rows that are needed: 2 of a distribution, 1 where each image counts for itself.
+    Raises: TypeError for anything else; ValueError for a wrong shape, too few rows, NaN or infinity.
     """
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(values)
@@ -25,8 +28,9 @@ def as_features(name: str, values: Features, *, dtype: torch.dtype | None = torc
         )
     if values.ndim != 2 or values.shape[1] == 0:
         raise ValueError(f"{name}: expected a matrix (images, features), got shape {tuple(values.shape)}")
-    if len(values) < 2:
-        raise ValueError(f"{name}: {len(values)} image(s); a distribution needs at least 2")
+    if len(values) < least:
+        needed = "a distribution needs at least 2" if least == 2 else f"at least {least} must be there"
+        raise ValueError(f"{name}: {len(values)} image(s); {needed}")
     refuse_broken_rows(name, values)
     return values.detach().to(dtype or values.dtype)
 
@@ -43,10 +47,11 @@ def refuse_broken_rows(name: str, values: Tensor) -> None:
 
 
 def as_pair(
-    real: Features, generated: Features, *, dtype: torch.dtype = torch.float64
+    real: Features, generated: Features, *, dtype: torch.dtype = torch.float64, least: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Both sets checked, and that their features are of one width."""
-    real, generated = as_features("real", real, dtype=dtype), as_features("generated", generated, dtype=dtype)
+    real = as_features("real", real, dtype=dtype, least=least)
+    generated = as_features("generated", generated, dtype=dtype, least=least)
     refuse_unequal_widths(real.shape[1], generated.shape[1])
     return real, generated
 

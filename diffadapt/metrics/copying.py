@@ -32,7 +32,7 @@ def nearest_images(*, generated: Features, training: Features, mirrored: Feature
         mirrored: (N, D) features of the training images flipped left to right, in the same order. A flipped
             copy is found only with them.
     """
-    training, generated = as_pair(training, generated)
+    training, generated = as_pair(training, generated, least=1)
     sides = [training] if mirrored is None else [training, _mirror_of(training, mirrored)]
     sides = [normalize(side, dim=1) for side in sides]
     blocks = [_nearest(rows, sides) for rows in normalize(generated, dim=1).split(ROWS)]
@@ -94,7 +94,7 @@ def copy_threshold(*, training: Features) -> float:
 
 
 def _mirror_of(training: Tensor, mirrored: Features) -> Tensor:
-    mirrored = as_features("mirrored", mirrored)
+    mirrored = as_features("mirrored", mirrored, least=1)
     if mirrored.shape != training.shape:
         raise ValueError(
             f"mirrored: expected {tuple(training.shape)}, the shape of training, got {tuple(mirrored.shape)}"

@@ -48,12 +48,24 @@ class ClipFeatures:
         hidden = self.model.vision_model(pixel_values=pixels).pooler_output
         return self.model.visual_projection(hidden).float()
 
+    @property
+    def text_length(self) -> int:
+        """Tokens that the text encoder reads; of a longer text the rest is cut off."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, with those of its beginning and end, before anything is cut off."""
+        return [len(tokens) for tokens in self.tokenizer(list(texts), truncation=False).input_ids]
+
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D) unit vectors, float32."""
-        length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            max_length=self.text_length,
+            truncation=True,
+            return_tensors="pt",
         )
         states = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device), attention_mask=None)
         return normalize(self.model.text_projection(states.pooler_output).float(), dim=-1)

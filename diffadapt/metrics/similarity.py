@@ -29,13 +29,13 @@ def paired_similarity(first: Tensor, second: Tensor) -> float:
 
 def image_similarities(*, real: Features, generated: Features) -> Tensor:
     """Of each generated image, the mean cosine to all real ones (M,): its share of CLIP-I or DINO."""
-    real, generated = as_pair(real, generated)
+    real, generated = as_pair(real, generated, least=1)
     return normalize(generated, dim=1) @ normalize(real, dim=1).mean(dim=0)
 
 
 def text_similarities(*, images: Features, texts: Features) -> Tensor:
     """Of each image, the cosine to its own text (N,): its share of CLIP-T."""
-    images, texts = as_features("images", images), as_features("texts", texts)
+    images, texts = as_features("images", images, least=1), as_features("texts", texts, least=1)
     if images.shape != texts.shape:
         raise ValueError(
             f"one text embedding per image is needed, got {tuple(images.shape)} and {tuple(texts.shape)}"

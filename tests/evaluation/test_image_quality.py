@@ -1,15 +1,20 @@
 """eval/image_quality.py as it is used: demonstration, folders, adapters, runs, wrong input."""
 
 import csv
+import dataclasses
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from class_pipelines import class_pipeline
 from image_files import write_images
 from pipelines import tiny_sd_pipeline
+from toy_extractor import Toy
 
 import diffadapt as da
 from diffadapt.evaluation import drawn_files
@@ -17,6 +22,7 @@ from diffadapt.evaluation.drawing import files_of_run, labelled
 from diffadapt.evaluation.options import labels_of
 from diffadapt.evaluation.record import read_record
 from diffadapt.looks import AdapterFile
+from diffadapt.metrics.registry import METRICS
 from diffadapt.models.any_pipeline import open_base
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
@@ -55,7 +61,10 @@ def test_the_demonstration_writes_json_table_csv_and_page(tmp_path, capsys):
     assert all("below the minimum" in " ".join(s.notes) for s in record.scores if s.metric != "clip_i")
     shown = capsys.readouterr().out
     assert "real against real" in shown
-    assert output.with_suffix(".md").read_text(encoding="utf-8") in shown
+    printed = shown[shown.index("**DEMO**") : shown.rindex(str(output))].strip()
+    assert max(map(len, printed.splitlines())) <= 120
+    assert output.with_suffix(".md").read_text(encoding="utf-8").startswith(printed.partition("- `")[0])
+    assert "## How it was made" in output.with_suffix(".md").read_text(encoding="utf-8")
     assert "<img" in output.with_suffix(".html").read_text(encoding="utf-8")
     assert len(list(csv.DictReader(output.with_suffix(".csv").open(encoding="utf-8")))) == 200
 
@@ -112,6 +121,152 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, sets, change, message
     assert message in error
     assert "Traceback" not in error
     assert not output.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("{out}", "is a folder"),
+        ("{out}/new/", "is a folder"),
+        ("{out}/file/scores.json", "is a file, not a folder"),
+        ("{out}/page.json", "page.html' is a folder"),
+        ("/proc/scores.json", "cannot be written"),
+        ("", "is a folder"),
+        ("{out}/scores.html", "--output names the JSON file"),
+        ("{out}/" + 300 * "x" + "/scores.json", "too long"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_any_image_is_read(tmp_path, place, message, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "page.html").mkdir()
+    before = sorted(tmp_path.iterdir())
+    Toy.images_seen = 0
+    arguments = ["--generated", "nowhere", "--extractor", TOY, "--output", place.format(out=tmp_path)]
+    assert image_quality.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert Toy.images_seen == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["--save_features", "--keep_images"])
+def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, sets, option, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    extra = ["--adapters", "nowhere.safetensors"] if option == "--keep_images" else []
+    code, _ = evaluate(tmp_path, "--generated", sets[0], *extra, option, tmp_path / "file")
+    assert code == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["kid_subsets", "kid_subsets.size=12"], "kid_subsets with subsets=100, size=12, seed=2020 needs"),
+        (["precision_recall", "precision_recall.k=6"], "needs at least 7 generated images, got 6"),
+        (["msid", "msid.k=5"], "needs at least 7 generated images, got 6"),
+        (["inception_score", "inception_score.splits=4"], "needs at least 8 generated images, got 6"),
+        (["fid_infinity"], "needs at least 20 generated images, got 6"),
+    ],
+)
+def test_named_metrics_are_checked_against_the_numbers_of_files(tmp_path, sets, options, message, capsys):
+    Toy.images_seen = 0
+    metric, *given = options
+    arguments = ["--generated", sets[0], "--reference", sets[1], "--extractor", TOY, "--allow_small"]
+    arguments += ["--metrics", f"fid,{metric}", *(["--metric_options", *given] if given else [])]
+    code, output = evaluate(tmp_path, *arguments)
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert Toy.images_seen == 0
+    assert not output.parent.exists()
+
+
+def test_a_set_that_shrinks_costs_the_metrics_it_is_too_small_for_and_no_other(tmp_path, sets, capsys):
+    for name in ("x.png", "y.png"):
+        (Path(sets[0]) / name).write_text("no image", encoding="utf-8")
+    code, output = evaluate(
+        tmp_path, "--generated", sets[0], "--reference", sets[1], "--extractor", TOY, "--allow_small",
+        "--skip_bad", "--metrics", "vendi,kid_subsets,fid", "--metric_options", "kid_subsets.size=7",
+    )  # fmt: skip
+    record = read_record(output)
+    assert code == 1
+    assert {score.metric for score in record.scores} == {"vendi", "fid"}
+    assert "subsets of 7 images" in record.refused[f"a: kernel_distance_subsets[{TOY}]"]
+    assert "error: a: kernel_distance_subsets" in capsys.readouterr().err
+
+
+def test_a_metric_that_raises_anything_costs_itself(tmp_path, sets, capsys, monkeypatch):
+    def fails(*arguments, **options):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setitem(METRICS, "vendi", dataclasses.replace(METRICS["vendi"], estimate=fails))
+    code, output = evaluate(
+        tmp_path, "--generated", sets[0], "--reference", sets[1], "--extractor", TOY, "--allow_small"
+    )
+    assert code == 1
+    assert "vendi" not in {score.metric for score in read_record(output).scores}
+    assert "ZeroDivisionError: by zero" in capsys.readouterr().err
+
+
+def test_nothing_computed_is_an_error_before_the_work(tmp_path, sets, capsys):
+    Toy.images_seen = 0
+    code, output = evaluate(tmp_path, "--generated", sets[0], "--reference", sets[1], "--extractor", TOY)
+    assert code == 2
+    shown = capsys.readouterr()
+    assert "too few images; nothing was computed" in shown.err
+    assert "|" not in shown.out
+    assert Toy.images_seen <= 20  # blank images, to learn the width of the features
+    assert not output.parent.exists()
+
+
+def test_a_set_that_cannot_be_read_costs_itself(tmp_path, sets, capsys):
+    other = write_images(tmp_path / "b", 6, first=20)
+    (other / "bad.png").write_text("no image", encoding="utf-8")
+    code, output = evaluate(
+        tmp_path, "--generated", other, sets[0], "--reference", sets[1], "--extractor", TOY, "--allow_small",
+        "--metrics", "vendi",
+    )  # fmt: skip
+    assert code == 1
+    assert [score.generated for score in read_record(output).scores] == ["a"]
+    assert "bad.png" in capsys.readouterr().err
+
+
+def test_metrics_that_statistics_cannot_serve_are_refused_by_name(tmp_path, sets, capsys):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(16), sigma=np.eye(16))
+    basis = ["--extractor", TOY, "--allow_small"]
+    with_statistics = ["--generated", sets[0], "--reference", tmp_path / "stats.npz", *basis]
+    assert evaluate(tmp_path, *with_statistics, "--metrics", "fid,precision_recall")[0] == 2
+    assert "precision_recall cannot be computed: the --reference holds statistics" in capsys.readouterr().err
+    code, output = evaluate(tmp_path, *with_statistics, "--metrics", "fid")
+    assert (code, len(read_record(output).scores)) == (0, 1)
+    assert evaluate(tmp_path, "--generated", tmp_path / "stats.npz", "--reference", sets[1], *basis)[0] == 2
+    assert "holds statistics of images, which serve as a --reference alone" in capsys.readouterr().err
+
+
+def test_copies_of_the_reference_can_be_scored(tmp_path, sets):
+    repeated = write_images(tmp_path / "repeated", 6)
+    for number in range(4):  # a picture that stands more than k times in the reference
+        shutil.copy(repeated / "image-000.png", repeated / f"again-{number}.png")
+    code, output = evaluate(
+        tmp_path, "--generated", repeated, "--reference", repeated, "--extractor", TOY, "--allow_small",
+        "--allow_overlap", "--metrics", "fid",
+    )  # fmt: skip
+    assert code == 0
+    rows = read_record(output).images
+    repeats = [row for row in rows if row.name.startswith("again") or row.name == "image-000.png"]
+    assert {row.values["realism"] for row in repeats} == {math.inf}
+    json.loads(
+        output.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+
+
+def test_links_out_of_a_set_are_followed_when_asked_for(tmp_path, sets):
+    subset = tmp_path / "subset"
+    subset.mkdir()
+    for path in sorted(Path(sets[0]).iterdir())[:5]:
+        (subset / path.name).symlink_to(path)
+    basis = ["--generated", subset, "--extractor", TOY, "--allow_small", "--metrics", "vendi"]
+    assert evaluate(tmp_path, *basis)[0] == 2
+    code, output = evaluate(tmp_path, *basis, "--follow_links")
+    assert (code, read_record(output).sets["subset"].count) == (0, 5)
 
 
 def test_a_reference_without_anything_to_score(tmp_path, sets, capsys):

@@ -7,11 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 from image_files import random_image, write_images
-from PIL import Image
+from PIL import Image, ImageCms
 
 from diffadapt.evaluation import archives
 from diffadapt.evaluation.image_sets import as_set, fingerprint, open_set
 from diffadapt.evaluation.pictures import FilePicture
+from diffadapt.evaluation.set_remarks import converted, left_out, strangers
 
 
 def png(seed):
@@ -128,7 +129,7 @@ def test_npz_is_never_unpickled_and_bombs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="refused as a bomb"):
         open_set(str(tmp_path / "zeros.npz"))
     np.savez(tmp_path / "other.npz", features=np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="no images under 'arr_0'"):
+    with pytest.raises(ValueError, match=r"features \(3, 4\); expected images .* under 'arr_0'"):
         open_set(str(tmp_path / "other.npz"))
 
 
@@ -176,3 +177,94 @@ def test_a_float_tiff_out_of_range_is_refused(tmp_path):
 
 def test_fingerprints_know_content_not_names_or_order():
     assert fingerprint(["a", "b"]) == fingerprint(["b", "a"]) != fingerprint(["a", "b", "b"])
+
+
+@pytest.mark.parametrize("name", ["images.npy", "images.npz"])
+@pytest.mark.parametrize("is_channels_first", [False, True])
+def test_arrays_under_any_name_and_with_channels_first_are_read(tmp_path, name, is_channels_first):
+    values = np.random.default_rng(0).integers(0, 256, (4, 8, 6, 3), dtype=np.uint8)
+    stored = values.transpose(0, 3, 1, 2) if is_channels_first else values
+    if name.endswith("npy"):
+        np.save(tmp_path / name, stored)
+    else:
+        np.savez(tmp_path / name, samples=stored, labels=np.arange(4))
+    np.testing.assert_array_equal(np.stack(pixels(open_set(str(tmp_path / name)))), values)
+
+
+def test_two_arrays_of_images_and_a_pickle_are_refused(tmp_path):
+    values = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "two.npz", a=values, b=values)
+    with pytest.raises(ValueError, match=r"holds a \(2, 8, 8, 3\), b \(2, 8, 8, 3\)"):
+        open_set(str(tmp_path / "two.npz"))
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="cannot be read as an array"):
+        open_set(str(tmp_path / "objects.npy"))
+
+
+def test_overviews_and_inputs_in_a_folder_of_results_are_left_out_and_named(tmp_path):
+    write_images(tmp_path, 5)
+    write_images(tmp_path / "input", 1)
+    for name in ("grid.png", "samples_grid-0012.png", "sheet.png"):
+        random_image(1, (60, 12)).save(tmp_path / name)
+    images = open_set(str(tmp_path))
+    assert [picture.name for picture in images.pictures] == [f"image-{i:03d}.png" for i in range(5)]
+    assert set(images.no_samples) == {
+        "grid.png",
+        "input/image-000.png",
+        "samples_grid-0012.png",
+        "sheet.png",
+    }
+    (warning,) = left_out("a", images)
+    assert "4 images are not scored" in warning
+    assert "grid.png" in warning
+    assert len(open_set(str(tmp_path / "input"))) == 1  # named itself, it is what is wanted
+
+
+def test_the_folders_of_a_run_and_of_an_evaluation_name_the_sets_in_them(tmp_path):
+    run = tmp_path / "run"
+    write_images(run / "samples" / "after", 2)
+    (run / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--run .*run, or name .*samples/after"):
+        open_set(str(run))
+    evaluation = tmp_path / "evaluation"
+    write_images(evaluation / "images" / "base" / "cat", 2)
+    (evaluation / "subject.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"name a set of them: .*images/base"):
+        open_set(str(evaluation))
+
+
+def test_a_few_images_of_another_size_are_named(tmp_path):
+    write_images(tmp_path, 12)
+    random_image(50, (60, 20)).save(tmp_path / "preview.png")
+    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).pictures]
+    (warning,) = strangers("a", facts)
+    assert "1 of 13 images are not of 12x10 pixels" in warning
+    assert "preview.png" in warning
+    assert strangers("a", facts[:-1]) == []
+
+
+def test_conversions_that_other_programs_do_not_make_are_counted(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_image(0).save(tmp_path / "turned.jpg", exif=exif)
+    clear = random_image(1, mode="RGBA")
+    clear.putalpha(100)
+    clear.save(tmp_path / "clear.png")
+    random_image(2, mode="RGBA").save(tmp_path / "opaque.png")
+    random_image(3).quantize(8).save(tmp_path / "palette.png", transparency=0)
+    Image.fromarray(np.arange(120, dtype=np.uint16).reshape(10, 12) * 500).save(tmp_path / "deep.png")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    random_image(4).save(tmp_path / "profile.png", icc_profile=profile)
+    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).pictures]
+    counts = {each.name: each.conversions for each in facts}
+    assert counts == {
+        "turned.jpg": ("turned upright by their EXIF orientation",),
+        "clear.png": ("transparent, put on white",),
+        "opaque.png": (),
+        "palette.png": ("transparent, put on white",),
+        "deep.png": ("of more than 8 bits",),
+        "profile.png": ("with an ICC profile",),
+    }
+    (warning,) = converted("a", facts)
+    assert "of 6 images" in warning
+    assert "2 transparent, put on white" in warning

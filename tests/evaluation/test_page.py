@@ -15,6 +15,7 @@ import pytest
 from example_records import picture, record
 from PIL import Image
 
+from diffadapt.evaluation import plots
 from diffadapt.evaluation.page import THUMBNAIL, page, thumbnail, write_page
 from diffadapt.evaluation.plots import Point, histogram, interval_plot, pareto_front, save_plot
 from diffadapt.evaluation.sheets import sheets
@@ -128,13 +129,42 @@ def test_images_of_which_only_features_are_at_hand_are_left_out():
     assert "Images of" not in page(record(("lora",), count=6), nothing)
 
 
-def test_nothing_is_left_when_a_picture_cannot_be_read(tmp_path):
+def test_a_picture_that_cannot_be_read_costs_itself_and_is_named(tmp_path):
     def broken(label, name):
-        raise ValueError("damaged")
+        if name == "lora-002.png":
+            raise ValueError("damaged")
+        return picture(label, name)
 
-    with pytest.raises(ValueError, match="damaged"):
-        write_page(record(("lora",), count=4), tmp_path / "page.html", broken)
-    assert not list(tmp_path.iterdir())
+    problems = write_page(record(("lora",), count=4), tmp_path / "page.html", broken)
+    assert problems == ["the page lacks the image lora-002.png of lora: damaged"]
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'alt="lora: lora-002.png"' not in html
+    assert 'alt="lora: lora-001.png"' in html
+
+
+def test_a_plot_that_fails_costs_itself_and_a_page_that_fails_is_told(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no bins")
+
+    monkeypatch.setattr(plots, "histogram", fails)
+    problems = write_page(record(("lora",), count=4), tmp_path / "page.html", picture)
+    assert "plot of realism of each image: RuntimeError: no bins" in problems[0]
+    elements = Elements((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "could not be made" in elements.text
+    assert len([image for image in elements.of("img") if "svg" in image["src"][:20]]) == 1
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (problem,) = write_page(record(("lora",), count=4), tmp_path / "file" / "page.html", picture)[1:][-1:]
+    assert "could not be made" in problem
+    assert list(tmp_path.glob("*/*")) == []
+
+
+def test_the_page_links_to_the_files_beside_it_and_to_the_papers_and_is_open_in_print(tmp_path):
+    write_page(record(("lora",), count=4), tmp_path / "my scores.html", picture)
+    elements = Elements((tmp_path / "my scores.html").read_text(encoding="utf-8"))
+    links = [link["href"] for link in elements.of("a")]
+    assert links[:3] == ["my%20scores.json", "my%20scores.md", "my%20scores.csv"]
+    assert "https://arxiv.org/abs/1801.01401" in links
+    assert all("open" in details for details in elements.of("details"))
 
 
 def test_the_front_holds_the_points_no_other_beats():

@@ -1,6 +1,7 @@
 """eval/subject.py as it is used: images made elsewhere, and what is refused before anything is drawn."""
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,3 +77,66 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path, subjects, own, cha
 def test_own_subjects_need_their_prompts(tmp_path, capsys):
     assert evaluate(tmp_path, "--subjects", tmp_path)[0] == 2
     assert "--subjects needs --prompts FILE" in capsys.readouterr().err
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Generated images of both subjects, two of each prompt."""
+    for place, (name, prompts) in enumerate((("backpack", 3), ("cat", 2))):
+        for number in range(prompts):
+            folder = tmp_path / "made" / name / f"{number:02d}"
+            write_images(folder, 2, first=200 + 20 * place + 4 * number, size=(20, 16))
+    return tmp_path / "made"
+
+
+def test_one_real_image_of_a_subject_is_enough_for_likeness(tmp_path, subjects, made, capsys):
+    for name in ("image-001.png", "image-002.png"):
+        (tmp_path / "data" / "cat" / name).unlink()
+    code, output = evaluate(tmp_path, *subjects, "--images", made)
+    record = read_record(output / "subject.json")
+    assert code == 0
+    assert {score.metric for score in record.scores} == {"clip_i", "clip_t"}
+    assert "subject 'cat'" in record.refused["made: copy_rate"]
+    assert "at least 2" in record.refused["made: copy_rate"]
+    assert "subject 'cat'" in capsys.readouterr().out
+
+
+def test_damaged_files_are_named_and_skipped_when_told(tmp_path, subjects, made, capsys):
+    (tmp_path / "data" / "cat" / "bad-real.png").write_text("no", encoding="utf-8")
+    (made / "cat" / "00" / "bad-made.png").write_text("no", encoding="utf-8")
+    assert evaluate(tmp_path, *subjects, "--images", made)[0] == 2
+    error = capsys.readouterr().err
+    assert "cat/bad-real.png" in error
+    assert "--skip_bad" in error
+    code, output = evaluate(tmp_path, *subjects, "--images", made, "--skip_bad")
+    record = read_record(output / "subject.json")
+    assert code == 0
+    assert len(record.images) == record.sets["made"].count == 10
+    assert "cat/bad-real.png" in record.sets["reference"].skipped[0]
+    assert "cat/00/bad-made.png" in record.sets["made"].skipped[0]
+
+
+def test_a_subject_without_a_readable_image_is_named(tmp_path, subjects, made, capsys):
+    for path in (tmp_path / "data" / "cat").iterdir():
+        path.write_text("no", encoding="utf-8")
+    assert evaluate(tmp_path, *subjects, "--images", made, "--skip_bad")[0] == 2
+    assert "subject 'cat' has no readable real image" in capsys.readouterr().err
+
+
+def test_copies_of_the_real_images_can_be_scored(tmp_path, subjects, capsys):
+    for name in ("backpack", "cat"):
+        for number in range(2):
+            shutil.copytree(tmp_path / "data" / name, tmp_path / "made" / name / f"{number:02d}")
+    code, output = evaluate(tmp_path, *subjects, "--images", tmp_path / "made")
+    assert code == 0
+    record = read_record(output / "subject.json")
+    assert {round(row.values["nearest_similarity"], 6) for row in record.images} == {1.0}
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "{here}/file", "{here}/file/out"])
+def test_an_output_that_cannot_be_written_is_told_first(tmp_path, place, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    arguments = ["--subjects", "nowhere", "--output", place.format(here=tmp_path)]
+    assert run(lambda: subject.main(arguments)) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error or "is a file" in error

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from example_records import record
 
-from diffadapt.evaluation.tables import markdown, number, per_image_csv
+from diffadapt.evaluation.references import NO_PAPER, PAPERS
+from diffadapt.evaluation.tables import WIDTH, markdown, number, per_image_csv, report
+from diffadapt.metrics.registry import METRICS
 
 
 def test_markdown_has_a_row_per_score_and_says_what_was_refused_under_the_stamp():
@@ -16,19 +18,20 @@ def test_markdown_has_a_row_per_score_and_says_what_was_refused_under_the_stamp(
     assert len(rows) == 2
     assert "0.02" in rows[0]
     assert "0.01 to 0.03" in rows[0]
-    assert "30 generated / 40 real" in rows[0]
+    assert "| 30 / 40 " in rows[0]
+    assert "generated / real" in text
     assert "not computed: lora: fid: 30 images, needs 128" in text
     assert markdown(record(demo=False, smoke=True)).startswith("**NOT A SCORE**")
-    assert markdown(record(demo=False)).startswith("| score |")
+    assert markdown(record(demo=False)).startswith("| score  ")
 
 
 def test_the_sets_stand_together_under_each_score():
     made = record()
     other = tuple(replace(score, name="precision") for score in made.scores)
     mixed = replace(made, scores=(made.scores[0], other[0], made.scores[1], other[1]))
-    rows = [line.split(" | ")[:2] for line in markdown(mixed).splitlines() if " | " in line][1:]
-    assert [row[0].strip("| ") for row in rows] == [made.scores[0].name] * 2 + ["precision"] * 2
-    assert [row[1] for row in rows] == ["lora", "flora"] * 2
+    rows = [line.split("|")[1:3] for line in markdown(mixed).splitlines() if " | " in line][1:]
+    assert [row[0].strip() for row in rows] == [made.scores[0].name] * 2 + ["precision"] * 2
+    assert [row[1].strip() for row in rows] == ["lora", "flora"] * 2
 
 
 def test_a_bar_or_a_line_break_in_a_label_does_not_break_the_table():
@@ -40,8 +43,60 @@ def test_a_bar_or_a_line_break_in_a_label_does_not_break_the_table():
 def test_columns_without_values_are_left_out():
     made = record()
     bare = replace(made, scores=tuple(replace(score, floor=None, interval=None) for score in made.scores))
-    assert "interval" not in markdown(bare)
+    assert "95 % interval" not in markdown(bare)
     assert "real against real" not in markdown(bare)
+
+
+def test_notes_stand_once_for_each_score_with_its_paper_and_name_the_sets_they_are_of():
+    made = record()
+    first, second = made.scores
+    text = markdown(replace(made, scores=(replace(first, notes=("40 images: small",)), second)))
+    (note,) = [line for line in joined_items(text) if line.startswith("- `kernel_distance")]
+    assert note.count("lower is better") == 1
+    assert note.count("interval: normal") == 1
+    assert "lora: 40 images: small" in note
+    assert "arXiv:1801.01401" in note
+
+
+def joined_items(text):
+    return text.replace("\n  ", " ").splitlines()
+
+
+def test_warnings_that_say_the_same_of_several_sets_stand_once():
+    text = markdown(replace(record(), warnings=("lora: too few", "flora: too few", "a clock: slow")))
+    assert "- warning: lora, flora: too few" in text
+    assert "- warning: a clock: slow" in text
+
+
+def test_a_terminals_table_fits_and_its_notes_have_the_full_names():
+    name = "image_similarity[clip:somebody/a-very-long-name-of-a-vision-transformer-with-large-patches]"
+    made = record(("the-first-adapter-of-a-long-series-of-runs", "b"))
+    text = markdown(replace(made, scores=tuple(replace(s, name=name) for s in made.scores)), width=WIDTH)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(line) for line in table} == {WIDTH}
+    assert f"`{name}`" in text
+
+
+def test_no_empty_table_is_printed():
+    text = markdown(replace(record(), scores=()))
+    assert "|" not in text
+    assert "No score could be computed." in text
+    assert "not computed: lora: fid" in text
+
+
+def test_the_report_has_what_a_citation_needs():
+    made = record()
+    settings = {**made.settings, "device": "cuda:0", "protocol": "adm"}
+    text = " ".join(report(replace(made, settings=settings)).split())
+    summary = made.extractors[0]
+    for part in (summary.name, summary.sha256, "crop-64 to 64", "metrics 0", "torch 2", "cuda:0", "adm"):
+        assert part in text
+    for part in ("ef" * 32, "photos", "`python eval/image_quality.py`", "arXiv:1801.01401"):
+        assert part in text
+
+
+def test_every_metric_has_its_paper():
+    assert set(METRICS) == set(PAPERS) | set(NO_PAPER)
 
 
 def test_the_csv_has_a_row_per_image_with_all_its_figures():

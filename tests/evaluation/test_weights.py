@@ -141,6 +141,7 @@ def test_a_download_from_the_hub_shows_sizes_and_hashes_first(tmp_path, monkeypa
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     options = {"given": {}, "extractor": "dino:a/b", "available": []}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert hub.folder_of("a/b", download=True, **options) == tmp_path
     with pytest.raises(FileNotFoundError):
         hub.folder_of("a/b", download=False, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,22 @@ def canonical(name: str) -> str:
     if name in DEFAULT_MODELS:
         return f"{name}:{DEFAULT_MODELS[name]}"
     return name.removeprefix("clip:") if name.startswith("clip:embedded:") else name
+
+
+def weights_by_extractor(pairs: Sequence[str]) -> dict[str, Path]:
+    """`["dino=FOLDER", "inception=FILE"]` -> paths by the full names of their extractors.
+
+    Raises: what `parse_weights` raises, and ValueError for a name that no extractor with weights has.
+    """
+    found: dict[str, Path] = {}
+    for name, path in weight_files.parse_weights(pairs).items():
+        full = canonical(name)
+        kind, _, model = full.partition(":")
+        if full not in weight_files.FILES and not (kind in DEFAULT_MODELS and model):
+            known = [*weight_files.FILES, *DEFAULT_MODELS, *(f"{kind}:MODEL" for kind in DEFAULT_MODELS)]
+            raise ValueError(f"--weights {name}={path}: {name!r} takes no weights{near(name, known)}")
+        found[full] = path
+    return found
 
 
 def available(given: Mapping[str, Path] | None = None) -> list[str]:

@@ -28,6 +28,8 @@ class Extractor:
         logits: the layer of class scores for the Inception Score; None where there are none.
         network: (B, 3, side, side) float32 in [0, 255] -> layer -> (B, D).
         texts: captions -> (N, D) in the space of `features`; None without a text encoder.
+        text_length: tokens that the text encoder reads.
+        count_tokens: texts -> tokens of each, before anything is cut off.
         roles: further roles of `metrics.inputs.ROLES` -> the layer that serves them; a layer that is not in
             `layers` is made only when asked for.
         smoke: random weights; nothing made with them is a score.
@@ -43,6 +45,8 @@ class Extractor:
     logits: str | None = None
     perceptual: str | None = None  # the layer in which squared distances are LPIPS
     texts: Callable[[Sequence[str]], Tensor] | None = None
+    text_length: int | None = None
+    count_tokens: Callable[[Sequence[str]], list[int]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     smoke: bool = False
 

@@ -40,7 +40,19 @@ def clip(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
     sha256, layer = digest(model.model.state_dict()), "image"
     resize = preset or f"crop-{side}"
     roles = {"raw": "embedding"}
-    return Extractor(name, sha256, side, resize, (layer,), layer, network, texts=model.texts, roles=roles)
+    return Extractor(
+        name,
+        sha256,
+        side,
+        resize,
+        (layer,),
+        layer,
+        network,
+        texts=model.texts,
+        text_length=model.text_length,
+        count_tokens=model.count_tokens,
+        roles=roles,
+    )
 
 
 def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extractor:

@@ -1,0 +1,18 @@
+"""Ranges of numbers on a command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+
+
+def require_at_least(arguments: argparse.Namespace, minima: Mapping[str, float]) -> None:
+    """Checks options against the smallest value they may have; options that were not given pass.
+
+    Raises: ValueError naming the first option out of its range, its value and the range.
+    """
+    for name, minimum in minima.items():
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value >= minimum):
+            raise ValueError(f"--{name} must be at least {minimum}, got {value}")

@@ -1,0 +1,30 @@
+"""What a record says of the code that made it."""
+
+import subprocess
+
+from diffadapt.evaluation.provenance import git_commit
+
+
+def git(folder, *command):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(
+        ["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_commit_is_of_the_packages_repository_alone_and_changes_are_told(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    assert git_commit(package) is None
+    git(tmp_path, "init", "-q")
+    (package / "a.py").write_text("a = 1\n", encoding="utf-8")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert git_commit(package) == commit
+    (package / "a.py").write_text("a = 2\n", encoding="utf-8")
+    assert git_commit(package) == f"{commit} with changes"
+    installed = tmp_path / "environment" / "site-packages" / "package"
+    installed.mkdir(parents=True)
+    assert git_commit(installed) is None
