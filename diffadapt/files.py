@@ -38,7 +38,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     sync(path.parent)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_utf8(path: str | Path, text: str) -> None:
     """`write_atomically` of a text in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -43,7 +43,7 @@ from diffadapt.evaluation.run import (
 )
 from diffadapt.evaluation.scoring import Plan, check_plan, with_layers
 from diffadapt.exits import run
-from diffadapt.files import write_text
+from diffadapt.files import write_utf8
 from diffadapt.looks import parse_adapter
 from diffadapt.metrics.analytic import analytic_cases
 
@@ -155,8 +155,8 @@ def write_outcome(outcome: Outcome, places: OutputFiles) -> list[str]:
     """Writes the scores first, the page last. Returns what could not be computed or made."""
     record = outcome.record
     record.write(places.json)
-    write_text(places.markdown, tables.report(record))
-    write_text(places.csv, tables.per_image_csv(record))
+    write_utf8(places.markdown, tables.report(record))
+    write_utf8(places.csv, tables.per_image_csv(record))
     problems = [*outcome.failures, *write_page(record, places.page, outcome.picture)]
     print(tables.markdown(record, width=tables.WIDTH))
     print(f"{places.json} with .md, .csv and .html beside it")

@@ -19,7 +19,7 @@ from diffadapt.evaluation.page_style import STYLE
 from diffadapt.evaluation.record import NOT_A_SCORE, EvaluationRecord
 from diffadapt.evaluation.sheets import NEAREST, Cell, Sheet, ranking_key, sheets
 from diffadapt.evaluation.tables import COLUMNS, remarks_of_run, score_notes, score_rows
-from diffadapt.files import write_text
+from diffadapt.files import write_utf8
 
 Picture = Callable[[str, str], Image.Image]  # (label of a set, image name) -> RGB
 
@@ -46,7 +46,7 @@ def write_page(record: EvaluationRecord, path: str | Path, picture: Picture) -> 
     problems: list[str] = []
     try:
         text = page(record, picture, problems, beside=Path(path).stem)
-        write_text(path, text)
+        write_utf8(path, text)
     except Exception as error:  # a page that cannot be made must not cost the scores
         problems.append(f"the page {path} could not be made: {type(error).__name__}: {error}")
     return problems

@@ -22,7 +22,7 @@ from diffadapt.evaluation.subject_layout import RealImages, real_images
 from diffadapt.evaluation.subject_scores import check_extractors, score_subjects
 from diffadapt.evaluation.subjects import Subject, SubjectImages, joined, readable
 from diffadapt.evaluation.tables import per_image_csv, report
-from diffadapt.files import write_text
+from diffadapt.files import write_utf8
 
 
 def evaluate_subjects(
@@ -90,8 +90,8 @@ def write_record(record: EvaluationRecord, sets: Sets, places: OutputFiles) -> l
         return Image.fromarray(pictures[label, name].load()[0].permute(1, 2, 0).numpy())
 
     record.write(places.json)
-    write_text(places.markdown, report(record))
-    write_text(places.csv, per_image_csv(record))
+    write_utf8(places.markdown, report(record))
+    write_utf8(places.csv, per_image_csv(record))
     return write_page(record, places.page, picture)
 
 

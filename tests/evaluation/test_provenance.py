@@ -8,7 +8,7 @@ from diffadapt.evaluation.provenance import git_commit
 def git(folder, *command):
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     done = subprocess.run(
-        ["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True
+        ["git", *identity, *command], cwd=folder, check=True, capture_output=True, encoding="utf-8"
     )
     return done.stdout.strip()
 
