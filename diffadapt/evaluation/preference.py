@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from diffadapt.evaluation.extractors.base import Extractor
 from diffadapt.evaluation.extractors.custom import source_sha256
 from diffadapt.evaluation.materials import Material
-from diffadapt.evaluation.record import ImageRow, Score
-from diffadapt.evaluation.scoring import Plan, score_set
+from diffadapt.evaluation.record import ImageRow
+from diffadapt.evaluation.scoring import Plan, Scored, score_set
 from diffadapt.metrics.inputs import Inputs
 
 METRIC = "preference"
@@ -100,7 +100,7 @@ def load_preference(name: str) -> Preference:
 
 def score_preference(
     label: str, material: Material, preference: Preference, plan: Plan
-) -> tuple[list[Score], dict[str, float]]:
+) -> tuple[Scored, dict[str, float]]:
     """The mean with its interval over prompts, and the number of each image by its name."""
     values = preference.values(material)
     order = {prompt: index for index, prompt in enumerate(dict.fromkeys(material.prompts))}
@@ -109,7 +109,7 @@ def score_preference(
     its_plan = replace(plan, metrics=(METRIC,))
     scored = score_set(label, replace(material, inputs=inputs), None, preference.extractor, its_plan)
     names = (facts.name for facts in material.facts)
-    return scored[0], dict(zip(names, values.tolist(), strict=True))
+    return scored, dict(zip(names, values.tolist(), strict=True))
 
 
 def with_preference(

@@ -229,8 +229,9 @@ def _in_words(material: Material) -> dict[str, object]:
 
 
 def _add_preference(label: str, own: Material, preference: Preference, plan: Plan, result: _Result) -> None:
-    scores, numbers = score_preference(label, own, preference, plan)
-    result.scores += scores
+    scored, numbers = score_preference(label, own, preference, plan)
+    result.scores += scored.scores
+    result.failed |= scored.failed
     others = [row for row in result.rows if row.generated != label]
     rows = [row for row in result.rows if row.generated == label]
     result.rows[:] = [*others, *with_preference(rows, own, label, numbers)]
