@@ -64,6 +64,8 @@ def cells(difference: Difference) -> dict[str, str]:
     interval = difference.interval
     pairing = ["paired"] if difference.paired else []
     known = [MEANING[difference.better]] if difference.better in MEANING else []
+    method = [interval.method] if interval else []
+    note = [difference.note] if difference.note else []
     values = (
         difference.name,
         difference.label,
@@ -72,7 +74,7 @@ def cells(difference: Difference) -> dict[str, str]:
         f"{'+' if difference.value > 0 else ''}{number(difference.value)}",
         "" if interval is None else f"{number(interval.low)} to {number(interval.high)}",
         difference.verdict,
-        "; ".join([*known, *pairing, *([interval.method] if interval else [])]),
+        "; ".join([*known, *pairing, *method, *note]),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -6,7 +6,7 @@ Images drawn with the same prompts and seeds are pairs: their differences vary l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,21 @@ from diffadapt.metrics.intervals import (
     mean_interval,
     normal_interval,
 )
+from diffadapt.metrics.jobs import Job
+from diffadapt.metrics.kernel import paired_kid_difference
+from diffadapt.metrics.metric import Metric
 from diffadapt.metrics.registry import METRICS
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`value`: the run's minus the first run's; paired: over the same prompts and seeds."""
+    """Of one score or figure of two runs.
+
+    Attributes:
+        value: the run's minus the first run's.
+        paired: over the same prompts and seeds.
+        note: why there is no interval, "" where nothing is to be said.
+    """
 
     name: str
     label: str
@@ -40,6 +49,7 @@ class Difference:
     interval: Interval | None
     paired: bool
     better: str
+    note: str = ""
 
     @property
     def verdict(self) -> str:
@@ -103,27 +113,46 @@ def _refuse_different(first: Run, run: Run, names: Sequence[str]) -> None:
 
 
 def _score_difference(first: Run, run: Run, name: str, pairs: list) -> Difference:
-    a, b = first.scores[name], run.scores[name]
-    value, known = b.value - a.value, {"name": name, "label": run.label, "better": a.better}
-    known |= {"first": a.value, "other": b.value, "value": value}
-    complete = len(pairs) == len(first.rows) == len(run.rows)
-    if complete and len(pairs) > 1 and all(a.metric in row.values for pair in pairs for row in pair):
-        return Difference(**known, interval=_paired_interval(pairs, a.metric), paired=True)
-    if complete and (of_rows := _from_features(first, run, a)) is not None:
-        return Difference(**known, interval=half_samples_interval(value, of_rows, len(pairs)), paired=True)
+    a = first.scores[name]
+    b = run.scores[name]
+    value = b.value - a.value
+    facts = {"name": name, "label": run.label, "first": a.value, "other": b.value, "value": value}
+    facts["better"] = a.better
+    is_complete = len(pairs) == len(first.rows) == len(run.rows)
+    if is_complete and len(pairs) > 1:
+        if all(a.metric in row.values for pair in pairs for row in pair):
+            return _judged(facts, _paired_interval(pairs, a.metric), paired=True)
+        of_pairs = _PairedScore.of(first, run, a, pairs)
+        if of_pairs is not None:
+            try:
+                return _judged(facts, of_pairs.interval(value), paired=True)
+            except ValueError as error:
+                return Difference(**facts, interval=None, paired=True, note=f"no interval: {error}")
     if a.interval is None or b.interval is None:
-        return Difference(**known, interval=None, paired=False)
+        return Difference(**facts, interval=None, paired=False)
     error = math.hypot(*((own.high - own.low) / (2 * Z) for own in (a.interval, b.interval)))
     method = "normal, both intervals' widths as of independent sets"
-    return Difference(**known, interval=normal_interval(value, error, method), paired=False)
+    return _judged(facts, normal_interval(value, error, method), paired=False)
+
+
+def _judged(facts: dict, interval: Interval, *, paired: bool) -> Difference:
+    """The difference; an interval of no width is left out: that nothing varied does not make it sure."""
+    is_point = interval.high - interval.low <= 1e-9 * abs(facts["value"])
+    if is_point and facts["value"] != 0:
+        note = "no interval: the difference was the same in all parts of the images"
+        return Difference(**facts, interval=None, paired=paired, note=note)
+    return Difference(**facts, interval=interval, paired=paired)
 
 
 def _figure_difference(label: str, name: str, pairs: list) -> Difference:
     pairs = _finite_pairs(pairs, name)
     means = [sum(row.values[name] for row in side) / len(pairs) for side in zip(*pairs, strict=True)]
     value = means[1] - means[0]
-    interval = _paired_interval(pairs, name) if len(pairs) > 1 else None
-    return Difference(f"{name} of each image", label, *means, value, interval, True, "")
+    facts = {"name": f"{name} of each image", "label": label, "first": means[0], "other": means[1]}
+    facts |= {"value": value, "better": ""}
+    if len(pairs) < 2:
+        return Difference(**facts, interval=None, paired=True)
+    return _judged(facts, _paired_interval(pairs, name), paired=True)
 
 
 def _finite_pairs(pairs: list, name: str) -> list:
@@ -132,38 +161,90 @@ def _finite_pairs(pairs: list, name: str) -> list:
 
 
 def _paired_interval(pairs: list, name: str) -> Interval:
-    """Images of one subject (the folder of their names), or else of one prompt, resemble each other."""
+    """Interval of the mean change of a figure from image to image of a pair."""
     changes = torch.tensor([b.values[name] - a.values[name] for a, b in pairs], dtype=torch.float64)
+    return _interval_of_changes(changes, pairs)
+
+
+def _interval_of_changes(changes: Tensor, pairs: list) -> Interval:
+    over, clusters = _clusters(pairs)
+    if clusters is None:
+        return mean_interval(changes, over="paired images")
+    return clustered_interval(changes, clusters, over=over)
+
+
+def _clusters(pairs: list) -> tuple[str, list | None]:
+    """Images of one subject (the folder of their names), or else of one prompt, resemble each other.
+
+    Returns: what the clusters are called, and that of each pair; None where no two pairs share one.
+    """
     groups = {
         "folders of paired images": [row.name.rpartition("/")[0] for row, _ in pairs],
         "prompts of paired images": [row.prompt for row, _ in pairs],
     }
     for over, clusters in groups.items():
         if 2 <= len(set(clusters)) < len(clusters):
-            return clustered_interval(changes, clusters, over=over)
-    return mean_interval(changes, over="paired images")
+            return over, clusters
+    return "", None
 
 
-def _from_features(first: Run, run: Run, score: Score) -> Callable[[Tensor], float] | None:
-    """A score's difference on some of the paired images, where both records kept their features."""
-    metric = METRICS.get(score.metric)
-    labels = {"real": "reference"} if metric and metric.real else {}
-    read = [_features(owner, owner.generated, score) for owner in (first, run)]
-    real = {role: _features(first, label, score) for role, label in labels.items()}
-    if metric is None or len(metric.generated) != 1 or None in [*read, *real.values()]:
-        return None
-    options = {name: value for name, value in score.identity["options"].items() if name in metric.options}
-    place = metric.scores.index(score.identity.get("score", metric.scores[0]))
+@dataclass(frozen=True)
+class _PairedScore:
+    """A score of two runs whose records kept their features, image by image in the same order."""
 
-    def of_rows(rows: Tensor) -> float:
-        quick = {"intervals": False, "floor": False, "allow_small": True, "seed": score.identity["seed"]}
-        made = [
-            evaluate(metric.key, generated=own.rows(rows), **real, **quick, **options).values for own in read
-        ]
-        values = [list(own.values())[place].value for own in made]
-        return values[1] - values[0]
+    metric: Metric
+    score: Score
+    options: dict[str, object]
+    sides: tuple[Inputs, Inputs]
+    real: Inputs | None
+    pairs: list
 
-    return of_rows
+    @classmethod
+    def of(cls, first: Run, run: Run, score: Score, pairs: list) -> _PairedScore | None:
+        """None where a record kept no features, or the metric reads more than they hold."""
+        metric = METRICS.get(score.metric)
+        if metric is None or len(metric.generated) != 1 or metric.train:
+            return None
+        sides = (_features(first, first.generated, score), _features(run, run.generated, score))
+        real = _features(first, "reference", score) if metric.real else None
+        if None in sides or (metric.real and real is None):
+            return None
+        options = {name: value for name, value in score.identity["options"].items() if name in metric.options}
+        return cls(metric, score, options, sides, real, pairs)
+
+    def interval(self, value: float) -> Interval:
+        """Of the difference of both scores, by the best method there is for the metric.
+
+        Raises: ValueError where the images are too few for one.
+        """
+        over, clusters = _clusters(self.pairs)
+        if self.metric.per_image is not None:
+            first, other = (self.metric.per_image(Job(side, self.real, self.options)) for side in self.sides)
+            return _interval_of_changes(other - first, self.pairs)
+        if self.metric.key == "kid" and clusters is None:
+            first, other = (side["features"] for side in self.sides)
+            _, variance = paired_kid_difference(real=self.real["features"], first=first, other=other)
+            return normal_interval(value, variance**0.5, "normal, variance of the U-statistic of the pairs")
+        k = self.options.get("k")
+        if k is not None and len(self.pairs) // 2 <= 2 * k:
+            raise ValueError(f"halves of {len(self.pairs)} pairs are too few for {k} neighbours")
+        return half_samples_interval(value, self._difference, len(self.pairs), clusters=clusters, over=over)
+
+    def _difference(self, rows: Tensor) -> float:
+        """The difference of the scores of some of the pairs."""
+        place = self.metric.scores.index(self.score.identity.get("score", self.metric.scores[0]))
+        quick = {"intervals": False, "floor": False, "allow_small": True, "metric_options": self.options}
+        found = []
+        for side in self.sides:
+            made = evaluate(
+                self.metric.key,
+                generated=side.rows(rows),
+                real=self.real,
+                seed=self.score.identity["seed"],
+                **quick,
+            )
+            found.append(list(made.values.values())[place].value)
+        return found[1] - found[0]
 
 
 def _features(run: Run, label: str, score: Score) -> Inputs | None:

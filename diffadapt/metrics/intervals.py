@@ -187,16 +187,42 @@ def half_samples_interval(
     seed: int = 0,
     low: float = -math.inf,
     high: float = math.inf,
+    clusters: Sequence | None = None,
+    over: str = "",
 ) -> Interval:
     """For metrics without a theory: the spread over random halves (delete-half jackknife), about the value.
 
     Half of the images, drawn without replacement, vary about the whole as the whole varies about the truth;
     unlike a bootstrap no image appears twice, which would distort nearest neighbours and entropies.
 
+    Of G independent units h are drawn; for an odd G the spread is brought from 1/h - 1/G to 1/G.
+
     Args:
-        of_rows: the metric of the images with these row numbers, (n // 2,).
+        of_rows: the metric of the images with these row numbers.
+        clusters: (n,) what each image belongs to, such as its prompt; then halves of these are drawn.
+        over: what the clusters are called.
+    Raises: ValueError for fewer than two clusters, and what the metric of a half raises.
     """
     generator = np.random.default_rng(seed)
-    halves = [torch.from_numpy(generator.permutation(n)[: n // 2]) for _ in range(repeats)]
-    spread = float(np.std([of_rows(rows) for rows in halves], ddof=1))
-    return normal_interval(value, spread, f"normal, spread of {repeats} random halves", low=low, high=high)
+    names = list(range(n)) if clusters is None else list(clusters)
+    members: dict[object, list[int]] = {}
+    for row, name in enumerate(names):
+        members.setdefault(name, []).append(row)
+    units = list(members.values())
+    if len(units) < 2:
+        raise ValueError(f"halves of {over or 'images'} need at least 2 of them, got {len(units)}")
+    half = len(units) // 2
+    values = []
+    for _ in range(repeats):
+        chosen = generator.permutation(len(units))[:half]
+        rows = [row for unit in chosen for row in units[unit]]
+        values.append(of_rows(torch.tensor(rows)))
+    spread = float(np.std(values, ddof=1)) * (half / (len(units) - half)) ** 0.5
+    method = f"normal, spread of {repeats} random halves"
+    quantile = Z
+    if clusters is not None:
+        method += f" of {len(units)} {over}"
+        if len(units) < FEW_CLUSTERS:
+            quantile = student_quantile(len(units) - 1)
+            method = method.replace("normal", "Student's t", 1)
+    return normal_interval(value, spread, method, low=low, high=high, quantile=quantile)

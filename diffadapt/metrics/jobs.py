@@ -73,8 +73,12 @@ def density_coverage(job: Job) -> tuple[Estimate, ...]:
     return found["density"], found["coverage"]
 
 
+def image_similarities(job: Job) -> Tensor:
+    return similarity.image_similarities(**units(job))
+
+
 def image_similarity(job: Job) -> Estimate:
-    return _mean(job, similarity.image_similarities(**units(job)), low=-1, high=1)
+    return _mean(job, image_similarities(job), low=-1, high=1)
 
 
 def text_similarity(job: Job) -> Estimate:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from diffadapt.metrics.inputs import Inputs
 from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.jobs import Job
@@ -38,6 +40,7 @@ class Metric:
         bias: how the sampling bias goes with the sizes: a floor of two parts is multiplied by bias(sizes of
             the score) / bias(sizes of the parts).
         train: roles it reads of the generator's training images.
+        per_image: of a metric that is a mean over generated images, the figure of each, (M,).
         is_extra: only computed when named: it needs a layer of its own, or much time.
         version: changed whenever the same features would give another value.
     """
@@ -57,5 +60,6 @@ class Metric:
     floor: str | Callable[[Inputs], tuple[float, ...]] = "halves"
     bias: Bias | None = None
     train: tuple[str, ...] = ()
+    per_image: Callable[[Job], Tensor] | None = None
     is_extra: bool = False
     version: str = "1"

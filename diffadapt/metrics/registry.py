@@ -217,6 +217,7 @@ _ALL = (
             minimum_real=_at_least(2),
             extractor=extractor,
             floor=lambda real: (ceiling_similarity(real=real["unit"]),),
+            per_image=jobs.image_similarities,
             **_UNITS,
             **_single(jobs.image_similarity),
         )

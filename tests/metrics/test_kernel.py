@@ -15,6 +15,7 @@ from diffadapt.metrics.kernel import (
     kid_subset_values,
     kid_subsets_with_interval,
     kid_with_interval,
+    paired_kid_difference,
 )
 
 
@@ -118,3 +119,23 @@ def test_cmmd_intervals_hold_its_mean_at_these_numbers():
         found.append(cmmd_with_interval(real=real, generated=generated))
     mean = np.mean([each.value for each in found])
     assert np.mean([each.interval.low <= mean <= each.interval.high for each in found]) >= 0.9
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_paired_differences_have_their_own_variance(scale):
+    """Without a difference random halves of the pairs give 1.7 times this width."""
+    real = gaussian_sets(80, width=6, seed=1000)[0]
+    differences = []
+    variances = []
+    for seed in range(250):
+        first, other = gaussian_sets(70, 70, width=6, seed=seed)
+        other = (other - 0.3) / 0.9 * scale
+        difference, variance = paired_kid_difference(real=real, first=first, other=other)
+        expected = kid(real=real, generated=other) - kid(real=real, generated=first)
+        assert difference == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        differences.append(difference)
+        variances.append(variance)
+    ratio = np.mean(variances) ** 0.5 / np.std(differences)
+    assert 0.85 < ratio < 1.2
+    errors = (np.array(differences) - np.mean(differences)) / np.sqrt(variances)
+    assert (abs(errors) < 1.96).mean() >= 0.9
