@@ -27,6 +27,7 @@ from diffadapt.evaluation.extractors import (
     load_extractor,
     weights_by_extractor,
 )
+from diffadapt.evaluation.extractors.convolutional import LPIPS_NATIVE, lpips_preset
 from diffadapt.evaluation.output_files import OutputFiles, report
 from diffadapt.evaluation.run import begin
 from diffadapt.evaluation.subject_drawing import Drawing, draw_subjects
@@ -123,7 +124,8 @@ def chosen_extractors(arguments: argparse.Namespace, device: str) -> list[Extrac
         names = [EMBEDDED[0]] if arguments.subjects is None else ["dino", "clip"]
         names += [name for name in available(weights) if name == "lpips:alex"]
     options = {"weights": weights, "device": device, "download": arguments.download}
-    return [load_extractor(name, **options) for name in names]
+    presets = {name: lpips_preset(name, arguments.lpips_native) for name in names}
+    return [load_extractor(name, preset=preset, **options) for name, preset in presets.items()]
 
 
 def generated_sets(
@@ -162,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--unique_token", default="sks", help="the word trained for the subject (default: sks)")
     add("--samples", type=int, help="images of each prompt (default: 4; 2 on the embedded subjects)")
     add("--extractors", nargs="+", help="default: dino clip, and lpips:alex where its weights are")
+    add("--lpips_native", action="store_true", help=LPIPS_NATIVE)
     add("--weights", nargs="+", metavar="NAME=PATH", help="weights of extractors")
     add("--download", action="store_true", help="fetch weights that are missing")
     add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")

@@ -12,6 +12,7 @@ from diffadapt.commands.drawing_options import MINIMA, add_drawing_options
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.cache import default_folder
 from diffadapt.evaluation.extractors import NAMES, Extractor, load_extractor, weights_by_extractor
+from diffadapt.evaluation.extractors.convolutional import LPIPS_NATIVE, lpips_preset
 from diffadapt.evaluation.output_files import OutputFiles
 from diffadapt.evaluation.resize import PRESETS
 from diffadapt.evaluation.run import REFERENCE, Reading
@@ -56,6 +57,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     add("--protocol", choices=tuple(protocols.PROTOCOLS), help="extractor, resize, metrics and k of papers")
     add("--preference", metavar="MODULE:CLASS", help="a number for each image and prompt, such as HPSv2's")
     add("--resize", help=f"{', '.join(PRESETS)} or crop-SIZE; default: the extractor's own")
+    add("--lpips_native", action="store_true", help=LPIPS_NATIVE)
     add("--weights", **several, metavar="EXTRACTOR=PATH", help="weights, as inception=/path/file.pth")
     add("--download", action="store_true", help="fetch missing weights, after showing size, source and hash")
     add("--smoke", action="store_true", help="random weights, to try a command: NOT A SCORE")
@@ -128,7 +130,7 @@ def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]
         load_extractor(
             name,
             weights=weights,
-            preset=preset,
+            preset=lpips_preset(name, arguments.lpips_native, preset),
             device=device,
             download=arguments.download,
             smoke=arguments.smoke,

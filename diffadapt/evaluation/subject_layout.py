@@ -15,6 +15,7 @@ from diffadapt.evaluation.extractors import Extractor
 from diffadapt.evaluation.image_sets import ImageSet, fingerprint
 from diffadapt.evaluation.pictures import ArrayPicture
 from diffadapt.evaluation.record import Score
+from diffadapt.evaluation.scoring import lpips_size
 from diffadapt.evaluation.subjects import Subject, SubjectImages
 from diffadapt.metrics.intervals import Interval, cluster_means, clustered_interval, mean_interval
 from diffadapt.metrics.naming import score_name
@@ -129,7 +130,11 @@ class Layout:
     ) -> Score:
         """A score of all `n` images together."""
         metric, subjects = METRICS[key], len(self.images)
-        notes = (f"few subjects ({subjects}): the interval says little about others",)
+        notes = []
+        if subjects < FEW:
+            notes.append(f"few subjects ({subjects}): the interval says little about others")
+        if extractor.perceptual:
+            notes.append(lpips_size(extractor))
         return Score(
             score_name(metric.scores[0], extractor.name),
             key,
@@ -140,7 +145,7 @@ class Layout:
             floor,
             metric.better,
             self.identity(key, extractor, n),
-            notes if subjects < FEW else (),
+            tuple(notes),
         )
 
     def identity(self, key: str, extractor: Extractor, n: int) -> dict[str, object]:

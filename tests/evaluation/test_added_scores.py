@@ -212,3 +212,23 @@ def test_adms_batch_serves_fid_and_sfid_by_its_statistics_and_the_rest_by_its_im
     assert values["precision[inception]"].n == {"generated": 6, "real": 6}
     assert any("published statistics" in note for note in values["fid"].notes)
     assert values["sfid[inception]"].identity["layer"] == "spatial"
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_lpips_says_its_size_and_can_have_the_images_own(tmp_path, is_native):
+    folder = tmp_path / "images"
+    captions = captioned(folder)
+    option = ["--lpips_native"] if is_native else []
+    record = evaluate(
+        tmp_path, "--generated", folder, "--captions", as_jsonl(folder, captions), "--smoke", *option,
+        "--extractor", "lpips:squeeze", "--metrics", "lpips_diversity",
+    )  # fmt: skip
+    (score,) = record.scores
+    size = "at their native size" if is_native else "at 256 x 256 pixels"
+    assert score.notes[0] == f"LPIPS of the images {size}"
+    assert score.identity["preset"] == ("none" if is_native else "clean")
+    extractor = load_extractor("lpips:squeeze", smoke=True, preset="none" if is_native else None)
+    images = torch.stack([picture.load()[0] for picture in open_set(str(folder)).pictures])
+    rows = extractor(images)["lpips"].double()
+    distances = [float((rows[i] - rows[i + 3]).square().sum()) for i in range(3)]  # two images of each prompt
+    assert score.value == pytest.approx(sum(distances) / 3, rel=1e-4)

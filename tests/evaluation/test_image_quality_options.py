@@ -47,6 +47,53 @@ def test_the_resize_is_the_protocols_unless_told(arguments, preset, monkeypatch)
     assert options.extractors_of(parse("--generated", "out", *arguments), "cpu") == [preset]
 
 
+def test_native_lpips_leaves_other_resizes_alone(monkeypatch):
+    monkeypatch.setattr(options, "load_extractor", lambda name, **given: given["preset"])
+    given = parse(
+        "--generated", "out", "--extractor", "clip,lpips:alex", "--resize", "clean", "--lpips_native"
+    )
+    assert options.extractors_of(given, "cpu") == ["clean", "none"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("precision_recall.k=0", r"precision_recall\.k=0: expected a whole number of at least 1"),
+        ("precision_recall.k=3.5", r"k=3\.5: expected a whole number"),
+        ("precision_recall.k=abc", "k='abc': expected a whole number"),
+        ("precision_recall.k=yes", "k=True: expected a whole number"),
+        ("density_coverage.k=-2", "expected a whole number of at least 1"),
+        ("kid_subsets.size=0", "expected a whole number of at least 2"),
+        ("copy_rate.threshold=2", "expected a number from -1 to 1, or null"),
+        ("kid_subsets.sizes=5", "kid_subsets has no option 'sizes'; did you mean size"),
+        ("fid.k=5", "fid has no option 'k'; it has none"),
+        ("kid_subset.size=5", "unknown metric 'kid_subset'; did you mean kid_subsets"),
+    ],
+)
+def test_options_of_metrics_are_checked_where_they_are_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        options.plan_of(parse("--metric_options", text))
+
+
+@pytest.mark.parametrize(
+    ("name", "extractor", "preset", "metric"),
+    [
+        ("dgm", "dinov2:facebook/dinov2-large", "pil", "fid"),
+        ("cmmd", "clip:openai/clip-vit-large-patch14-336", "crop-336", "cmmd"),
+        ("clip-fid", "clip:openai/clip-vit-base-patch32", "crop-224", "clip_fid"),
+        ("adm", "inception", "tf1", "sfid"),
+    ],
+)
+def test_protocols_of_papers_name_their_networks(name, extractor, preset, metric, monkeypatch):
+    monkeypatch.setattr(options, "load_extractor", lambda name, **given: (name, given["preset"]))
+    arguments = parse("--generated", "out", "--protocol", name)
+    assert options.extractors_of(arguments, "cpu") == [(extractor, preset)]
+    plan = options.plan_of(arguments)
+    assert metric in plan.metrics
+    if name == "dgm":
+        assert plan.options == {"precision_recall": {"k": 5}, "density_coverage": {"k": 5}}
+
+
 def test_a_protocol_sets_metrics_and_neighbours_and_the_command_line_wins():
     plan = options.plan_of(parse("--protocol", "piq"))
     assert plan.metrics == ("is_gap", "fid", "kid", "msid", "precision_recall")

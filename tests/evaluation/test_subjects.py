@@ -196,6 +196,7 @@ def test_every_score_is_averaged_per_prompt_then_per_subject_then_over_subjects(
         assert score.interval.low <= score.value <= score.interval.high
         assert ("Clopper" if score.metric == "copy_rate" else "over 2 subjects") in score.interval.method
         assert "few subjects (2)" in score.notes[0]
+    assert scores["lpips_diversity"].notes[1] == "LPIPS of the images at 8 x 8 pixels"
 
 
 def test_a_mirrored_copy_of_a_real_image_is_found_and_named(evaluated):

@@ -29,6 +29,7 @@ LPIPS = {  # backbone -> its layers in torchvision after which features are take
     "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
 LPIPS_SIDE = 256  # pixels
+LPIPS_NATIVE = "LPIPS of the images at their own size, which must be one (default: resized to 256 x 256)"
 SPATIAL_BLOCK = "Mixed_6d"  # whose 1 x 1 branch is `mixed_6/conv` in TensorFlow's graph
 SPATIAL_CHANNELS = 7  # of its 192, in 17 x 17 places: 2023 numbers, ordered by row, column, channel
 
@@ -114,6 +115,11 @@ def vgg16(path: Path | None, *, sha256: str, preset: str | None, device: str) ->
         _on(device, network),
         smoke=path is None,
     )
+
+
+def lpips_preset(name: str, is_native: bool, preset: str | None = None) -> str | None:
+    """The resize of an extractor of some name: none for LPIPS of images at their own size."""
+    return "none" if is_native and name.startswith("lpips:") else preset
 
 
 def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, device: str) -> Extractor:
