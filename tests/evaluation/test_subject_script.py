@@ -49,6 +49,15 @@ def test_images_made_elsewhere(tmp_path, subjects, capsys):
     assert (output / "subject.html").read_text(encoding="utf-8").count("<img") > 10
 
 
+def test_native_lpips_is_the_resize_of_lpips_alone(monkeypatch):
+    monkeypatch.setattr(subject, "load_extractor", lambda name, **given: (name, given["preset"]))
+    names = ["--extractors", "embedded:clip", "lpips:alex"]
+    given = subject._parser().parse_args([*names, "--lpips_native"])
+    assert subject.chosen_extractors(given, "cpu") == [("embedded:clip", None), ("lpips:alex", "none")]
+    given = subject._parser().parse_args(names)
+    assert subject.chosen_extractors(given, "cpu") == [("embedded:clip", None), ("lpips:alex", None)]
+
+
 @pytest.mark.parametrize(
     ("own", "change", "message"),
     [
