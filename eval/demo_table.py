@@ -16,10 +16,11 @@ from diffadapt.models.families import DEFAULTS, load_base
 from diffadapt.training.session import quiet
 
 COLUMNS = {  # figure -> heading
-    "subject_similarity": "similarity to the subject",
+    "subject_similarity": "similarity, training prompt",
+    "context_similarity": "similarity, new contexts",
     "text_agreement": "agreement with the text",
     "drift": "drift on other prompts",
-    "nearest_training_image": "nearest training picture",
+    "nearest_training_image": "nearest training image",
 }
 
 
@@ -52,6 +53,7 @@ def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
     """The document."""
     first = rows[0][1][0]
     options = first["options"]
+    columns = {name: heading for name, heading in COLUMNS.items() if cell(rows[0][1], name, "after")}
     lines = [
         "# The DreamBooth demonstration in figures",
         "",
@@ -61,12 +63,12 @@ def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
         f"{len(rows[0][1])} seeds. All figures are cosines between features of the embedded encoder",
         f"(`{options['extractor']}`), comparable with each other only: a demonstration, not a benchmark.",
         "",
-        f"| adapter | parameters | {' | '.join(COLUMNS.values())} |",
-        f"|---|---:|{'---:|' * len(COLUMNS)}",
-        "| before training | 0 | " + " | ".join(cell(rows[0][1], name, "before") for name in COLUMNS) + " |",
+        f"| adapter | parameters | {' | '.join(columns.values())} |",
+        f"|---|---:|{'---:|' * len(columns)}",
+        "| before training | 0 | " + " | ".join(cell(rows[0][1], name, "before") for name in columns) + " |",
     ]
     for label, records in rows:
-        cells = [cell(records, name, "after") for name in COLUMNS]
+        cells = [cell(records, name, "after") for name in columns]
         lines.append(f"| {label} | {records[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *explanation(first)]) + "\n"
 
@@ -74,22 +76,25 @@ def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
 def explanation(record: dict) -> list[str]:
     count = record["options"]["num_validation_images"]
     return [
-        f"- similarity to the subject: mean cosine between {count} drawn pictures and the training pictures.",
-        "- agreement with the text: ten prompts that put the subject in new contexts, picture against words.",
-        "- drift: 1 - cosine between what other prompts give before and after, on the same seeds.",
-        "- nearest training picture: mean cosine to the closest one; near 1 would mean copying.",
+        f"- similarity, training prompt: mean cosine between {count} images of the prompt that was trained",
+        "  and the training images.",
+        "- similarity, new contexts: the same of images of ten prompts that put the subject in new contexts,",
+        "  as DreamBooth's protocol and `eval/subject.py` measure it; lower, as much of them is context.",
+        "- agreement with the text: the images of those ten prompts against their words.",
+        "- drift: 1 - cosine between what unrelated prompts give before and after, on the same seeds.",
+        "- nearest training image: of the training prompt's images, mean cosine to the closest training",
+        "  image; near 1 would mean copying.",
     ]
 
 
 def cell(records: list[dict], figure: str, when: str) -> str:
-    return mean_and_deviation(
-        [
-            entry[when]
-            for record in records
-            for name, entry in record["figures"].items()
-            if name.startswith(f"{figure}[") and when in entry
-        ]
-    )
+    values = [
+        entry[when]
+        for record in records
+        for name, entry in record["figures"].items()
+        if name.startswith(f"{figure}[") and when in entry
+    ]
+    return mean_and_deviation(values)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,13 @@ def test_figures_are_made_with_the_named_extractor(run, tmp_path, capsys):
     clip = tiny_clip(tmp_path / "clip")
     assert run(*arguments(tmp_path, "out"), "--max_train_steps", 2, "--extractor", clip) == 0
     figures = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["figures"]
-    names = ("subject_similarity", "text_agreement", "nearest_training_image", "drift")
+    names = (
+        "subject_similarity",
+        "context_similarity",
+        "text_agreement",
+        "nearest_training_image",
+        "drift",
+    )
     assert list(figures) == [f"{name}[{clip}]" for name in names]
     assert all(-1 <= value <= 2 for values in figures.values() for value in values.values())
     assert "subject_similarity" in capsys.readouterr().out

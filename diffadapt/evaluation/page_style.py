@@ -17,6 +17,7 @@ p { margin: 4px 0 10px; }
 ul.notes { padding-left: 18px; margin: 10px 0; color: var(--faint); font-size: .82rem; line-height: 1.4; }
 ul.notes b { color: var(--ink); font-weight: 600; }
 ul.notes li, .warnings li { overflow-wrap: anywhere; }
+.warnings li { white-space: pre-line; }
 a { color: #2b6cb0; }
 code { font: .86em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--soft); padding: 2px 5px;
   border-radius: 4px; overflow-wrap: anywhere; }

@@ -51,14 +51,17 @@ def score_rows(record: EvaluationRecord) -> list[dict[str, str]]:
 
 
 def score_notes(record: EvaluationRecord) -> dict[str, str]:
-    """Score -> what its values mean, how its interval was found, its paper, and what limits it.
+    """Scores -> what their values mean, how intervals were found, their paper, and what limits them.
 
-    What holds of some sets alone names them.
+    What holds of some sets alone names them; scores of which the same is to be said stand together.
     """
     by_name: dict[str, list[Score]] = {}
     for score in record.scores:
         by_name.setdefault(score.name, []).append(score)
-    return {name: _notes_of(scores) for name, scores in by_name.items()}
+    names_of: dict[str, list[str]] = {}
+    for name, scores in by_name.items():
+        names_of.setdefault(_notes_of(scores), []).append(name)
+    return {", ".join(names): text for text, names in names_of.items()}
 
 
 def _notes_of(scores: Sequence[Score]) -> str:
@@ -203,7 +206,8 @@ def _cell(text: str) -> str:
 
 
 def _item(text: str) -> list[str]:
-    """An item of a list, in lines of WIDTH."""
+    """An item of a list, in lines of WIDTH; what it lists line by line stands behind commas."""
+    text = text.replace(":\n", ": ").replace("\n", ", ")
     return textwrap.wrap(
         f"- {_one_line(text)}",
         WIDTH,

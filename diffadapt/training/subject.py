@@ -51,6 +51,10 @@ def figures(
 ) -> dict[str, dict[str, float]]:
     """What changed, in cosines between features; every figure names its extractor.
 
+    `subject_similarity` and `nearest_training_image` are of images of the training prompt,
+    `context_similarity` and `text_agreement` of images of the context prompts. DreamBooth's likeness (arXiv
+    2208.12242) is of context prompts, and so lower than that of the prompt which was trained.
+
     Args:
         real: (N, 3, H, W) training pictures.
         texts: what the context shots should show, in words the extractor knows.
@@ -59,13 +63,16 @@ def figures(
     subject, words = extractor.images([real]), extractor.texts(texts)
     values: dict[str, dict[str, float]] = {
         "subject_similarity": {},
+        "context_similarity": {},
         "text_agreement": {},
         "nearest_training_image": {},
     }
     for when, pictures in (("before", before), ("after", after)):
         drawn = extractor.images([pictures["subject"]])
         values["subject_similarity"][when] = mean_similarity(drawn, subject)
-        values["text_agreement"][when] = paired_similarity(extractor.images([pictures["contexts"]]), words)
+        elsewhere = extractor.images([pictures["contexts"]])
+        values["context_similarity"][when] = mean_similarity(elsewhere, subject)
+        values["text_agreement"][when] = paired_similarity(elsewhere, words)
         values["nearest_training_image"][when] = nearest_similarity(drawn, subject)
     pair = (extractor.images([pictures["unrelated"]]) for pictures in (before, after))
     values["drift"] = {"after": 1 - paired_similarity(*pair)}

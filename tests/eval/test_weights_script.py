@@ -86,3 +86,9 @@ def test_labels_are_as_short_as_they_can_be():
 
 def test_a_mean_curve_goes_over_the_layers_that_are_long_enough():
     assert mean_curve([[1.0, 3.0, 5.0], [3.0, 5.0]]) == [2.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("option", ["k", "rank", "directions"])
+def test_numbers_have_ranges(option, files, tmp_path):
+    with pytest.raises(ValueError, match=f"--{option} must be at least 1, got 0"):
+        script.main([path_of(files, "lora"), f"--{option}", "0", "--output", str(tmp_path)])

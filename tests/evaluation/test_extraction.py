@@ -146,3 +146,14 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.delenv("DIFFADAPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_module.default_folder() == tmp_path / "diffadapt" / "features"
+
+
+def test_images_of_several_sizes_need_a_resize(tmp_path):
+    folder = write_images(tmp_path, 3, size=(8, 8))
+    write_images(tmp_path / "more", 1, first=9, size=(12, 10))
+    toy = load_extractor("toy_extractor:Toy", preset="none")
+    with pytest.raises(
+        ValueError, match=r"--resize none needs images of one size .*8x8.*12x10 \(more/image-000"
+    ):
+        extract(open_set(str(folder)), [toy])
+    assert len(extract(open_set(str(folder)), [load_extractor("toy_extractor:Toy")]).facts) == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffadapt.evaluation import hub, weights
-from diffadapt.evaluation.extractors import available, load_extractor
+from diffadapt.evaluation.extractors import available, load_extractor, weights_by_extractor
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,37 @@ def test_a_download_from_the_hub_shows_sizes_and_hashes_first(tmp_path, monkeypa
     assert hub.folder_of("a/b", download=True, **options) == tmp_path
     with pytest.raises(FileNotFoundError):
         hub.folder_of("a/b", download=False, **options)
+
+
+def test_weights_are_given_by_the_names_of_extractors(tmp_path):
+    file = tmp_path / "file.pth"
+    file.write_bytes(b"")
+    found = weights_by_extractor([f"dino={tmp_path}", f"clip:a/b={tmp_path}", f"inception={file}"])
+    assert found == {"dino:facebook/dino-vits16": tmp_path, "clip:a/b": tmp_path, "inception": file}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("inceptionv3={here}", "did you mean inception"),
+        ("Dino={here}", "did you mean dino"),
+        ("embedded:clip={here}", "takes no weights"),
+        ("dino={here}/nowhere", "there is nothing at"),
+    ],
+)
+def test_weights_of_an_unknown_extractor_are_refused_with_the_nearest(tmp_path, pair, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        weights_by_extractor([pair.format(here=tmp_path)])
+
+
+def test_weights_named_twice_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="twice"):
+        weights_by_extractor([f"dino={tmp_path}", f"dino={tmp_path}"])
+
+
+def test_a_folder_with_pickled_weights_alone_says_what_to_do(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(FileNotFoundError) as caught:
+        hub.folder_of(str(tmp_path), given={}, extractor="clip:x", download=False, available=[])
+    for words in ("only pytorch_model.bin", "may run code", "save_pretrained", "--weights"):
+        assert words in str(caught.value)
