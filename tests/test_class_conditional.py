@@ -1,6 +1,7 @@
 """train_scripts/class_conditional.py from the command line to the pictures; `diffadapt sample` of classes."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from diffadapt.data.examples import Example
 from diffadapt.evaluation.extractors import load_extractor
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.sampling import Sampler, Shot, draw_all
-from diffadapt.training.classes import at_most, class_shots, figures
+from diffadapt.training.class_labels import matched_by_name
+from diffadapt.training.classes import ClassReport, at_most, class_shots, figures
 from diffadapt.training.held_out import pixels_of
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "class_conditional.py"
@@ -173,7 +175,33 @@ def test_a_base_told_classes_has_no_text_encoder_to_train(run, base, pictures, t
 def test_held_out_pictures_of_other_classes_are_refused(run, base, pictures, tmp_path, capsys):
     many = write_classes(tmp_path / "many", each=1, names=tuple("abcd"), side=8)
     assert run(*arguments(base, tmp_path / "out", train_data_dir=pictures, held_out=many)) == 2
-    assert "has class 3; there are 3 classes" in capsys.readouterr().err
+    assert "--held_out has class 'a', which the training data does not have" in capsys.readouterr().err
+
+
+def test_held_out_classes_are_matched_by_name(run, base, pictures, tmp_path):
+    write_classes(tmp_path / "held", each=2, side=8)
+    shutil.rmtree(tmp_path / "held" / "ant")
+    report = {}
+
+    def measure(self):
+        report["captions"] = [example.caption for example in self.measured]
+        raise ValueError("measured")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ClassReport, "begin", measure)
+        assert (
+            run(*arguments(base, tmp_path / "out", train_data_dir=pictures, held_out=tmp_path / "held")) == 2
+        )
+    assert report["captions"] == [1, 1, 2, 2]  # bee and cat have labels 1 and 2, as in training
+
+
+def test_names_of_a_data_set_are_matched_too(tmp_path):
+    sets = matched_by_name(
+        [Example(tmp_path, 0), Example(tmp_path, 1)], ["cow", "bee"], ["ant", "bee", "cow"]
+    )
+    assert [example.caption for example in sets] == [2, 1]
+    with pytest.raises(ValueError, match="did you mean bee"):
+        matched_by_name([Example(tmp_path, 0)], ["beee"], ["ant", "bee"])
 
 
 def test_a_base_without_null_class_cannot_drop_labels(run, pictures, tmp_path, capsys):

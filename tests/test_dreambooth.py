@@ -163,7 +163,7 @@ def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, ca
 def test_without_pictures_there_is_only_the_adapter(run, tmp_path, capsys):
     quiet = ("--num_validation_images", 0, "--export_formats", "none")
     assert run(*arguments(tmp_path, "out"), "--max_train_steps", 1, *quiet) == 0
-    files = {"adapter.safetensors", "run.json", "config.yaml", "log.jsonl", "README.md"}
+    files = {"checkpoint-1", "adapter.safetensors", "run.json", "config.yaml", "log.jsonl", "README.md"}
     assert files == set(os.listdir(tmp_path / "out"))
     assert "grid.png" not in capsys.readouterr().out
 
@@ -326,7 +326,7 @@ def test_bf16_trains_float32_tensors(run, tmp_path):
         (("--targets", "attenton"), "attenton"),
         (("--instance_data_dir", "nowhere"), "no folder 'nowhere'"),
         (("--pretrained_model_name_or_path", "./nowhere"), "no base model at './nowhere'"),
-        (("--resume_from_checkpoint", "latest"), "no checkpoint 'latest'"),
+        (("--resume_from_checkpoint", "checkpoint-3"), "no checkpoint 'checkpoint-3'"),
         (("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no"),
         (("--optimizer", "adamwx"), "unknown optimizer 'adamwx'; did you mean adamw"),
         (("--report_to", "tensorbord"), "did you mean tensorboard"),

@@ -81,7 +81,8 @@ def test_without_held_out_pictures_the_trained_captions_are_drawn(run, tmp_path,
     shown = capsys.readouterr().out
     assert "trigger word 'sks'" in shown
     assert "--prompt 'sks disc" in shown
-    assert run(*fixed, "--train_data_dir", data, "--validation_prompt", "a cat") == 0
+    again = ("--overwrite_output_dir", "--validation_prompt", "a cat")
+    assert run(*fixed, "--train_data_dir", data, *again) == 0
     assert "--prompt 'a cat'" in capsys.readouterr().out
 
 

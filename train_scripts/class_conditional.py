@@ -18,7 +18,7 @@ from diffadapt.data.examples import Example
 from diffadapt.data.sources import class_folders
 from diffadapt.exits import run
 from diffadapt.models.names import resolve
-from diffadapt.training.class_labels import class_names, labels_of, with_new_table
+from diffadapt.training.class_labels import class_names, labels_of, matched_by_name, with_new_table
 from diffadapt.training.classes import ClassReport
 from diffadapt.training.defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
@@ -71,12 +71,14 @@ def main() -> int:
     data = "train_data_dir" if options.train_data_dir else "dataset_name"
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
     examples, names = training_data(options)
-    held_out = held_out_data(options)
+    held_out = held_out_data(options, names)
     setup = set_up(options, fitting=lambda options, model: with_new_table(options, model, names))
+    options = setup.options
     trainer = make_trainer(setup)
-    options, rows = setup.options, labels_of(setup.model, names, options.class_labels)
+    rows = labels_of(setup.model, names, options.class_labels)
     trainer.notes["classes"] = json.dumps(class_names(names, rows))
-    examples, held_out = (renumbered(some, rows) for some in (examples, held_out))
+    examples = renumbered(examples, rows)
+    held_out = renumbered(held_out, rows)
     batches = make_batches(setup, examples, caption_dropout=options.label_dropout)
     report = ClassReport(setup, examples, held_out, rows=rows, names=names)
     training = Run(trainer, batches, report)
@@ -96,12 +98,16 @@ def training_data(options: Options) -> Data:
     return split_of(options, "train")
 
 
-def held_out_data(options: Options) -> list[Example]:
-    """The pictures of `--held_out`; none without it."""
+def held_out_data(options: Options, names: Sequence[str]) -> list[Example]:
+    """The images of `--held_out`, with the numbers of the training data's classes; none without it."""
     if options.held_out is None:
         return []
     is_folder = options.dataset_name is None or Path(options.held_out).is_dir()
-    return (class_folders(options.held_out) if is_folder else split_of(options, options.held_out))[0]
+    if is_folder:
+        examples, held_out_names = class_folders(options.held_out)
+    else:
+        examples, held_out_names = split_of(options, options.held_out)
+    return matched_by_name(examples, held_out_names, names)
 
 
 def split_of(options: Options, split: str) -> Data:

@@ -1,7 +1,6 @@
 """The model card of a run: README.md with the picture, the figures, the command and the base's licence."""
 
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from huggingface_hub import metadata_load
 from diffadapt.files import write_atomically
 from diffadapt.models.names import is_embedded, resolve
 from diffadapt.training.options import TrainOptions
+from diffadapt.training.output_folder import this_command
 from diffadapt.training.summary import figures_rows
 
 
@@ -94,4 +94,4 @@ def _is_hub_name(base: str) -> bool:
 
 def _command() -> str:
     """The command of this process, to be repeated."""
-    return f"accelerate launch {shlex.join(sys.argv)}"
+    return this_command()

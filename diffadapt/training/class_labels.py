@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
+from diffadapt.data.examples import Example
 from diffadapt.method_names import with_class_table
 from diffadapt.methods import Method
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.models.families import Base
 from diffadapt.models.labels import ClassBase
+from diffadapt.nearest import near
 from diffadapt.training.defaults import build_method
 from diffadapt.training.options import TrainOptions
 
@@ -63,6 +65,32 @@ def labels_of(model: ClassBase, names: Sequence[str], class_labels: str | None) 
             f"--adapter '...+class_embedding(classes={max(len(rows), max(rows) + 1)})'"
         )
     return rows
+
+
+def matched_by_name(
+    examples: Sequence[Example], names: Sequence[str], training_names: Sequence[str]
+) -> list[Example]:
+    """Held-out examples with the numbers that the training data gives to the classes of their names.
+
+    Args:
+        examples: with numbers into `names` as captions.
+        names: of the held-out data's classes.
+        training_names: of the training data's classes.
+
+    Raises: ValueError for a class that the training data does not have.
+    """
+    number_of = {name: number for number, name in enumerate(training_names)}
+    used = sorted({example.caption for example in examples})
+    outside = [number for number in used if not 0 <= number < len(names)]
+    if outside:
+        raise ValueError(f"held-out images have label {outside[0]}; their data has {len(names)} classes")
+    for number in used:
+        if names[number] not in number_of:
+            raise ValueError(
+                f"--held_out has class {names[number]!r}, which the training data does not have"
+                f"{near(names[number], number_of)}"
+            )
+    return [dataclasses.replace(example, caption=number_of[names[example.caption]]) for example in examples]
 
 
 def table_note(model: ClassBase, rows: Sequence[int]) -> str:

@@ -132,12 +132,15 @@ class ClassReport(Report):
         which = "held_out_loss" if self.is_held_out else "loss_on_training_pictures"
         return {which: {**self._losses, "after": self._loss.measure()}}
 
+    def load_extractor(self) -> Extractor:
+        return load_extractor(self.options.extractor)
+
     def figures(self) -> Figures:
         count, drawn = len(self.rows), len(self.shots["classes"])
         if min(drawn, len(self.measured)) < 2:  # no distance between sets of one picture
             return {}
         return figures(
-            load_extractor(self.options.extractor),
+            self.load_extractor(),
             real=pixels_of(self.measured, self.options.resolution),
             labels=[index % count for index in range(drawn)],
             before=self.pictures["before"],

@@ -15,6 +15,8 @@ from diffadapt.training.parsing import pairs
 Kind = TypeVar("Kind", bound=TrainOptions)
 OWN_RATE = {"prodigy": 1.0}  # optimizers that estimate the rate: what they are given is a factor
 
+SHARES = ("caption_dropout", "label_dropout", "ema_decay", "adam_beta1", "adam_beta2")
+
 LEAST = {  # the smallest values that make sense
     (
         "resolution",
@@ -76,7 +78,15 @@ def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command
 
 
 def check_ranges(options: TrainOptions) -> None:
-    """Raises: ValueError naming an option with a value below what makes sense."""
+    """Raises: ValueError naming an option with a value outside of what makes sense."""
+    if not -(2**63) <= options.seed < 2**63:
+        raise ValueError(f"--seed must be at least -2**63 and below 2**63, got {options.seed}")
+    if options.snr_gamma == 0:
+        raise ValueError("--snr_gamma 0 gives every timestep no weight; leave it out, or give 5 as the paper")
+    for name in SHARES:
+        value = getattr(options, name, None)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{name} is a share between 0 and 1, got {value}")
     for names, least in LEAST.items():
         for name in names:
             value = getattr(options, name, None)

@@ -5,7 +5,8 @@ What to do then (log, save, validate, stop) is the script's business and stands 
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -55,7 +56,10 @@ class Trainer:
     options: TrainOptions
     average: AdapterAverage | None = None
     notes: dict[str, str] = field(default_factory=dict)  # of a script, kept in the adapter's file
+    data: Mapping[str, object] = field(default_factory=dict)  # as `data_record` describes it
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)  # id of the run, in all its checkpoints
     step: int = 0  # optimizer steps made
+    position: int = 0  # of the next sample in the endless stream
     skipped: int = 0  # of them left out because a loss or gradient was not finite
 
     @property
@@ -124,6 +128,7 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
             watch.look(rate)
         _update(trainer, make_step=finite or _scales(trainer))
         trainer.step += 1
+        trainer.position += trainer.batch_size
         seconds = time.perf_counter() - started
         yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, not finite, *text_rate)
 
@@ -131,8 +136,7 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
 def positions(trainer: Trainer, microstep: int) -> Sequence[int]:
     """This process's samples: the processes' microbatches lie side by side in the stream, so 2 equal 1."""
     size, world = trainer.options.train_batch_size, trainer.accelerator.num_processes
-    microbatch = trainer.step * trainer.options.gradient_accumulation_steps + microstep
-    start = (microbatch * world + trainer.accelerator.process_index) * size
+    start = trainer.position + (microstep * world + trainer.accelerator.process_index) * size
     return range(start, start + size)
 
 
@@ -163,10 +167,9 @@ def _mean_loss(trainer: Trainer, losses: torch.Tensor) -> float:
 
 
 def _clip(trainer: Trainer) -> float:
-    """Scales the gradients down to the largest norm allowed. Returns their norm before."""
-    return float(
-        trainer.accelerator.clip_grad_norm_(trainer.adapter.parameters(), trainer.options.max_grad_norm)
-    )
+    """Scales the gradients down to the largest norm allowed; 0 allows any. Returns their norm before."""
+    largest = trainer.options.max_grad_norm or math.inf
+    return float(trainer.accelerator.clip_grad_norm_(trainer.adapter.parameters(), largest))
 
 
 def _scales(trainer: Trainer) -> bool:

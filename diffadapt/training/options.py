@@ -68,7 +68,14 @@ class TrainOptions:
         None, "keep so many checkpoints; an old one is removed once the new one is complete"
     )
     resume_from_checkpoint: str | None = option(
-        None, "'latest' or a checkpoint folder; the run goes on exactly"
+        None,
+        "'latest' or a checkpoint folder; the run goes on exactly. 'latest' without any begins a new run",
+    )
+    accept_changes: str | None = option(
+        None, "options that may differ from the checkpoint's, as learning_rate,data,processes"
+    )
+    overwrite_output_dir: bool = option(
+        False, "remove what an earlier run left in the output folder, then begin a new one"
     )
     dry_run: bool = option(False, "show the summary with the memory estimate, then end")
     # optimization
@@ -94,7 +101,7 @@ class TrainOptions:
     adam_beta2: float = option(0.999, "for adamw, adamw8bit and prodigy")
     adam_weight_decay: float = option(1e-2, "for adamw, adamw8bit and prodigy")
     adam_epsilon: float = option(1e-8, "for adamw, adamw8bit and prodigy")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     use_ema: bool = option(False, "keep a moving average of the adapter: pictures and files are made of it")
     ema_decay: float = option(0.9999, "decay of that average; in update n at most n / (n + 9)")
     # the loss

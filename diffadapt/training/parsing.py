@@ -92,13 +92,17 @@ def _check_flat(text: str) -> None:
             raise yaml.YAMLError(f"it nests deeper than {MOST_NESTED} levels")
 
 
-def write_config(options: TrainOptions, folder: str | Path) -> None:
-    """Writes folder/config.yaml: every option as used, in a form that `--config` takes."""
+def write_config(options: TrainOptions, folder: str | Path, *, heading: str = "") -> None:
+    """Writes folder/config.yaml: every option as used, in a form that `--config` takes.
+
+    Args:
+        heading: comment lines before the options.
+    """
     values = dataclasses.asdict(options)
-    for name in ("config", "resume_from_checkpoint"):
+    for name in ("config", "resume_from_checkpoint", "accept_changes", "overwrite_output_dir"):
         del values[name]
     demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
-    text = demo + yaml.safe_dump(values, sort_keys=False)
+    text = heading + demo + yaml.safe_dump(values, sort_keys=False)
     write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 

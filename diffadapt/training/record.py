@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.files import write_atomically
+from diffadapt.strict_json import to_json
 from diffadapt.training.loop import Step, Trainer
 from diffadapt.training.tracking import start_trackers, track_pictures
 
@@ -127,5 +128,5 @@ def write_run(path: str | Path, values: dict[str, object]) -> None:
     if memory is not None:
         content["peak_memory_bytes"] = memory
     content["versions"] = versions
-    text = json.dumps(content, indent=1, sort_keys=False) + "\n"
+    text = to_json(content)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -6,28 +6,34 @@
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import diffadapt as da
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import disabled
 from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.metrics.features import load_clip
 from diffadapt.models.families import DEFAULTS
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw
 from diffadapt.training import session
 from diffadapt.training.card import write_card
+from diffadapt.training.loop import Trainer
 from diffadapt.training.parsing import write_config
 from diffadapt.training.record import write_run
 from diffadapt.training.setup import Setup
+from diffadapt.training.state import save_adapter
 from diffadapt.training.summary import closing_words
 
+MOST_STORED_FOR_TRIAL = 50_000_000  # trained values that are written to a temporary file before a run
 Pictures = dict[str, Tensor]  # kind of shot -> (N, 3, H, W) in [0, 1]
 Figures = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
 
@@ -51,6 +57,7 @@ class Report(ABC):
         )
         self.shots: dict[str, list[Shot]] = {}
         self.pictures: dict[str, Pictures] = {}
+        self.failures: list[str] = []  # what went wrong beside the result itself
 
     @abstractmethod
     def panels(self) -> list[list[Panel]]:
@@ -99,8 +106,7 @@ class Report(ABC):
         return mixed[: self.options.num_validation_images]
 
     def begin(self) -> None:
-        """Writes config.yaml and draws the pictures of the untrained base."""
-        write_config(self.options, self.options.output_dir)
+        """Draws the pictures of the untrained base."""
         if self.options.num_validation_images:
             self._take("before")
 
@@ -120,13 +126,73 @@ class Report(ABC):
         return images
 
     def finish(self, adapter: Adapter) -> str:
-        """Draws again; writes figures, grid, run.json and the model card. Returns the closing words."""
-        options, output, values = self.options, Path(self.options.output_dir), self.losses()
+        """Generates again; writes figures, grid, run.json and the model card.
+
+        What fails costs itself only and is noted in `self.failures`; run.json is there before and after.
+        Returns: the closing words.
+        """
+        options = self.options
+        self.write_record(adapter, {})
+        values: Figures = {}
+        with self.attempt("the loss on images"):
+            values |= self.losses()
         if options.num_validation_images:
-            self._take("after")
-            values |= self.figures() if options.extractor else {}
-            self._grid(adapter).save(output / "grid.png")
-        record = {
+            with self.attempt("images after training"):
+                self._take("after")
+        if "after" in self.pictures:
+            if options.extractor:
+                with self.attempt("figures"):
+                    values |= self.figures()
+            with self.attempt("grid.png"):
+                self._grid(adapter).save(Path(options.output_dir) / "grid.png")
+        record = self.write_record(adapter, values)
+        words = {"draw": self._sample_options(), "further": self.next_command()}
+        return closing_words(options, values, seconds=record["seconds"], **words)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Notes a failure of something that the run's result does not depend on, and lets the run go on."""
+        try:
+            yield
+        except Exception as error:  # models, trackers and the hub raise kinds of their own
+            self.failures.append(f"{what}: {error or type(error).__name__}")
+
+    def rehearse(self, trainer: Trainer) -> None:
+        """Tries, before the first step, what a run needs at its end.
+
+        Raises: ValueError or OSError of what could not be done then: reading the extractor, storing the
+            adapter with its configuration, writing the model card.
+        """
+        options = self.options
+        if options.extractor and options.num_validation_images:
+            try:
+                self.load_extractor()
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--extractor {options.extractor} cannot be loaded: {error}") from error
+        with TemporaryDirectory() as folder:
+            if trainer.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
+                da.read_metadata(save_adapter(trainer, folder))
+            write_config(options, folder)
+            record = self._record(trainer.adapter, {})
+            write_card(Path(folder), options, record, title=self._title(), draw=self._sample_options())
+
+    def load_extractor(self) -> object:
+        """The model of `--extractor`."""
+        return load_clip(self.options.extractor)
+
+    def write_record(self, adapter: Adapter, values: Figures) -> dict[str, object]:
+        """Writes run.json and the model card. Returns what run.json holds."""
+        output = Path(self.options.output_dir)
+        record = self._record(adapter, values)
+        write_run(output / "run.json", record)
+        with self.attempt("README.md"):
+            title = self._title(adapter)
+            write_card(output, self.options, record, title=title, draw=self._sample_options())
+        return record
+
+    def _record(self, adapter: Adapter, values: Figures) -> dict[str, object]:
+        options = self.options
+        return {
             "demo": is_embedded(options.pretrained_model_name_or_path),
             "method": str(adapter.method),
             "parameters": adapter.num_parameters,
@@ -134,13 +200,9 @@ class Report(ABC):
             "seconds": round(time.perf_counter() - self._started, 1),
             "figures": values,
             **self.details(),
+            **({"failures": list(self.failures)} if self.failures else {}),
             "options": dataclasses.asdict(options),
         }
-        write_run(output / "run.json", record)
-        draw = self._sample_options()
-        write_card(output, options, record, title=self._title(adapter), draw=draw)
-        words = {"draw": draw, "further": self.next_command()}
-        return closing_words(options, values, seconds=record["seconds"], **words)
 
     def _sample_options(self) -> str:
         """Options of `diffadapt sample` that make the pictures of this run again."""

@@ -8,17 +8,23 @@ for step in training.steps():
 return training.exit_code
 """
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+
+from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.analysis import summary
 from diffadapt.data.batches import Batches
 from diffadapt.export import write_formats
-from diffadapt.training import state
+from diffadapt.training import output_folder, state
+from diffadapt.training.data_record import data_record
 from diffadapt.training.hub import push
 from diffadapt.training.loop import Step, Trainer, train
+from diffadapt.training.output_folder import RESULTS
 from diffadapt.training.record import Progress
 from diffadapt.training.report import Report
 from diffadapt.training.resting import idle_parts, resting, woken
@@ -40,6 +46,7 @@ class Run:
         self.trainer, self.batches, self.report = trainer, batches, report
         self.options, self.accelerator = trainer.options, trainer.accelerator
         self.denoiser = report.model.denoiser
+        self._restore()
         self.idle = idle_parts(report.model, batches)
         self.exit_code = 0
 
@@ -54,6 +61,10 @@ class Run:
             self.accelerator.end_training()  # closes trackers and the connection of the processes
 
     def _steps(self) -> Iterator[Step]:
+        with gathered(self.denoiser):
+            if self.accelerator.is_main_process:
+                self.report.rehearse(self.trainer)
+            self.accelerator.wait_for_everyone()
         described = before_training(self.trainer, self.batches, self.report.model.pipe, self.report.told())
         if self.accelerator.is_main_process:
             print(described)
@@ -61,6 +72,8 @@ class Run:
             return
         with gathered(self.denoiser):
             if self.accelerator.is_main_process:
+                is_resumed = self.options.resume_from_checkpoint is not None
+                output_folder.prepare(self.options, self.trainer.run, is_resumed=is_resumed)
                 with self.report.untrained():
                     self.report.begin()
             self.accelerator.wait_for_everyone()
@@ -76,6 +89,15 @@ class Run:
                     return
         self._finish()
 
+    def _restore(self) -> None:
+        """Records the data, and puts the checkpoint of `--resume_from_checkpoint` into the trainer."""
+        batches, trainer = self.batches, self.trainer
+        classes = json.loads(trainer.notes["classes"]) if "classes" in trainer.notes else None
+        trainer.data = data_record(batches.order, classes, is_streamed=batches.is_streaming)
+        if self.options.resume_from_checkpoint:
+            checkpoint = state.find(self.options.resume_from_checkpoint, self.options.output_dir)
+            state.restore(trainer, checkpoint)
+
     def log(self, step: Step) -> None:
         """The progress bar, log.jsonl and the trackers; when it is time, figures of the adapter too."""
         every = self.options.log_adapter_stats
@@ -84,8 +106,9 @@ class Run:
             self.progress.show(step, summary(self.trainer.adapter) if is_due else {})
 
     def save(self, step: Step) -> None:
-        """A checkpoint, when it is time or the run is about to stop."""
-        if self.exit_code or step.index % self.options.checkpointing_steps == 0:
+        """A checkpoint when it is due, when the run is about to stop, and after the last step."""
+        is_last = step.index == self.options.max_train_steps
+        if self.exit_code or is_last or step.index % self.options.checkpointing_steps == 0:
             state.save(self.trainer, self.options.output_dir)
 
     def validate(self, step: Step) -> None:
@@ -97,21 +120,51 @@ class Run:
             if self.accelerator.is_main_process:
                 folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
                 path = state.save_adapter(self.trainer, folder)
-                with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
-                    pictures = self.report.validate(folder)
-                self.progress.track_pictures("validation", pictures, step.index)
+                with self.report.attempt(f"validation at step {step.index}"):
+                    with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
+                        pictures = self.report.validate(folder)
+                    self.progress.track_pictures("validation", pictures, step.index)
+                if self.report.failures:
+                    self.progress.say(self.report.failures[-1])
             self.accelerator.wait_for_everyone()
 
     def _finish(self) -> None:
         """The adapter's file, the pictures and figures made through it, and the exported files."""
         with gathered(self.denoiser):
             if self.accelerator.is_main_process:
+                output_folder.remove(Path(self.options.output_dir), RESULTS)
                 path = state.save_adapter(self.trainer, self.options.output_dir)
-                da.detach(self.trainer.adapter)
-                adapter = da.load(self.report.model.pipe, path)  # as `diffadapt sample` does
-                print(self.report.finish(adapter))
-                for line in write_formats(adapter, path, self.options.export_formats):
-                    print(line)
-                if self.options.push_to_hub:
-                    print(f"uploaded: {push(self.options)}")
+                try:
+                    self._show(path)
+                except KeyboardInterrupt:
+                    tqdm.write(self._saved("stopped"), file=sys.stderr)
+                    raise
             self.accelerator.wait_for_everyone()
+
+    def _show(self, path: Path) -> None:
+        """The exports of the saved adapter, then images and figures made with it, then the upload."""
+        report = self.report
+        da.detach(self.trainer.adapter)
+        adapter = da.load(report.model.pipe, path)  # as `diffadapt sample` does
+        report.write_record(adapter, {})
+        lines = []
+        with report.attempt("export"):
+            lines = write_formats(adapter, path, self.options.export_formats)
+        print(report.finish(adapter))
+        for line in lines:
+            print(line)
+        if self.options.push_to_hub:
+            with report.attempt("upload"):
+                print(f"uploaded: {push(self.options)}")
+        if report.failures:
+            self.exit_code = 1
+            failures = "".join(f"\n  {failure}" for failure in report.failures)
+            print(self._saved(f"error: not everything succeeded:{failures}\n"), file=sys.stderr)
+
+    def _saved(self, what: str) -> str:
+        """What happened, where the result is, and how to repeat the end of the run."""
+        output = self.options.output_dir
+        return (
+            f"{what}; the adapter is saved: {output}/adapter.safetensors, and {output}/run.json; to repeat "
+            "the end of the run: the same command with --resume_from_checkpoint latest"
+        )

@@ -15,7 +15,7 @@ from diffadapt.data.stream import Stream
 from diffadapt.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
-from diffadapt.training import session, state
+from diffadapt.training import output_folder, session
 from diffadapt.training.defaults import (
     build_method,
     check_ranges,
@@ -56,6 +56,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     session.quiet()
     check_ranges(options)
     parse_formats(options.export_formats)
+    options, notices = output_folder.settled(options)
     trackers = check_trackers(options.report_to)
     check_hub(options)
     method = build_method(options)
@@ -66,6 +67,12 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         trackers=trackers,
         logging_dir=options.logging_dir or f"{options.output_dir}/logs",
     )
+    if accelerator.is_main_process:
+        for name in ("output_dir", "cache_dir", "logging_dir"):
+            if getattr(options, name) is not None:
+                output_folder.check_writable(getattr(options, name), name)
+    for notice in notices:
+        accelerator.print(notice)
     model = load_base(
         options.pretrained_model_name_or_path,
         device=accelerator.device,
@@ -120,7 +127,7 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: 
 
 
 def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
-    """Attaches the adapter and prepares objective and optimizer, at step 0 or where a checkpoint stands.
+    """Attaches the adapter and prepares objective and optimizer, at step 0; `Run` puts a checkpoint into it.
 
     Args:
         prior_weight: weight of the class pictures' loss; None when there are none.
@@ -141,7 +148,4 @@ def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
         prior_weight=prior_weight,
         snr_gamma=options.snr_gamma,
     )
-    trainer = prepare(setup.accelerator, objective, options)
-    if options.resume_from_checkpoint:
-        state.restore(trainer, state.find(options.resume_from_checkpoint, options.output_dir))
-    return trainer
+    return prepare(setup.accelerator, objective, options)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,12 +21,16 @@ import diffadapt as da
 from diffadapt.adapter import Adapter
 from diffadapt.files import sync
 from diffadapt.models.names import is_embedded
-from diffadapt.training.continuation import check_options
+from diffadapt.training.checkpoint_files import checkpoints, find, run_of
+from diffadapt.training.continuation import Facts, check_continuation, check_length
 from diffadapt.training.loop import Trainer
 from diffadapt.training.packing import pack, unpack
+from diffadapt.training.parsing import pairs
 from diffadapt.training.state_check import check_state, state_digest
 
-FORMAT = 2
+__all__ = ["checkpoints", "find", "restore", "save", "save_adapter", "through_file"]
+
+FORMAT = 3
 MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # not what was written
 TOLD_OPTIONS = (  # recorded in the adapter's file
     "instance_prompt",
@@ -37,6 +41,14 @@ TOLD_OPTIONS = (  # recorded in the adapter's file
     "seed",
     "mixed_precision",
 )
+SETTINGS_OF = {  # option -> settings of the optimizer's groups that follow from it
+    "learning_rate": ("initial_lr",),
+    "text_encoder_lr": ("initial_lr",),
+    "adam_beta1": ("betas",),
+    "adam_beta2": ("betas",),
+    "adam_weight_decay": ("weight_decay",),
+    "adam_epsilon": ("eps",),
+}
 SCHEDULE_FIELDS = ("last_epoch", "_step_count", "_last_lr")
 
 
@@ -86,13 +98,15 @@ def save(trainer: Trainer, folder: str | Path) -> Path:
         try:
             _write(trainer, unfinished)
             if target.exists():
+                if run_of(target) not in (trainer.run, None):
+                    raise OSError("it is there already and belongs to another run")
                 _set_aside(target)
             os.replace(unfinished, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(_cannot_write(target, error)) from error
         sync(target.parent)
-        _remove_old(Path(folder), trainer.options.checkpoints_total_limit, keep=target)
+        _remove_old(Path(folder), trainer, keep=target)
     return target
 
 
@@ -103,7 +117,14 @@ def _write(trainer: Trainer, unfinished: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     values = pack(_state(trainer), "state", tensors)
     save_file(tensors, unfinished / "state.safetensors")
-    content = {"format": FORMAT, "options": dataclasses.asdict(trainer.options), "state": values}
+    content = {
+        "format": FORMAT,
+        "run": trainer.run,
+        "options": dataclasses.asdict(trainer.options),
+        "data": dict(trainer.data),
+        "processes": trainer.accelerator.num_processes,
+        "state": values,
+    }
     text = json.dumps({**content, "sha256": state_digest(content, tensors)})
     (unfinished / "state.json").write_text(text, encoding="utf-8")
     for path in [*unfinished.iterdir(), unfinished]:
@@ -126,40 +147,21 @@ def _set_aside(path: Path) -> None:
     os.replace(path, aside)
 
 
-def _remove_old(folder: Path, limit: int | None, *, keep: Path) -> None:
-    """Removes the oldest checkpoints, by their number, beyond `limit`, and what killed processes left."""
-    others = [path for path in checkpoints(folder) if path != keep]
+def _remove_old(folder: Path, trainer: Trainer, *, keep: Path) -> None:
+    """Removes the run's oldest checkpoints beyond the limit, and what killed processes left."""
+    limit = trainer.options.checkpoints_total_limit
+    others = [path for path in checkpoints(folder, run=trainer.run) if path != keep]
     for path in others[: len(others) + 1 - limit] if limit is not None and len(others) >= limit else ():
         _set_aside(path)
     for rest in (*folder.glob(".removed-checkpoint-*"), *folder.glob(".unfinished-checkpoint-*")):
         shutil.rmtree(rest)
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The whole checkpoints of a folder, the newest last."""
-    present = sorted(Path(folder).glob("checkpoint-*"), key=_number)
-    return [path for path in present if _number(path) >= 0 and (path / "state.json").is_file()]
-
-
-def find(name: str, folder: str | Path) -> Path:
-    """The checkpoint called `name`: 'latest' of `folder`, or a path, or a name inside `folder`.
-
-    Raises: FileNotFoundError that lists the checkpoints there are.
-    """
-    present = checkpoints(folder)
-    if name == "latest" and present:
-        return present[-1]
-    for path in (Path(name), Path(folder) / name):
-        if name != "latest" and (path / "state.json").is_file():
-            return path
-    listed = ", ".join(path.name for path in present) or "none"
-    raise FileNotFoundError(f"no checkpoint {name!r}; in {str(folder)!r} there are: {listed}")
-
-
 def restore(trainer: Trainer, checkpoint: Path) -> None:
     """Puts a saved state into the trainer, in place.
 
-    Raises: ValueError when the file is damaged or was written by a run with other options.
+    Raises: ValueError when the file is damaged, was written by a run with other options or data (unless
+        `--accept_changes` names them), or stands behind the end of this run.
     """
     try:
         content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -172,24 +174,34 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     if sha256 != state_digest(content, tensors):
         raise ValueError(f"{checkpoint} was altered or damaged; use an earlier checkpoint")
     try:
-        options, state = dict(content["options"]), unpack(content["state"], tensors)
+        before = Facts(dict(content["options"]), dict(content["data"]), int(content["processes"]))
+        run = str(content["run"])
+        state = unpack(content["state"], tensors)
     except MALFORMED as error:
         raise ValueError(f"{checkpoint} is malformed ({error!r}); use an earlier checkpoint") from None
-    check_options(options, dataclasses.asdict(trainer.options), checkpoint)
+    now = Facts(dataclasses.asdict(trainer.options), dict(trainer.data), trainer.accelerator.num_processes)
+    changed = check_continuation(before, now, checkpoint)
     try:
         check_state(state, _state(trainer))
     except MALFORMED as error:
         raise ValueError(f"{checkpoint} does not fit this run: {error}") from None
+    check_length(state["step"], trainer.options.max_train_steps, checkpoint)
     with torch.no_grad():
         for name, value in trainer.adapter.state_dict(keep_vars=True).items():
             value.copy_(state["adapter"][name])
+    current = [dict(group) for group in trainer.optimizer.param_groups]
     _restore_optimizer(trainer.optimizer, state["optimizer"])
     trainer.scheduler.__dict__.update(state["schedule"])
+    if changed:
+        _use_changed_settings(trainer, current, changed)
     if trainer.average is not None:
         trainer.average.restore(state["average"])
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.skipped = state["step"], state["skipped"]
+    trainer.step = state["step"]
+    trainer.skipped = state["skipped"]
+    trainer.position = _whole_steps(state["position"], trainer.batch_size)
+    trainer.run = run
 
 
 def _state(trainer: Trainer) -> dict[str, object]:
@@ -197,12 +209,42 @@ def _state(trainer: Trainer) -> dict[str, object]:
     return {
         "step": trainer.step,
         "skipped": trainer.skipped,
+        "position": trainer.position,
         "adapter": dict(trainer.adapter.state_dict()),
         "average": None if trainer.average is None else trainer.average.state(),
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": {name: schedule[name] for name in SCHEDULE_FIELDS},
         "scaler": None if scaler is None else scaler.state_dict(),
     }
+
+
+def _whole_steps(position: int, batch_size: int) -> int:
+    """The position, or the next one that whole steps of this size reach: buckets fill whole steps."""
+    return -(-position // batch_size) * batch_size
+
+
+def _use_changed_settings(
+    trainer: Trainer, current: Sequence[Mapping[str, object]], changed: Collection[str]
+) -> None:
+    """Puts the settings that `--accept_changes` names into the restored optimizer and schedule.
+
+    Args:
+        current: the optimizer's groups as this run's options made them.
+        changed: options with another value than the checkpoint's.
+    """
+    names = {setting for option in changed for setting in SETTINGS_OF.get(option, ())}
+    if "optimizer_options" in changed:
+        names.update(pairs(trainer.options.optimizer_options, "--optimizer_options"))
+    for group, values in zip(trainer.optimizer.param_groups, current, strict=True):
+        group.update({name: values[name] for name in names if name in values})
+    scheduler = trainer.scheduler
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
@@ -214,8 +256,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, object
         for key, value in values.items():
             if isinstance(value, torch.Tensor) and own[key].dtype != value.dtype:
                 own[key] = value.to(own[key].device)
-
-
-def _number(path: Path) -> int:
-    number = path.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffadapt.data.batches import Batches, with_trigger
 from diffadapt.data.examples import Example
 from diffadapt.data.grid import Panel, to_pictures
-from diffadapt.metrics.features import ClipFeatures, load_clip
+from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
 from diffadapt.metrics.similarity import paired_similarity
@@ -86,7 +86,7 @@ class StyleReport(Report):
             return {}
         others = [e for e in self.held_out if e not in self.shown]
         return figures(
-            load_clip(self.options.extractor),
+            self.load_extractor(),
             real=pixels_of([*self.shown, *others], self.options.resolution),
             shown=self.shown,
             before=self.pictures["before"],
@@ -112,7 +112,7 @@ class StyleReport(Report):
         that one sees what they are; without an extractor the first ones."""
         if not self.shown or not self.options.extractor:
             return list(range(min(SHOWN, len(self.shots["captions"]))))
-        extractor = load_clip(self.options.extractor)
+        extractor = self.load_extractor()
         drawn = extractor.images([self.pictures["before"]["captions"]])
         agreement = (drawn * extractor.texts([str(e.caption) for e in self.shown])).sum(dim=1)
         return agreement.argsort(descending=True)[:SHOWN].tolist()

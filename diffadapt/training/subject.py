@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffadapt.data.grid import Panel, to_pictures
 from diffadapt.data.images import list_images, open_image, to_pixels
-from diffadapt.metrics.features import ClipFeatures, load_clip
+from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
 from diffadapt.models.names import resolve
 from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
@@ -102,7 +102,7 @@ class SubjectReport(Report):
     def figures(self) -> Figures:
         prompts = {"instance_prompt": self.options.instance_prompt, "class_prompt": self.options.class_prompt}
         return figures(
-            load_clip(self.options.extractor),
+            self.load_extractor(),
             real=self._real(),
             before=self.pictures["before"],
             after=self.pictures["after"],

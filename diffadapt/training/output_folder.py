@@ -1,0 +1,172 @@
+"""The output folder of a run: whose it is, whether it may be used, and what an older run wrote into it."""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from diffadapt.export import FORMATS
+from diffadapt.training.checkpoint_files import checkpoints, find, run_of
+from diffadapt.training.options import TrainOptions
+from diffadapt.training.parsing import write_config
+
+Kind = TypeVar("Kind", bound=TrainOptions)
+RUN_LINE = "# run "  # of config.yaml, before the id of the run that wrote it
+EXPORTS = tuple(f"adapter{ending}" for ending in FORMATS.values())
+RESULTS = ("adapter.safetensors", *EXPORTS, "run.json", "README.md", "grid.png")
+PROGRESS = ("config.yaml", "log.jsonl", "samples/before", "samples/after", "logs/diffadapt")
+
+
+def settled(options: Kind) -> tuple[Kind, list[str]]:
+    """The options with an output folder that this run may use, and what a person is told about it.
+
+    A script's default folder is numbered: where it holds a run, a new one goes into a folder beside it.
+    `--resume_from_checkpoint latest` begins a new run where there is no checkpoint yet. Reads only.
+
+    Raises: ValueError for a folder that holds another run, with the commands that go on; FileNotFoundError
+        for a checkpoint that does not exist.
+    """
+    if not options.output_dir.strip():
+        raise ValueError("--output_dir is empty; name a folder")
+    if options.overwrite_output_dir and options.resume_from_checkpoint:
+        raise ValueError(
+            "--overwrite_output_dir begins a new run and --resume_from_checkpoint goes on with one; "
+            "leave one of them out"
+        )
+    notices = []
+    if options.output_dir == type(options).__dataclass_fields__["output_dir"].default:
+        folder = _numbered(options)
+        if folder != options.output_dir:
+            notices.append(f"{options.output_dir} holds an earlier run; this one is in {folder}")
+        options = dataclasses.replace(options, output_dir=folder)
+    if options.resume_from_checkpoint == "latest" and not checkpoints(options.output_dir):
+        notices.append(f"no checkpoint in {options.output_dir} yet: a new run begins")
+        options = dataclasses.replace(options, resume_from_checkpoint=None)
+    present = results_in(options.output_dir)
+    if options.resume_from_checkpoint:
+        _check_resumed(options, find(options.resume_from_checkpoint, options.output_dir))
+    elif present and not options.overwrite_output_dir:
+        raise ValueError(_in_use(options.output_dir, present))
+    return options, notices
+
+
+def check_writable(folder: str, option: str) -> None:
+    """Writes and removes a file in a folder, and what had to be made of its path.
+
+    Raises: OSError naming the option, before any work is done for a run that could not keep it.
+    """
+    path = Path(folder)
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    trial = path / f".trial-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"trial")
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"--{option} {folder!r} cannot be written to ({error}); name another folder") from None
+    finally:
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+
+
+def prepare(options: TrainOptions, run: str, *, is_resumed: bool) -> None:
+    """Removes what an older run left in the output folder and writes config.yaml with the id of this run.
+
+    Files that no run writes stay; class images stay too.
+    """
+    output = Path(options.output_dir)
+    if not is_resumed:
+        for path in checkpoints(output):
+            shutil.rmtree(path)
+        remove(output, [*RESULTS, *PROGRESS])
+        for path in output.glob("validation/step-*"):
+            shutil.rmtree(path)
+    write_config(options, output, heading=f"{RUN_LINE}{run}\n")
+
+
+def remove(folder: Path, names: Sequence[str]) -> None:
+    """Removes the files and folders of these names, where they exist."""
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def results_in(folder: str | Path) -> list[str]:
+    """Names of results and checkpoints in a folder, and of files of others that a run would replace."""
+    folder = Path(folder)
+    names = [name for name in RESULTS if (folder / name).exists()]
+    names += [path.name for path in checkpoints(folder)]
+    config = folder / "config.yaml"
+    if config.is_file() and run_in(folder) is None:
+        names.append(config.name)
+    return names
+
+
+def run_in(folder: str | Path) -> str | None:
+    """The id of the run that a folder belongs to; None where its config.yaml names none."""
+    config = Path(folder) / "config.yaml"
+    if not config.is_file():
+        return None
+    lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.removeprefix(RUN_LINE) for line in lines if line.startswith(RUN_LINE)), None)
+
+
+def this_command(*further: str) -> str:
+    """The command of this process with further arguments, to be repeated in a shell."""
+    return f"accelerate launch {shlex.join([*sys.argv, *further])}"
+
+
+def _numbered(options: TrainOptions) -> str:
+    """The default folder or the first of folder-2, folder-3, ... that is free; to resume, the last in use."""
+    candidates, number = [options.output_dir], 2
+    while results_in(candidates[-1]):
+        candidates.append(f"{options.output_dir}-{number}")
+        number += 1
+    if options.overwrite_output_dir:
+        return options.output_dir
+    if options.resume_from_checkpoint and len(candidates) > 1:
+        return candidates[-2]
+    return candidates[-1]
+
+
+def _check_resumed(options: TrainOptions, checkpoint: Path) -> None:
+    """Raises: ValueError when the folder belongs to another run, or has gone on without the changes."""
+    output, run = Path(options.output_dir), run_of(checkpoint)
+    owner = run_in(output)
+    present = results_in(output)
+    if present and run is not None and owner != run:
+        raise ValueError(
+            f"{output} holds another run ({_listed(present)}) than {checkpoint}; go on in another folder "
+            "with --output_dir"
+        )
+    newest = checkpoints(output, run=run)[-1:]
+    inside = checkpoint.resolve().parent == output.resolve()
+    if options.accept_changes and inside and newest and newest[0].name != checkpoint.name:
+        raise ValueError(
+            f"--accept_changes from {checkpoint.name}, but {newest[0].name} was trained without the changes; "
+            "go on in another folder with --output_dir"
+        )
+
+
+def _in_use(folder: str, present: Sequence[str]) -> str:
+    number = 2
+    while results_in(f"{folder}-{number}"):
+        number += 1
+    return (
+        f"{folder} holds a run already ({_listed(present)}).\n"
+        f"  a new run beside it:  {this_command('--output_dir', f'{folder}-{number}')}\n"
+        f"  to go on with it:     {this_command('--resume_from_checkpoint', 'latest')}\n"
+        f"  to replace it:        {this_command('--overwrite_output_dir')}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,0 +1,160 @@
+"""What a run needs at its end is tried before the first step; what fails at the end costs itself only."""
+
+import json
+
+import pytest
+from pipelines import tiny_clip, tiny_sd_pipeline, write_pictures
+from safetensors.torch import load_file
+from scripts import runner
+from small_run import SmallBatches, bits, small_trainer
+
+import diffadapt as da
+from diffadapt.training import run as run_module
+from diffadapt.training.defaults import check_ranges
+from diffadapt.training.loop import train
+from diffadapt.training.options import TrainOptions
+from diffadapt.training.report import Report
+from diffadapt.training.subject import SubjectReport
+
+MODELS = {"num_validation_images": 1, "num_inference_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_sd_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(base, tmp_path, monkeypatch):
+    """Runs dreambooth.py on two images into tmp_path/out. Further options win."""
+    write_pictures(tmp_path / "images", 2)
+    script = runner("dreambooth", monkeypatch)
+
+    def start(*flags, **further):
+        options = {
+            "pretrained_model_name_or_path": base,
+            "instance_data_dir": tmp_path / "images",
+            "instance_prompt": "a sks dog",
+            "output_dir": tmp_path / "out",
+            "adapter": "lora(rank=2)",
+            "targets": "attention",
+            "max_train_steps": 2,
+            "train_batch_size": 1,
+            "mixed_precision": "no",
+            "num_threads": 1,
+            **MODELS,
+            **further,
+        }
+        return script(*flags, *[part for name, value in options.items() for part in (f"--{name}", value)])
+
+    return start
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"extractor": "/nonexistent/clip"}, "--extractor /nonexistent/clip cannot be loaded"),
+        ({"seed": 2**63}, "--seed must be at least -2**63 and below 2**63"),
+        ({"output_dir": "/proc/x"}, "--output_dir '/proc/x' cannot be written to"),
+        ({"logging_dir": "/proc/x/y"}, "--logging_dir '/proc/x/y' cannot be written to"),
+    ],
+)
+def test_what_would_fail_at_the_end_fails_before_the_first_step(run, tmp_path, capsys, flags, given, message):
+    assert run(*flags, **given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_named(run, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert run() == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_every_seed_that_is_taken_can_be_stored(run, tmp_path, seed):
+    assert run(seed=seed, num_validation_images=0, max_train_steps=1) == 0
+    path = tmp_path / "out" / "adapter.safetensors"
+    assert da.read_metadata(path)["adapter"]["seed"] == seed
+
+
+def fail(*_, **__):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "what"),
+    [
+        (SubjectReport, "figures", "figures: out of memory"),
+        (Report, "_grid", "grid.png: out of memory"),
+        (run_module, "write_formats", "export: out of memory"),
+    ],
+)
+def test_a_failure_at_the_end_costs_itself_only(run, tmp_path, monkeypatch, capsys, place, name, what):
+    monkeypatch.setattr(place, name, fail)
+    assert run(extractor=tiny_clip(tmp_path / "clip")) == 1
+    errors = capsys.readouterr().err
+    assert what in errors
+    assert f"the adapter is saved: {tmp_path / 'out'}/adapter.safetensors" in errors
+    assert "--resume_from_checkpoint latest" in errors
+    load_file(tmp_path / "out" / "adapter.safetensors")
+    for file in ("README.md", "samples/after/subject-00.png", "checkpoint-2/state.json"):
+        assert (tmp_path / "out" / file).exists()
+    monkeypatch.undo()
+
+
+def test_results_are_written_before_images_are_generated(run, tmp_path, monkeypatch, capsys):
+    take = Report._take
+
+    def interrupted(report, when):
+        if when == "after":
+            raise KeyboardInterrupt
+        take(report, when)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "_take", interrupted)
+        assert run() == 130
+    out = tmp_path / "out"
+    assert f"the adapter is saved: {out}/adapter.safetensors" in capsys.readouterr().err
+    for file in ("adapter.safetensors", "adapter_comfyui.safetensors", "run.json", "README.md"):
+        assert (out / file).exists()
+    assert run(resume_from_checkpoint="latest") == 0  # straight to the end
+    assert (out / "grid.png").exists()
+
+
+def test_a_failing_validation_does_not_end_the_run(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Report, "validate", fail)
+    assert run(validation_steps=1) == 1
+    assert "validation at step 1: out of memory" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert len(record["failures"]) == 2
+
+
+def test_figures_that_are_not_finite_are_strict_json(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(SubjectReport, "figures", lambda self: {"x": {"after": float("nan")}})
+    assert run(extractor=tiny_clip(tmp_path / "clip")) == 0
+    text = (tmp_path / "out" / "run.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=fail)["figures"]["x"]["after"] == "NaN"
+
+
+def test_a_largest_norm_of_0_scales_nothing():
+    free, clipped = small_trainer(max_grad_norm=0, max_train_steps=2), small_trainer(max_train_steps=2)
+    huge = small_trainer(max_grad_norm=1e9, max_train_steps=2)
+    for trainer in (free, clipped, huge):
+        list(train(trainer, SmallBatches()))
+    assert all((value == bits(huge)[name]).all() for name, value in bits(free).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"snr_gamma": 0.0}, "--snr_gamma 0 gives every timestep no weight"),
+        ({"ema_decay": 1.5}, "--ema_decay is a share between 0 and 1, got 1.5"),
+        ({"seed": -(2**63) - 1}, "--seed must be at least"),
+    ],
+)
+def test_values_without_a_sense_are_named(given, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        check_ranges(TrainOptions(**given))
