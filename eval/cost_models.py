@@ -49,15 +49,21 @@ TINY = {
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
 }
-SIZES = {"sd15": 32, "embedded": 8, "tiny": 8}  # of the latents
+SIZES = {"sd15": 32, "sdxl": 128, "embedded": 8, "tiny": 8}  # of the latents
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A frozen denoiser: ``sd15`` and ``tiny`` with random weights, ``embedded`` with its own."""
+def build(
+    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> UNet2DConditionModel:
+    """A frozen denoiser: ``sd15``, ``sdxl`` and ``tiny`` with random weights, ``embedded`` with its own."""
     torch.manual_seed(0)
-    configs = {"sd15": SD15, "tiny": TINY}
-    model = UNet2DConditionModel(**configs[name]) if name in configs else _embedded()
-    return model.to(dtype).train().requires_grad_(False)
+    configs = {"sd15": SD15, "sdxl": SDXL, "tiny": TINY}
+    if name in configs:
+        with torch.device(device):
+            model = UNet2DConditionModel(**configs[name])
+    else:
+        model = _embedded()
+    return model.to(device, dtype).train().requires_grad_(False)
 
 
 def unfilled_sdxl() -> UNet2DConditionModel:
@@ -71,21 +77,33 @@ def unfilled_sdxl() -> UNet2DConditionModel:
 class Inputs:
     """Fixed inputs; latents and text states take gradients, so that every model runs its whole backward."""
 
-    latents: Tensor
-    step: Tensor
-    text: Tensor
+    latents: Tensor  # (B, C, H, W)
+    step: Tensor  # (B,)
+    text: Tensor  # (B, 77, width)
+    added: dict[str, Tensor] | None = None  # SDXL's pooled text (B, 1280) and sizes (B, 6)
 
     def loss(self, model: nn.Module) -> Tensor:
-        return model(self.latents, self.step, self.text, return_dict=False)[0].float().square().mean()
+        prediction = model(
+            self.latents, self.step, self.text, added_cond_kwargs=self.added, return_dict=False
+        )[0]
+        return prediction.float().square().mean()
 
 
-def inputs(model: UNet2DConditionModel, name: str, batch: int) -> Inputs:
+def inputs(model: UNet2DConditionModel, name: str, batch: int, size: int | None = None) -> Inputs:
+    """Random inputs on the model's device, of latents of ``size`` (default: the one of ``SIZES``)."""
     generator = torch.Generator().manual_seed(1)
-    size, config = SIZES[name], model.config
+    config = model.config
+    size = size or SIZES[name]
+    device = model.device
     latents = torch.randn(batch, config.in_channels, size, size, generator=generator)
     text = torch.randn(batch, 77, config.cross_attention_dim, generator=generator)
-    latents, text = (value.to(model.dtype).requires_grad_() for value in (latents, text))
-    return Inputs(latents, torch.full((batch,), 500), text)
+    latents = latents.to(device, model.dtype).requires_grad_()
+    text = text.to(device, model.dtype).requires_grad_()
+    added = None
+    if config.addition_embed_type == "text_time":
+        pooled = torch.randn(batch, 1280, generator=generator).to(device, model.dtype)
+        added = {"text_embeds": pooled, "time_ids": torch.full((batch, 6), 1024.0, device=device)}
+    return Inputs(latents, torch.full((batch,), 500, device=device), text, added)
 
 
 def _embedded() -> UNet2DConditionModel:
