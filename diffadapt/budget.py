@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from diffadapt.attaching import Targets, choose_sites
-from diffadapt.method_names import make_method
+from diffadapt.method_names import make_method, options_of
 from diffadapt.methods import Method
+from diffadapt.methods.peft_method import PREFIX as PEFT
 from diffadapt.parts import plan_parts
 from diffadapt.targets import assign_ranks
 
@@ -86,6 +87,8 @@ def fit_budget(
 
     Raises: ValueError when the method has no rank, or when rank 1 does not fit.
     """
+    if method.startswith(PEFT) or "rank" not in options_of(method):
+        raise ValueError(f"{method} has no rank to choose, so a budget does not apply to it")
     _, found = choose_sites(model, make_method(method, **options), targets, text_encoder_targets)
     sites = [choice.site for choice in found]
 

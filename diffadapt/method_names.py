@@ -31,6 +31,21 @@ def make_method(name: str, **options) -> Method:
     return parts[0] if len(parts) == 1 else Combined(members=parts)
 
 
+def is_set_by_itself(name: str, option: str) -> bool:
+    """Whether every part of ``name`` that has the option sets it, as ``lora(rank=3)`` sets ``rank``."""
+    if name.startswith(PEFT):
+        return option in parse_peft(name)[1]
+    specs = [_parse(part) for part in split_outside_brackets(name, "+")]
+    having = [own for kind, own in specs if option in {field.name for field in fields(METHODS[kind])}]
+    return bool(having) and all(option in own for own in having)
+
+
+def options_of(name: str) -> set[str]:
+    """The options that the parts of a registered name or combination have."""
+    specs = [_parse(part) for part in split_outside_brackets(name, "+")]
+    return {field.name for kind, _ in specs for field in fields(METHODS[kind])}
+
+
 def read_method(parts: object) -> Method:
     """The method of a file: ``[{"name": ..., "options": {...}}]``. Raises ValueError for anything else."""
     if not isinstance(parts, list) or not parts:

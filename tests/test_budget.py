@@ -74,7 +74,7 @@ def test_options_and_parts_keep_their_place():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("1lora", "no option 'rank'"),
+        ("1lora", "1lora has no rank to choose"),
         ("lora(rank=4)", "at every rank; leave out the budget or its own rank"),
         ("lroa", "did you mean lora"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import TypeVar
 
 from diffadapt.budget import fit_budget, parse_budget
-from diffadapt.method_names import make_method
+from diffadapt.method_names import is_set_by_itself, make_method
 from diffadapt.methods import Method
 from diffadapt.models.families import DEFAULTS, TUNED, family_of
 from diffadapt.training.options import TrainOptions
@@ -74,7 +74,7 @@ def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ValueError(f"{' and '.join(missing)} {verb} missing; the full command:\n  {command}")
-    return filled(options, DEFAULTS[_family(options)])
+    return filled(options, DEFAULTS[base_family(options)])
 
 
 def check_ranges(options: TrainOptions) -> None:
@@ -115,8 +115,8 @@ def fitted(options: TrainOptions, method: Method, model: object) -> Method:
     if options.param_budget is None:
         return method
     given = _method_options(options)
-    if "rank" in given:
-        raise ValueError("--param_budget chooses the rank; leave --rank out")
+    if "rank" in given or is_set_by_itself(options.adapter, "rank"):
+        raise ValueError("--param_budget chooses the rank; leave --rank out, or set it to none")
     return fit_budget(
         model,
         options.adapter,
@@ -128,10 +128,7 @@ def fitted(options: TrainOptions, method: Method, model: object) -> Method:
 
 
 def check_text_encoders(options: TrainOptions) -> None:
-    """Raises: ValueError for options of the text encoders that would have no effect."""
-    for name in ("text_encoder_targets", "text_encoder_lr"):
-        if getattr(options, name) is not None and not options.train_text_encoder:
-            raise ValueError(f"--{name} needs --train_text_encoder")
+    """Raises: ValueError for a rate of the text encoders where the optimizer finds its own."""
     if options.text_encoder_lr is not None and options.optimizer.lower() in OWN_RATE:
         raise ValueError(
             f"--text_encoder_lr: {options.optimizer} finds one rate for everything; leave it out, or take "
@@ -150,15 +147,26 @@ def recommended_rate(options: TrainOptions, method: Method) -> float:
     return own or _tuned(options, method).get("learning_rate", method.learning_rate)
 
 
-def _family(options: TrainOptions) -> str:
+def base_family(options: TrainOptions) -> str:
+    """The key of the base in `DEFAULTS`."""
     return family_of(options.pretrained_model_name_or_path, revision=options.revision)
 
 
 def _tuned(options: TrainOptions, method: Method) -> Mapping[str, float]:
-    return TUNED[_family(options)].get(method.name, {})
+    return TUNED[base_family(options)].get(method.name, {})
 
 
 def _method_options(options: TrainOptions) -> dict[str, object]:
     named = {name: getattr(options, name) for name in ("rank", "alpha", "scale")}
     chosen = {name: value for name, value in named.items() if value is not None}
-    return {**chosen, **pairs(options.adapter_options, "--adapter_options")}
+    further = pairs(options.adapter_options, "--adapter_options")
+    for name in sorted({*chosen} & {*further}):
+        other = f"--adapter_options {name}={further[name]}"
+        raise ValueError(f"--{name} {chosen[name]} and {other} exclude each other; give one of them")
+    for name, value in {**chosen, **further}.items():
+        if is_set_by_itself(options.adapter, name):
+            raise ValueError(
+                f"{name} {value} has no effect: --adapter {options.adapter!r} sets {name} itself; "
+                "give one of them"
+            )
+    return {**chosen, **further}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from diffadapt.training.options import TrainOptions
 
@@ -15,8 +16,11 @@ def check_hub(options: TrainOptions) -> None:
     """Before the first step. Raises: ValueError when an upload was asked for and nobody is logged in."""
     if options.push_to_hub and get_token() is None:
         raise ValueError("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
-    if options.hub_model_id is not None and not options.push_to_hub:
-        raise ValueError("--hub_model_id has no effect without --push_to_hub")
+    if options.hub_model_id is not None:
+        try:
+            validate_repo_id(options.hub_model_id)
+        except HFValidationError as error:
+            raise ValueError(f"--hub_model_id: {error}") from None
 
 
 def push(options: TrainOptions) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -23,12 +23,19 @@ from diffadapt.nearest import near
 from diffadapt.option_text import literal, split_outside_brackets
 from diffadapt.training.options import TrainOptions
 
+PATHS = (  # options that name files or folders
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "output_dir", "cache_dir"),
+    *("resume_from_checkpoint", "logging_dir", "extractor", "config", "instance_data_dir"),
+    *("class_data_dir", "train_data_dir", "validation_data_dir", "dataset_name", "held_out"),
+)
 MOST_NESTED = 8  # levels of a file of options
 Kind = TypeVar("Kind", bound=TrainOptions)
-ELSEWHERE = {  # options of diffusers' scripts that have another name here
-    "use_8bit_adam": "--optimizer adamw8bit",
+OTHER_UNITS = {  # options of diffusers' scripts that count epochs, where steps are counted here
     "num_train_epochs": "--max_train_steps",
     "validation_epochs": "--validation_steps",
+}
+ELSEWHERE = {  # options of diffusers' scripts that have another name here
+    "use_8bit_adam": "--optimizer adamw8bit",
     "lora_layers": "--targets",
     "lora_alpha": "--alpha",
     "lora_dropout": "--adapter_options dropout=0.1",
@@ -53,7 +60,7 @@ def parse(kind: type[Kind], argv: list[str] | None = None, *, description: str =
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(_unknown(unknown[0], [field.name for field in fields(kind)]))
-    given = vars(known)
+    given = {name: _expanded(name, value) for name, value in vars(known).items()}
     stored = read_config(kind, given["config"]) if given.get("config") else {}
     return kind(**{**stored, **given})
 
@@ -76,9 +83,19 @@ def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
             raise ValueError(f"unknown option {name!r} in {path}{near(str(name), names)}")
     hints, choices = typing.get_type_hints(kind), {f.name: f.metadata["choices"] for f in fields(kind)}
     for name, value in values.items():
+        if value is False and "no" in (choices[name] or ()):
+            values[name] = value = "no"  # YAML 1.1 reads the word as false
         if choices[name] is not None and value is not None and value not in choices[name]:
             raise ValueError(f"{name} in {path} must be one of {', '.join(choices[name])}, got {value!r}")
-    return {name: _converted(name, hints[name], value, path) for name, value in values.items()}
+    converted = {name: _converted(name, hints[name], value, path) for name, value in values.items()}
+    return {name: _expanded(name, value) for name, value in converted.items()}
+
+
+def _expanded(name: str, value: object) -> object:
+    """A path with the home folder for its `~`; other values as they are."""
+    if name in PATHS and isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
+    return value
 
 
 def _check_flat(text: str) -> None:
@@ -121,6 +138,11 @@ def _unknown(argument: str, names: Sequence[str]) -> str:
     name = argument.partition("=")[0].lstrip("-")
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no option; put values with spaces in quotes"
+    if name in OTHER_UNITS:
+        return (
+            f"--{name}: a run is counted in optimizer steps here; give {OTHER_UNITS[name]}: "
+            "epochs x images / (batch size x accumulation x processes)"
+        )
     if name in ELSEWHERE:
         return f"--{name} is called {ELSEWHERE[name]} here"
     close = difflib.get_close_matches(name, names, n=3)
@@ -129,13 +151,34 @@ def _unknown(argument: str, names: Sequence[str]) -> str:
 
 
 def _add(parser: argparse.ArgumentParser, kind: type, field: dataclasses.Field) -> None:
-    value_type = _value_type(typing.get_type_hints(kind)[field.name])
+    hint = typing.get_type_hints(kind)[field.name]
+    value_type = _value_type(hint)
     default = "" if field.default in (None, MISSING) else f" (default: {field.default})"
     settings = {"default": argparse.SUPPRESS, "help": field.metadata["help"].replace("%", "%%") + default}
     if value_type is bool:
         parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **settings)
     else:
-        parser.add_argument(f"--{field.name}", type=value_type, choices=field.metadata["choices"], **settings)
+        choices = field.metadata["choices"]
+        convert = value_type
+        if value_type in (int, float) and isinstance(hint, types.UnionType):
+            convert = _number_or_none(value_type)
+        elif field.name == "param_budget":
+            convert = _text_or_none
+        parser.add_argument(f"--{field.name}", type=convert, choices=choices, **settings)
+
+
+def _number_or_none(kind: type[int] | type[float]) -> Callable[[str], int | float | None]:
+    """What reads an optional number; `none` takes back what a file of options sets."""
+
+    def convert(text: str) -> int | float | None:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def _text_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
 
 
 def _value_type(hint: object) -> type:

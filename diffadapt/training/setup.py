@@ -17,6 +17,7 @@ from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
 from diffadapt.training import output_folder, session
 from diffadapt.training.defaults import (
+    base_family,
     build_method,
     check_ranges,
     check_text_encoders,
@@ -25,6 +26,7 @@ from diffadapt.training.defaults import (
     recommended_rate,
     text_targets,
 )
+from diffadapt.training.effects import check_effects
 from diffadapt.training.hub import check_hub
 from diffadapt.training.loop import Trainer, prepare
 from diffadapt.training.objective import Objective
@@ -56,6 +58,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     session.quiet()
     check_ranges(options)
     parse_formats(options.export_formats)
+    check_effects(options, base_family(options))
     options, notices = output_folder.settled(options)
     trackers = check_trackers(options.report_to)
     check_hub(options)

@@ -132,7 +132,7 @@ class SubjectReport(Report):
 
     def next_command(self) -> str:
         return (
-            f"accelerate launch train_scripts/dreambooth.py --adapter {self.options.adapter} "
+            f"accelerate launch train_scripts/dreambooth.py --adapter {shlex.quote(self.options.adapter)} "
             "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
             "--instance_data_dir PICTURES --instance_prompt 'a photo of sks dog' --output_dir runs/dog"
         )

@@ -1,5 +1,6 @@
 """What a person reads: a summary before the first step, figures after the last."""
 
+import shlex
 from collections.abc import Mapping
 
 from diffusers import DiffusionPipeline
@@ -81,10 +82,11 @@ def closing_words(
         lines.append("  no figures: name a CLIP model with --extractor to get them")
     if options.num_validation_images:
         lines.append(f"look at  {output}/grid.png   (pictures: {output}/samples, figures: {output}/run.json)")
+    adapter = shlex.quote(f"{output}/adapter.safetensors")
+    more = shlex.quote(f"{output}/more")
     lines += [
         "draw more:",
-        f"  diffadapt sample --adapter {output}/adapter.safetensors {draw} "
-        f"--num_images 16 --out {output}/more",
+        f"  diffadapt sample --adapter {adapter} {draw} --num_images 16 --out {more}",
     ]
     if is_embedded(base):
         lines += ["your own pictures, on a real base:", f"  {further}"]

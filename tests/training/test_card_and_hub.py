@@ -125,5 +125,5 @@ def test_without_a_login_the_run_does_not_start(monkeypatch):
     hub.check_hub(train_options())
     with pytest.raises(ValueError, match="--push_to_hub needs a login"):
         hub.check_hub(train_options(push_to_hub=True))
-    with pytest.raises(ValueError, match="--hub_model_id has no effect without --push_to_hub"):
-        hub.check_hub(train_options(hub_model_id="me/it"))
+    with pytest.raises(ValueError, match="--hub_model_id: "):
+        hub.check_hub(train_options(hub_model_id="a/b/c"))
