@@ -68,7 +68,8 @@ def find_sites(
             continue
         matched = [name for name, layer in layers.items() if _matches(token, name, layer)]
         if not matched and token in tokens:
-            raise ValueError(f"target {token!r} matches no layer{near(token, [*PRESETS, *layers])}")
+            others = [name for name in (*PRESETS, *layers) if name != token]
+            raise ValueError(f"target {token!r} matches no layer{near(token, others)}")
         for name in matched:
             chosen[name] = chosen.get(name, False) or token not in PRESETS
     for token in tokens:

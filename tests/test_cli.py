@@ -89,12 +89,17 @@ def test_a_strength_is_read_off_the_end_of_a_file_name(tmp_path):
             ["--adapter", "{work}/one.safetensors", "--num_images", "0"],
             "--num_images must be at least 1, got 0",
         ),
+        (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1, got 0"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(work, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.delenv("DIFFADAPT_DEBUG", raising=False)
     arguments = [argument.format(work=work) for argument in arguments]
-    assert main(["sample", "--prompt", "a", "--out", str(tmp_path), *arguments]) == 2
+    fixed = ["--prompt", "a", "--out", str(tmp_path)]
+    if "--adapter" not in arguments:
+        fixed += ["--adapter", f"{work}/one.safetensors"]
+    assert main(["sample", *fixed, *arguments]) == 2
     errors = capsys.readouterr().err
     assert f"error: {message}" in errors
     assert "Traceback" not in errors

@@ -82,6 +82,12 @@ def test_a_target_that_matches_nothing_is_an_error_naming_near_ones(targets, sai
         names(targets)
 
 
+def test_a_target_that_is_right_elsewhere_is_not_suggested_again():
+    with pytest.raises(ValueError, match="target 'conv' matches no layer") as error:
+        da.attach(nn.Sequential(nn.Linear(2, 2)), da.LoRA(), "conv")
+    assert "did you mean conv" not in str(error.value)
+
+
 def test_targets_that_exclude_all_they_choose_are_an_error():
     with pytest.raises(ValueError, match="choose none"):
         da.attach(denoiser(), da.LoRA(), "conv_in+!conv_in")

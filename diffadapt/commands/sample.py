@@ -31,6 +31,10 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     """Writes images, sheet.png and sample.json into the folder `arguments.out`, which it returns."""
     if arguments.num_images < 1:
         raise ValueError(f"--num_images must be at least 1, got {arguments.num_images}")
+    for name in ("num_inference_steps", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     files = [parse_adapter(text) for text in arguments.adapter]
     strengths = parse_strengths(arguments.strength)
     looks = looks_of(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)

@@ -26,6 +26,7 @@ ALWAYS = frozenset(
         *("push_to_hub", "config", "rank", "scale", "param_budget"),
         # generated images: a command line may switch them off with --num_validation_images 0
         *("num_validation_images", "num_inference_steps", "guidance_scale", "sample_batch_size", "extractor"),
+        "validation_steps",
         # options of the scripts
         *("instance_data_dir", "instance_prompt", "instance_captions", "class_prompt"),
         *("with_prior_preservation", "train_data_dir", "dataset_name", "image_column", "caption_column"),
@@ -78,9 +79,6 @@ CONDITIONS = {
         for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
     },
     "ema_decay": _is_set("use_ema"),
-    "validation_steps": Condition(
-        lambda options: options.num_validation_images != 0, "--num_validation_images above 0"
-    ),
     "validation_prompt": Condition(
         lambda options: not hasattr(options, "class_labels"), "a base that is conditioned on captions"
     ),

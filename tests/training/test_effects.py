@@ -29,7 +29,6 @@ CASES = {
     "adam_weight_decay": (0.1, {"optimizer": "Adam"}, {"optimizer": "adamw8bit"}),
     "adam_epsilon": (1e-6, {"optimizer": "SGD"}, {}),
     "ema_decay": (0.9, {}, {"use_ema": True}),
-    "validation_steps": (5, {"num_validation_images": 0}, {"num_validation_images": 2}),
     "validation_prompt": ("a cat", None, {}),
     "logging_dir": ("logs", {}, {"report_to": "tensorboard"}),
     "hub_model_id": ("me/it", {}, {"push_to_hub": True}),

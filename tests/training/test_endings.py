@@ -57,7 +57,10 @@ def run(base, tmp_path, monkeypatch):
         ({"extractor": "/nonexistent/clip"}, "--extractor /nonexistent/clip cannot be loaded"),
         ({"seed": 2**63}, "--seed must be at least -2**63 and below 2**63"),
         ({"output_dir": "/proc/x"}, "--output_dir '/proc/x' cannot be written to"),
-        ({"logging_dir": "/proc/x/y"}, "--logging_dir '/proc/x/y' cannot be written to"),
+        (
+            {"logging_dir": "/proc/x/y", "report_to": "tensorboard"},
+            "--logging_dir '/proc/x/y' cannot be written to",
+        ),
     ],
 )
 def test_what_would_fail_at_the_end_fails_before_the_first_step(run, tmp_path, capsys, flags, given, message):
