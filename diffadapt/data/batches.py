@@ -18,6 +18,7 @@ from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPicture
 from diffadapt.data.examples import Draw, Example, Examples, Order
 from diffadapt.data.images import ImageSource, View, check_images, listed
 from diffadapt.data.randomness import integer, normal, uniform
+from diffadapt.data.scaled_images import MEMORY
 from diffadapt.data.stream import Stream
 from diffadapt.models.families import Base
 
@@ -91,7 +92,7 @@ class Batches:
         self.center_crop = center_crop or squares or buckets is not None
         self.cache = open_cache(self._cache_kind(cache_latents), cache_dir)
         used = None if is_rehearsal else self.cache
-        self.pictures = EncodedPictures(model, used)
+        self.pictures = EncodedPictures(model, used, image_memory=0 if self.is_streaming else MEMORY)
         self.captions = EncodedCaptions(model, used, recent=RECENT if self.is_streaming else None)
         self.cut_captions: list = []  # captions of which the base does not read the end
         if not self.is_streaming:
@@ -123,6 +124,14 @@ class Batches:
                 **self.model.size_conditions([view for _, _, view in samples]),
             },
         )
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        """Begins to read the images of these positions in the background; `batch` gives the same with it."""
+        draws = self.order.draws(positions)
+        examples = [self.order.example(draw) for draw in draws]
+        cuts = [self._cut(draw, example) for draw, example in zip(draws, examples, strict=True)]
+        sources = [example.source for example in examples]
+        self.pictures.read_ahead(list(zip(sources, cuts, strict=True)))
 
     def examples(self, positions: Sequence[int]) -> list[Example]:
         """The pictures and captions of these samples."""

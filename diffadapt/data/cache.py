@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from diffadapt.files import write_atomically
 from diffadapt.tensor_file import digest, read_tensors
 
-FORMAT = 1  # of entries; a change in how pictures are read or scaled must raise it
+FORMAT = 2  # of entries; a change in how pictures are read or scaled must raise it
 KINDS = ("memory", "disk", "none")
 PASSING_SETTINGS = ("transformers_version", "dtype", "torch_dtype")  # of a configuration; change no result
 TOKENIZER_SETTINGS = (  # beside the rules of its backend

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.data.cache import DiskCache, Entry, MemoryCache, fingerprint, key_of
-from diffadapt.data.images import ImageSource, View, open_image, to_pixels, view_of
+from diffadapt.data.images import ImageSource, View, to_pixels, view_of
+from diffadapt.data.scaled_images import ScaledImages
 from diffadapt.models.families import Base
 
 MANY = 20  # encodings from which on a progress bar is shown
@@ -42,10 +43,12 @@ class EncodedPictures:
 
     Args:
         cache: where they are kept; None: encoded whenever they are asked for.
+        image_memory: bytes of scaled images that are kept, where nothing is encoded beforehand.
     """
 
-    def __init__(self, model: Base, cache: MemoryCache | DiskCache | None):
+    def __init__(self, model: Base, cache: MemoryCache | DiskCache | None, *, image_memory: int = 0):
         self.model, self.cache = model, cache
+        self.images = ScaledImages(image_memory if cache is None else 0)
         self._encoder = fingerprint(*_parts(model, AUTOENCODERS)) if isinstance(cache, DiskCache) else ""
         self._contents: dict[ImageSource, str] = {}  # SHA-256 of the files of `prepare`
 
@@ -75,18 +78,24 @@ class EncodedPictures:
         height, width = entry["original_size"].tolist()
         return entry["encoded"], view_of((width, height), cut.size, crop=cut.crop, flip=cut.flip)
 
+    def read_ahead(self, cuts: Sequence[tuple[ImageSource, Cut]]) -> None:
+        """Begins to read images that `get` will encode, while other work goes on."""
+        if self.cache is None:
+            self.images.read_ahead([(source, cut.size) for source, cut in cuts])
+
     def _key(self, source: ImageSource, cut: Cut) -> str:
         content = self._contents.get(source) or _sha256(source)
         return key_of(picture=content, encoder=self._encoder, size=cut.size, crop=cut.crop, flip=cut.flip)
 
     def _encode(self, source: ImageSource, cut: Cut) -> Entry:
         try:
-            image = open_image(source)
+            scaled = self.images.get(source, cut.size)
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise UnreadablePicture(f"{source} cannot be read: {error or type(error).__name__}") from None
-        pixels = to_pixels(image, cut.size, crop=cut.crop, flip=cut.flip)
+        pixels = to_pixels(scaled.image, cut.size, crop=cut.crop, flip=cut.flip)
         encoded = self.model.encode_pixels(pixels[None])[0].cpu()
-        return {"encoded": encoded, "original_size": torch.tensor([image.height, image.width])}
+        width, height = scaled.original_size
+        return {"encoded": encoded, "original_size": torch.tensor([height, width])}
 
 
 class EncodedCaptions:

@@ -3,22 +3,29 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from diffadapt.data.color_profiles import UnusableProfile, convert_to_srgb
 from diffadapt.data.links import leads_out, visible_files
 
-MAX_PIXELS = 178_956_970  # of one picture; more is a decompression bomb, as for Pillow
+MAX_PIXELS = 357_913_940  # of one image; Pillow takes more for a decompression bomb
 MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
 MANY = 200  # pictures from which on checking shows its progress
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")  # that are read
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits
+BITS_PER_SAMPLE = 258  # TIFF tag
+ORIENTATION = 0x0112  # EXIF tag
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
@@ -90,34 +97,45 @@ def listed(lines: Sequence[str], *, most: int = 20) -> str:
 
 
 def open_image(source: str | ImageSource) -> Image.Image:
-    """One picture as upright 8-bit RGB; transparency becomes white, an animation its first frame.
+    """One image as upright 8-bit RGB; transparency becomes white, an animation its first frame.
 
-    Raises: ValueError for a picture above MAX_PIXELS (before it is unpacked) or MAX_ASPECT; for damaged files
-    whatever Pillow raises.
+    Numbers are taken as stored, without a look at the color profile, as programs that score images do;
+    `color_managed` reads them for training.
+
+    Raises: ValueError for an image above MAX_PIXELS (before it is unpacked) or MAX_ASPECT, and for a format
+    that needs a package; for damaged files whatever Pillow raises.
     """
     with opened(source) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):
-            return _from_high_depth(image)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        return image.convert("RGB")
+        return _over_white(_upright(image))
+
+
+def color_managed(image: Image.Image) -> Image.Image:
+    """What `open_image` gives for an image from `opened`, with the colors of its profile converted to sRGB.
+
+    A profile that cannot be used is ignored; `check_images` tells of it.
+    """
+    return _managed(image)[0]
 
 
 def opened(source: str | ImageSource) -> Image.Image:
-    """A picture of one of FORMATS that is not unpacked yet.
+    """An image of one of the readable formats that is not unpacked yet.
 
     Pillow's other readers, of which one starts a program, never see the file.
 
-    Raises: ValueError for a picture above MAX_PIXELS or MAX_ASPECT; for other files whatever Pillow raises.
+    Raises: ValueError for an image above MAX_PIXELS or MAX_ASPECT, and for a format that needs a package; for
+    other files whatever Pillow raises.
     """
     place = source if isinstance(source, str | Path) else BytesIO(source.read_bytes())
-    Image.init()
+    formats = readable_formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit stands below
-        image = Image.open(place, formats=[name for name in FORMATS if name in Image.OPEN])
+        try:
+            image = Image.open(place, formats=formats)
+        except UnidentifiedImageError:
+            _refuse_without_reader(_first_bytes(place), formats)
+            raise
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{error}; scale the image down before using it") from None
     try:
         _check_size(image.size)
     except ValueError:
@@ -126,21 +144,49 @@ def opened(source: str | ImageSource) -> Image.Image:
     return image
 
 
+@lru_cache(maxsize=1)
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of what is read: FORMATS as far as Pillow has them, and HEIF with pillow-heif."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        import pillow_heif
+    except ImportError:
+        return tuple(formats)
+    pillow_heif.register_heif_opener()
+    return (*formats, "HEIF")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image from `opened` once it is turned as EXIF says."""
+    is_on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if is_on_its_side else image.size
+
+
 def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
-    """Reads every picture once, so that nothing unreadable turns up in the middle of a run.
+    """Reads every image once, so that nothing unreadable turns up in the middle of a run.
+
+    Color profiles that cannot be used are told.
 
     Returns: the (width, height) of each.
     Raises: ValueError that lists the unreadable files.
     """
-    sizes, problems = [], []
-    for source in tqdm(sources, desc="checking pictures", disable=len(sources) < MANY):
+    sizes, problems, ignored = [], [], []
+    for source in tqdm(sources, desc="checking images", disable=len(sources) < MANY):
         try:
-            sizes.append(open_image(source).size)
+            with opened(source) as image:
+                managed, profile_problem = _managed(image)
         except Exception as error:  # damaged files make Pillow raise almost anything
             problems.append(f"{source}: {error or type(error).__name__}")
+            continue
+        sizes.append(managed.size)
+        if profile_problem:
+            ignored.append(f"{source}: {profile_problem}")
     if problems:
         count = f"{len(problems)} of {len(sources)}"
         raise ValueError(f"{count} pictures cannot be read; remove or repair:\n{listed(problems)}")
+    if ignored:
+        tqdm.write(f"color profiles that are ignored, the colors are taken as sRGB:\n{listed(ignored)}")
     return sizes
 
 
@@ -160,7 +206,7 @@ def to_pixels(
     Returns: (3, height, width), float32.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    scaled = _scaled(image.size, (height, width))
+    scaled = covering_size(image.size, (height, width))
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = _corner(scaled, (height, width), crop)
@@ -169,6 +215,12 @@ def to_pixels(
         image = ImageOps.mirror(image)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), uint8
     return values.float() / 127.5 - 1
+
+
+def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the image when it just covers `size` (height, width)."""
+    scale = max(size[0] / image_size[1], size[1] / image_size[0])
+    return max(size[1], round(image_size[0] * scale)), max(size[0], round(image_size[1] * scale))
 
 
 def view_of(
@@ -183,7 +235,7 @@ def view_of(
     A mirrored part has its corner where it lies in the mirrored picture, as in diffusers' SDXL scripts,
     which mirror before they cut.
     """
-    (height, width), scaled = size, _scaled(image_size, size)
+    (height, width), scaled = size, covering_size(image_size, size)
     left, top = _corner(scaled, (height, width), crop)
     if flip:
         left = scaled[0] - width - left
@@ -193,15 +245,12 @@ def view_of(
 def _check_size(size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are refused as a decompression bomb")
+        raise ValueError(
+            f"{width} x {height} pixels are refused as a decompression bomb (more than {MAX_PIXELS:,}); "
+            "scale the image down before using it"
+        )
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
-
-
-def _scaled(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the picture when it just covers `size` (height, width)."""
-    scale = max(size[0] / image_size[1], size[1] / image_size[0])
-    return max(size[1], round(image_size[0] * scale)), max(size[0], round(image_size[1] * scale))
 
 
 def _corner(scaled: tuple[int, int], size: tuple[int, int], crop: tuple[float, float]) -> tuple[int, int]:
@@ -209,15 +258,70 @@ def _corner(scaled: tuple[int, int], size: tuple[int, int], crop: tuple[float, f
     return round(crop[0] * (scaled[0] - size[1])), round(crop[1] * (scaled[1] - size[0]))
 
 
-def _from_high_depth(image: Image.Image) -> Image.Image:
-    """16-bit and floating pictures to 8-bit; Pillow's own conversion would clip them to white."""
+def _managed(image: Image.Image) -> tuple[Image.Image, str]:
+    """The upright image in sRGB, over white; and why its color profile is ignored, or ""."""
+    upright = _upright(image)
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return _over_white(upright), ""
+    try:
+        return _over_white(convert_to_srgb(upright, profile)), ""
+    except UnusableProfile as error:
+        return _over_white(upright), str(error)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as EXIF says, in at most 8 bits per channel."""
+    bits = _grey_bits(image)
+    transparent = image.info.get("transparency")
+    image = ImageOps.exif_transpose(image)
+    return _to_eight_bits(image, bits, transparent) if image.mode in HIGH_DEPTH else image
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_bits(image: Image.Image) -> int:
+    """Bits of a grey value as the file stores it: 16, unless a TIFF file says fewer (microscopes: 12)."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    return bits if 8 < bits < 16 else 16
+
+
+def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.Image:
+    """Grey values of `bits` bits, or floats, as 8-bit grey; Pillow's own conversion would clip them to white.
+
+    Only floats, whose file does not say what is white, are judged by their largest value.
+    """
     values = np.asarray(image, dtype=np.float64)
-    top = (
-        1.0
-        if image.mode == "F" and values.max(initial=0) <= 1
-        else 255.0
-        if values.max(initial=0) <= 255
-        else 65535.0
-    )
-    grey = np.clip(values / top * 255, 0, 255).round().astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    white = 2.0**bits - 1
+    if image.mode == "F":
+        largest = values.max(initial=0)
+        white = next((level for level in (1.0, 255.0) if largest <= level), 65535.0)
+    grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255  # PNG's transparent grey, over white
+    return Image.fromarray(grey)
+
+
+def _first_bytes(place: str | Path | BytesIO) -> bytes:
+    """The bytes in which a format shows itself."""
+    if isinstance(place, BytesIO):
+        return place.getvalue()[:12]
+    with open(place, "rb") as file:
+        return file.read(12)
+
+
+def _refuse_without_reader(start: bytes, formats: Sequence[str]) -> None:
+    """Raises: ValueError with the remedy for HEIF and AVIF files where nothing installed reads them."""
+    if start[4:8] != b"ftyp":
+        return
+    if start[8:12] in HEIF_BRANDS and "HEIF" not in formats:
+        raise ValueError("this is a HEIC image; pip install pillow-heif, or convert it to JPEG or PNG")
+    if start[8:12] in AVIF_BRANDS and "AVIF" not in formats:
+        raise ValueError("this is an AVIF image, which this Pillow does not read; pip install -U pillow")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
-from diffadapt.data.images import open_image, to_pixels
+from diffadapt.data.scaled_images import training_pixels
 from diffadapt.models.families import Base
 from diffadapt.training.loop import attention
 from diffadapt.training.objective import Objective
@@ -53,4 +53,4 @@ class HeldOutLoss:
 
 def pixels_of(examples: Sequence[Example], resolution: int) -> Tensor:
     """(N, 3, resolution, resolution) in [0, 1], the middle of each picture."""
-    return torch.stack([to_pixels(open_image(e.source), resolution) for e in examples]) / 2 + 0.5
+    return torch.stack([training_pixels(e.source, resolution) for e in examples]) / 2 + 0.5

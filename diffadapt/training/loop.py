@@ -149,6 +149,8 @@ def _accumulate(trainer: Trainer, batches: Batches) -> torch.Tensor:
         key = ("dropout", trainer.options.seed, trainer.step, microstep, accelerator.process_index)
         trainer.adapter.set_dropout_seed(seed_from(key))
         last = microstep == microsteps - 1
+        if not last or trainer.step + 1 < trainer.options.max_train_steps:
+            batches.read_ahead(positions(trainer, microstep + 1))
         with nullcontext() if last else accelerator.no_sync(trainer.objective), attention(batch.latents):
             loss = trainer.objective(batch)
             accelerator.backward(loss / microsteps)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from diffadapt.data.grid import Panel, to_pictures
-from diffadapt.data.images import list_images, open_image, to_pixels
+from diffadapt.data.images import list_images
+from diffadapt.data.scaled_images import training_pixels
 from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
 from diffadapt.models.names import resolve
@@ -81,7 +82,7 @@ def figures(
 
 def training_pictures(paths: Sequence[Path], resolution: int) -> Tensor:
     """(N, 3, resolution, resolution) in [0, 1]."""
-    return torch.stack([to_pixels(open_image(path), resolution) / 2 + 0.5 for path in paths])
+    return torch.stack([training_pixels(path, resolution) / 2 + 0.5 for path in paths])
 
 
 class SubjectReport(Report):

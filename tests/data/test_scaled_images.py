@@ -1,0 +1,85 @@
+"""Large images cost their decoding once, and are the same however they are read."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffadapt.data import scaled_images
+from diffadapt.data.images import open_image, to_pixels
+from diffadapt.data.scaled_images import ScaledImages, read_scaled
+
+ON_ITS_SIDE = 6  # EXIF orientation
+
+
+def photo(path, size, *, orientation=None, **options):
+    """Smooth colors, as photographs have them: width along red, height along green."""
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+def test_formats_without_draft_keep_their_pixels(tmp_path, ending):
+    path = photo(tmp_path / f"a.{ending}", (300, 200))
+    assert to_pixels(read_scaled(path, (32, 32)).image, 32).equal(to_pixels(open_image(path), 32))
+
+
+@pytest.mark.parametrize("size", [(60, 40), (64, 64), (125, 90), (33, 40)])
+def test_a_jpeg_up_to_four_times_the_size_keeps_its_pixels(tmp_path, size):
+    path = photo(tmp_path / "a.jpg", size)
+    assert to_pixels(read_scaled(path, (32, 32)).image, 32).equal(to_pixels(open_image(path), 32))
+
+
+@pytest.mark.parametrize("orientation", [None, ON_ITS_SIDE])
+@pytest.mark.parametrize("size", [(1201, 803), (803, 1201)])
+def test_a_large_jpeg_is_reduced_while_it_is_decoded(tmp_path, monkeypatch, orientation, size):
+    path = photo(tmp_path / "a.jpg", size, orientation=orientation, quality=95)
+    expected = to_pixels(open_image(path), (32, 48), crop=(1.0, 0.3))
+    unpacked = []
+    original = scaled_images.color_managed
+    monkeypatch.setattr(
+        scaled_images, "color_managed", lambda image: unpacked.append(image.size) or original(image)
+    )
+    scaled = read_scaled(path, (32, 48))
+    upright = size[::-1] if orientation else size
+    assert scaled.original_size == upright
+    assert unpacked[0][0] < size[0] / 3
+    assert min(scaled.image.size) >= 32
+    assert (to_pixels(scaled.image, (32, 48), crop=(1.0, 0.3)) - expected).abs().max() < 0.05
+
+
+def test_kept_read_ahead_and_read_now_are_the_same_image(tmp_path):
+    paths = [photo(tmp_path / f"{i}.jpg", (800 + 16 * i, 600)) for i in range(3)]
+    expected = [read_scaled(path, (32, 32)).image.tobytes() for path in paths]
+    keeping, reading = ScaledImages(memory=10**6), ScaledImages(memory=0)
+    reading.read_ahead([(path, (32, 32)) for path in paths])
+    for images in (keeping, keeping, reading, reading):
+        assert [images.get(path, (32, 32)).image.tobytes() for path in paths] == expected
+
+
+def test_a_kept_image_is_not_decoded_again_and_memory_is_bounded(tmp_path, monkeypatch):
+    paths = [photo(tmp_path / f"{i}.png", (64, 64)) for i in range(3)]
+    names = []
+    original = scaled_images.read_scaled
+    monkeypatch.setattr(
+        scaled_images, "read_scaled", lambda path, size: names.append(path.name) or original(path, size)
+    )
+    images = ScaledImages(memory=2 * 3 * 32 * 32)
+    for _ in range(2):
+        for path in paths:
+            images.get(path, (32, 32))
+    assert names == ["0.png", "1.png", "2.png", "2.png"]
+
+
+def test_a_damaged_image_raises_when_it_is_asked_for(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    images = ScaledImages(memory=0)
+    images.read_ahead([(tmp_path / "a.png", (32, 32))])
+    with pytest.raises(OSError, match="cannot identify"):
+        images.get(tmp_path / "a.png", (32, 32))
