@@ -6,7 +6,7 @@ Without a base and without data it is a demonstration on the embedded 64-pixel b
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffadapt.data.batches import Batches
@@ -82,7 +82,8 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
         if options.dry_run:
             classes = planned_class_examples(folder, **wanted, side=model.resolution)
         else:
-            drawing = {"sampler": report.sampler, "seed": options.seed}
+            at_size_of_base = replace(report.sampler, height=None, width=None)
+            drawing = {"sampler": at_size_of_base, "seed": options.seed}
             with setup.accelerator.main_process_first():
                 classes = class_examples(model.pipe, folder, **wanted, **drawing)
     return make_batches(setup, instances, classes=classes)

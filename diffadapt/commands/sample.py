@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.adapter import Adapter
-from diffadapt.checkpoint import base_named_in
+from diffadapt.checkpoint import base_named_in, read_metadata
 from diffadapt.commands.class_names import class_names_in, class_numbers
 from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.files import read_text
@@ -25,6 +25,8 @@ from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
 from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.session import DTYPES, drawing_precision, use_cores
+
+PIPELINE_STEP = 8  # pixels; pipelines take multiples of it
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
@@ -44,7 +46,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = drawing_precision(arguments.mixed_precision, device)
     defaults = drawing_defaults(base, revision=arguments.revision)
-    sampler = sampler_of(arguments, defaults, DTYPES.get(precision))
+    sampler = sampler_of(arguments, defaults, DTYPES.get(precision), [file.path for file in files])
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     pipe = open_base(base, device=device, **source)
     adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
@@ -114,9 +116,18 @@ def _sha256(path: str) -> str:
 
 
 def sampler_of(
-    arguments: argparse.Namespace, defaults: dict[str, object], autocast: torch.dtype | None
+    arguments: argparse.Namespace,
+    defaults: dict[str, object],
+    autocast: torch.dtype | None,
+    files: Sequence[str],
 ) -> Sampler:
-    """How images are made: the options of drawing, with the base's defaults for what was not given."""
+    """How images are made: the options of drawing, with defaults for what was not given.
+
+    Without a size, images are as large as those that the adapters of `files` were trained on.
+    """
+    height, width = arguments.height, arguments.width
+    if height is None and width is None:
+        height = width = training_resolution(files)
 
     def choose(given: object, default: str) -> object:
         return defaults[default] if given is None else given
@@ -126,11 +137,23 @@ def sampler_of(
         guidance_scale=choose(arguments.guidance_scale, "guidance_scale"),
         negative_prompt=arguments.negative_prompt,
         scheduler=arguments.scheduler,
-        height=arguments.height,
-        width=arguments.width,
+        height=height,
+        width=width,
         batch_size=choose(arguments.batch_size, "sample_batch_size"),
         autocast=autocast,
     )
+
+
+def training_resolution(files: Sequence[str]) -> int | None:
+    """The side, in pixels, of what pipelines generate nearest to the training images of adapter files.
+
+    None where a file does not say, or where they differ: then the base's own size is the better guess.
+    """
+    texts = {str(read_metadata(file).get("resolution", "")) for file in files}
+    text = texts.pop() if len(texts) == 1 else ""
+    if not text.isdecimal():
+        return None
+    return int(text) // PIPELINE_STEP * PIPELINE_STEP or None
 
 
 def _write_images(

@@ -39,6 +39,23 @@ def size_step(model: "Base") -> int:
     return model.resolution // config.sample_size * 2 ** (len(config.block_out_channels) - 1)
 
 
+def resolution_limits(model: "Base") -> tuple[int, int]:
+    """What the side of a training image must be a multiple of, and the smallest side, in pixels.
+
+    Attention over one position has no gradient of queries and keys, so every level has at least two a side.
+    """
+    config = model.denoiser.config
+    pixels_per_latent = model.resolution // config.sample_size
+    if "block_out_channels" not in config:
+        step = pixels_per_latent * config.get("patch_size", 1)
+        return step, 2 * step
+    reduction = 2 ** (len(config.block_out_channels) - 1)
+    takes_odd_sizes = "cross_attention_dim" in config
+    step = pixels_per_latent if takes_odd_sizes else pixels_per_latent * reduction
+    smallest = pixels_per_latent * (reduction + 1)
+    return step, math.ceil(smallest / step) * step
+
+
 def bucket_sizes(text: str, *, resolution: int, step: int) -> tuple[Size, ...]:
     """Sizes from `auto` or from "height,width;height,width".
 

@@ -58,7 +58,10 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
     precision = drawing_precision(arguments.mixed_precision, device)
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     sampler = sampler_of(
-        arguments, drawing_defaults(base, revision=arguments.revision), DTYPES.get(precision)
+        arguments,
+        drawing_defaults(base, revision=arguments.revision),
+        DTYPES.get(precision),
+        [adapter.path for adapter in adapters],
     )
     pipe = open_base(base, device=device, **source)
     labels = [shot.label for shot in wanted]

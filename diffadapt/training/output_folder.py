@@ -9,12 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from diffadapt.data.dataset import SAVED
 from diffadapt.export import FORMATS
+from diffadapt.models.names import is_embedded, resolve
 from diffadapt.training.checkpoint_files import checkpoints, find, run_of
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import write_config
 
 Kind = TypeVar("Kind", bound=TrainOptions)
+DATA_FOLDERS = (
+    "instance_data_dir",
+    "class_data_dir",
+    "train_data_dir",
+    "validation_data_dir",
+    "held_out",
+    "dataset_name",
+)
+MARKS_OF_A_RUN = ("config.yaml", "log.jsonl")
 RUN_LINE = "# run "  # of config.yaml, before the id of the run that wrote it
 EXPORTS = tuple(f"adapter{ending}" for ending in FORMATS.values())
 RESULTS = ("adapter.safetensors", *EXPORTS, "run.json", "README.md", "grid.png")
@@ -52,6 +63,34 @@ def settled(options: Kind) -> tuple[Kind, list[str]]:
     elif present and not options.overwrite_output_dir:
         raise ValueError(_in_use(options.output_dir, present))
     return options, notices
+
+
+def check_outside_data(options: TrainOptions) -> None:
+    """Images that a run generates must never be found as training images by the next run.
+
+    Folders that `datasets` saved hold tables, in which an image file is not looked for.
+
+    Raises: ValueError for an output folder that is a folder of images, or lies in one, and for images in the
+        output folder of an earlier run.
+    """
+    output = Path(options.output_dir).resolve()
+    for name in DATA_FOLDERS:
+        value = getattr(options, name, None)
+        if not value or is_embedded(value):
+            continue
+        folder = Path(resolve(value)).resolve()
+        if not folder.is_dir() or any((folder / mark).exists() for mark in SAVED):
+            continue
+        if all((folder / mark).exists() for mark in MARKS_OF_A_RUN):
+            raise ValueError(
+                f"--{name} {value!r} is the output folder of an earlier run, whose grid and samples would "
+                "become training images; move your images into a folder that holds nothing else"
+            )
+        if output.is_relative_to(folder):
+            raise ValueError(
+                f"--output_dir {options.output_dir!r} lies in --{name} {value!r}, where a later run would "
+                "take the images that this one generates for data; name an output folder outside of it"
+            )
 
 
 def check_writable(folder: str, option: str) -> None:

@@ -53,6 +53,8 @@ class Report(ABC):
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             batch_size=options.sample_batch_size,
+            height=options.resolution,
+            width=options.resolution,
             autocast=session.autocast_dtype(setup.accelerator),
         )
         self.shots: dict[str, list[Shot]] = {}

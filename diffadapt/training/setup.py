@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 import diffadapt as da
 from diffadapt.data.batches import Batches
+from diffadapt.data.buckets import resolution_limits
 from diffadapt.data.examples import Example
 from diffadapt.data.stream import Stream
 from diffadapt.export import parse_formats
@@ -60,6 +61,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     parse_formats(options.export_formats)
     check_effects(options, base_family(options))
     options, notices = output_folder.settled(options)
+    output_folder.check_outside_data(options)
     trackers = check_trackers(options.report_to)
     check_hub(options)
     method = build_method(options)
@@ -92,7 +94,21 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         method = build_method(options)
     method = fitted(options, method, model.pipe)
     known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
-    return Setup(filled(options, known), accelerator, model, method, started)
+    options = filled(options, known)
+    check_resolution(model, options.resolution)
+    return Setup(options, accelerator, model, method, started)
+
+
+def check_resolution(model: Base, resolution: int) -> None:
+    """Raises: ValueError for a training size that the base cannot have, with the sizes that it can."""
+    step, smallest = resolution_limits(model)
+    if resolution == model.resolution or (resolution % step == 0 and resolution >= smallest):
+        return
+    nearest = max(smallest, round(resolution / step) * step)
+    raise ValueError(
+        f"--resolution {resolution}: {model.source} takes multiples of {step} from {smallest} on, such as "
+        f"{nearest}; its own size is {model.resolution}"
+    )
 
 
 def train_text_encoders(model: Base) -> None:

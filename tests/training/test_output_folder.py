@@ -138,6 +138,24 @@ def test_fewer_steps_than_the_checkpoint_are_an_error(run, capsys):
     assert "has made 4 steps, more than --max_train_steps 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", [".", "runs/one"])
+def test_an_output_folder_in_the_data_is_refused(run, tmp_path, capsys, place):
+    output = tmp_path / "images" / place
+    assert run(output_dir=output) == 2
+    message = capsys.readouterr().err
+    assert "lies in --instance_data_dir" in message
+    assert "name an output folder outside of it" in message
+    assert sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [".png"] * 3
+
+
+def test_images_in_the_output_folder_of_a_run_are_refused(run, tmp_path, capsys):
+    assert run(output_dir=tmp_path / "one") == 0
+    write_pictures(tmp_path / "one", 2)
+    assert run(instance_data_dir=tmp_path / "one", output_dir=tmp_path / "two") == 2
+    assert "is the output folder of an earlier run" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
 def test_the_default_folder_is_numbered_where_it_holds_a_run(tmp_path, monkeypatch):
     from dataclasses import dataclass
 
