@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import open_cache
-from diffadapt.data.description import describe
+from diffadapt.data.description import describe, size_notes
 from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
 from diffadapt.data.examples import Draw, Example, Examples, Order
 from diffadapt.data.images import ImageSource, View, check_images, listed
@@ -88,6 +88,7 @@ class Batches:
             examples = list(examples)  # sources are told apart by identity: one object for each
         sizes = [] if self.is_streaming else check_images([e.source for e in [*examples, *classes]])
         self.order = self._order(examples, classes, buckets, sizes)
+        self.size_notes = self._size_notes([*examples, *classes], sizes) if sizes else []
         squares = bool(sizes) and all(width == height for width, height in sizes)
         self.center_crop = center_crop or squares or buckets is not None
         self.cache = open_cache(self._cache_kind(cache_latents), cache_dir)
@@ -203,6 +204,12 @@ class Batches:
             members.setdefault(self.bucket_of[example.source], []).append(index)
         order = BucketOrder([members[size] for size in sorted(members)], buckets.group, self.seed)
         return Examples(examples, (), order)
+
+    def _size_notes(self, examples: Sequence[Example], sizes: Sequence[tuple[int, int]]) -> list[str]:
+        sources = [example.source for example in examples]
+        square = (self.resolution, self.resolution)
+        targets = [self.bucket_of.get(source, square) for source in sources]
+        return size_notes(sources, sizes, targets)
 
     def _cache_kind(self, wanted: str | None) -> str:
         if wanted is None:

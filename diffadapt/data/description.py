@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffadapt.data.cache import DiskCache
-from diffadapt.data.images import UndrawnImage, listed
+from diffadapt.data.images import ImageSource, UndrawnImage, listed
 from diffadapt.data.stream import Stream
 
 if TYPE_CHECKING:
     from diffadapt.data.batches import Batches
+
+MUCH_ENLARGED = 2  # times its size
+MUCH_CROPPED = 0.5  # share of its area
 
 
 def describe(batches: Batches) -> str:
@@ -21,10 +25,42 @@ def describe(batches: Batches) -> str:
     changes += [f"trigger word {batches.trigger_word!r}"] if batches.trigger_word else []
     if changes:
         lines.append(", ".join(changes))
+    lines += batches.size_notes
     if batches.cut_captions:
         lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens)" for c in batches.cut_captions]
         lines.append(f"too long for the tokenizer, so not read:\n{listed(lost, most=5)}")
     return "\n".join(lines)
+
+
+def size_notes(
+    sources: Sequence[ImageSource], sizes: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]]
+) -> list[str]:
+    """Images that training shows otherwise than a person would expect: very small ones and very long ones.
+
+    Args:
+        sizes: (width, height) of each image; targets: (height, width) of what is cut from it.
+    """
+    enlarged, cropped = [], []
+    for source, (width, height), (target_height, target_width) in zip(sources, sizes, targets, strict=True):
+        if isinstance(source, UndrawnImage):
+            continue
+        scale = max(target_width / width, target_height / height)
+        share_outside = 1 - target_width * target_height / (scale**2 * width * height)
+        name = f"{source} ({width} x {height} pixels)"
+        if scale > MUCH_ENLARGED:
+            enlarged.append((scale, name))
+        if share_outside > MUCH_CROPPED:
+            cropped.append((share_outside, name))
+    notes = []
+    if enlarged:
+        scale, name = max(enlarged)
+        notes.append(f"{len(enlarged)} images are enlarged more than twice, most {name}: {scale:.3g} times")
+    if cropped:
+        share, name = max(cropped)
+        notes.append(
+            f"{len(cropped)} images lose more than half of their area to the crop, most {name}: {share:.0%}"
+        )
+    return notes
 
 
 def _found(batches: Batches) -> str:

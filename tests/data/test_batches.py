@@ -1,5 +1,6 @@
 """Batches are functions of the position: order, noise and crops do not depend on what came before."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -258,3 +259,41 @@ def test_streaming_tells_the_first_caption_that_is_cut(tmp_path, model, capsys):
 def test_the_files_of_samples_can_be_named(tmp_path, model):
     batches = make(model, captioned(tmp_path, 3))
     assert sorted(batches.names(range(3))) == sorted(str(p) for p in list_images(tmp_path))
+
+
+def test_images_that_are_blown_up_or_cropped_away_are_told_with_the_worst(model, tmp_path):
+    for name, size in {"dot": (1, 1), "small": (10, 10), "long": (270, 10), "wide": (90, 40)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    description = make(model, folder_examples(tmp_path, "a disc")).description
+    assert (
+        f"3 images are enlarged more than twice, most {tmp_path}/dot.png (1 x 1 pixels): 32 times"
+        in description
+    )
+    assert (
+        f"2 images lose more than half of their area to the crop, most {tmp_path}/long.png "
+        "(270 x 10 pixels): 96%" in description
+    )
+
+
+def test_images_near_the_training_size_have_no_notes(model, tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    batches = make(model, folder_examples(tmp_path, "a disc"))
+    assert batches.size_notes == []
+
+
+def test_random_crops_of_photos_are_the_same_from_memory_ahead_and_after_a_resume(model, tmp_path):
+    for index in range(3):
+        values = np.random.default_rng(index).integers(0, 256, (60, 80, 3), np.uint8)
+        Image.fromarray(values).resize((800, 600)).save(tmp_path / f"{index}.jpg")
+
+    def batches():
+        return make(model, folder_examples(tmp_path, "a disc"), center_crop=False)
+
+    steps = [range(2 * step, 2 * step + 2) for step in range(6)]
+    plain, ahead = batches(), batches()
+    expected = [plain.batch(positions).latents for positions in steps]
+    for positions, latents in zip(steps, expected, strict=True):
+        ahead.read_ahead(positions)
+        assert ahead.batch(positions).latents.equal(latents)
+    for positions, latents in zip(steps, expected, strict=True):
+        assert batches().batch(positions).latents.equal(latents)
