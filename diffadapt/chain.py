@@ -26,15 +26,16 @@ class ChainProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, form, coefficient, x, weight, bias, *factors):
+    def forward(ctx, *inputs):  # torch.compile takes named arguments for the context where their number fits
+        layer, form, coefficient, x, weight, bias, *factors = inputs
         steps = _steps(form.with_tensors(factors), layer, weight, x.dtype)
-        y, inputs = _sum(layer, steps, coefficient, x, weight, bias)
+        y, seen = _sum(layer, steps, coefficient, x, weight, bias)
         ctx.layer, ctx.form, ctx.coefficient = layer, form, coefficient
-        ctx.shapes = [tensor.shape for tensor in inputs]
-        ctx.thin = all(2 * tensor.numel() <= max(x.numel(), y.numel()) for tensor in inputs[1:])
+        ctx.shapes = [tensor.shape for tensor in seen]
+        ctx.thin = all(2 * tensor.numel() <= max(x.numel(), y.numel()) for tensor in seen[1:])
         needed = [step.trained and ctx.thin for step in steps]
         needed[0] = steps[0].trained or not ctx.thin
-        kept = [tensor if keep else None for tensor, keep in zip(inputs, needed, strict=True)]
+        kept = [tensor if keep else None for tensor, keep in zip(seen, needed, strict=True)]
         own = form.keeps_steps and x.dtype == widest(factors)
         ctx.bare = [Step(step.map, None, step.trained) for step in steps] if own else None
         ctx.count = 0 if own and form.steps_suffice else len(factors)
@@ -70,34 +71,41 @@ class ChainProduct(torch.autograd.Function):
 
 
 class RescaledProduct(torch.autograd.Function):
-    """``scale`` times (``layer(x)`` plus the chain of a change), plus ``bias``, by rows of the weight.
+    """``scale`` times (``layer(x)`` with ``bias`` plus the chain of a change), plus ``offset``, by channels.
 
     Keeps ``x`` alone and makes the product again in backward, where ``scale`` needs it.
     """
 
     @staticmethod
-    def forward(ctx, layer, form, coefficient, x, weight, bias, scale, *factors):
+    def forward(ctx, *inputs):  # as in ChainProduct
+        layer, form, coefficient, x, weight, bias, offset, scale, *factors = inputs
         steps = _steps(form.with_tensors(factors), layer, weight, x.dtype)
-        y, _ = _sum(layer, steps, coefficient, x, weight, None)
+        y, _ = _sum(layer, steps, coefficient, x, weight, bias)
         ctx.layer, ctx.form, ctx.coefficient = layer, form, coefficient
-        ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(x, weight, scale, *factors)
-        return y.mul_(scale) if bias is None else y.mul_(scale).add_(bias)
+        ctx.of_offset = None if offset is None else (offset.shape, offset.dtype)
+        ctx.save_for_backward(x, weight, bias, scale, *factors)
+        return y.mul_(scale) if offset is None else torch.addcmul(offset, y, scale, out=y)
 
     @staticmethod
     def backward(ctx, grad):
-        _, _, _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        _, _, _, needs_x, _, needs_bias, needs_offset, *_ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_offset = None
         with without_autocast(grad.device.type):
-            x, weight, scale, *factors = ctx.saved_tensors
+            x, weight, bias, scale, *factors = ctx.saved_tensors
             form = ctx.form.with_tensors(factors)
             steps = _steps(form, ctx.layer, weight, grad.dtype)
-            y, inputs = _sum(ctx.layer, steps, ctx.coefficient, x, weight, None)
-            grad_scale = y.mul_(grad).sum_to_size(scale.shape)
-            grad_bias = grad.sum_to_size(ctx.bias_shape) if needs_bias else None
-            grad = grad * scale
-            grad_x = ctx.layer.input_grad(grad, x, weight) if needs_x else None
+            y, inputs = _sum(ctx.layer, steps, ctx.coefficient, x, weight, bias)
+            grad_scale = y.mul_(grad).sum_to_size(scale.shape).to(scale.dtype)
+            if needs_offset:
+                shape, dtype = ctx.of_offset
+                grad_offset = grad.sum_to_size(shape).to(dtype)
+            grad = torch.mul(grad, scale, out=torch.empty_like(grad))
+            if needs_bias:
+                grad_bias = ctx.layer.bias_grad(grad)
+            if needs_x:
+                grad_x = ctx.layer.input_grad(grad, x, weight)
             grad_x, grads = _back(steps, inputs, grad, grad_x, ctx.coefficient)
-        return None, None, None, grad_x, None, grad_bias, grad_scale, *_own(form, grads)
+        return None, None, None, grad_x, None, grad_bias, grad_offset, grad_scale, *_own(form, grads)
 
 
 def _sum(

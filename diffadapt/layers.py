@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffadapt.convolution import LinearMap, conv_map
-from diffadapt.product import Term, branch_sum, rescaled_product
+from diffadapt.product import Term, branch_sum, rescaled_product, scaled_channels
 from diffadapt.summing import changed_weight, effective_bias, longest, wide
 from diffadapt.update import LayerMap, Update
 
@@ -200,9 +200,8 @@ def _rescaled(
     scale, terms = _per_channel(update.scale, x, layer_map), _terms(x, entry, update, 1.0)
     if update.bias_scale is update.scale:  # gamma * (y + beta): one product, bit for bit y at gamma = 1
         bias = base_bias if update.bias is None else _added(base_bias, update.bias)
-        return scale * branch_sum(layer_map, x, base, bias, terms)
+        return scaled_channels(branch_sum(layer_map, x, base, bias, terms), scale)
     bias = effective_bias(base_bias, base_bias, [(1.0, update)])
-    bias = None if bias is None else _per_channel(bias, x, layer_map)
     return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
 
 
@@ -215,9 +214,9 @@ def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[
 
 
 def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:
-    """A vector ``(out,)`` in the precision of ``x``, shaped to act on the channels of the layer's output."""
+    """A vector ``(out,)``, shaped to act on the channels of the layer's output."""
     trailing = x.dim() - 2 if layer_map.channel_dim == 1 else 0
-    return vector.to(x.dtype).reshape(-1, *(1,) * trailing)
+    return vector.reshape(-1, *(1,) * trailing)
 
 
 def _added(base_bias: Tensor | None, bias: Tensor) -> Tensor:

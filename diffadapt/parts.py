@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from diffadapt.convolution import without_autocast
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.draws import named_generator
+from diffadapt.recomputation import Forward, SeedHistory, is_reentrant, next_node, node_of_recomputation
 from diffadapt.site import Site
 from diffadapt.update import Expression, Update
 
@@ -102,8 +104,10 @@ class Part(nn.Module):
         self.strength = 1.0
         self.dropout_seed: int | None = None
         self.merged = False
-        self.prepared: Sequence[Expression] | None = None  # changes of grouped sites for forward and backward
-        self.in_forward = False  # whether a forward of the model runs, for which ``prepared`` was computed
+        self.dropout_seeds = SeedHistory()
+        self.last_forward: Forward | None = None  # of the model, with the changes of grouped sites
+        self.earlier_forwards: list[weakref.ref[Forward]] = []  # whose backward may still come
+        self.recomputed: tuple[tuple[int, int], Sequence[Expression]] | None = None  # by backward and node
         self.exact: tuple[Tensor, Sequence[Expression]] | None = None  # trained values, and their changes
         method, first = self.methods[0], bases[0]
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -146,27 +150,59 @@ class Part(nn.Module):
                 tensors["change"] = (self._for_forward() if in_forward else self._for_reading())[index]
             return self.methods[index].update(self.sites[index], tensors, base)
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model runs now."""
+        return self.last_forward is not None and self.last_forward.running
+
+    @property
+    def prepared(self) -> Sequence[Expression] | None:
+        """The changes of grouped sites for the last forward and its backward."""
+        return None if self.last_forward is None else self.last_forward.prepared
+
     def prepare(self, *_) -> None:
         """Compute what the sites of a grouped method share: a hook before the forward of an adapted model."""
-        self.in_forward, self.exact, self.prepared = True, None, None
+        self.exact, self.recomputed = None, None
+        self._track_forwards()
+        self.last_forward = Forward()
+        if not torch.compiler.is_compiling():
+            self.last_forward.first_node = next_node()
         if self.strength != 0 and not self.merged:
-            self.prepared = self._prepared_now()
+            self.last_forward.prepared = self._prepared_now()
 
-    def release(self, *_) -> None:
+    def release(self, _model: nn.Module, _inputs: object, output: object) -> None:
         """After that forward; checkpointed blocks run again in backward, and need the same tensors there."""
-        self.in_forward = False
-        if not torch.is_grad_enabled():
-            self.prepared = None
+        forward = self.last_forward
+        forward.running = False
+        if not torch.is_grad_enabled() or node_of_recomputation() is not None:
+            forward.prepared = None
+        elif not torch.compiler.is_compiling():
+            forward.end_node = next_node()
+            forward.live_with(output)
 
     def dropped(self, x: Tensor, index: int) -> Tensor:
         """The branch's input under the method's dropout, which acts while the adapter is in training mode and
-        gradients are recorded: never while sampling, whatever mode the base is in."""
+        gradients are recorded: never while sampling, whatever mode the base is in.
+
+        Raises: RuntimeError under reentrant checkpointing, whose forward recorded no gradients.
+        """
         share = getattr(self.methods[index], "dropout", 0.0)
         if share == 0 or not self.training or not torch.is_grad_enabled():
             return x
-        if self.dropout_seed is None:
+        seed, node = self.dropout_seed, node_of_recomputation()
+        if node is not None and is_reentrant(node):
+            raise RuntimeError(
+                f"dropout={share} needs checkpointing with use_reentrant=False: reentrant checkpointing runs "
+                "the forward without gradients, where nothing is dropped, so gradients would be those of "
+                "another output"
+            )
+        if node is not None:
+            seed = self.dropout_seeds.used_for(node)
+        elif not torch.compiler.is_compiling():
+            self.dropout_seeds.use(seed)
+        if seed is None:
             return F.dropout(x, share)
-        generator = torch.Generator(x.device).manual_seed((self.dropout_seed * 1_000_003 + index) % 2**63)
+        generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + index) % 2**63)
         keep = torch.rand(x.shape, device=x.device, generator=generator) >= share
         return x * keep / (1 - share)
 
@@ -197,11 +233,38 @@ class Part(nn.Module):
             return self.methods[0].prepare(self.layout, tensors)
 
     def _for_forward(self) -> Sequence[Expression]:
-        """The prepared changes, while they belong to this forward or its recomputation in backward."""
-        current = self.in_forward or (
-            not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-        )
-        return self.prepared if current and self.prepared is not None else self._prepared_now()
+        """The prepared changes of the forward that runs, or runs again in backward."""
+        if self.in_forward and self.prepared is not None:
+            return self.prepared
+        node = node_of_recomputation()
+        if node is None:
+            return self._prepared_now()
+        if is_reentrant(node):  # it differentiates every part on its own, with a graph of its own
+            return self._prepared_once(node)
+        earlier = [self.last_forward, *(reference() for reference in self.earlier_forwards)]
+        for forward in earlier:
+            if forward is not None and forward.prepared is not None and forward.made(node):
+                return forward.prepared
+        return self._prepared_now()
+
+    def _prepared_once(self, node: torch.autograd.graph.Node) -> Sequence[Expression]:
+        """The changes of now, computed once for all layers that run again for a node."""
+        key = torch._C._current_graph_task_id(), node._sequence_nr()
+        if self.recomputed is None or self.recomputed[0] != key:
+            self.recomputed = key, self._prepared_now()
+        return self.recomputed[1]
+
+    def _track_forwards(self) -> None:
+        """Know the forwards whose graphs are alive; what they prepared goes once their backward is over."""
+        if torch.compiler.is_compiling():
+            return
+        if self.last_forward is not None:
+            self.earlier_forwards.append(weakref.ref(self.last_forward))
+        alive = [earlier for reference in self.earlier_forwards if (earlier := reference()) is not None]
+        if node_of_recomputation() is None:  # no backward runs
+            for earlier in alive:
+                earlier.prepared = None if earlier.in_backward else earlier.prepared
+        self.earlier_forwards = [weakref.ref(earlier) for earlier in alive if earlier.prepared is not None]
 
     def _for_reading(self) -> Sequence[Expression]:
         """The changes for the values of now; without gradients, computed once for all sites."""
@@ -225,7 +288,8 @@ class Part(nn.Module):
         return super()._apply(move, recurse)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"prepared": None, "in_forward": False, "exact": None}
+        forgotten = {"last_forward": None, "earlier_forwards": [], "recomputed": None, "exact": None}
+        return self.__dict__ | forgotten | {"dropout_seeds": SeedHistory()}
 
 
 def _parameters(trained: Shapes, frozen: Shapes, options: dict) -> nn.ParameterDict:

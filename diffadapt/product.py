@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffadapt.chain import ChainProduct, RescaledProduct
 from diffadapt.convolution import LinearMap, widest, without_autocast
+from diffadapt.summing import HALF
 from diffadapt.update import Expression, LayerMap, Scaled, Sum
 
 Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the input it sees
@@ -22,7 +23,8 @@ class WeightSpaceProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, form, shape, x, weight, bias, *factors):
+    def forward(ctx, *inputs):  # as in ChainProduct
+        layer, form, shape, x, weight, bias, *factors = inputs
         form = form.with_tensors(factors)
         ctx.layer, ctx.form, ctx.shape = layer, form, shape
         ctx.save_for_backward(x, weight, *factors)
@@ -56,16 +58,67 @@ def rescaled_product(
     *,
     recompute: bool,
 ) -> Tensor:
-    """``scale`` times ``branch_sum``, plus ``bias``; ``recompute``: without keeping the product if it can."""
+    """``scale`` times ``branch_sum``, plus ``bias (out,)``.
+
+    Args:
+        recompute: make the product again in backward instead of keeping it, where that can be done.
+        scale: a value a channel, of a shape that broadcasts to the output.
+    """
+    inner, offset = None, None if bias is None else bias.to(x.dtype).reshape(scale.shape)
+    if bias is not None and x.dtype in HALF:
+        # scale (W x) + b = scale (W x + b) + (1 - scale) b; W x + b is rounded once as in the bare layer
+        inner = bias
+        offset = (1 - scale) * bias.to(scale.dtype).reshape(scale.shape)
     if recompute and len(terms) == 1 and terms[0][2] is x and terms[0][0].is_thin(layer, weight.shape):
         _check_frozen(weight)
         change, coefficient, _ = terms[0]
+        inner = None if inner is None else inner.to(x.dtype)
         with without_autocast(x.device.type):
             return RescaledProduct.apply(
-                layer, change, coefficient, x, weight, bias, scale, *change.tensors()
+                layer, change, coefficient, x, weight, inner, offset, scale, *change.tensors()
             )
-    y = branch_sum(layer, x, weight, None, terms)
-    return scale * y if bias is None else torch.addcmul(bias, scale, y)
+    return scaled_channels(branch_sum(layer, x, weight, inner, terms), scale, offset)
+
+
+def scaled_channels(y: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """``scale * y``, plus ``offset``, in the precision of ``y``; ``scale`` keeps its own.
+
+    Args:
+        y: a layer's output ``(n, ..., out)`` or ``(n, out, *size)``.
+        scale, offset: a value a channel, of a shape that broadcasts to ``y``.
+    """
+    if y.dtype in HALF:
+        return ScaledChannels.apply(y, scale, offset)
+    return scale * y if offset is None else torch.addcmul(offset, scale, y)
+
+
+class ScaledChannels(torch.autograd.Function):
+    """``scale * y + offset`` for ``y`` in half precision, rounded once, after the sum.
+
+    The scale stays wide: rounded to bfloat16's 8 bits, 1.003 would be 1, and 1.005 would be 1.0078.
+    """
+
+    @staticmethod
+    def forward(ctx, y, scale, offset):
+        ctx.save_for_backward(y, scale)
+        ctx.of_offset = None if offset is None else (offset.shape, offset.dtype)
+        scaled = torch.empty_like(y)
+        if offset is None:
+            return torch.mul(y, scale, out=scaled)
+        return torch.addcmul(offset, y, scale, out=scaled)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        grad_y = grad_scale = grad_offset = None
+        if ctx.needs_input_grad[0]:
+            grad_y = torch.mul(grad, scale, out=torch.empty_like(grad))
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad * y).sum_to_size(scale.shape).to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            shape, dtype = ctx.of_offset
+            grad_offset = grad.sum_to_size(shape).to(dtype)
+        return grad_y, grad_scale, grad_offset
 
 
 def branch_sum(

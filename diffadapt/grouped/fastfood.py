@@ -36,14 +36,16 @@ def draw_projection(inputs: int, outputs: int, projection: str, seed: int) -> di
     def generator(name: str) -> torch.Generator:
         return named_generator(seed, "fastfood", str(inputs), str(outputs), name)
 
-    drawn = {"permutation": torch.randperm(size, generator=generator("permutation")).to(torch.int32)}
+    drawn = {
+        "permutation": torch.randperm(size, device="cpu", generator=generator("permutation")).to(torch.int32)
+    }
     if projection == "shuffle":
         return drawn
-    drawn["gauss"] = torch.randn(size, dtype=torch.float64, generator=generator("gauss"))
-    last = torch.rand(outputs, dtype=torch.float64, generator=generator("signs"))
+    drawn["gauss"] = torch.randn(size, dtype=torch.float64, device="cpu", generator=generator("gauss"))
+    last = torch.rand(outputs, dtype=torch.float64, device="cpu", generator=generator("signs"))
     drawn["last"] = torch.where(last < 0.5, -1.0, 1.0).double()
     if projection.endswith("_v2"):
-        drawn["last"] = torch.randn(outputs, dtype=torch.float64, generator=generator("last"))
+        drawn["last"] = torch.randn(outputs, dtype=torch.float64, device="cpu", generator=generator("last"))
     return drawn
 
 

@@ -97,7 +97,9 @@ class Fold:
         """Gaussian tensors (float64, on the CPU) whose entries have the standard deviation ``std``."""
         terms = self.rank ** (len(self.axes) if "core" in self.shapes else min(len(self.axes) - 1, 1))
         each = (std / terms**0.5) ** (1 / len(self.shapes))
-        drawn = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.shapes.items()}
+        drawn = {
+            name: torch.zeros(shape, dtype=torch.float64, device="cpu") for name, shape in self.shapes.items()
+        }
         for tensor in drawn.values():
             draw_normal(tensor, each, generator)
         return drawn

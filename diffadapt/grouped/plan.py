@@ -60,7 +60,9 @@ class GroupPlan:
             drawn = draw_projection(self.fold.entries, self.group.size, self.projection, seed)
             named |= {f"{self._sizes}_{key}": value for key, value in drawn.items()}
         elif self._takes_rows:
-            rows = torch.cat([torch.arange(r.start, r.stop) for r in map(self._rows, self.group.pieces)])
+            rows = torch.cat(
+                [torch.arange(r.start, r.stop, device="cpu") for r in map(self._rows, self.group.pieces)]
+            )
             named[f"{self.name}_rows"] = rows.to(torch.int32)
         if self.projection.startswith("nonlinear"):
             named |= {f"{self.name}_{key}_start": value for key, value in self._nonlinear_start(seed).items()}

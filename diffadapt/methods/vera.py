@@ -51,7 +51,7 @@ class VeRA(Method):
             shapes = {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
             for key, name in self.lent(site).items():
                 if name not in drawn:
-                    drawn[name] = torch.empty(shapes[key], dtype=torch.float64)
+                    drawn[name] = torch.empty(shapes[key], dtype=torch.float64, device="cpu")
                     fan_in = drawn[name].shape[1]
                     draw_uniform(drawn[name], math.sqrt(6 / fan_in), named_generator(seed, self.name, name))
         return drawn
