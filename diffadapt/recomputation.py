@@ -1,8 +1,8 @@
 """What a forward used, for gradient checkpointing, which runs parts of it again in backward.
 
 A part that runs again does not say which forward it belongs to, and other forwards, seeds and optimizer steps
-may lie between. Autograd numbers its nodes in the order of their making; checkpointing runs a part again for a
-node that the forward made, whose number therefore lies in that forward's range.
+may lie between. Autograd numbers its nodes in the order of their making; checkpointing runs a part again for
+a node that the forward made, whose number therefore lies in that forward's range.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class SeedHistory:
         index = bisect.bisect_right(self.nodes, node._sequence_nr()) - 1
         if index < 0:
             raise RuntimeError(
-                f"a checkpointed block runs again more than {_MOST_SEEDS} dropout seeds after its forward, so "
-                "its mask is unknown; call backward earlier"
+                f"a checkpointed block runs again more than {_MOST_SEEDS} dropout seeds after its forward, "
+                "so its mask is unknown; call backward earlier"
             )
         return self.seeds[index]
 

@@ -121,7 +121,19 @@ def _decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
 def _scheduler(pipe: DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")
-    return SCHEDULERS[name].from_config(pipe.scheduler.config)
+    kind, current = SCHEDULERS[name], pipe.scheduler
+    if not isinstance(current, kind) and kind not in current.compatibles:
+        raise ValueError(
+            f"--scheduler {name} does not fit this base: its {type(current).__name__} follows another noise "
+            "schedule (such as flow matching), so images would be wrong; leave the option out"
+        )
+    is_flow = current.config.get("prediction_type") == "flow_prediction"
+    if is_flow and "use_flow_sigmas" not in inspect.signature(kind).parameters:
+        raise ValueError(
+            f"--scheduler {name} does not fit this base, which predicts flows; leave the option out, or use "
+            "dpm++ or unipc"
+        )
+    return kind.from_config(current.config)
 
 
 def _autocast(pipe: DiffusionPipeline, dtype: torch.dtype | None) -> AbstractContextManager:

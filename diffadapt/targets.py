@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diffadapt.layers import ADAPTED, ORIGINAL
 from diffadapt.nearest import near
@@ -26,6 +27,8 @@ _PROJECTIONS = {
     ),
     "other": ("to_qkv", "qkv", "key", "proj_attn", "proj_k"),
 }
+_PLAIN_TYPES = (nn.Parameter, Tensor)
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_TYPES = (nn.LayerNorm, nn.GroupNorm)
 
@@ -119,10 +122,23 @@ def describe(name: str, layer: nn.Module) -> Site:
             f"{name}: its forward is overridden by a hook, so an adapter would have no effect; "
             "attach before offloading or dispatching the model"
         )
+    for key in ("weight", "bias"):
+        _check_plain(f"{name}.{key}", getattr(layer, key, None))
     groups = layer.groups if isinstance(layer, _CONV_TYPES) else 1
     record = getattr(layer, "_diffadapt", None)  # a merged class table may have other rows than the base's
     shape = tuple((layer.weight if record is None else record.base()).shape)
     return Site(name, _kind(layer), shape, groups, getattr(layer, "bias", None) is not None)
+
+
+def _check_plain(name: str, tensor: Tensor | None) -> None:
+    """Raises TypeError for a tensor that is quantised, cast for storage or otherwise no plain float."""
+    if tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.dtype in _PLAIN_DTYPES):
+        return
+    raise TypeError(
+        f"{name} is a {type(tensor).__qualname__} of {tensor.dtype}, no plain tensor of float16, bfloat16, "
+        "float32 or float64: quantised weights, and weights cast for storage, cannot be adapted; load "
+        "the base in bfloat16 or float32"
+    )
 
 
 def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str, int]:

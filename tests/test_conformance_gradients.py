@@ -9,6 +9,8 @@ from method_cases import FIRST, Case, Model, adapt, changed, close, pairs, plain
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+import diffadapt as da
+
 everything = pytest.mark.parametrize(**pairs())
 on_few = pytest.mark.parametrize(**pairs(kinds=FEW))
 COMPILED = ("linear", "conv-3x3", "embedding", "layer-norm")
@@ -243,3 +245,30 @@ def test_half_precision_gradients_are_those_of_float32_to_its_accuracy(case, kin
     exact(kind.input(torch.bfloat16).float()).square().sum().backward()
     for own, other in zip(trainable(adapter), trainable(exact_adapter), strict=True):
         close(own.grad, other.grad, 0.05)
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(**pairs(FIRST, ("linear",)))
+def test_compiling_for_sampling_needs_no_graph_break(case, kind, quiet):
+    torch._dynamo.reset()
+    model, _, _ = adapt(case, kind)
+    with quiet():
+        x = kind.input()
+        close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", ["gamma", "difffit(norms=False, class_embedding=False)", "dora", "dora(recompute=true)"]
+)
+def test_small_scales_are_not_rounded_in_half_precision(spec):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 64)).bfloat16()
+    x = torch.randn(512, 256).bfloat16()
+    bare = model(x).double()
+    adapter = da.attach(model, da.make_method(spec), "0")
+    close(model(x), bare, 0.0)
+    for name, parameter in adapter.named_parameters():
+        if name.endswith(("gamma", "magnitude")):
+            parameter.data.mul_(1.003)
+    slope = (model(x).double() * bare).sum() / bare.square().sum()
+    assert abs(slope.item() - 1.003) < 5e-4

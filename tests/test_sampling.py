@@ -1,7 +1,10 @@
 """Images depend on their seed alone."""
 
+import re
+
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from pipelines import tiny_sd_pipeline
 
 from diffadapt.models.families import load_base
@@ -64,3 +67,18 @@ def test_settings_reach_the_pipeline(pipe):
 def test_an_unknown_scheduler_lists_the_known(pipe):
     with pytest.raises(ValueError, match="unknown scheduler 'eular'; choose from ddim"):
         draw_all(pipe, shots("a", 1), Sampler(scheduler="eular"))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "euler", "euler_a", "pndm", "unipc"])
+def test_a_scheduler_of_another_kind_than_the_bases_is_refused(pipe, scheduler):
+    own = pipe.scheduler
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    try:
+        with pytest.raises(ValueError, match=rf"--scheduler {re.escape(scheduler)} does not fit this base"):
+            draw_all(pipe, shots("a", 1), Sampler(scheduler=scheduler))
+        pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        if scheduler in ("ddim", "euler"):
+            with pytest.raises(ValueError, match="which predicts flows"):
+                draw_all(pipe, shots("a", 1), Sampler(scheduler=scheduler))
+    finally:
+        pipe.scheduler = own

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from models import SelfAttention, denoiser
 from torch import nn
 
@@ -152,3 +153,41 @@ def test_a_rank_pattern_that_matches_nothing_is_an_error():
     sites = [found.site for found in find_sites(denoiser(), "attention")]
     with pytest.raises(ValueError, match=r"rank pattern '\*.to_queue' matches no site"):
         assign_ranks(sites, {"*.to_queue": 2})
+
+
+class Quantised(torch.Tensor):
+    """A stand-in for the weights of torchao, quanto and GGUF behind a plain Linear."""
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(4, 4).as_subclass(Quantised),
+        torch.zeros(4, 4, dtype=torch.int8),
+        torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
+    ],
+    ids=["subclass", "int8", "float8"],
+)
+@pytest.mark.parametrize("spec", ["lora", "full", "bitfit", "dora"])
+def test_a_weight_that_is_no_plain_float_is_refused_at_attach(weight, spec):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(TypeError, match=r"0\.weight is a .* cannot be adapted; load the base in bfloat16"):
+        da.attach(model, da.make_method(spec), "linear")
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_preset_that_matches_nothing_is_not_offered_again():
+    with pytest.raises(ValueError, match=r"target 'conv' matches no layer(?!.*did you mean conv)"):
+        find_sites(nn.Sequential(nn.Linear(2, 2)), "conv")
+
+
+@pytest.mark.parametrize("spec", sorted(da.METHODS))
+def test_attaching_does_not_follow_the_default_device(spec):
+    method = da.make_method(spec)
+    expected = da.attach(denoiser(), method, "all+norm+embedding")
+    model = denoiser()
+    with torch.device("meta"):
+        adapter = da.attach(model, method, "all+norm+embedding")
+    for own, other in zip(adapter.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(own, other)

@@ -15,7 +15,7 @@ from diffadapt.adapter import Adapter
 from diffadapt.checkpoint import read_metadata
 from diffadapt.export.changes import Change
 from diffadapt.export.checks import DTYPES, KINDS, check_arguments, checked_changes, refuse_unless_good
-from diffadapt.export.diffusers import adapter_config, diffusers_changes, diffusers_tensors
+from diffadapt.export.diffusers import adapter_config, check_loader, diffusers_changes, diffusers_tensors
 from diffadapt.export.kohya import kohya_tensors
 from diffadapt.export.merged import (
     lost_in_rounding,
@@ -72,6 +72,7 @@ def export(
     if to == "merged":
         return _write_folder(adapter, path, changes, DTYPES[dtype], header, force)
     if to == "diffusers":
+        check_loader(adapter)
         changes = diffusers_changes(changes, rank)
         named, header["lora_adapter_metadata"] = diffusers_tensors(changes), adapter_config(changes)
     else:

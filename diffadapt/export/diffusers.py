@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from diffadapt.adapter import Adapter
+from diffadapt.attaching import pipeline_of
 from diffadapt.export.changes import Change
 from diffadapt.export.factors import full_rank, low_rank, nearest, nothing
 from diffadapt.export.names import clip_path
@@ -17,6 +19,24 @@ from diffadapt.update import LowRank
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _FULL_RANK_SHARE = 0.25  # of the adapted weights: few enough to be written whole, as factors of full rank
+
+
+def check_loader(adapter: Adapter) -> None:
+    """Raises ValueError where diffusers has no loader for the pipeline, or for a lone model."""
+    pipeline = pipeline_of(adapter)
+    if pipeline is not None:
+        if not hasattr(pipeline, "load_lora_weights"):
+            raise ValueError(
+                f"diffusers has no load_lora_weights for {type(pipeline).__name__}, so nothing could open "
+                "the file; use --to merged"
+            )
+        return
+    for model in adapter.roots.values():
+        if hasattr(model, "config") and not hasattr(model, "load_lora_adapter"):
+            raise ValueError(
+                f"diffusers has no load_lora_adapter for {type(model).__name__}, so nothing could open "
+                "the file; use --to merged"
+            )
 
 
 def diffusers_changes(changes: list[Change], rank: int | None) -> list[Change]:

@@ -31,8 +31,11 @@ def attach_foreign(model: object, foreign: Foreign, *, name: str, strength: floa
         if (wanted := {path: True for own, path in placed if own == root})
         for choice in choose(module, wanted, f"{root}." if root else "")
     ]
-    forms = fitted(placed, found)
-    adapter = attach_forms(roots, forms, found, name=name)
+    try:
+        forms = fitted(placed, found)
+        adapter = attach_forms(roots, forms, found, name=name)
+    except ValueError as error:
+        raise ValueError(f"{foreign.path}: {error}") from error
     adapter.strength = strength
     return adapter
 

@@ -41,7 +41,7 @@ class OneLoRA(Method):
         widths = {site.fan_in for site in sites} if self.compression == "random" else ()
         return {
             f"weights_{n}": torch.randn(
-                n, dtype=torch.float64, generator=named_generator(seed, self.name, str(n))
+                n, dtype=torch.float64, device="cpu", generator=named_generator(seed, self.name, str(n))
             )
             for n in widths
         }
