@@ -22,7 +22,7 @@ from diffadapt.evaluation.page import document, plot, stamp_of, table
 from diffadapt.evaluation.plots import pareto_plot
 from diffadapt.evaluation.tables import MEANING, markdown_table, number
 from diffadapt.exits import run
-from diffadapt.files import write_atomically
+from diffadapt.files import check_writable_folder, write_atomically
 from diffadapt.strict_json import to_json
 
 COLUMNS = ("score", "run", "first", "value", "difference", "95 % interval", "verdict", "remarks")
@@ -31,6 +31,7 @@ CHANCE = 20  # of so many 95 % intervals one misses the truth by chance
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    check_writable_folder(arguments.output)
     runs = read_runs(arguments.records, arguments.run_json or ())
     if arguments.first is not None:
         runs = first_of(runs, arguments.first)

@@ -23,7 +23,7 @@ from diffadapt.checkpoint import base_named_in
 from diffadapt.evaluation.plots import save_plot
 from diffadapt.evaluation.tables import markdown_table, number
 from diffadapt.exits import run
-from diffadapt.files import write_atomically
+from diffadapt.files import check_writable_folder, write_atomically
 from diffadapt.models.any_pipeline import open_pipeline
 from diffadapt.number_ranges import require_at_least
 from diffadapt.strict_json import to_json
@@ -43,6 +43,7 @@ COLUMNS = {  # heading -> field of LayerFigures
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    check_writable_folder(arguments.output)
     require_at_least(arguments, {"k": 1, "rank": 1, "directions": 1, "seed": 0})
     quiet()
     labels = unique_labels(arguments.adapters)

@@ -217,3 +217,9 @@ def test_the_script_writes_table_json_and_a_page_with_plots(tmp_path, capsys):
     assert f"| {NAME} | a | 0.03 | 0.02 | -0.01 |" in " ".join(printed.split())
     with pytest.raises(ValueError, match="'d' is none of the runs a, b, c"):
         script.main([str(path), "--first", "d"])
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        script.main([str(tmp_path / "nowhere.json"), "--output", str(tmp_path / "file")])

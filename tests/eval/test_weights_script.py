@@ -92,3 +92,9 @@ def test_a_mean_curve_goes_over_the_layers_that_are_long_enough():
 def test_numbers_have_ranges(option, files, tmp_path):
     with pytest.raises(ValueError, match=f"--{option} must be at least 1, got 0"):
         script.main([path_of(files, "lora"), f"--{option}", "0", "--output", str(tmp_path)])
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        script.main(["nowhere.safetensors", "--output", str(tmp_path / "file")])
