@@ -2,9 +2,12 @@
 
 import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from pipelines import tiny_sd_pipeline, write_pictures
 
 from diffadapt import files
 
@@ -113,3 +116,52 @@ def test_folders_are_not_synced_where_the_system_opens_none(tmp_path, monkeypatc
     files.write_atomically(tmp_path / "new" / "a.txt", lambda path: path.write_bytes(b"a"))
     assert (tmp_path / "new" / "a.txt").read_bytes() == b"a"
     assert opened[-1] == os.O_RDWR  # Windows syncs only files that are open for writing
+
+
+WITHOUT_RESOURCE = """
+import builtins, runpy, sys
+
+system_import = builtins.__import__
+
+
+def import_as_on_windows(name, variables=None, *arguments, **named):
+    # other packages import it where the platform's name is not Windows
+    if name == "resource" and (variables or {}).get("__name__", "").startswith("diffadapt"):
+        raise ModuleNotFoundError(name)
+    return system_import(name, variables, *arguments, **named)
+
+
+builtins.__import__ = import_as_on_windows
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_training_needs_neither_the_module_resource_nor_a_utf_8_locale(tmp_path):
+    pictures = Path(write_pictures(tmp_path / "mine", 2))
+    for picture in pictures.glob("*.png"):
+        picture.with_suffix(".txt").write_bytes("\ufeffein süßer “Kater”".encode())
+    values = {
+        "pretrained_model_name_or_path": tiny_sd_pipeline(tmp_path / "base"),
+        "instance_data_dir": pictures,
+        "instance_prompt": "a sks dog",
+        "output_dir": tmp_path / "out",
+        "max_train_steps": 1,
+        "num_validation_images": 1,
+        "num_inference_steps": 1,
+        "mixed_precision": "no",
+        "num_threads": 1,
+    }
+    options = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    script = ROOT / "train_scripts" / "dreambooth.py"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RESOURCE, script, *options, "--instance_captions"],
+        env={**os.environ, **locale, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "“a sks dog”" in card
+    assert "peak_memory_bytes" not in (tmp_path / "out" / "run.json").read_text(encoding="utf-8")
