@@ -343,7 +343,7 @@ def test_a_base_without_data_shows_the_full_command(run, tmp_path, capsys):
     assert run("--pretrained_model_name_or_path", "base") == 2
     errors = capsys.readouterr().err
     assert "--instance_data_dir and --instance_prompt are missing" in errors
-    assert "accelerate launch train_scripts/dreambooth.py" in errors
+    assert "accelerate launch --config_file accelerate_config.yaml train_scripts/dreambooth.py" in errors
 
 
 def test_after_sigterm_a_resume_ends_in_the_same_bits(run, tmp_path):

@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 def test_the_first_two_commands_are_the_main_job_and_the_tests():
     assert [block.strip() for block in blocks("bash")[:2]] == [
         "python -m pip install -e . -c constraints.txt && "
-        "accelerate launch train_scripts/dreambooth.py --adapter flora",
+        "accelerate launch --config_file accelerate_config.yaml train_scripts/dreambooth.py --adapter flora",
         'python -m pip install -e ".[test]" -c constraints.txt && python -m pytest',
     ]
 
@@ -59,7 +59,9 @@ def test_the_options_of_every_command_exist(block, monkeypatch, capsys):
         if command[0] == "diffadapt":
             program, further = ROOT / "diffadapt" / "__main__.py", [command[1]]
         else:
-            program, further = ROOT / next(word for word in command if word.endswith(".py")), []
+            script = next(word for word in command if word.endswith(".py"))
+            program, further = ROOT / script, []
+            command = command[command.index(script) :]  # what stands before it is for the launcher
             monkeypatch.syspath_prepend(program.parent)
         monkeypatch.setattr(sys, "argv", [program.name, *further, "--help"])
         with pytest.raises(SystemExit) as end:

@@ -130,7 +130,7 @@ def test_a_base_without_data_shows_the_full_command(run, base, capsys):
     assert run("--pretrained_model_name_or_path", base) == 2
     errors = capsys.readouterr().err
     assert "--train_data_dir is missing" in errors
-    assert "accelerate launch train_scripts/style_transfer.py" in errors
+    assert "accelerate launch --config_file accelerate_config.yaml train_scripts/style_transfer.py" in errors
 
 
 def test_a_resume_with_every_option_of_the_data_ends_in_the_same_bits(run, tmp_path, base):
@@ -225,7 +225,7 @@ def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, ca
     assert {"held_out_loss", "similarity_to_real[embedded:clip]"} <= set(record["figures"])
     assert "8 pictures" in shown
     assert "DEMO" in shown
-    assert "accelerate launch train_scripts/style_transfer.py" in shown
+    assert "accelerate launch --config_file accelerate_config.yaml train_scripts/style_transfer.py" in shown
     assert record["options"]["train_data_dir"] == "embedded:style/fluent3d/train"
     assert "DEMO" in da.read_metadata(tmp_path / "out" / "adapter.safetensors")["note"]
     assert "grid.png" in os.listdir(tmp_path / "out")

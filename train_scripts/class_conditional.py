@@ -1,6 +1,7 @@
 """Adapt a class-conditional model (UNet2DModel or DiT) to other pictures or classes, with any adapter.
 
-    accelerate launch train_scripts/class_conditional.py --adapter superlora
+    accelerate launch --config_file accelerate_config.yaml train_scripts/class_conditional.py \\
+        --adapter superlora
 
 Without a base and without data it is SuperLoRA's experiment in small (arXiv 2403.11887): a base that knows
 colourful printed digits learns handwriting. A demonstration, on the embedded 16-pixel base.
@@ -25,6 +26,7 @@ from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.run import Run
 from diffadapt.training.setup import make_batches, make_trainer, set_up
+from diffadapt.training.starting import start_command
 
 DEMO = {
     "pretrained_model_name_or_path": "embedded:digits",
@@ -32,7 +34,7 @@ DEMO = {
     "held_out": "test",
 }
 FULL_COMMAND = (
-    "accelerate launch train_scripts/class_conditional.py --adapter superlora "
+    f"{start_command('class_conditional')} --adapter superlora "
     "--pretrained_model_name_or_path BASE --train_data_dir CLASS_FOLDERS --output_dir runs/classes"
 )
 Data = tuple[list[Example], list[str]]  # examples with class numbers, and the names of the classes

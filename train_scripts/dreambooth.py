@@ -1,6 +1,6 @@
 """DreamBooth: teach a Stable Diffusion model one subject from a few pictures, with any adapter.
 
-    accelerate launch train_scripts/dreambooth.py --adapter flora
+    accelerate launch --config_file accelerate_config.yaml train_scripts/dreambooth.py --adapter flora
 
 Without a base and without data it is a demonstration on the embedded 64-pixel base. Method: arXiv 2208.12242.
 """
@@ -20,6 +20,7 @@ from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.run import Run
 from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
+from diffadapt.training.starting import start_command
 from diffadapt.training.subject import SubjectReport
 
 DEMO = {
@@ -29,7 +30,7 @@ DEMO = {
     "class_prompt": "a cat face emoji",
 }
 FULL_COMMAND = (
-    "accelerate launch train_scripts/dreambooth.py --adapter flora --pretrained_model_name_or_path BASE "
+    f"{start_command('dreambooth')} --adapter flora --pretrained_model_name_or_path BASE "
     '--instance_data_dir PICTURES --instance_prompt "a photo of sks dog" --output_dir runs/dog'
 )
 

@@ -1,6 +1,6 @@
 """Style transfer: teach a Stable Diffusion model the look of captioned pictures, with any adapter.
 
-    accelerate launch train_scripts/style_transfer.py --adapter flora
+    accelerate launch --config_file accelerate_config.yaml train_scripts/style_transfer.py --adapter flora
 
 Without a base and without data it is a demonstration: the embedded 64-pixel base learns the Fluent 3D style.
 """
@@ -21,6 +21,7 @@ from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.run import Run
 from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
+from diffadapt.training.starting import start_command
 from diffadapt.training.style import StyleReport
 
 DEMO = {
@@ -30,7 +31,7 @@ DEMO = {
     "num_validation_images": 48,
 }
 FULL_COMMAND = (
-    "accelerate launch train_scripts/style_transfer.py --adapter flora --pretrained_model_name_or_path BASE "
+    f"{start_command('style_transfer')} --adapter flora --pretrained_model_name_or_path BASE "
     "--train_data_dir CAPTIONED_PICTURES --output_dir runs/style"
 )
 

@@ -10,7 +10,7 @@ from huggingface_hub import metadata_load
 from diffadapt.files import write_atomically
 from diffadapt.models.names import is_embedded, resolve
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.output_folder import this_command
+from diffadapt.training.starting import this_command
 from diffadapt.training.summary import figures_rows
 
 
@@ -77,7 +77,7 @@ def _body(
         "```python\nimport diffadapt as da\nfrom diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({_place(base)})\n"
         'da.load(pipe, "adapter.safetensors")\n```',
-        f"Made by:\n\n```bash\n{_command()}\n```",
+        f"Made by:\n\n```bash\n{this_command()}\n```",
         f"All options:\n\n```yaml\n{config}\n```",
     ]
     return parts
@@ -90,8 +90,3 @@ def _place(base: str) -> str:
 
 def _is_hub_name(base: str) -> bool:
     return not is_embedded(base) and not Path(base).exists() and base.count("/") == 1
-
-
-def _command() -> str:
-    """The command of this process, to be repeated."""
-    return this_command()

@@ -22,6 +22,7 @@ from diffadapt.training.class_labels import class_names, new_table, table_note
 from diffadapt.training.held_out import HeldOutLoss, pixels_of
 from diffadapt.training.report import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
+from diffadapt.training.starting import start_command
 
 SHOWN_CLASSES, SHOWN_EACH = 10, 3  # columns and rows of each block of the grid
 LOSS_ROUNDS = 4  # noises and timesteps per picture in the held-out loss
@@ -169,8 +170,7 @@ class ClassReport(Report):
 
     def next_command(self) -> str:
         return (
-            "accelerate launch train_scripts/class_conditional.py "
-            f"--adapter {shlex.quote(self.options.adapter)} "
+            f"{start_command('class_conditional')} --adapter {shlex.quote(self.options.adapter)} "
             "--pretrained_model_name_or_path facebook/DiT-XL-2-256 --train_data_dir CLASS_FOLDERS "
             "--output_dir runs/classes"
         )

@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +13,7 @@ from diffadapt.models.names import is_embedded, resolve
 from diffadapt.training.checkpoint_files import checkpoints, find, run_of
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import write_config
+from diffadapt.training.starting import this_command
 
 Kind = TypeVar("Kind", bound=TrainOptions)
 DATA_FOLDERS = (
@@ -156,11 +155,6 @@ def run_in(folder: str | Path) -> str | None:
         return None
     lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.removeprefix(RUN_LINE) for line in lines if line.startswith(RUN_LINE)), None)
-
-
-def this_command(*further: str) -> str:
-    """The command of this process with further arguments, to be repeated in a shell."""
-    return f"accelerate launch {shlex.join([*sys.argv, *further])}"
 
 
 def _numbered(options: TrainOptions) -> str:

@@ -16,6 +16,7 @@ from diffadapt.sampling import Shot, shots
 from diffadapt.training.held_out import HeldOutLoss, pixels_of
 from diffadapt.training.report import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
+from diffadapt.training.starting import start_command
 
 SHOWN, COLUMNS = 12, 4  # pictures per block of the grid
 
@@ -131,7 +132,7 @@ class StyleReport(Report):
     def next_command(self) -> str:
         adapter = shlex.quote(self.options.adapter)
         return (
-            f"accelerate launch train_scripts/style_transfer.py --adapter {adapter} "
+            f"{start_command('style_transfer')} --adapter {adapter} "
             "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
             "--train_data_dir CAPTIONED_PICTURES --output_dir runs/style"
         )

@@ -17,6 +17,7 @@ from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
 from diffadapt.sampling import Shot, shots
 from diffadapt.training.report import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
+from diffadapt.training.starting import start_command
 
 SHOWN_SUBJECTS, SHOWN_CONTEXTS = 9, 10  # pictures per block of the grid
 
@@ -133,7 +134,7 @@ class SubjectReport(Report):
 
     def next_command(self) -> str:
         return (
-            f"accelerate launch train_scripts/dreambooth.py --adapter {shlex.quote(self.options.adapter)} "
+            f"{start_command('dreambooth')} --adapter {shlex.quote(self.options.adapter)} "
             "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
             "--instance_data_dir PICTURES --instance_prompt 'a photo of sks dog' --output_dir runs/dog"
         )
