@@ -8,17 +8,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 ON_WINDOWS = os.name == "nt"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | Path) -> str:
     """The text of a file that a person wrote: UTF-8 in every locale, without a byte order mark.
 
-    Raises: OSError when it cannot be read, ValueError naming the file when it is not UTF-8.
+    Raises: OSError when it cannot be read, ValueError naming file, line and remedy when it is not UTF-8.
     """
+    content = Path(path).read_bytes()
+    if content.startswith(UTF_16_MARKS) or b"\0" in content:
+        raise ValueError(f"{path} is not UTF-8 text but looks like UTF-16, or is no text; save it as UTF-8")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line} of {path} is not UTF-8 text ({error}); save it as UTF-8, or convert it: "
+            "iconv -f LATIN1 -t UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, which end with a line feed.
+
+    `str.splitlines` also splits at characters that stand within captions, such as U+2028 and U+0085.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:

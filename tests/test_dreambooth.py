@@ -101,7 +101,7 @@ def test_prior_preservation_makes_and_uses_class_pictures(run, tmp_path, capsys)
     prior = ["--with_prior_preservation", "--class_prompt", "a photo of a dog", "--num_class_images", 4]
     fixed = [*arguments(tmp_path, "out"), "--adapter", "lora", "--max_train_steps", 2]
     assert run(*fixed, *prior, "--prior_loss_weight", 0) == 0
-    assert len(list((tmp_path / "out" / "class_images").iterdir())) == 4
+    assert len(list((tmp_path / "out" / "class_images").glob("*.png"))) == 4
     assert "4 class pictures" in capsys.readouterr().out
     assert run(*fixed, "--with_prior_preservation") == 2
     assert "--with_prior_preservation needs --class_prompt" in capsys.readouterr().err

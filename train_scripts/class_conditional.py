@@ -52,8 +52,9 @@ class Options(TrainOptions):
     train_data_dir: str | None = option(None, "folder with one folder of pictures per class")
     dataset_name: str | None = option(None, "instead: a data set on the hub, saved, or as files in a folder")
     dataset_config_name: str | None = option(None, "its configuration, as cropped_digits of svhn")
+    split: str = option("train", "which split of that data set is trained on")
     image_column: str | None = option(None, "its column of pictures; default: the first one")
-    label_column: str | None = option(None, "its column of class numbers; default: label")
+    label_column: str | None = option(None, "its column of classes, as numbers or names; default: label")
     held_out: str | None = option(
         None, "what the figures are made of: a split of the data set, or a folder of class folders"
     )
@@ -94,10 +95,10 @@ def main() -> int:
 def training_data(options: Options) -> Data:
     """The pictures of class folders, or of the data set's train split."""
     if options.dataset_name is None:
-        return class_folders(resolve(options.train_data_dir))
+        return class_folders(resolve(options.train_data_dir), follow_links=options.follow_links)
     if options.train_data_dir is not None:
         raise ValueError("give --train_data_dir or --dataset_name, not both")
-    return split_of(options, "train")
+    return split_of(options, options.split)
 
 
 def held_out_data(options: Options, names: Sequence[str]) -> list[Example]:
@@ -106,7 +107,7 @@ def held_out_data(options: Options, names: Sequence[str]) -> list[Example]:
         return []
     is_folder = options.dataset_name is None or Path(options.held_out).is_dir()
     if is_folder:
-        examples, held_out_names = class_folders(options.held_out)
+        examples, held_out_names = class_folders(options.held_out, follow_links=options.follow_links)
     else:
         examples, held_out_names = split_of(options, options.held_out)
     return matched_by_name(examples, held_out_names, names)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffadapt.data.batches import Batches
-from diffadapt.data.class_images import class_examples, planned_class_examples
-from diffadapt.data.examples import folder_examples
+from diffadapt.data.class_images import ClassRecipe, class_examples, planned_class_examples
 from diffadapt.data.sources import instance_folder
 from diffadapt.exits import run
 from diffadapt.models.names import resolve
@@ -75,18 +74,24 @@ def main() -> int:
 def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
     """The pictures of the subject and, for prior preservation, of its class."""
     options, model, classes = setup.options, setup.model, []
-    read = instance_folder if options.instance_captions else folder_examples
-    instances = read(resolve(options.instance_data_dir), options.instance_prompt)
+    instances = instance_folder(
+        resolve(options.instance_data_dir),
+        options.instance_prompt,
+        with_captions=options.instance_captions,
+        follow_links=options.follow_links,
+    )
     if options.with_prior_preservation:
         folder = options.class_data_dir or Path(options.output_dir) / "class_images"
-        wanted = {"prompt": options.class_prompt, "count": options.num_class_images}
+        at_size_of_base = replace(report.sampler, height=None, width=None)
+        recipe = ClassRecipe(
+            options.class_prompt, options.pretrained_model_name_or_path, at_size_of_base
+        )
+        count = options.num_class_images
         if options.dry_run:
-            classes = planned_class_examples(folder, **wanted, side=model.resolution)
+            classes = planned_class_examples(folder, recipe, count=count, side=model.resolution)
         else:
-            at_size_of_base = replace(report.sampler, height=None, width=None)
-            drawing = {"sampler": at_size_of_base, "seed": options.seed}
             with setup.accelerator.main_process_first():
-                classes = class_examples(model.pipe, folder, **wanted, **drawing)
+                classes = class_examples(model.pipe, folder, recipe, count=count, seed=options.seed)
     return make_batches(setup, instances, classes=classes)
 
 

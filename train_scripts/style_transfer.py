@@ -46,6 +46,7 @@ class Options(TrainOptions):
     )
     dataset_name: str | None = option(None, "instead: a data set on the hub, or the folder of a saved one")
     dataset_config_name: str | None = option(None, "configuration of that data set")
+    split: str = option("train", "which split of that data set is trained on")
     image_column: str | None = option(
         None, "column of pictures; default: file_name, or the first of pictures"
     )
@@ -70,7 +71,9 @@ def main() -> int:
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
     examples, held_out = training_examples(options), []
     if options.validation_data_dir:
-        held_out = captioned_folder(resolve(options.validation_data_dir))
+        held_out = captioned_folder(
+            resolve(options.validation_data_dir), **reading(options), with_other_columns=True
+        )
     setup = set_up(options)
     batches = make_batches(
         setup,
@@ -91,17 +94,32 @@ def main() -> int:
 
 def training_examples(options: Options) -> Sequence[Example] | Stream:
     """Captioned pictures from a folder or a data set."""
-    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
     if options.dataset_name is None:
-        return captioned_folder(resolve(options.train_data_dir), **columns)[: options.max_train_samples]
+        examples = captioned_folder(resolve(options.train_data_dir), **reading(options))
+        return examples[: options.max_train_samples]
     if options.train_data_dir is not None:
         raise ValueError("give --train_data_dir or --dataset_name, not both")
     name = resolve(options.dataset_name)
-    table = open_table(name, config_name=options.dataset_config_name, is_streaming=options.streaming)
+    table = open_table(
+        name,
+        config_name=options.dataset_config_name,
+        split=options.split,
+        is_streaming=options.streaming,
+    )
     if options.max_train_samples is not None:
         table = table.take(options.max_train_samples)
     order = {"seed": options.seed, "buffer": options.shuffle_buffer}
+    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
     return captioned_table(table, name=name, **columns, **order)
+
+
+def reading(options: Options) -> dict[str, object]:
+    """How folders are read, for training and validation alike."""
+    return {
+        "image_column": options.image_column,
+        "caption_column": options.caption_column,
+        "follow_links": options.follow_links,
+    }
 
 
 def buckets(setup: Setup[Options]) -> Buckets | None:

@@ -14,13 +14,14 @@ MINIMA = {  # option -> its smallest value
     "batch_size": 1,
     "num_threads": 1,
 }
+PROMPTS_FILE = r"a text file with a prompt on each line; lines with # are remarks, \# begins a prompt with #"
 
 
 def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> None:
     """What is drawn, from which base, and how; num_images: the default per prompt."""
     add = parser.add_argument
     add("--prompt", action="append", help="repeat for several prompts")
-    add("--prompts_file", "--prompts", help="a text file with a prompt on each line")
+    add("--prompts_file", "--prompts", help=PROMPTS_FILE)
     add("--class_labels", help="classes with commas, for a base that is told classes: 0,3,7 or names")
     add("--num_images", type=int, default=num_images, help=f"images per prompt (default: {num_images})")
     add("--seed", type=int, default=0, help="seed of the first image, the next has the next (default: 0)")

@@ -17,12 +17,15 @@ import diffadapt as da
 from diffadapt.adapter import Adapter
 from diffadapt.checkpoint import base_named_in, read_metadata
 from diffadapt.commands.class_names import class_names_in, class_numbers
+from diffadapt.data.description import describe_cuts
 from diffadapt.data.grid import Panel, grid, to_pictures
-from diffadapt.files import read_text
+from diffadapt.files import read_text, text_lines
 from diffadapt.looks import AdapterFile, Look, looks_of, parse_adapter, parse_strengths
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
+from diffadapt.models.text import cut_prompts
+from diffadapt.notices import notify
 from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.session import DTYPES, drawing_precision, use_cores
 
@@ -49,6 +52,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     sampler = sampler_of(arguments, defaults, DTYPES.get(precision), [file.path for file in files])
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     pipe = open_base(base, device=device, **source)
+    _notify_cut_prompts(pipe, wanted, sampler)
     adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +69,15 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     }
     (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     return folder
+
+
+def _notify_cut_prompts(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> None:
+    prompts = [shot.prompt for shot in wanted if shot.label is None]
+    if sampler.negative_prompt:
+        prompts.append(sampler.negative_prompt)
+    cuts = cut_prompts(pipe, prompts)
+    if cuts:
+        notify(describe_cuts(cuts))
 
 
 def _facts(pipe: DiffusionPipeline, files: Sequence[AdapterFile], looks: Sequence[Look]) -> dict[str, object]:
@@ -95,8 +108,7 @@ def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Sh
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:
-        lines = read_text(arguments.prompts_file).splitlines()
-        prompts += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        prompts += prompts_in(arguments.prompts_file)
     if arguments.class_labels is not None and prompts:
         raise ValueError("give prompts or --class_labels: a base is told either words or classes")
     if arguments.class_labels is not None:
@@ -109,6 +121,16 @@ def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Sh
     if not prompts:
         raise ValueError("nothing to draw; give --prompt, --prompts_file or --class_labels")
     return [shot for prompt in prompts for shot in shots(prompt, arguments.num_images, seed=arguments.seed)]
+
+
+def prompts_in(path: str | Path) -> list[str]:
+    r"""The prompts of a file, one on each line; "# ..." is a remark, "\# ..." a prompt that begins with #."""
+    prompts = []
+    for line in text_lines(read_text(path)):
+        prompt = " ".join(line.split())
+        if prompt and not prompt.startswith("#"):
+            prompts.append(prompt.removeprefix("\\") if prompt.startswith("\\#") else prompt)
+    return prompts
 
 
 def _sha256(path: str) -> str:

@@ -20,6 +20,7 @@ from diffadapt.data.images import ImageSource, View, check_images, listed
 from diffadapt.data.randomness import integer, normal, uniform
 from diffadapt.data.scaled_images import MEMORY
 from diffadapt.data.stream import Stream
+from diffadapt.data.trigger_words import with_trigger
 from diffadapt.models.families import Base
 
 MOST_UNREADABLE = 100  # pictures in a row that streaming leaves out
@@ -86,7 +87,7 @@ class Batches:
         self.bucket_of: dict[ImageSource, Size] = {}
         if not self.is_streaming:
             examples = list(examples)  # sources are told apart by identity: one object for each
-        sizes = [] if self.is_streaming else check_images([e.source for e in [*examples, *classes]])
+        sizes = [] if self.is_streaming else _sizes([*examples, *classes])
         self.order = self._order(examples, classes, buckets, sizes)
         self.size_notes = self._size_notes([*examples, *classes], sizes) if sizes else []
         squares = bool(sizes) and all(width == height for width, height in sizes)
@@ -256,8 +257,8 @@ class Batches:
             self.cut_captions = self.model.cut_captions(captions)
 
 
-def with_trigger(caption: str | int, trigger_word: str | None) -> str | int:
-    """The caption with the trigger word before it, unless that is in it already; a class stays as it is."""
-    if trigger_word is None or isinstance(caption, int) or trigger_word in caption:
-        return caption
-    return f"{trigger_word} {caption}"
+def _sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """(width, height) of each example's image; one that is there several times is read once."""
+    sources = {id(example.source): example.source for example in examples}
+    sizes = dict(zip(sources, check_images(list(sources.values())), strict=True))
+    return [sizes[id(example.source)] for example in examples]

@@ -6,21 +6,26 @@ is fetched: cells that hold an address, or a path out of the data set, are error
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from diffadapt.data.captions import caption_text, choose_caption_column
 from diffadapt.data.examples import Example
 from diffadapt.data.images import StoredImage
-from diffadapt.data.links import is_inside
-from diffadapt.data.sources import choose_caption_column
+from diffadapt.data.links import is_inside, link_root
 from diffadapt.data.stream import Stream
+from diffadapt.nearest import few
+from diffadapt.notices import notify
 
 SAVED = ("state.json", "dataset_dict.json")  # in the folders of save_to_disk
 IMAGE_COLUMN = "image"
 LABEL_COLUMN = "label"
+TEXT_TYPES = ("string", "large_string", "null")
+TABLES = (".jsonl", ".json", ".csv", ".parquet")  # whose cells may name files beside them
 PICTURE_TYPES = ("string", "binary")  # besides Image: cells that are paths or files
 
 Table = Dataset | IterableDataset
@@ -75,7 +80,7 @@ class TableExamples(Sequence[Example]):
 
     def __getitem__(self, row: int) -> Example:
         picture = TablePicture(self._pictures, row, self._image_column, self._name)
-        return Example(picture, _caption(self._told[row][self._told_column]))
+        return Example(picture, caption_text(self._told[row][self._told_column], str(picture)))
 
 
 def captioned_table(
@@ -97,6 +102,7 @@ def captioned_table(
     """
     image_column, columns = _image_column(table, image_column, name)
     caption_column = choose_caption_column(columns, caption_column, name)
+    _check_captions(table, caption_column, name)
     if isinstance(table, Dataset):
         return TableExamples(table, image_column=image_column, told_column=caption_column, name=name)
     files = _as_files(table, image_column, caption_column)
@@ -106,7 +112,7 @@ def captioned_table(
         for number, row in enumerate(shards):
             place = f"sample {number} of epoch {epoch} of {name}"
             image = StoredImage(place, _file_of(row[image_column], place, name))
-            yield Example(image, _caption(row[caption_column]))
+            yield Example(image, caption_text(row[caption_column], place))
 
     return Stream(open_epoch, seed=seed, buffer=buffer)
 
@@ -123,12 +129,42 @@ def labelled_table(
     if label_column not in columns:
         raise ValueError(f"{name} has no column {label_column!r} of labels, but: {', '.join(columns)}")
     labels = list(table[label_column])
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise ValueError(f"column {label_column!r} of {name} must hold class numbers from 0 on")
-    kind, pictures = table.features[label_column], _as_files(table, image_column)
-    names = kind.names if isinstance(kind, ClassLabel) else [str(n) for n in range(max(labels) + 1)]
-    sources = [TablePicture(pictures, row, image_column, name) for row in range(len(labels))]
-    return [Example(source, label) for source, label in zip(sources, labels, strict=True)], names
+    kind = table.features[label_column]
+    if isinstance(kind, ClassLabel):
+        names = kind.names
+        numbers = _checked_numbers(labels, label_column, name)
+    else:
+        names, numbers = _classes(labels, label_column, name)
+    files = _as_files(table, image_column)
+    sources = [TablePicture(files, row, image_column, name) for row in range(len(labels))]
+    return [Example(source, number) for source, number in zip(sources, numbers, strict=True)], names
+
+
+def _checked_numbers(labels: Sequence[object], column: str, name: str) -> list[int]:
+    """Class numbers from 0 on. Raises: ValueError that names the first row with another label."""
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or label < 0:
+            raise ValueError(
+                f"row {row} of {name} has the label {label!r}; column {column!r} must hold class numbers "
+                "from 0 on, or names; leave out images without a class"
+            )
+    return list(labels)
+
+
+def _classes(labels: Sequence[object], column: str, name: str) -> tuple[list[str], list[int]]:
+    """Names of the classes that occur and each row's number among them.
+
+    Labels that are numbers keep their order: 0, 5 and 900 are three classes, not 901.
+    """
+    if labels and all(isinstance(label, str) and label.strip() for label in labels):
+        distinct = sorted(set(labels))
+    else:
+        distinct = sorted(set(_checked_numbers(labels, column, name)))
+    names = [str(label) for label in distinct]
+    number_of = {label: number for number, label in enumerate(distinct)}
+    if distinct != list(range(len(distinct))):
+        notify(f"labels of {name}: {few(names)} are its classes 0 to {len(names) - 1}, in this order")
+    return names, [number_of[label] for label in labels]
 
 
 def _image_column(table: Table, wanted: str | None, name: str) -> tuple[str, list[str]]:
@@ -136,7 +172,7 @@ def _image_column(table: Table, wanted: str | None, name: str) -> tuple[str, lis
     features = table.features or next(iter(table))  # streams without a schema: the first row knows the names
     columns = list(features)
     kinds = dict(table.features or {})
-    pictures = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    pictures = [column for column, kind in kinds.items() if _holds_images(kind)]
     chosen = wanted or (pictures[0] if pictures else IMAGE_COLUMN)
     if chosen not in columns:
         listed = ", ".join(columns)
@@ -158,19 +194,55 @@ def _file_of(cell: object, place: str, name: str) -> bytes:
         raise ValueError(f"{place} holds no picture")
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
-    path, homes = str(cell.get("path")), [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    path = Path(str(cell.get("path")))
+    homes = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     if Path(name).is_dir():
-        homes = [name]
-    if not any(is_inside(Path(path), home) for home in homes):
+        homes = [link_root(name)]
+        path = _below(name, path)
+    if not any(is_inside(path, home) for home in homes):
         raise ValueError(
             f"{place} names {path}, which is not a file of this data set; the pictures must be in its tables "
             "or in its folder"
         )
-    return Path(path).read_bytes()
+    if not path.is_file():
+        raise ValueError(f"{place} names {path}, which is not there; images in an archive must be unpacked")
+    return path.read_bytes()
 
 
-def _caption(cell: object) -> str:
-    """The caption in a cell; of several the first. Empty where there is none."""
-    if isinstance(cell, list | tuple):
-        cell = next((text for text in cell if text), "")
-    return " ".join(str(cell if cell is not None else "").split())
+def _below(name: str, path: Path) -> Path:
+    """A path as a folder's tables mean it: from the folder itself, or from the one a table lies in."""
+    if path.is_absolute():
+        return path
+    for place in _table_folders(name):
+        if (place / path).is_file():
+            return place / path
+    return path
+
+
+@lru_cache
+def _table_folders(name: str) -> tuple[Path, ...]:
+    """A folder, and the folders in it that hold tables."""
+    tables = [path for path in sorted(Path(name).rglob("*")) if path.suffix in TABLES]
+    return tuple(dict.fromkeys([Path(name), *(path.parent for path in tables)]))
+
+
+def _check_captions(table: Table, column: str, name: str) -> None:
+    """Raises: ValueError for a column that cannot hold captions, before any row is read."""
+    kind = (table.features or {}).get(column)
+    if kind is None:  # a stream without a schema
+        return
+    is_list = isinstance(kind, datasets.List | datasets.LargeList)
+    item = kind.feature if is_list else kind
+    if not isinstance(item, datasets.Value) or item.dtype not in TEXT_TYPES:
+        raise ValueError(
+            f"column {column!r} of {name} holds {kind}, not captions; name another with --caption_column"
+        )
+    if is_list:
+        notify(f"the captions of {name} are lists: the first of each is used")
+
+
+def _holds_images(kind: object) -> bool:
+    """Whether a column is of images, or of their bytes and paths as pandas and polars store them."""
+    if isinstance(kind, dict):
+        return bool(kind) and set(kind) <= {"bytes", "path"}
+    return isinstance(kind, datasets.Image)

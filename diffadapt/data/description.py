@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diffadapt.data.cache import DiskCache
 from diffadapt.data.images import ImageSource, UndrawnImage, listed
 from diffadapt.data.stream import Stream
+from diffadapt.models.text import CutCaption
 
 if TYPE_CHECKING:
     from diffadapt.data.batches import Batches
@@ -27,8 +28,7 @@ def describe(batches: Batches) -> str:
         lines.append(", ".join(changes))
     lines += batches.size_notes
     if batches.cut_captions:
-        lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens)" for c in batches.cut_captions]
-        lines.append(f"too long for the tokenizer, so not read:\n{listed(lost, most=5)}")
+        lines.append(describe_cuts(batches.cut_captions))
     return "\n".join(lines)
 
 
@@ -63,6 +63,12 @@ def size_notes(
     return notes
 
 
+def describe_cuts(cuts: Sequence[CutCaption]) -> str:
+    """Which words of captions or prompts are not read."""
+    lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens, {c.limit} are read)" for c in cuts]
+    return f"too long for the tokenizer, so not read:\n{listed(lost, most=5)}"
+
+
 def _found(batches: Batches) -> str:
     order = batches.order
     if isinstance(order, Stream):
@@ -70,7 +76,9 @@ def _found(batches: Batches) -> str:
     undrawn = sum(isinstance(example.source, UndrawnImage) for example in order.classes)
     classes = f", {len(order.classes)} class pictures" if order.classes else ""
     classes += f" ({undrawn} of them still to be drawn by the base)" if undrawn else ""
-    return f"{len(order.examples)} pictures{classes}"
+    distinct = len({id(example.source) for example in order.examples})
+    repeated = f" ({len(order.examples)} with repeats)" if distinct < len(order.examples) else ""
+    return f"{distinct} pictures{repeated}{classes}"
 
 
 def _shapes(batches: Batches) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.data.color_profiles import UnusableProfile, convert_to_srgb
+from diffadapt.data.endings import EXTENSIONS, describe_unused
 from diffadapt.data.links import leads_out, visible_files
 
 MAX_PIXELS = 357_913_940  # of one image; Pillow takes more for a decompression bomb
@@ -26,7 +27,6 @@ AVIF_BRANDS = (b"avif", b"avis")
 HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits
 BITS_PER_SAMPLE = 258  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag
-EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
 class ImageSource(Protocol):
@@ -86,7 +86,12 @@ def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bo
         )
     if not paths:
         kinds = " ".join(sorted(EXTENSIONS))
-        raise ValueError(f"no pictures in {str(folder)!r}; expected files ending in {kinds}")
+        folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+        others = describe_unused(files, [] if recursive else folders)
+        raise ValueError(
+            f"no pictures in {str(folder)!r}; expected files ending in {kinds}"
+            + (f"; there are {others}" if others else "")
+        )
     return paths
 
 

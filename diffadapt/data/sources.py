@@ -1,164 +1,236 @@
-"""Pictures in folders: a .txt file beside each, one metadata.jsonl or metadata.csv, or one folder per class.
+"""Images in folders: a text file beside each, metadata in a table, or one folder per class.
 
 Names in metadata lead to files of the data folder only: absolute names, `..` and links out of it are errors.
+What is in a folder and not used is told in one line.
 """
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from diffadapt.data.examples import Example, folder_examples
+from diffadapt.data.captions import CAPTION_ENDINGS, CaptionFiles
+from diffadapt.data.endings import EXTENSIONS, describe_unused, folders_with_images, without
+from diffadapt.data.examples import Example
 from diffadapt.data.images import list_images, listed
-from diffadapt.data.links import is_inside
-from diffadapt.files import read_text
+from diffadapt.data.links import leads_out, visible_files
+from diffadapt.data.metadata import METADATA, metadata_in, normal, read_metadata_captions
+from diffadapt.notices import notify
 
-FILE_COLUMN = "file_name"  # as in the image folders of `datasets`
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when no column is named
-METADATA = ("metadata.jsonl", "metadata.csv")
-
-Row = dict[str, object]
+REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's "10_sks dog"; four digits would be a year
+USE_CAPTIONS = "for captions of images give --instance_captions"
 
 
 def captioned_folder(
-    folder: str | Path, *, image_column: str | None = None, caption_column: str | None = None
-) -> list[Example]:
-    """The pictures of a folder, and of the folders in it, with their captions.
-
-    Captions come from metadata.jsonl or metadata.csv (columns `image_column` and `caption_column`), else from
-    a .txt file beside each picture.
-    Raises: FileNotFoundError or ValueError that lists pictures without caption, captions without picture, or
-        the columns there are.
-    """
-    pictures = list_images(folder, recursive=True)
-    captions = _captions(Path(folder), pictures, image_column, caption_column)
-    missing = [str(path) for path in pictures if not captions.get(path.resolve())]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(pictures)} pictures have no caption; write it into {METADATA[0]} as "
-            f'{{"file_name": ..., "text": ...}}, or into a .txt file beside the picture:\n{listed(missing)}'
-        )
-    return [Example(path, captions[path.resolve()]) for path in pictures]
-
-
-def instance_folder(folder: str | Path, prompt: str) -> list[Example]:
-    """The pictures of a folder with their captions, as in `captioned_folder`; those without with `prompt`."""
-    pictures = list_images(folder)
-    captions = _captions(Path(folder), pictures)
-    return [Example(path, captions.get(path.resolve()) or prompt) for path in pictures]
-
-
-def _captions(
-    folder: Path,
-    pictures: Sequence[Path],
+    folder: str | Path,
+    *,
     image_column: str | None = None,
     caption_column: str | None = None,
-) -> dict[Path, str]:
-    """Picture -> caption from the folder's metadata, else from text files; empty or not there without one."""
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None:
-        return _metadata_captions(metadata, image_column or FILE_COLUMN, caption_column)
-    if image_column or caption_column:
-        raise ValueError(f"no {' or '.join(METADATA)} in {str(folder)!r}, so there are no columns to choose")
-    return {path.resolve(): _text_beside(path) for path in pictures}
+    follow_links: bool = False,
+    with_other_columns: bool = False,
+) -> list[Example]:
+    """The images of a folder, and of the folders in it, with their captions.
+
+    Captions come from the metadata files in it, each for the folder it lies in; for images without one above
+    them from a .txt or .caption file beside the image. Where all images lie in folders named as "10_name",
+    those are there ten times.
+
+    Args:
+        image_column: of the metadata's names of files; default: file_name.
+        caption_column: of its captions; default: text, caption or prompt.
+        follow_links: also where they lead out of the folder.
+        with_other_columns: the usual columns, or files beside images, will do where those are not there.
+    Raises: FileNotFoundError or ValueError that lists images without caption, captions without image, or
+        the columns there are.
+    """
+    folder = Path(folder)
+    images = list_images(folder, recursive=True, follow_links=follow_links)
+    files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    how = {"follow_links": follow_links, "with_other_columns": with_other_columns}
+    captions = _captions(folder, files, images, **columns, **how)
+    missing = [str(path) for path in images if not captions.of[path]]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(images)} pictures have no caption; write it into {METADATA[0]} as "
+            f'{{"file_name": ..., "text": ...}}, or into a .txt file beside the picture:\n{listed(missing)}'
+        )
+    _notify_unused(folder, without(files, [*images, *captions.files]))
+    return _repeated(folder, [Example(path, captions.of[path]) for path in images])
 
 
-def class_folders(folder: str | Path) -> tuple[list[Example], list[str]]:
-    """Pictures in one folder per class. Returns: examples with the number of their class, and the names.
+def instance_folder(
+    folder: str | Path, prompt: str, *, with_captions: bool = True, follow_links: bool = False
+) -> list[Example]:
+    """The images of a folder with their captions, as in `captioned_folder`; those without one with `prompt`.
+
+    Folders in it are not read, but for kohya's layout: no images in the folder itself, and folders in it that
+    are all named as "10_sks dog".
+
+    Args:
+        with_captions: False: all with `prompt`.
+    """
+    folder = Path(folder)
+    images = subject_images(folder, follow_links=follow_links)
+    in_folders = any(path.parent != folder for path in images)
+    files, _ = visible_files(folder, recursive=in_folders, follow_links=follow_links)
+    captions = FolderCaptions(dict.fromkeys(images, ""), [])
+    remedies = dict.fromkeys((*CAPTION_ENDINGS, ".jsonl", ".csv", ".parquet"), USE_CAPTIONS)
+    if with_captions:
+        captions = _captions(folder, files, images, follow_links=follow_links)
+        remedies = {}
+    folders = [] if in_folders else _folders_in(folder)
+    _notify_unused(folder, without(files, [*images, *captions.files]), folders, remedies=remedies)
+    return _repeated(folder, [Example(path, captions.of[path] or prompt) for path in images])
+
+
+def subject_images(folder: str | Path, *, follow_links: bool = False) -> list[Path]:
+    """The images of one subject: those in the folder itself, or, in kohya's layout, in the folders in it."""
+    folder = Path(folder)
+    return list_images(folder, recursive=_is_in_repeated_folders(folder), follow_links=follow_links)
+
+
+def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[list[Example], list[str]]:
+    """Images in one folder per class. Returns: examples with the number of their class, and the names.
 
     Raises: FileNotFoundError or ValueError for no folder, no class folders, or an empty one.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds one folder per class")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    names = [path.name for path in _folders_in(folder)]
     if not names:
         raise ValueError(f"no class folders in {str(folder)!r}; expected one folder of pictures per class")
-    outside = [str(folder / name) for name in names if not is_inside(folder / name, folder)]
-    if outside:
-        raise ValueError(f"links out of {str(folder)!r}; copy the folders instead:\n{listed(outside)}")
-    if all(name.isdigit() for name in names):
+    outside = [str(folder / name) for name in names if leads_out(folder / name, folder)]
+    if outside and not follow_links:
+        raise ValueError(
+            f"links out of {str(folder)!r}; copy the folders instead, or give --follow_links:\n"
+            f"{listed(outside)}"
+        )
+    if all(name.isdecimal() for name in names):
         names.sort(key=int)  # 2 before 10
-    parts = [folder_examples(folder / name, label) for label, name in enumerate(names)]
-    return [example for part in parts for example in part], names
+    examples: list[Example] = []
+    unused, _ = visible_files(folder, follow_links=follow_links)
+    inner: list[Path] = []
+    for label, name in enumerate(names):
+        images = list_images(folder / name, follow_links=follow_links)
+        files, _ = visible_files(folder / name, follow_links=follow_links)
+        unused += without(files, images)
+        inner += folders_with_images(_folders_in(folder / name))
+        examples += [Example(path, label) for path in images]
+    _notify_unused(folder, unused, inner)
+    return examples, names
 
 
-def choose_caption_column(columns: Sequence[str], wanted: str | None, place: object) -> str:
-    """The column of captions: the one that is wanted, or the first usual name.
+@dataclass(frozen=True)
+class FolderCaptions:
+    """The captions of a folder's images.
 
-    Raises: ValueError that lists the columns.
+    Attributes:
+        of: image -> caption; empty where there is none.
+        files: that the captions were read from.
     """
-    candidates = CAPTION_COLUMNS if wanted is None else (wanted,)
-    found = next((name for name in candidates if name in columns), None)
-    if found is None:
-        tried = " or ".join(repr(name) for name in candidates)
-        raise ValueError(f"{place} has no column {tried}; --caption_column is one of: {', '.join(columns)}")
-    return found
+
+    of: dict[Path, str]
+    files: list[Path]
 
 
-def _text_beside(path: Path) -> str:
-    """The words of picture.txt beside picture.png; empty where there is none."""
-    file = path.with_suffix(".txt")
-    if not file.is_file() or not is_inside(file, path.parent):
-        return ""
-    return " ".join(read_text(file).split())
+def _captions(
+    folder: Path,
+    files: Sequence[Path],
+    images: Sequence[Path],
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    follow_links: bool = False,
+    with_other_columns: bool = False,
+) -> FolderCaptions:
+    """Captions from the metadata files of a folder, each for all below it, else from files beside images."""
+    metadata = metadata_in(files)
+    if not metadata and (image_column or caption_column) and not with_other_columns:
+        raise ValueError(f"no {' or '.join(METADATA)} in {str(folder)!r}, so there are no columns to choose")
+    captions: dict[Path, str] = {}
+    said_in: dict[Path, Path] = {}
+    lists = 0
+    for path in metadata.values():
+        part = read_metadata_captions(
+            path,
+            files,
+            root=folder,
+            image_column=image_column,
+            caption_column=caption_column,
+            follow_links=follow_links,
+            with_other_columns=with_other_columns,
+        )
+        lists += part.lists
+        for image, caption in part.captions.items():
+            if captions.get(image, caption) != caption:
+                raise ValueError(f"{said_in[image]} and {path} caption {image} differently; keep one of them")
+            captions[image] = caption
+            said_in[image] = path
+    if lists:
+        notify(f"{lists} images of {str(folder)!r} have several captions: the first of each is used")
+    return _with_files_beside(folder, files, images, metadata, captions, follow_links)
 
 
-def captions_of_file(path: Path) -> dict[str, str]:
-    """Name of an image -> caption, from the columns file_name and text (caption, prompt) of a .jsonl or .csv.
-
-    Raises: ValueError for other columns, naming those there are.
-    """
-    captions = {}
-    for number, row in _rows(path):
-        if FILE_COLUMN not in row:
-            columns = ", ".join(map(str, row))
-            raise ValueError(f"line {number} of {path} has no column {FILE_COLUMN!r}, only {columns}")
-        column = choose_caption_column([str(name) for name in row], None, path)
-        captions[str(row[FILE_COLUMN])] = " ".join(str(row[column] or "").split())
-    return captions
-
-
-def _metadata_captions(metadata: Path, image_column: str, caption_column: str | None) -> dict[Path, str]:
-    """Picture -> caption, from every row of the file."""
-    captions, problems = {}, []
-    for number, row in _rows(metadata):
-        if image_column not in row:
-            columns = ", ".join(map(str, row))
-            raise ValueError(
-                f"{metadata} has no column {image_column!r}; --image_column is one of: {columns}"
-            )
-        column = choose_caption_column([str(name) for name in row], caption_column, metadata)
-        name = str(row[image_column])
-        path = metadata.parent / name
-        if Path(name).is_absolute() or not is_inside(path, metadata.parent):
-            problems.append(f"line {number}: {name} is outside of the folder")
-        elif not path.is_file():
-            problems.append(f"line {number}: there is no {name}")
-        captions[path.resolve()] = " ".join(str(row[column] or "").split())
-    if problems:
-        raise ValueError(f"{metadata} names pictures that cannot be used:\n{listed(problems)}")
-    return captions
+def _with_files_beside(
+    folder: Path,
+    files: Sequence[Path],
+    images: Sequence[Path],
+    metadata: dict[Path, Path],
+    captions: dict[Path, str],
+    follow_links: bool,
+) -> FolderCaptions:
+    """The captions of metadata, and those of files beside images that no metadata file stands above."""
+    beside = CaptionFiles(files, folder, follow_links=follow_links)
+    of: dict[Path, str] = {}
+    used = list(metadata.values())
+    for image in images:
+        if any(place in metadata for place in image.parents):
+            of[image] = captions.get(normal(image), "")
+        else:
+            of[image] = beside.caption(image)
+            used += beside.beside(image)
+    return FolderCaptions(of, used)
 
 
-def _rows(metadata: Path) -> Iterator[tuple[int, Row]]:
-    """Line number and columns of every row."""
-    text = read_text(metadata)
-    if metadata.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            yield from ((reader.line_num, {str(name): cell for name, cell in row.items()}) for row in reader)
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num} of {metadata} is not CSV: {error}") from None
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} of {metadata} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f'line {number} of {metadata} is not of the form {{"column": value, ...}}')
-        yield number, row
+def _is_in_repeated_folders(folder: Path) -> bool:
+    """Whether a folder is laid out as kohya's scripts have it: all images in folders named "10_name"."""
+    if not folder.is_dir() or any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
+        return False
+    holders = folders_with_images(_folders_in(folder))
+    return bool(holders) and all(REPEATS.fullmatch(path.name) for path in holders)
+
+
+def _repeated(folder: Path, examples: list[Example]) -> list[Example]:
+    """The examples, in kohya's layout each as often as the number before its folder's name says."""
+    if not _is_in_repeated_folders(folder):
+        return examples
+    repeats: dict[str, int] = {}
+    repeated: list[Example] = []
+    for example in examples:
+        name = example.source.relative_to(folder).parts[0]
+        repeats[name] = int(REPEATS.fullmatch(name)[1])
+        repeated += [example] * repeats[name]
+    counts = ", ".join(f"{name!r} {count} times" for name, count in sorted(repeats.items()))
+    notify(f"images are repeated in an epoch as the names of their folders say: {counts}")
+    return repeated
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+
+
+def _notify_unused(
+    folder: Path,
+    files: Sequence[Path],
+    folders: Sequence[Path] = (),
+    *,
+    remedies: dict[str, str] | None = None,
+) -> None:
+    """One line about what is in a folder and not used."""
+    unused = describe_unused(files, folders_with_images(folders), remedies=remedies)
+    if unused:
+        notify(f"not used of {str(folder)!r}: {unused}")

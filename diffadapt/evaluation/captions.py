@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from diffadapt.data.images import listed
-from diffadapt.data.sources import captions_of_file
+from diffadapt.data.metadata import captions_of_file
 from diffadapt.evaluation.image_sets import ImageSet
 from diffadapt.evaluation.pictures import FilePicture
 from diffadapt.nearest import near

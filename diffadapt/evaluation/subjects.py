@@ -10,7 +10,7 @@ from pathlib import Path
 from diffadapt.data.images import list_images
 from diffadapt.evaluation.image_sets import ImageSet
 from diffadapt.evaluation.pictures import FilePicture, Picture
-from diffadapt.files import read_text
+from diffadapt.files import read_text, text_lines
 from diffadapt.models.names import resolve
 from diffadapt.models.prompts import CONTEXTS
 from diffadapt.nearest import near
@@ -77,7 +77,7 @@ def read_prompts(path: str | Path) -> Prompts:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a prompts file has at most {LARGEST:,}")
     found: dict[str, dict] = {name: {} for name in SECTIONS.values()}
     section = None
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(text_lines(read_text(path)), 1):
         line = line.strip()
         pattern = CLASS if section == "classes" else TEMPLATE
         if line in SECTIONS:

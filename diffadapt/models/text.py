@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diffadapt.models.latents import LatentBase
 
 IDS, MASK, EMPTY = "input_ids", "attention_mask", "is_empty"  # names of token ids among the conditions
+TOKENIZERS = ("tokenizer", "tokenizer_2")  # of a pipeline
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,18 @@ class WordBase(LatentBase, ABC):
         """The distinct captions of which the end is not read, and what is lost of each."""
         found = [cut_caption(tok, text) for text in dict.fromkeys(captions) for tok in self.tokenizers]
         return list(dict.fromkeys(cut for cut in found if cut is not None))
+
+
+def cut_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[CutCaption]:
+    """The distinct prompts of which a pipeline does not read the end; none where it has no tokenizers."""
+    tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
+    cuts = [
+        cut_caption(tokenizer, prompt)
+        for prompt in dict.fromkeys(prompts)
+        for tokenizer in tokenizers
+        if tokenizer is not None
+    ]
+    return list(dict.fromkeys(cut for cut in cuts if cut is not None))
 
 
 def cut_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> CutCaption | None:

@@ -32,6 +32,7 @@ class TrainOptions:
     output_dir: str = option("runs/train", "where everything is written")
     seed: int = option(0, "data order, noise, timesteps and the adapter's start follow from it")
     # pictures
+    follow_links: bool = option(False, "follow links that lead out of a folder of images too")
     resolution: int | None = option(None, "side of the training pictures in pixels; default: the base's own")
     center_crop: bool | None = option(None, "cut the middle of a picture instead of a random square")
     random_flip: bool = option(False, "mirror every other picture, at random")

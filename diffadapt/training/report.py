@@ -19,10 +19,12 @@ from tqdm import tqdm
 import diffadapt as da
 from diffadapt.adapter import Adapter
 from diffadapt.attaching import disabled
+from diffadapt.data.description import describe_cuts
 from diffadapt.data.grid import Panel, grid, to_pictures
 from diffadapt.metrics.features import load_clip
 from diffadapt.models.families import DEFAULTS
 from diffadapt.models.names import is_embedded
+from diffadapt.models.text import cut_prompts
 from diffadapt.sampling import Sampler, Shot, draw
 from diffadapt.training import session
 from diffadapt.training.card import write_card
@@ -92,6 +94,12 @@ class Report(ABC):
     def told(self) -> dict[str, str]:
         """Further rows of the summary before the first step: name -> text."""
         return {}
+
+    def cut_prompts(self) -> dict[str, str]:
+        """For the summary: which words of the prompts that are drawn the base does not read."""
+        prompts = [shot.prompt for some in self.shots.values() for shot in some if shot.label is None]
+        cuts = cut_prompts(self.model.pipe, prompts) if self.options.num_validation_images else []
+        return {"prompts": describe_cuts(cuts)} if cuts else {}
 
     def details(self) -> dict[str, object]:
         """Further values of run.json."""

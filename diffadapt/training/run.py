@@ -65,7 +65,8 @@ class Run:
             if self.accelerator.is_main_process:
                 self.report.rehearse(self.trainer)
             self.accelerator.wait_for_everyone()
-        described = before_training(self.trainer, self.batches, self.report.model.pipe, self.report.told())
+        rows = {**self.report.told(), **self.report.cut_prompts()}
+        described = before_training(self.trainer, self.batches, self.report.model.pipe, rows)
         if self.accelerator.is_main_process:
             print(described)
         if self.options.dry_run:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffadapt.data.batches import Batches, with_trigger
+from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
 from diffadapt.data.grid import Panel, to_pictures
+from diffadapt.data.trigger_words import with_trigger
 from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name

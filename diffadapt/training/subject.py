@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffadapt.data.grid import Panel, to_pictures
-from diffadapt.data.images import list_images
 from diffadapt.data.scaled_images import training_pixels
+from diffadapt.data.sources import subject_images
 from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
 from diffadapt.models.names import resolve
@@ -140,7 +140,8 @@ class SubjectReport(Report):
         )
 
     def _paths(self) -> list[Path]:
-        return list_images(resolve(self.options.instance_data_dir))
+        folder = resolve(self.options.instance_data_dir)
+        return subject_images(folder, follow_links=self.options.follow_links)
 
     def _real(self) -> Tensor:
         return training_pictures(self._paths(), self.options.resolution)

@@ -12,6 +12,7 @@ from pipelines import tiny_sd_pipeline
 
 import diffadapt as da
 from diffadapt.cli import main
+from diffadapt.commands.sample import prompts_in
 from diffadapt.looks import AdapterFile, looks_of, parse_strengths
 from diffadapt.models.families import load_base
 
@@ -222,3 +223,19 @@ def test_slicing_and_tiling_still_work(work):
     live = drawn(pipe)
     pipe.enable_attention_slicing()
     assert torch.allclose(drawn(pipe), live, atol=1e-4)
+
+
+def test_prompts_in_a_file_are_lines_and_remarks(tmp_path):
+    text = "\ufeffa red\u2028square\n# a remark\n\n\\#tag on white\r\n a\x85disc \n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    assert prompts_in(tmp_path / "prompts.txt") == ["a red square", "#tag on white", "a disc"]
+
+
+def test_words_of_a_prompt_that_are_not_read_are_told(work, tmp_path, capsys):
+    prompt = "a dog " * 80 + "zebra"
+    sample(tmp_path / "long", "--adapter", work / "one.safetensors", prompt=("--prompt", prompt))
+    told = capsys.readouterr().out
+    assert "too long for the tokenizer, so not read" in told
+    assert "zebra' of 'a dog" in told
+    sample(tmp_path / "short", "--adapter", work / "one.safetensors")
+    assert "not read" not in capsys.readouterr().out

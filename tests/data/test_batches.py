@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 from pipelines import tiny_sd_pipeline, write_pictures
 
-from diffadapt.data.batches import Batches, with_trigger
+from diffadapt.data.batches import Batches
 from diffadapt.data.buckets import Buckets
-from diffadapt.data.class_images import class_examples
+from diffadapt.data.class_images import RECORD, ClassRecipe, class_examples, planned_class_examples
 from diffadapt.data.encoding import Cut
 from diffadapt.data.examples import Example, Order, folder_examples
 from diffadapt.data.images import list_images, open_image, to_pixels
+from diffadapt.data.trigger_words import contains_word, with_trigger
 from diffadapt.models.families import load_base
 from diffadapt.sampling import Sampler
 
@@ -76,12 +77,12 @@ def test_latents_follow_the_posterior_and_the_scale_of_the_autoencoder(tmp_path,
 
 def test_missing_class_pictures_are_drawn_and_present_ones_kept(tmp_path, model):
     write_pictures(tmp_path, 2)
-    make = {"prompt": "a dog", "sampler": Sampler(num_inference_steps=2, batch_size=2), "seed": 0}
-    examples = class_examples(model.pipe, tmp_path, count=5, **make)
+    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=2, batch_size=2))
+    examples = class_examples(model.pipe, tmp_path, recipe, count=5, seed=0)
     assert [e.source.name for e in examples][:3] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert len(examples) == 5
     before = examples[0].source.stat().st_mtime_ns
-    assert len(class_examples(model.pipe, tmp_path, count=6, **make)) == 6
+    assert len(class_examples(model.pipe, tmp_path, recipe, count=6, seed=0)) == 6
     assert examples[0].source.stat().st_mtime_ns == before
 
 
@@ -113,10 +114,10 @@ def test_a_class_picture_is_whole_or_not_there(tmp_path, model, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", killed)
-    sampler = Sampler(num_inference_steps=1, batch_size=1)
+    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=1, batch_size=1))
     with pytest.raises(KeyboardInterrupt):
-        class_examples(model.pipe, tmp_path / "class", prompt="a dog", count=1, sampler=sampler, seed=0)
-    assert list((tmp_path / "class").iterdir()) == []
+        class_examples(model.pipe, tmp_path / "class", recipe, count=1, seed=0)
+    assert [path.name for path in (tmp_path / "class").iterdir()] == [RECORD]
 
 
 def test_captions_are_dropped_at_the_rate_asked_for_and_the_same_after_a_resume(tmp_path, model):
@@ -297,3 +298,59 @@ def test_random_crops_of_photos_are_the_same_from_memory_ahead_and_after_a_resum
         assert ahead.batch(positions).latents.equal(latents)
     for positions, latents in zip(steps, expected, strict=True):
         assert batches().batch(positions).latents.equal(latents)
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "is_held"),
+    [
+        ("he asks a question", "sks", False),
+        ("masks and desks", "sks", False),
+        ("art in a cart", "art", True),
+        ("a cart", "art", False),
+        ("SKS dog", "sks", True),
+        ("(sks), a dog", "sks", True),
+        ("a sks-dog", "sks", True),
+        ("a sks2 dog", "sks", False),
+        ("in the style of  ink wash, a cat", "ink wash", True),
+        ("pink wash", "ink wash", False),
+        ("a <sks> dog", "<sks>", True),
+        ("a cafe\u0301", "caf\u00e9", True),
+        ("a caf\u00e9s", "caf\u00e9", False),
+        ("\u5728\u9ed1\u732b\u8fb9", "\u732b", True),
+        ("\u8fd9\u662fsks\u72d7", "sks", True),
+        ("\u043a\u043e\u0442\u044b", "\u043a\u043e\u0442", False),
+    ],
+)
+def test_the_trigger_word_counts_only_as_a_word(text, word, is_held):
+    assert contains_word(text, word) is is_held
+    assert with_trigger(text, word) == (text if is_held else f"{word} {text}")
+
+
+def test_class_images_of_another_prompt_or_base_are_refused(tmp_path, model, capsys):
+    sampler = Sampler(num_inference_steps=1, batch_size=2)
+    recipe = ClassRecipe("a dog", "a base", sampler)
+    class_examples(model.pipe, tmp_path, recipe, count=2, seed=0)
+    for other, message in (
+        (ClassRecipe("a teapot", "a base", sampler), "--class_prompt 'a dog', this run has 'a teapot'"),
+        (ClassRecipe("a dog", "another", sampler), "--pretrained_model_name_or_path 'a base'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            class_examples(model.pipe, tmp_path, other, count=2, seed=0)
+        with pytest.raises(ValueError, match=message):
+            planned_class_examples(tmp_path, other, count=2, side=32)
+    settings = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=2))
+    assert len(class_examples(model.pipe, tmp_path, settings, count=2, seed=0)) == 2
+    assert "with other settings" in capsys.readouterr().out
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    assert (
+        len(class_examples(model.pipe, tmp_path, ClassRecipe("a teapot", "b", sampler), count=1, seed=0)) == 1
+    )
+
+
+def test_a_repeated_image_is_drawn_more_often_and_read_once(tmp_path, model):
+    examples = captioned(tmp_path, count=2)
+    batches = make(model, [examples[0], examples[0], examples[0], examples[1]])
+    names = batches.names(range(4))
+    assert sorted(names.count(str(e.source)) for e in examples) == [1, 3]
+    assert "2 pictures (4 with repeats)" in batches.description

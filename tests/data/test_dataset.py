@@ -3,9 +3,11 @@
 import json
 
 import datasets
+import pyarrow
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from pipelines import write_pictures
+from pyarrow import parquet
 
 from diffadapt.data.dataset import captioned_table, labelled_table, open_table
 from diffadapt.data.images import open_image
@@ -65,8 +67,8 @@ def test_wrong_columns_and_splits_list_those_there_are(tmp_path, table):
         captioned_table(table, name="n", image_column="label")
     with pytest.raises(ValueError, match=r"no column 'kind' of labels, but: picture, text, label"):
         labelled_table(table, name="n", label_column="kind")
-    with pytest.raises(ValueError, match="must hold class numbers"):
-        labelled_table(table, name="n", label_column="text")
+    with pytest.raises(ValueError, match=r"row 0 of n has the label -1; .* must hold class numbers"):
+        labelled_table(table.add_column("class", [-1, 0, 0, 0, 0]), name="n", label_column="class")
     DatasetDict(test=table).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="no split 'train', but: test"):
         open_table(str(tmp_path / "saved"))
@@ -98,3 +100,59 @@ def test_addresses_and_files_elsewhere_are_never_read(tmp_path, cell):
 def test_a_name_that_is_nowhere_is_an_error_of_the_documented_kind(tmp_path):
     with pytest.raises((OSError, ValueError)):
         open_table(str(tmp_path / "nowhere"))
+
+
+def test_labels_are_numbers_with_gaps_or_names(table, capsys):
+    numbers = table.remove_columns("label").add_column("label", [900, 0, 5, 5, 0])
+    examples, names = labelled_table(numbers, name="n")
+    assert names == ["0", "5", "900"]
+    assert [e.caption for e in examples] == [2, 0, 1, 1, 0]
+    assert "labels of n: 0, 5, 900 are its classes 0 to 2" in capsys.readouterr().out
+    words = table.remove_columns("label").add_column("label", ["dog", "ant", "dog", "cat", "ant"])
+    examples, names = labelled_table(words, name="n")
+    assert names == ["ant", "cat", "dog"]
+    assert [e.caption for e in examples] == [2, 0, 2, 1, 0]
+
+
+def test_captions_of_another_type_are_refused_before_a_row_is_read(table):
+    with pytest.raises(ValueError, match=r"column 'label' of n holds ClassLabel.*not captions"):
+        captioned_table(table, name="n", caption_column="label")
+    numbers = table.remove_columns("text").add_column("text", [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match=r"column 'text' of n holds Value\('int64'\), not captions"):
+        captioned_table(numbers, name="n")
+
+
+def test_missing_captions_of_a_table_are_no_words(table):
+    table = table.remove_columns("text").add_column("text", [None, "nan", "a  disc", "None", "null"])
+    assert [e.caption for e in captioned_table(table, name="n")] == ["", "", "a disc", "", ""]
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_images_in_plain_parquet_are_read(tmp_path, monkeypatch, is_streaming):
+    """Tables of pandas and polars hold bytes and paths without the metadata of `datasets`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    contents = [p.read_bytes() for p in sorted(write_pictures(tmp_path / "pictures", 3).iterdir())]
+    cells = [{"bytes": content, "path": None} for content in contents]
+    (tmp_path / "data").mkdir()
+    columns = {"image": cells, "text": ["disc 0", "disc 1", "disc 2"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "data" / "train.parquet")
+    name = str(tmp_path / "data")
+    table = captioned_table(open_table(name, is_streaming=is_streaming), name=name, buffer=3)
+    rows = [table.example(draw) for draw in table.draws(range(3))] if is_streaming else list(table)
+    assert {e.caption: e.source.read_bytes() for e in rows} == dict(
+        zip(columns["text"], contents, strict=True)
+    )
+
+
+def test_paths_are_relative_to_the_folder_of_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_pictures(tmp_path / "data" / "inner", 1)
+    rows = [{"image": "picture-0.png", "text": "a disc"}, {"image": "none.png", "text": "a square"}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    name = str(tmp_path / "data")
+    examples = captioned_table(
+        datasets.load_dataset("json", data_files=str(folder / "*.jsonl"))["train"], name=name
+    )
+    assert examples[0].source.read_bytes() == (folder / "picture-0.png").read_bytes()
+    with pytest.raises(ValueError, match=r"row 1 of .* names .*none\.png, which is not"):
+        examples[1].source.read_bytes()

@@ -1,0 +1,233 @@
+"""Captions from metadata.jsonl, .csv or .parquet: read right, or refused with file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from diffadapt.data.captions import caption_text, choose_caption_column, composed
+from diffadapt.data.images import listed
+from diffadapt.data.links import leads_out
+from diffadapt.files import read_text, text_lines
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that is there is read
+FILE_COLUMN = "file_name"  # as in the image folders of `datasets`
+DELIMITERS = (",", ";", "\t")  # of csv files; the header tells which
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class MetadataCaptions:
+    """What a metadata file says.
+
+    Attributes:
+        captions: image, as a normal path without links followed -> caption; empty where there is none.
+        lists: how many cells hold several captions, of which the first is used.
+    """
+
+    captions: Mapping[Path, str]
+    lists: int
+
+
+def metadata_in(files: Sequence[Path]) -> dict[Path, Path]:
+    """Folder -> the metadata file in it that is read."""
+    chosen: dict[Path, Path] = {}
+    for name in METADATA:
+        for path in files:
+            if path.name == name:
+                chosen.setdefault(path.parent, path)
+    return chosen
+
+
+def normal(path: Path) -> Path:
+    """The absolute path without "." and "..", links not followed: files of one content stay two."""
+    return Path(os.path.abspath(path))
+
+
+def read_metadata_captions(
+    metadata: Path,
+    files: Sequence[Path],
+    *,
+    root: Path,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    follow_links: bool = False,
+    with_other_columns: bool = False,
+) -> MetadataCaptions:
+    """The captions of a metadata file.
+
+    Args:
+        files: of the folder, to find names that are written in another form of Unicode.
+        root: that links must not leave.
+        with_other_columns: the usual names will do where the columns asked for are not there.
+    Raises: ValueError that names file and line of all that cannot be used.
+    """
+    rows = list(_rows(metadata))
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    if with_other_columns:
+        image_column = image_column if image_column in columns else None
+        caption_column = caption_column if caption_column in columns else None
+    image_column = image_column or FILE_COLUMN
+    if rows and image_column not in columns:
+        raise ValueError(
+            f"{metadata} has no column {image_column!r}; --image_column is one of: {', '.join(columns)}"
+        )
+    caption_column = choose_caption_column(columns, caption_column, metadata) if rows else ""
+    by_name = {
+        composed(path.relative_to(metadata.parent).as_posix()): path for path in _below(files, metadata)
+    }
+    captions: dict[Path, str] = {}
+    line_of: dict[Path, int] = {}
+    problems: list[str] = []
+    lists = 0
+    for line, row in rows:
+        name, cell = row.get(image_column), row.get(caption_column)
+        if not isinstance(name, str) or not name.strip():
+            problems.append(f"line {line}: no name of a file in column {image_column!r}")
+            continue
+        image = _image(name, metadata.parent, by_name)
+        if Path(name).is_absolute() or _leaves(image, metadata.parent, root, follow_links):
+            problems.append(f"line {line}: {name} is outside of the folder")
+            continue
+        if not image.is_file():
+            problems.append(f"line {line}: there is no {name}{_other_case(name, by_name)}")
+            continue
+        try:
+            caption = caption_text(cell, f"line {line}")
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if captions.get(image, caption) != caption:
+            problems.append(f"lines {line_of[image]} and {line} caption {name} differently; keep one of them")
+            continue
+        lists += isinstance(cell, list | tuple) and len(cell) > 1
+        captions[image] = caption
+        line_of[image] = line
+    if problems:
+        raise ValueError(f"{metadata} has {len(problems)} rows that cannot be used:\n{listed(problems)}")
+    return MetadataCaptions(captions, lists)
+
+
+def captions_of_file(path: Path) -> dict[str, str]:
+    """Name of an image -> caption, from the columns file_name and text (caption, prompt) of a table.
+
+    Raises: ValueError for other columns, naming those there are, and for rows that cannot be used.
+    """
+    rows = list(_rows(path))
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    if rows and FILE_COLUMN not in columns:
+        raise ValueError(f"{path} has no column {FILE_COLUMN!r}, only {', '.join(columns)}")
+    column = choose_caption_column(columns, None, path) if rows else ""
+    captions: dict[str, str] = {}
+    for line, row in rows:
+        name = row.get(FILE_COLUMN)
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"line {line} of {path} has no name of a file in column {FILE_COLUMN!r}")
+        caption = caption_text(row.get(column), f"line {line} of {path}")
+        if captions.get(name, caption) != caption:
+            raise ValueError(f"line {line} of {path} captions {name} a second time, in other words")
+        captions[name] = caption
+    return captions
+
+
+def _below(files: Sequence[Path], metadata: Path) -> list[Path]:
+    return [path for path in files if path.is_relative_to(metadata.parent)]
+
+
+def _image(name: str, folder: Path, by_name: Mapping[str, Path]) -> Path:
+    """The file that a name stands for: as it is, in another form of Unicode, or with Windows' separators."""
+    path = normal(folder / name)
+    if path.is_file():
+        return path
+    for candidate in (name, PureWindowsPath(name).as_posix()):
+        key = composed(os.path.normpath(candidate))
+        if key in by_name:
+            return normal(by_name[key])
+    return path
+
+
+def _other_case(name: str, names: Iterable[str]) -> str:
+    """Which file differs from a missing one in small and capital letters alone, for a message."""
+    similar = [other for other in names if other.casefold() == composed(name).casefold()]
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def _leaves(image: Path, folder: Path, root: Path, follow_links: bool) -> bool:
+    if not image.is_relative_to(normal(folder)):
+        return True
+    return not follow_links and leads_out(image, root)
+
+
+def _rows(metadata: Path) -> Iterator[tuple[int, Row]]:
+    """Line number and columns of every row."""
+    if metadata.suffix == ".parquet":
+        return _parquet_rows(metadata)
+    text = read_text(metadata)
+    return _csv_rows(metadata, text) if metadata.suffix == ".csv" else _json_rows(metadata, text)
+
+
+def _json_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(text_lines(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} of {metadata} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} of {metadata} is not of the form {{"column": value, ...}}')
+        yield number, row
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a column stands there twice")
+    return row
+
+
+def _csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
+    """Rows of a csv file, strictly: a quotation mark or comma too many would move words from row to row."""
+    offset = 0
+    first, _, rest = text.partition("\n")
+    if first.lower().startswith("sep="):  # Excel's line that names the delimiter
+        delimiter = first[4:].strip() or "\t"
+        text = rest
+        offset = 1
+    else:
+        delimiter = max(DELIMITERS, key=first.count) if "," not in first else ","
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
+    )
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{metadata} has a column twice: {', '.join(columns)}")
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(columns):
+                raise ValueError(
+                    f"line {reader.line_num + offset} of {metadata} has {len(cells)} fields for "
+                    f"{len(columns)} columns; a caption with {delimiter!r} in it must stand in quotes"
+                )
+            yield reader.line_num + offset, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num + offset} of {metadata} is not CSV: {error}") from None
+
+
+def _parquet_rows(metadata: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(metadata)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{metadata} is not a parquet file: {error}") from None
+    return enumerate(table.to_pylist(), start=1)
