@@ -83,9 +83,7 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
     if options.with_prior_preservation:
         folder = options.class_data_dir or Path(options.output_dir) / "class_images"
         at_size_of_base = replace(report.sampler, height=None, width=None)
-        recipe = ClassRecipe(
-            options.class_prompt, options.pretrained_model_name_or_path, at_size_of_base
-        )
+        recipe = ClassRecipe(options.class_prompt, options.pretrained_model_name_or_path, at_size_of_base)
         count = options.num_class_images
         if options.dry_run:
             classes = planned_class_examples(folder, recipe, count=count, side=model.resolution)

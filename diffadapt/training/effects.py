@@ -32,7 +32,7 @@ ALWAYS = frozenset(
         *("with_prior_preservation", "train_data_dir", "dataset_name", "image_column", "caption_column"),
         *("max_train_samples", "validation_data_dir", "trigger_word", "caption_dropout"),
         *("aspect_ratio_buckets", "streaming", "held_out", "class_labels", "new_class_table"),
-        *("label_dropout", "max_held_out_samples"),
+        *("label_dropout", "max_held_out_samples", "follow_links"),
     )
 )
 
@@ -89,6 +89,7 @@ CONDITIONS = {
     "prior_loss_weight": _is_set("with_prior_preservation"),
     "num_class_images": _is_set("with_prior_preservation"),
     "dataset_config_name": _is_set("dataset_name"),
+    "split": _is_set("dataset_name"),
     "label_column": _is_set("dataset_name"),
     "shuffle_buffer": _is_set("streaming"),
 }

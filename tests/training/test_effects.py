@@ -37,6 +37,7 @@ CASES = {
     "prior_loss_weight": (0.5, {}, {"with_prior_preservation": True}),
     "num_class_images": (7, {}, {"with_prior_preservation": True}),
     "dataset_config_name": ("digits", {"train_data_dir": "x"}, {"dataset_name": "x"}),
+    "split": ("digits", {"train_data_dir": "x"}, {"dataset_name": "x"}),
     "label_column": ("digit", {"train_data_dir": "x"}, {"dataset_name": "x"}),
     "shuffle_buffer": (7, {"dataset_name": "x"}, {"dataset_name": "x", "streaming": True}),
 }
