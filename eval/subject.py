@@ -170,7 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
     add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
     add("--batch_size", type=int, default=8, help="images drawn at once; changes nothing else (default: 8)")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on a GPU, no on a CPU")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="default: that of accelerate launch; else fp16 on a GPU, no on a CPU",
+    )
     add("--seed", type=int, default=0, help="of the first image, and of the bootstrap (default: 0)")
     add("--num_threads", type=int, help="CPU threads; default: all available cores")
     add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")

@@ -37,5 +37,9 @@ def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> 
     add("--height", type=int, help="pixels; default: the size of the training images")
     add("--width", type=int, help="pixels; default: the size of the training images")
     add("--batch_size", type=int, help="images drawn at once; the images do not depend on it")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on a GPU, no on a CPU")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="default: that of accelerate launch; else fp16 on a GPU, no on a CPU",
+    )
     add("--num_threads", type=int, help="CPU threads; default: all available cores")

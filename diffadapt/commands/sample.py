@@ -26,8 +26,9 @@ from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
 from diffadapt.models.text import cut_prompts
 from diffadapt.notices import notify
+from diffadapt.precision import sampling_precision
 from diffadapt.sampling import Sampler, Shot, draw, shots
-from diffadapt.training.session import DTYPES, drawing_precision, use_cores
+from diffadapt.training.session import use_cores
 
 PIPELINE_STEP = 8  # pixels; pipelines take multiples of it
 
@@ -47,9 +48,11 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     base = arguments.base or base_named_in([file.path for file in files])
     use_cores(arguments.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = drawing_precision(arguments.mixed_precision, device)
+    precision = sampling_precision(arguments.mixed_precision, device)
+    for notice in precision.notices:
+        print(notice)
     defaults = drawing_defaults(base, revision=arguments.revision)
-    sampler = sampler_of(arguments, defaults, DTYPES.get(precision), [file.path for file in files])
+    sampler = sampler_of(arguments, defaults, precision.dtype, [file.path for file in files])
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     pipe = open_base(base, device=device, **source)
     _notify_cut_prompts(pipe, wanted, sampler)
@@ -62,7 +65,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         "demo": is_embedded(base),
         "base": base,
         **source,
-        "sampler": {**dataclasses.asdict(sampler), "autocast": precision},
+        "sampler": {**dataclasses.asdict(sampler), "autocast": precision.name},
         "device": device.type,
         **_facts(pipe, files, looks),
         "images": images,

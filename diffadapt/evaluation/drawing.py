@@ -21,8 +21,8 @@ from diffadapt.evaluation.pictures import FilePicture
 from diffadapt.looks import AdapterFile, parse_adapter
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
+from diffadapt.precision import sampling_precision
 from diffadapt.sampling import Sampler, Shot
-from diffadapt.training.session import DTYPES, drawing_precision
 
 BASE = "base"  # label of the images without an adapter
 RUN_FIGURES = ("method", "parameters", "steps", "seconds", "peak_memory_bytes")  # kept of a run.json
@@ -55,12 +55,14 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
     wanted = wanted_shots(arguments, [adapter.path for adapter in adapters])
     base = arguments.base or base_named_in([adapter.path for adapter in adapters])
     device = PartialState().device
-    precision = drawing_precision(arguments.mixed_precision, device)
+    precision = sampling_precision(arguments.mixed_precision, device)
+    for notice in precision.notices:
+        PartialState().print(notice)
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
     sampler = sampler_of(
         arguments,
         drawing_defaults(base, revision=arguments.revision),
-        DTYPES.get(precision),
+        precision.dtype,
         [adapter.path for adapter in adapters],
     )
     pipe = open_base(base, device=device, **source)
@@ -68,7 +70,7 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
     made = {
         "base": base,
         **source,
-        "sampler": {**asdict(sampler), "autocast": precision},
+        "sampler": {**asdict(sampler), "autocast": precision.name},
         "seeds": [shot.seed for shot in wanted],
         **({"labels": labels} if None not in labels else {}),
     }

@@ -17,8 +17,8 @@ from diffadapt.evaluation.pictures import FilePicture
 from diffadapt.evaluation.subjects import Subject, SubjectImages
 from diffadapt.models.any_pipeline import open_base
 from diffadapt.models.families import drawing_defaults
+from diffadapt.precision import Precision, sampling_precision
 from diffadapt.sampling import Sampler, Shot
-from diffadapt.training.session import DTYPES, drawing_precision
 
 BASE = "base"  # label of the images without an adapter
 ADAPTERS = "adapters"  # label of those with each subject's own
@@ -38,7 +38,7 @@ class Drawing:
         seed: of the first subject's first sample; samples of one subject have consecutive seeds, the same
             for every prompt, and every subject has its own.
         num_inference_steps, guidance_scale: None for what suits the base.
-        mixed_precision: no, fp16 or bf16; None for fp16 on a GPU, no on a CPU.
+        mixed_precision: no, fp16 or bf16; None for what `sampling_precision` chooses.
     """
 
     base: str
@@ -56,8 +56,8 @@ class Drawing:
             raise ValueError(f"--samples must be at least 1, got {self.samples}")
 
     @property
-    def precision(self) -> str:
-        return drawing_precision(self.mixed_precision, PartialState().device)
+    def precision(self) -> Precision:
+        return sampling_precision(self.mixed_precision, PartialState().device)
 
     def sampler(self) -> Sampler:
         defaults = drawing_defaults(self.base)
@@ -69,7 +69,7 @@ class Drawing:
             num_inference_steps=steps,
             guidance_scale=guidance,
             batch_size=self.batch_size,
-            autocast=DTYPES.get(self.precision),
+            autocast=self.precision.dtype,
         )
 
     def shots(self, subject: Subject, place: int) -> list[Shot]:
@@ -86,6 +86,8 @@ def draw_subjects(
     With several processes each draws whole batches of every subject's images.
     """
     state, sampler = PartialState(), drawing.sampler()
+    for notice in drawing.precision.notices:
+        state.print(notice)
     pipe = open_base(drawing.base, device=state.device)
     labels = [*([BASE] if with_base else []), *([ADAPTERS] if adapters else [])]
     found: Sets = {}
@@ -99,7 +101,7 @@ def draw_subjects(
                 if adapter is not None:
                     da.detach(adapter)
             made = {"base": drawing.base, "samples": drawing.samples, **vars(sampler)}
-            made["autocast"] = drawing.precision
+            made["autocast"] = drawing.precision.name
             if label == ADAPTERS:
                 made |= {"adapters": dict(adapters), **_training(adapters)}
             found[label] = (images, made)

@@ -16,7 +16,7 @@ DEFAULTS = {
         "train_batch_size": 8,
         "max_train_steps": 2000,
         "lr_scheduler": "constant",
-        "mixed_precision": "bf16",
+        "preferred_precision": "bf16",
         "center_crop": False,
         "num_validation_images": 16,
         "num_inference_steps": 50,

@@ -23,7 +23,7 @@ DEFAULTS = {
         "train_batch_size": 1,
         "max_train_steps": 500,
         "lr_scheduler": "constant",
-        "mixed_precision": "bf16",
+        "preferred_precision": "bf16",
         "center_crop": False,
         "num_validation_images": 4,
         "num_inference_steps": 30,

@@ -11,6 +11,7 @@ from diffadapt.methods import Method
 from diffadapt.models.families import DEFAULTS, TUNED, family_of
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import pairs
+from diffadapt.training.session import launcher_accumulation
 
 Kind = TypeVar("Kind", bound=TrainOptions)
 OWN_RATE = {"prodigy": 1.0}  # optimizers that estimate the rate: what they are given is a factor
@@ -74,7 +75,8 @@ def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ValueError(f"{' and '.join(missing)} {verb} missing; the full command:\n  {command}")
-    return filled(options, DEFAULTS[base_family(options)])
+    defaults = DEFAULTS[base_family(options)]
+    return filled(options, {**defaults, "gradient_accumulation_steps": launcher_accumulation()})
 
 
 def check_ranges(options: TrainOptions) -> None:
@@ -145,6 +147,11 @@ def recommended_rate(options: TrainOptions, method: Method) -> float:
     """The rate when none is given: the optimizer's own, else tuned on this base, else the method's."""
     own = OWN_RATE.get(options.optimizer.lower())
     return own or _tuned(options, method).get("learning_rate", method.learning_rate)
+
+
+def preferred_precision(options: TrainOptions) -> str:
+    """Precision of the base's activations where the machine is fast in it."""
+    return DEFAULTS[base_family(options)]["preferred_precision"]
 
 
 def base_family(options: TrainOptions) -> str:

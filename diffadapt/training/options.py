@@ -80,7 +80,9 @@ class TrainOptions:
     )
     dry_run: bool = option(False, "show the summary with the memory estimate, then end")
     # optimization
-    gradient_accumulation_steps: int = option(1, "microsteps per optimizer step")
+    gradient_accumulation_steps: int | None = option(
+        None, "microsteps per optimizer step; default: those of the launcher, else 1"
+    )
     shard_base: bool = option(False, "spread the frozen base over the processes (FSDP2): less memory on each")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
     optimizer: str = option(
@@ -117,7 +119,10 @@ class TrainOptions:
     )
     # the machine
     mixed_precision: str | None = option(
-        None, "precision of the frozen base and of activations", choices=("no", "fp16", "bf16")
+        None,
+        "precision of activations, and of the frozen base on a GPU; default: that of accelerate launch, else "
+        "what is fast on the machine",
+        choices=("no", "fp16", "bf16"),
     )
     base_precision: str | None = option(
         None,

@@ -9,8 +9,9 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from diffadapt.precision import DTYPES
 
 
 def start(
@@ -25,19 +26,38 @@ def start(
 
     Args:
         patience: how long processes wait for each other before the run is given up; None: torch's default.
-    Raises: ValueError for fp16 where there is no GPU.
     """
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if mixed_precision == "fp16" and (use_cpu or not torch.accelerator.is_available()):
-        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
+        # The training loop accumulates; accelerate would divide by the launcher's number once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(trackers) or None,
         project_dir=logging_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)] if patience is not None else None,
     )
     use_cores(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return accelerator
+
+
+def expected_device() -> torch.device:
+    """The device that `start` will use, without an index."""
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if use_cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type)
+
+
+def launcher_accumulation() -> int:
+    """Microsteps per optimizer step that the launcher exports; 1 where it exports none.
+
+    Raises: ValueError for what is no number of steps.
+    """
+    text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if text == "auto":
+        return 1
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS must be at least 1, got {text!r}")
+    return int(text)
 
 
 def weight_dtype(accelerator: Accelerator, wish: str | None = None) -> torch.dtype:
@@ -53,11 +73,6 @@ def weight_dtype(accelerator: Accelerator, wish: str | None = None) -> torch.dty
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """Precision of activations when drawing; None without mixed precision."""
     return DTYPES.get(accelerator.mixed_precision)
-
-
-def drawing_precision(wish: str | None, device: torch.device) -> str:
-    """Precision of activations when drawing from files, a key of DTYPES or "no": half on a GPU by default."""
-    return wish or ("fp16" if device.type == "cuda" else "no")
 
 
 def use_cores(num_threads: int | None = None, *, processes: int = 1) -> None:
