@@ -9,6 +9,7 @@ from pathlib import Path
 SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed", b"torch/distributed")
 SECONDS_BETWEEN_LOOKS = 0.5
+PROCESSES = Path("/proc")
 
 
 def launcher_pid() -> int | None:
@@ -20,7 +21,7 @@ def launcher_pid() -> int | None:
         return None
     parent = os.getppid()
     try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        command = (PROCESSES / str(parent) / "cmdline").read_bytes()
     except OSError:  # macOS has no /proc: the environment decides
         return parent
     if any(name in command for name in LAUNCHERS):
@@ -29,6 +30,22 @@ def launcher_pid() -> int | None:
 
 
 LAUNCHER = launcher_pid()  # asked for before the slow imports: it may die while they last
+
+
+def launcher_was_asked_for_threads() -> bool:
+    """Whether OMP_NUM_THREADS or --num_cpu_threads_per_process was given to the launcher; False if unknown.
+
+    A launcher exports OMP_NUM_THREADS=1 to what it starts where nobody gave it (Linux alone tells).
+    """
+    if LAUNCHER is None:
+        return False
+    try:
+        environment = (PROCESSES / str(LAUNCHER) / "environ").read_bytes()
+        command = (PROCESSES / str(LAUNCHER) / "cmdline").read_bytes()
+    except OSError:
+        return False
+    is_exported = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment.split(b"\0"))
+    return is_exported or b"--num_cpu_threads_per_process" in command
 
 
 def end_with_launcher() -> None:

@@ -247,6 +247,7 @@ def train_options(**given: object) -> TrainOptions:
         "resolution": 32,
         "center_crop": True,
         "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
         "max_train_steps": 6,
         "learning_rate": 1e-3,
         "lr_scheduler": "constant",

@@ -50,7 +50,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
-        print(notice)
+        notify(notice)
     defaults = drawing_defaults(base, revision=arguments.revision)
     sampler = sampler_of(arguments, defaults, precision.dtype, [file.path for file in files])
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}

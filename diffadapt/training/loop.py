@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffadapt.adapter import Adapter
 from diffadapt.data.batches import Batches
 from diffadapt.data.randomness import seed_from
+from diffadapt.precision import Precision
 from diffadapt.training.ema import AdapterAverage
 from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
@@ -58,6 +59,7 @@ class Trainer:
     notes: dict[str, str] = field(default_factory=dict)  # of a script, kept in the adapter's file
     data: Mapping[str, object] = field(default_factory=dict)  # as `data_record` describes it
     run: str = field(default_factory=lambda: uuid.uuid4().hex)  # id of the run, in all its checkpoints
+    precision: Precision | None = None  # why the accelerator's precision was chosen
     step: int = 0  # optimizer steps made
     position: int = 0  # of the next sample in the endless stream
     skipped: int = 0  # of them left out because a loss or gradient was not finite

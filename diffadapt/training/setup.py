@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from diffadapt.data.stream import Stream
 from diffadapt.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
+from diffadapt.precision import Precision, choose_precision
 from diffadapt.training import output_folder, session
 from diffadapt.training.defaults import (
     base_family,
@@ -24,6 +25,7 @@ from diffadapt.training.defaults import (
     check_text_encoders,
     filled,
     fitted,
+    preferred_precision,
     recommended_rate,
     text_targets,
 )
@@ -46,6 +48,7 @@ class Setup(Generic[Kind]):
     model: Base
     method: Method
     started: float  # time.perf_counter()
+    precision: Precision
 
 
 def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None) -> Setup[Kind]:
@@ -66,8 +69,12 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     check_hub(options)
     method = build_method(options)
     check_text_encoders(options)
+    precision = choose_precision(
+        options.mixed_precision, session.expected_device(), preferred=preferred_precision(options)
+    )
+    options = replace(options, mixed_precision=precision.name)
     accelerator = session.start(
-        mixed_precision=options.mixed_precision,
+        mixed_precision=precision.name,
         num_threads=options.num_threads,
         trackers=trackers,
         logging_dir=options.logging_dir or f"{options.output_dir}/logs",
@@ -76,7 +83,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         for name in ("output_dir", "cache_dir", "logging_dir"):
             if getattr(options, name) is not None:
                 output_folder.check_writable(getattr(options, name), name)
-    for notice in notices:
+    for notice in (*notices, *precision.notices, *accumulation_notices(options)):
         accelerator.print(notice)
     model = load_base(
         options.pretrained_model_name_or_path,
@@ -96,7 +103,16 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
     options = filled(options, known)
     check_resolution(model, options.resolution)
-    return Setup(options, accelerator, model, method, started)
+    return Setup(options, accelerator, model, method, started, precision)
+
+
+def accumulation_notices(options: TrainOptions) -> list[str]:
+    """A line where the option and the launcher name different numbers of microsteps."""
+    exported = session.launcher_accumulation()
+    used = options.gradient_accumulation_steps
+    if exported in (1, used):
+        return []
+    return [f"--gradient_accumulation_steps {used} is used, not the launcher's {exported}"]
 
 
 def check_resolution(model: Base, resolution: int) -> None:
@@ -167,4 +183,6 @@ def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
         prior_weight=prior_weight,
         snr_gamma=options.snr_gamma,
     )
-    return prepare(setup.accelerator, objective, options)
+    trainer = prepare(setup.accelerator, objective, options)
+    trainer.precision = setup.precision
+    return trainer

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 
+import torch
 from diffusers import DiffusionPipeline
 
 from diffadapt.adapter import Adapter
@@ -43,7 +44,7 @@ def before_training(
         "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
         "steps": f"{options.max_train_steps}, rate {rates} ({schedule}), seed {options.seed}",
         "memory": str(estimate_memory(trainer, batches, pipe)),
-        "machine": f"{trainer.accelerator.device}, mixed precision: {options.mixed_precision}",
+        "machine": _machine(trainer),
         "output": options.output_dir,
     }
     lines = [f"{name:<8} " + text.replace("\n", "\n" + " " * 11) for name, text in rows.items()]
@@ -91,6 +92,14 @@ def closing_words(
     if is_embedded(base):
         lines += ["your own pictures, on a real base:", f"  {further}"]
     return "\n".join(lines)
+
+
+def _machine(trainer: Trainer) -> str:
+    """Device, threads of a CPU, and the precision with the reason for it."""
+    device = trainer.accelerator.device
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    precision = trainer.precision or trainer.options.mixed_precision
+    return f"{device}{threads}, mixed precision: {precision}"
 
 
 def _adapter(adapter: Adapter, base_parameters: int) -> str:
