@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = f"{ROOT}[test,pretrain]"
+PACKAGES = f"{ROOT}[test,pretrain,heif]"
 # torch chooses these by platform; a Mac or a machine with another CUDA has others.
 CHOSEN_BY_TORCH = ("nvidia-", "cuda-", "triton")
 

@@ -256,7 +256,7 @@ def demo_seconds(steps: int | None) -> dict:
         if steps is not None:
             command += ["--max_train_steps", str(steps), "--num_validation_images", "0"]
         start = time.perf_counter()
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         seconds = time.perf_counter() - start
         if result.returncode != 0:
             return {"failed": result.stderr[-1000:]}

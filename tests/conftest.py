@@ -5,12 +5,22 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import signal
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker per core
+
+
+# Jobs that a script starts in the background ignore Ctrl-C; these tests send it.
+for name in ("SIGINT", "SIGHUP"):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(
+            getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -31,8 +31,9 @@ def check_loader(adapter: Adapter) -> None:
                 "the file; use --to merged"
             )
         return
-    for model in adapter.roots.values():
-        if hasattr(model, "config") and not hasattr(model, "load_lora_adapter"):
+    for name, model in adapter.roots.items():
+        is_denoiser = not name.startswith("text_encoder")  # pipelines load those of their text encoders
+        if is_denoiser and hasattr(model, "config") and not hasattr(model, "load_lora_adapter"):
             raise ValueError(
                 f"diffusers has no load_lora_adapter for {type(model).__name__}, so nothing could open "
                 "the file; use --to merged"

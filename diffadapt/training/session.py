@@ -132,7 +132,7 @@ def _idle_and_total_ticks() -> dict[int, tuple[int, int]]:
         text = Path("/proc/stat").read_text(encoding="utf-8")
     except OSError:
         return {}
-    cores = os.sched_getaffinity(0)
+    cores = usable_cores()
     ticks = {}
     for name, *numbers in map(str.split, text.splitlines()):
         if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
@@ -151,7 +151,12 @@ def quiet() -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may use; where the system does not say, those of the machine."""
+    """How many cores this process may use."""
+    return len(usable_cores())
+
+
+def usable_cores() -> set[int]:
+    """The cores this process may use; where the system does not say, those of the machine."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))

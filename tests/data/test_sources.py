@@ -180,7 +180,9 @@ def test_metadata_of_other_programs_is_read_right(tmp_path, name, text, caption)
 @pytest.mark.parametrize("cell", ["NaN", "null", '"nan"', '"None"', '""', '" "', "[]", "[null]"])
 def test_what_programs_write_for_nothing_is_no_caption(tmp_path, cell):
     write_pictures(tmp_path, 1)
-    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "picture-0.png", "text": {cell}}}')
+    (tmp_path / "metadata.jsonl").write_text(
+        f'{{"file_name": "picture-0.png", "text": {cell}}}', encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"1 of 1 pictures have no caption(.|\n)*picture-0"):
         captions(tmp_path)
     assert [e.caption for e in instance_folder(tmp_path, "a sks dog")] == ["a sks dog"]
@@ -210,16 +212,16 @@ def test_names_in_both_forms_of_unicode_are_one(tmp_path):
     metadata(tmp_path, [{"file_name": "caf\u00e9.png", "text": "a disc"}])
     assert list(captions(tmp_path).values()) == ["a disc"]
     (tmp_path / "metadata.jsonl").unlink()
-    (tmp_path / "caf\u00e9.txt").write_text("a square")
+    (tmp_path / "caf\u00e9.txt").write_text("a square", encoding="utf-8")
     assert list(captions(tmp_path).values()) == ["a square"]
 
 
 def test_caption_files_have_either_ending_and_one_text(tmp_path):
     write_pictures(tmp_path, 2)
-    (tmp_path / "picture-0.caption").write_text("a disc")
-    (tmp_path / "picture-1.TXT").write_text("a square")
+    (tmp_path / "picture-0.caption").write_text("a disc", encoding="utf-8")
+    (tmp_path / "picture-1.TXT").write_text("a square", encoding="utf-8")
     assert captions(tmp_path) == {"picture-0.png": "a disc", "picture-1.png": "a square"}
-    (tmp_path / "picture-0.txt").write_text("a circle")
+    (tmp_path / "picture-0.txt").write_text("a circle", encoding="utf-8")
     with pytest.raises(ValueError, match="has two captions"):
         captions(tmp_path)
 
@@ -238,7 +240,7 @@ def test_what_is_not_used_is_told_in_one_line(tmp_path, capsys):
     assert "hidden" not in line
     if find_spec("pillow_heif") is None:
         assert "1 .heic (to read them: pip install pillow-heif)" in line
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "text": "b"}')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "text": "b"}', encoding="utf-8")
     (tmp_path / "picture-0.png").rename(tmp_path / "images.zip")
     with pytest.raises(ValueError, match=r"no pictures in .*1 \.zip \(unpack it first\)"):
         instance_folder(tmp_path, "a sks dog")
@@ -253,7 +255,7 @@ def test_all_endings_of_jpeg_are_images(tmp_path, ending):
 def test_kohya_s_folders_repeat_their_images(tmp_path, capsys):
     write_pictures(tmp_path / "3_sks dog", 2)
     write_pictures(tmp_path / "1_toy", 1)
-    (tmp_path / "3_sks dog" / "picture-1.caption").write_text("a sks dog asleep")
+    (tmp_path / "3_sks dog" / "picture-1.caption").write_text("a sks dog asleep", encoding="utf-8")
     told = [(e.source.parent.name, e.caption) for e in instance_folder(tmp_path, "a sks dog")]
     assert told.count(("3_sks dog", "a sks dog")) == told.count(("3_sks dog", "a sks dog asleep")) == 3
     assert told.count(("1_toy", "a sks dog")) == 1
@@ -270,7 +272,7 @@ def test_columns_of_training_need_not_be_those_of_validation(tmp_path):
         metadata(tmp_path, [row])
         assert captions(tmp_path, **columns, with_other_columns=True) == {"picture-0.png": "a"}
     (tmp_path / "metadata.jsonl").rename(tmp_path / "old")
-    (tmp_path / "picture-0.txt").write_text("a")
+    (tmp_path / "picture-0.txt").write_text("a", encoding="utf-8")
     assert captions(tmp_path, **columns, with_other_columns=True) == {"picture-0.png": "a"}
 
 
@@ -280,7 +282,7 @@ def test_a_snapshot_of_the_hub_s_cache_has_its_captions(tmp_path):
     write_pictures(blobs, 1)
     snapshot.mkdir(parents=True)
     rows = [{"file_name": name, "text": name} for name in ("a.png", "b.png")]
-    (blobs / "m").write_text("\n".join(map(json.dumps, rows)))
+    (blobs / "m").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (snapshot / "metadata.jsonl").symlink_to("../../blobs/m")
     for name in ("a.png", "b.png"):
         (snapshot / name).symlink_to("../../blobs/picture-0.png")

@@ -32,7 +32,9 @@ def run(command, *, device="cuda"):
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [str(part) for part in command]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 

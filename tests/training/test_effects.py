@@ -115,7 +115,7 @@ def test_a_budget_for_a_method_without_a_rank_says_so(adapter):
 
 
 def test_a_number_of_a_file_can_be_taken_back(tmp_path):
-    (tmp_path / "a.yaml").write_text("rank: 4\nlearning_rate: 1e-3\nparam_budget: 5k\n")
+    (tmp_path / "a.yaml").write_text("rank: 4\nlearning_rate: 1e-3\nparam_budget: 5k\n", encoding="utf-8")
     taken = ["--rank", "none", "--learning_rate", "none", "--param_budget", "none"]
     options = parse(TrainOptions, ["--config", str(tmp_path / "a.yaml"), *taken])
     assert (options.rank, options.learning_rate, options.param_budget) == (None, None, None)
@@ -123,7 +123,7 @@ def test_a_number_of_a_file_can_be_taken_back(tmp_path):
 
 def test_home_folders_and_the_word_no(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.yaml").write_text("mixed_precision: no\noutput_dir: ~/out\n")
+    (tmp_path / "a.yaml").write_text("mixed_precision: no\noutput_dir: ~/out\n", encoding="utf-8")
     options = parse(TrainOptions, ["--config", "~/a.yaml", "--cache_dir=~/cache"])
     assert options.mixed_precision == "no"
     assert options.output_dir == str(tmp_path / "out")

@@ -70,10 +70,10 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(run, tmp_path, c
 
 
 def test_a_file_in_the_place_of_the_output_folder_is_named(run, tmp_path, capsys):
-    (tmp_path / "out").write_text("a file")
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
     assert run() == 2
     assert "cannot be written to" in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "a file"
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "a file"
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])

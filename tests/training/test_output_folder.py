@@ -71,7 +71,7 @@ def test_a_new_run_asks_before_it_uses_the_folder_of_another(run, tmp_path, caps
 def test_a_folder_that_is_overwritten_keeps_nothing_of_the_run_before(run, tmp_path):
     pictures = {"num_validation_images": 2, "num_inference_steps": 1}
     assert run(checkpointing_steps=1, export_formats="kohya", **pictures) == 0
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "notes.txt").write_text("mine", encoding="utf-8")
     assert (tmp_path / "out" / "adapter_comfyui.safetensors").exists()
     assert run("--overwrite_output_dir", adapter="bitfit", rank=None, max_train_steps=2) == 0
     left = {"adapter.safetensors", "checkpoint-2", "config.yaml", "log.jsonl", "notes.txt", "run.json"}
@@ -81,10 +81,10 @@ def test_a_folder_that_is_overwritten_keeps_nothing_of_the_run_before(run, tmp_p
 
 def test_files_of_others_are_not_replaced_without_asking(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("of a person")
+    (tmp_path / "out" / "README.md").write_text("of a person", encoding="utf-8")
     assert run() == 2
     assert "(README.md)" in capsys.readouterr().err
-    assert (tmp_path / "out" / "README.md").read_text() == "of a person"
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "of a person"
 
 
 def test_latest_without_a_checkpoint_begins_a_run_and_says_so(run, tmp_path, capsys):
@@ -99,13 +99,13 @@ def test_the_end_of_a_run_has_a_checkpoint_that_ends_it_again(run, tmp_path):
     first = load_file(out / "adapter.safetensors")
     os.remove(out / "adapter.safetensors")
     os.remove(out / "run.json")
-    log = (out / "log.jsonl").read_text()
+    log = (out / "log.jsonl").read_text(encoding="utf-8")
     assert run(resume_from_checkpoint="latest", export_formats="kohya") == 0
     again = load_file(out / "adapter.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
-    assert (out / "log.jsonl").read_text() == log
+    assert (out / "log.jsonl").read_text(encoding="utf-8") == log
     assert (out / "adapter_comfyui.safetensors").exists()
-    assert json.loads((out / "run.json").read_text())["steps"] == STEPS
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["steps"] == STEPS
 
 
 def test_a_resumed_run_is_the_one_that_stopped_and_removes_its_own_checkpoints_only(
@@ -117,7 +117,7 @@ def test_a_resumed_run_is_the_one_that_stopped_and_removes_its_own_checkpoints_o
     stopped = run_of(tmp_path / "out" / "checkpoint-2")
     other = tmp_path / "out" / "checkpoint-1"
     other.mkdir()
-    (other / "state.json").write_text('{"run": "another"}')
+    (other / "state.json").write_text('{"run": "another"}', encoding="utf-8")
     limit = {"checkpoints_total_limit": 1, "checkpointing_steps": 1}
     assert run(resume_from_checkpoint=tmp_path / "out" / "checkpoint-2", **limit) == 0
     assert names(tmp_path / "out") == ["checkpoint-1", f"checkpoint-{STEPS}"]
@@ -166,7 +166,7 @@ def test_the_default_folder_is_numbered_where_it_holds_a_run(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert output_folder.settled(Options())[0].output_dir == "runs/default"
     (tmp_path / "runs" / "default").mkdir(parents=True)
-    (tmp_path / "runs" / "default" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "default" / "run.json").write_text("{}", encoding="utf-8")
     options, notices = output_folder.settled(Options())
     assert options.output_dir == "runs/default-2"
     assert notices == ["runs/default holds an earlier run; this one is in runs/default-2"]
@@ -188,4 +188,7 @@ def test_what_cannot_be_is_refused(given, message):
 def test_config_yaml_names_its_run_and_stays_readable(run, tmp_path):
     assert run() == 0
     assert output_folder.run_in(tmp_path / "out") == run_of(tmp_path / "out" / "checkpoint-4")
-    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["max_train_steps"] == STEPS
+    assert (
+        yaml.safe_load((tmp_path / "out" / "config.yaml").read_text(encoding="utf-8"))["max_train_steps"]
+        == STEPS
+    )
