@@ -16,11 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 # Jobs that a script starts in the background ignore Ctrl-C; these tests send it.
-for name in ("SIGINT", "SIGHUP"):
-    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
-        signal.signal(
-            getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
-        )
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

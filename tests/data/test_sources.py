@@ -180,9 +180,8 @@ def test_metadata_of_other_programs_is_read_right(tmp_path, name, text, caption)
 @pytest.mark.parametrize("cell", ["NaN", "null", '"nan"', '"None"', '""', '" "', "[]", "[null]"])
 def test_what_programs_write_for_nothing_is_no_caption(tmp_path, cell):
     write_pictures(tmp_path, 1)
-    (tmp_path / "metadata.jsonl").write_text(
-        f'{{"file_name": "picture-0.png", "text": {cell}}}', encoding="utf-8"
-    )
+    line = f'{{"file_name": "picture-0.png", "text": {cell}}}'
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(ValueError, match=r"1 of 1 pictures have no caption(.|\n)*picture-0"):
         captions(tmp_path)
     assert [e.caption for e in instance_folder(tmp_path, "a sks dog")] == ["a sks dog"]
