@@ -94,7 +94,8 @@ def _attach_lycoris(model: nn.Module, name: str, sites: Sequence[str], rank: int
     added = nn.ModuleList()
     for site in sites:
         layer = model.get_submodule(site)
-        added.append(kind(site.replace(".", "_"), layer, lora_dim=rank, alpha=rank, **options))
+        module = kind(site.replace(".", "_"), layer, lora_dim=rank, alpha=rank, **options)
+        added.append(module.to(layer.weight.device))
         layer.forward = added[-1].forward
     model.adapter = added
 

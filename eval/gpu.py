@@ -175,7 +175,7 @@ def measure_table(
     record["base"] = sum(parameter.numel() for parameter in base.parameters())
     for variant in table.variants():
         if time.monotonic() > deadline:
-            record["failed"][variant] = "no time left"
+            record["failed"][variant] = gpu_page.NO_TIME
             continue
         try:
             record["rows"][variant] = measure_row(base, variant, table, inputs, device)

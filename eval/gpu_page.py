@@ -20,6 +20,7 @@ not depend on them. Rank 16.
 - Bases in half precision run under autocast, what is trained is float32, as with `--mixed_precision`.
 """
 NEVER_RUN = "It has not been run on a GPU yet.\n"
+NO_TIME = "no time left"  # why a row was not measured
 
 
 def page(records: dict, tables: Sequence[str]) -> str:
@@ -70,11 +71,19 @@ def table_lines(record: dict) -> list[str]:
             f"{row['peak_bytes'] / 2**30:.2f}",
             f"{row['rise_bytes'] / 2**20:.0f}",
         ]
-        label = variant if variant == "floor again" else cost_page.label(variant)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {label(variant)} | {' | '.join(cells)} |")
+    missing = [label(variant) for variant, reason in record["failed"].items() if reason == NO_TIME]
+    if missing:
+        lines.append(f"\nNot measured, as the time was over: {', '.join(missing)}.")
     for variant, reason in record["failed"].items():
-        lines.append(f"\n{cost_page.label(variant)}: {reason}")
+        if reason != NO_TIME:
+            lines.append(f"\n{label(variant)} failed: {reason}")
     return [*lines, ""]
+
+
+def label(variant: str) -> str:
+    """The name of a row on the page."""
+    return variant if variant == "floor again" else cost_page.label(variant)
 
 
 def extractor_lines(record: dict) -> list[str]:
