@@ -89,7 +89,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         plan = replace(plan, metrics=tuple(key for key in plan.metrics if key != METRIC))
     given: dict[str, ImageSet | Path] = {}
     for label, name in options.labels_of(arguments.generated).items():
-        given[label] = captioned(open_generated(name, reading), arguments.captions)
+        given[label] = captioned(open_generated(name, reading), arguments)
     reference = None if arguments.reference is None else open_reference(arguments.reference, reading)
     with_prompts = is_drawing or arguments.captions or any(map(has_prompts, arguments.generated))
     check_plan(
@@ -131,11 +131,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return report(problems)
 
 
-def captioned(images: ImageSet | Path, captions: str | None) -> ImageSet | Path:
+def captioned(images: ImageSet | Path, arguments: argparse.Namespace) -> ImageSet | Path:
     """The images of a set with their captions, where some are given and it knows none."""
-    if captions is None or isinstance(images, Path) or images.prompts:
+    if arguments.captions is None or isinstance(images, Path) or images.prompts:
         return images
-    return with_captions(images, captions)
+    return with_captions(images, arguments.captions, follow_links=arguments.follow_links)
 
 
 def check_drawing(

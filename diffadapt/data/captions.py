@@ -69,10 +69,11 @@ class CaptionFiles:
     """
 
     def __init__(self, files: Sequence[Path], folder: Path, *, follow_links: bool = False):
+        self._folder = folder
+        self._follow_links = follow_links
         self._files: dict[tuple[str, str], list[Path]] = {}
         for path in files:
-            is_caption = path.suffix.lower() in CAPTION_ENDINGS
-            if is_caption and path.is_file() and (follow_links or not leads_out(path, folder)):
+            if path.suffix.lower() in CAPTION_ENDINGS:
                 self._files.setdefault(_key(path), []).append(path)
 
     def beside(self, image: Path) -> list[Path]:
@@ -82,8 +83,14 @@ class CaptionFiles:
     def caption(self, image: Path) -> str:
         """The caption beside an image; empty where there is none.
 
-        Raises: ValueError for two files that say different things, or one that is not UTF-8.
+        Raises: ValueError for two files that say different things, one that is not UTF-8, and links out of
+            the folder.
         """
+        outside = [path for path in self.beside(image) if leads_out(path, self._folder)]
+        if outside and not self._follow_links:
+            raise ValueError(
+                f"{outside[0]} is a link out of {str(self._folder)!r}; copy the file, or give --follow_links"
+            )
         texts = {path: caption_text(read_text(path), str(path)) for path in self.beside(image)}
         captions = set(texts.values()) - {""}
         if len(captions) > 1:

@@ -6,6 +6,7 @@ link out of the root is followed only when a person says so (`--follow_links`).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 SNAPSHOTS = "snapshots"  # in the hub's cache: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/SHA256
@@ -13,8 +14,8 @@ BLOBS = "blobs"
 
 
 def is_inside(path: Path, folder: str | Path) -> bool:
-    """Whether a path, with all links followed, lies within a folder."""
-    return path.resolve().is_relative_to(Path(folder).resolve())
+    """Whether a path, with all links followed, lies within a folder; a link to itself leads nowhere else."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def link_root(folder: str | Path) -> Path:

@@ -40,7 +40,7 @@ def metadata_in(files: Sequence[Path]) -> dict[Path, Path]:
     chosen: dict[Path, Path] = {}
     for name in METADATA:
         for path in files:
-            if path.name == name:
+            if path.name.lower() == name and path.is_file():
                 chosen.setdefault(path.parent, path)
     return chosen
 
@@ -68,17 +68,18 @@ def read_metadata_captions(
         with_other_columns: the usual names will do where the columns asked for are not there.
     Raises: ValueError that names file and line of all that cannot be used.
     """
-    rows = list(_rows(metadata))
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    if not follow_links and leads_out(metadata, root):
+        raise ValueError(f"{metadata} is a link out of {str(root)!r}; copy the file, or give --follow_links")
+    rows, columns = _table(metadata)
     if with_other_columns:
         image_column = image_column if image_column in columns else None
         caption_column = caption_column if caption_column in columns else None
     image_column = image_column or FILE_COLUMN
-    if rows and image_column not in columns:
+    if image_column not in columns:
         raise ValueError(
             f"{metadata} has no column {image_column!r}; --image_column is one of: {', '.join(columns)}"
         )
-    caption_column = choose_caption_column(columns, caption_column, metadata) if rows else ""
+    caption_column = choose_caption_column(columns, caption_column, metadata)
     by_name = {
         composed(path.relative_to(metadata.parent).as_posix()): path for path in _below(files, metadata)
     }
@@ -92,11 +93,11 @@ def read_metadata_captions(
             problems.append(f"line {line}: no name of a file in column {image_column!r}")
             continue
         image = _image(name, metadata.parent, by_name)
-        if Path(name).is_absolute() or _leaves(image, metadata.parent, root, follow_links):
-            problems.append(f"line {line}: {name} is outside of the folder")
-            continue
-        if not image.is_file():
-            problems.append(f"line {line}: there is no {name}{_other_case(name, by_name)}")
+        problem = _problem_of_name(name, image, metadata.parent, by_name)
+        if not problem and not follow_links and leads_out(image, root):
+            problem = f"{name} is outside of the folder; copy the file, or give --follow_links"
+        if problem:
+            problems.append(f"line {line}: {problem}")
             continue
         try:
             caption = caption_text(cell, f"line {line}")
@@ -119,11 +120,10 @@ def captions_of_file(path: Path) -> dict[str, str]:
 
     Raises: ValueError for other columns, naming those there are, and for rows that cannot be used.
     """
-    rows = list(_rows(path))
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    if rows and FILE_COLUMN not in columns:
+    rows, columns = _table(path)
+    if FILE_COLUMN not in columns:
         raise ValueError(f"{path} has no column {FILE_COLUMN!r}, only {', '.join(columns)}")
-    column = choose_caption_column(columns, None, path) if rows else ""
+    column = choose_caption_column(columns, None, path)
     captions: dict[str, str] = {}
     for line, row in rows:
         name = row.get(FILE_COLUMN)
@@ -141,11 +141,13 @@ def _below(files: Sequence[Path], metadata: Path) -> list[Path]:
 
 
 def _image(name: str, folder: Path, by_name: Mapping[str, Path]) -> Path:
-    """The file that a name stands for: as it is, in another form of Unicode, or with Windows' separators."""
+    """The file that a name stands for: as it is, or one of the folder's in another form of Unicode, with
+    Windows' separators or without spaces around it.
+    """
     path = normal(folder / name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    for candidate in (name, PureWindowsPath(name).as_posix()):
+    for candidate in (name, name.strip(), PureWindowsPath(name.strip()).as_posix()):
         key = composed(os.path.normpath(candidate))
         if key in by_name:
             return normal(by_name[key])
@@ -158,18 +160,41 @@ def _other_case(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def _leaves(image: Path, folder: Path, root: Path, follow_links: bool) -> bool:
+def _problem_of_name(name: str, image: Path, folder: Path, by_name: Mapping[str, Path]) -> str:
+    """Why a name in metadata is no file of the folder; "" where it is one."""
+    if "\0" in name:
+        return f"{name!r} is no name of a file"
+    if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
+        return f"{name} is an absolute name; write it from the folder of the metadata on"
     if not image.is_relative_to(normal(folder)):
-        return True
-    return not follow_links and leads_out(image, root)
+        return f"{name} is outside of the folder"
+    if not os.path.isfile(image):
+        return f"there is no {name[:200]}{_other_case(name, by_name)}"
+    if any(part.startswith(".") for part in image.relative_to(normal(folder)).parts):
+        return f"{name} is hidden, and hidden files and folders are not read; rename it"
+    return ""
+
+
+def _table(metadata: Path) -> tuple[list[tuple[int, Row]], list[str]]:
+    """Line number and columns of every row, and the names of all columns.
+
+    Raises: ValueError for a table without rows.
+    """
+    rows = list(_rows(metadata))
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    if not rows:
+        header = "; the first line of csv names the columns" if metadata.suffix.lower() == ".csv" else ""
+        raise ValueError(f"{metadata} has no rows{header}")
+    return rows, columns
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, Row]]:
     """Line number and columns of every row."""
-    if metadata.suffix == ".parquet":
+    kind = metadata.suffix.lower()
+    if kind == ".parquet":
         return _parquet_rows(metadata)
     text = read_text(metadata)
-    return _csv_rows(metadata, text) if metadata.suffix == ".csv" else _json_rows(metadata, text)
+    return _csv_rows(metadata, text) if kind == ".csv" else _json_rows(metadata, text)
 
 
 def _json_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:

@@ -17,6 +17,7 @@ from diffadapt.data.examples import Example
 from diffadapt.data.images import list_images, listed
 from diffadapt.data.links import leads_out, visible_files
 from diffadapt.data.metadata import METADATA, metadata_in, normal, read_metadata_captions
+from diffadapt.nearest import few
 from diffadapt.notices import notify
 
 REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's "10_sks dog"; four digits would be a year
@@ -51,12 +52,11 @@ def captioned_folder(
     columns = {"image_column": image_column, "caption_column": caption_column}
     how = {"follow_links": follow_links, "with_other_columns": with_other_columns}
     captions = _captions(folder, files, images, **columns, **how)
-    missing = [str(path) for path in images if not captions.of[path]]
+    missing = [path for path in images if not captions.of[path]]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(images)} pictures have no caption; write it into {METADATA[0]} as "
-            f'{{"file_name": ..., "text": ...}}, or into a .txt file beside the picture:\n{listed(missing)}'
-        )
+        names = listed([str(path) for path in missing])
+        remedy = _caption_remedy(missing[0], metadata_in(files))
+        raise ValueError(f"{len(missing)} of {len(images)} pictures have no caption; {remedy}:\n{names}")
     _notify_unused(folder, without(files, [*images, *captions.files]))
     return _repeated(folder, [Example(path, captions.of[path]) for path in images])
 
@@ -137,6 +137,17 @@ class FolderCaptions:
     files: list[Path]
 
 
+def _caption_remedy(image: Path, metadata: dict[Path, Path]) -> str:
+    """Where the caption of an image without one would be read."""
+    above = [metadata[place] for place in image.parents if place in metadata]
+    if above:
+        return f"add them to {above[0]}, which says the captions of all images below it"
+    return (
+        f'write it into {METADATA[0]} as {{"file_name": ..., "text": ...}}, or into a .txt file beside the '
+        "picture"
+    )
+
+
 def _captions(
     folder: Path,
     files: Sequence[Path],
@@ -204,9 +215,21 @@ def _is_in_repeated_folders(folder: Path) -> bool:
     return bool(holders) and all(REPEATS.fullmatch(path.name) for path in holders)
 
 
+def _notify_unrepeated(folder: Path, examples: Sequence[Example]) -> None:
+    """One line where some images lie in folders named "10_name", and others do not."""
+    places = {example.source.relative_to(folder).parts[0] for example in examples}
+    numbered = sorted(name for name in places if REPEATS.fullmatch(name) and (folder / name).is_dir())
+    if numbered:
+        notify(
+            f"nothing is repeated as {few(numbered)} of {str(folder)!r} may mean: "
+            "not all images lie in folders whose names begin with a number of repeats"
+        )
+
+
 def _repeated(folder: Path, examples: list[Example]) -> list[Example]:
     """The examples, in kohya's layout each as often as the number before its folder's name says."""
     if not _is_in_repeated_folders(folder):
+        _notify_unrepeated(folder, examples)
         return examples
     repeats: dict[str, int] = {}
     repeated: list[Example] = []

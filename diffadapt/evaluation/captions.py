@@ -8,27 +8,32 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from diffadapt.data.captions import CaptionFiles, caption_text
 from diffadapt.data.images import listed
+from diffadapt.data.links import visible_files
 from diffadapt.data.metadata import captions_of_file
 from diffadapt.evaluation.image_sets import ImageSet
 from diffadapt.evaluation.pictures import FilePicture
+from diffadapt.files import read_text
+from diffadapt.models.names import resolve
 from diffadapt.nearest import near
 
 SIDECAR = "sidecar"
 
 
-def with_captions(images: ImageSet, source: str) -> ImageSet:
+def with_captions(images: ImageSet, source: str, *, follow_links: bool = False) -> ImageSet:
     """The set with a caption of each image as its prompt.
 
     Args:
-        source: "sidecar" (IMAGE.txt beside each image), or a file: metadata.jsonl or .csv with the columns
-            file_name and text, or COCO's captions JSON, of which the first caption of an image is taken.
-            Images are found by their name in the set, or the file's name, or that without its ending:
+        source: "sidecar" (IMAGE.txt or IMAGE.caption beside each image), or a file: metadata.jsonl, .csv or
+            .parquet with the columns file_name and text, or COCO's captions JSON, of which the first caption
+            of an image is taken. Images are found by their name in the set, or the file's name, or that without its ending:
             whichever finds most of them.
+        follow_links: of files beside images, also where links lead out of the folder.
     Raises: ValueError that lists the images without a caption; FileNotFoundError for a missing file.
     """
     if source == SIDECAR:
-        captions = {picture.name: _text_beside(picture) for picture in images.pictures}
+        captions = _beside(images, follow_links)
     else:
         captions = _matched(images, _read(Path(source)), source)
     missing = [name for name, text in captions.items() if not text]
@@ -41,33 +46,40 @@ def with_captions(images: ImageSet, source: str) -> ImageSet:
     return replace(images, prompts=prompts)
 
 
-def _text_beside(picture: object) -> str:
-    """The words of image.txt beside image.png; "" where there is none."""
-    if not isinstance(picture, FilePicture) or not isinstance(picture.source, Path):
-        raise ValueError(f"{picture.name}: only images in folders have a text file beside them")
-    file = picture.source.with_suffix(".txt")
-    return " ".join(file.read_text(encoding="utf-8-sig").split()) if file.is_file() else ""
+def _beside(images: ImageSet, follow_links: bool) -> dict[str, str]:
+    """Image -> the caption of the file beside it, as training reads it; "" where there is none."""
+    paths: dict[str, Path] = {}
+    for picture in images.pictures:
+        if not isinstance(picture, FilePicture) or not isinstance(picture.source, Path):
+            raise ValueError(f"{picture.name}: only images in folders have a text file beside them")
+        paths[picture.name] = picture.source
+    folder = Path(resolve(images.source))
+    files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
+    caption_files = CaptionFiles(files, folder, follow_links=follow_links)
+    return {name: caption_files.caption(path) for name, path in paths.items()}
 
 
 def _read(path: Path) -> dict[str, str]:
     """Name in the file -> caption."""
     if not path.is_file():
         raise FileNotFoundError(f"--captions {path}: there is no such file; give a file, or {SIDECAR}")
-    if path.suffix == ".json":
+    kind = path.suffix.lower()
+    if kind == ".json":
         return _coco(path)
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"--captions {path}: expected .jsonl, .csv, COCO's .json, or {SIDECAR}")
+    if kind not in (".jsonl", ".csv", ".parquet"):
+        raise ValueError(f"--captions {path}: expected .jsonl, .csv, .parquet, COCO's .json, or {SIDECAR}")
     return captions_of_file(path)
 
 
 def _coco(path: Path) -> dict[str, str]:
     """File name -> the first caption in COCO's annotations."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         found: dict[str, str] = {}
         for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
-            found.setdefault(names[annotation["image_id"]], " ".join(annotation["caption"].split()))
+            place = f"annotation {annotation['id']} of {path}"
+            found.setdefault(names[annotation["image_id"]], caption_text(annotation["caption"], place))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no COCO captions: {type(error).__name__} {error}") from None
     return found

@@ -39,7 +39,11 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
     add, several = parser.add_argument, {"nargs": "+", "default": []}
     add("--generated", **several, metavar="SET", help="folders, zips, npz, datasets:NAME, embedded:NAME")
     add("--reference", metavar="SET", help="real images, saved features (.safetensors), statistics (.npz)")
-    add("--captions", metavar="FILE", help="of the images: a .jsonl or .csv, COCO's .json, or sidecar")
+    add(
+        "--captions",
+        metavar="FILE",
+        help="of the images: .jsonl, .csv, .parquet, COCO's .json, or sidecar",
+    )
     add("--train", metavar="SET", help="images that were trained on, for authpct and fls")
     add("--adapters", **several, metavar="FILE[:STRENGTH]", help="draw and score images of adapters")
     add("--run", metavar="DIR", help="draw and score every checkpoint of a training run")

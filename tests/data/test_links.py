@@ -71,3 +71,10 @@ def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path):
     (folder / "gone.png").symlink_to("nowhere.png")
     with pytest.raises(ValueError, match=r"1 of 2 .*cannot be read(.|\n)*gone\.png"):
         check_images(list_images(folder))
+
+
+def test_a_link_to_itself_is_named_when_it_is_read(tmp_path):
+    folder = write_pictures(tmp_path / "data", 1)
+    (folder / "self.png").symlink_to("self.png")
+    with pytest.raises(ValueError, match=r"1 of 2 .*cannot be read(.|\n)*self\.png"):
+        check_images(list_images(folder))

@@ -71,7 +71,9 @@ def test_columns_without_metadata_are_an_error(tmp_path):
         captions(tmp_path, caption_column="text")
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "link.png", "none.png"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/secret.png", "C:\\data\\a.png", "link.png", "none.png"]
+)
 def test_names_that_lead_out_of_the_folder_or_nowhere_are_listed(tmp_path, name):
     folder, elsewhere = write_pictures(tmp_path / "data", 1), write_pictures(tmp_path / "elsewhere", 1)
     (elsewhere / "picture-0.png").rename(tmp_path / "secret.png")
@@ -80,7 +82,7 @@ def test_names_that_lead_out_of_the_folder_or_nowhere_are_listed(tmp_path, name)
         (folder / "links" / "link.dat").symlink_to(tmp_path / "secret.png")
         name = "links/link.dat"
     metadata(folder, [{"file_name": "picture-0.png", "text": "a"}, {"file_name": name, "text": "b"}])
-    with pytest.raises(ValueError, match=r"line 2: .*(outside of the folder|there is no)"):
+    with pytest.raises(ValueError, match=r"line 2: .*(outside of the folder|there is no|absolute name)"):
         captions(folder)
 
 
@@ -147,10 +149,17 @@ def test_class_folders_are_numbered_by_name_and_numbers_by_value(tmp_path):
         ("jsonl", '{"file_name": "picture-0.png", "text": "\\ud83d"}', "line 1: .* half of a surrogate pair"),
         ("jsonl", '{"file_name": null, "text": "a"}', "line 1: no name of a file"),
         ("jsonl", '{"file_name": "Picture-0.PNG", "text": "a"}', "did you mean picture-0.png"),
+        ("jsonl", '{"file_name": "picture-0.png\\u0000", "text": "a"}', "line 1: .* is no name of a file"),
+        ("jsonl", f'{{"file_name": "{"a" * 5000}", "text": "a"}}', "line 1: there is no aaa"),
+        ("jsonl", '{"file_name": ".hidden/a.png", "text": "a"}', "line 1: .*hidden.* are not read"),
+        ("csv", "picture-0.png,a disc\n", "has no rows; the first line of csv names the columns"),
+        ("jsonl", "", "has no rows"),
     ],
 )
 def test_metadata_that_would_give_wrong_captions_is_refused_with_its_line(tmp_path, name, text, message):
     write_pictures(tmp_path, 2)
+    write_pictures(tmp_path / ".hidden", 1)
+    (tmp_path / ".hidden" / "picture-0.png").rename(tmp_path / ".hidden" / "a.png")
     (tmp_path / f"metadata.{name}").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         captions(tmp_path)
@@ -167,6 +176,8 @@ def test_metadata_that_would_give_wrong_captions_is_refused_with_its_line(tmp_pa
         ("csv", "\ufefffile_name,text\r\npicture-0.png,a disc\r\n", "a disc"),
         ("csv", "file_name,text\npicture-0.png,a disc\npicture-0.png,a disc\n", "a disc"),
         ("csv", "file_name,text\n.\\picture-0.png,a disc\n", "a disc"),
+        ("csv", "file_name , text\npicture-0.png , a disc \n", "a disc"),
+        ("CSV", "file_name,text\npicture-0.png,a disc\n", "a disc"),
         ("jsonl", '{"file_name": "picture-0.png", "text": [null, "a disc", "x"]}', "a disc"),
         ("jsonl", '{"file_name": "picture-0.png", "text": "red\u2028on\x85white"}', "red on white"),
     ],
@@ -297,3 +308,34 @@ def test_links_out_of_the_data_are_followed_when_asked_for(tmp_path):
     with pytest.raises(ValueError, match="--follow_links"):
         captions(folder)
     assert captions(folder, follow_links=True) == {"a.png": "a disc"}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "picture-0.txt"])
+def test_a_link_out_of_the_data_is_no_source_of_captions(tmp_path, name):
+    secret = tmp_path / "secret"
+    text = '{"file_name": "picture-0.png", "text": "a disc"}' if name == "metadata.jsonl" else "a disc"
+    secret.write_text(text, encoding="utf-8")
+    folder = write_pictures(tmp_path / "data", 1)
+    (folder / name).symlink_to(secret)
+    for read in (captioned_folder, lambda folder: instance_folder(folder, "a sks dog")):
+        with pytest.raises(ValueError, match=rf"{name} is a link out of .*--follow_links"):
+            read(folder)
+    assert captions(folder, follow_links=True) == {"picture-0.png": "a disc"}
+
+
+def test_images_without_a_row_are_sent_to_the_metadata_above_them(tmp_path):
+    write_pictures(tmp_path, 2)
+    metadata(tmp_path, [{"file_name": "picture-0.png", "text": "a disc"}])
+    (tmp_path / "picture-1.txt").write_text("a square", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"add them to .*metadata\.jsonl(.|\n)*picture-1"):
+        captions(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["beside", "in a folder"])
+def test_numbers_in_names_of_some_folders_repeat_nothing_and_that_is_told(tmp_path, capsys, other):
+    write_pictures(tmp_path / "3_sks dog", 1)
+    write_pictures(tmp_path if other == "beside" else tmp_path / "beach", 1)
+    for image in tmp_path.rglob("*.png"):
+        image.with_suffix(".txt").write_text("a disc", encoding="utf-8")
+    assert len(captioned_folder(tmp_path)) == 2
+    assert "nothing is repeated" in capsys.readouterr().out

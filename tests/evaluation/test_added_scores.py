@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from image_files import random_image, write_images
+from pyarrow import parquet
 
+from diffadapt.evaluation.captions import with_captions
 from diffadapt.evaluation.extractors import load_extractor
 from diffadapt.evaluation.image_sets import open_set
 from diffadapt.evaluation.record import read_record
@@ -96,6 +99,35 @@ def test_images_without_a_caption_and_wrong_files_are_named(tmp_path):
     (tmp_path / "coco.json").write_text('{"images": []}', encoding="utf-8")
     with pytest.raises(ValueError, match="holds no COCO captions: KeyError 'annotations'"):
         evaluate_raising(tmp_path, *start, tmp_path / "coco.json")
+
+
+def test_captions_beside_images_are_read_as_training_reads_them(tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, 3, size=(64, 64))
+    (folder / "image-000.caption").write_text("\ufeffa red\u2028disc\non white", encoding="utf-8")
+    (folder / "image-001.TXT").write_text("a square", encoding="utf-8")
+    (tmp_path / "elsewhere").write_text("a cat", encoding="utf-8")
+    (folder / "image-002.txt").symlink_to(tmp_path / "elsewhere")
+    images = open_set(str(folder))
+    with pytest.raises(ValueError, match=r"image-002\.txt is a link out of .*--follow_links"):
+        with_captions(images, "sidecar")
+    followed = with_captions(images, "sidecar", follow_links=True)
+    assert followed.prompts == ("a red disc on white", "a square", "a cat")
+    (folder / "image-000.caption").write_bytes("grün".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"image-000\.caption is not UTF-8"):
+        with_captions(images, "sidecar")
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.JSONL", "captions.parquet"])
+def test_captions_in_tables_keep_characters_that_look_like_line_ends(tmp_path, name):
+    write_images(tmp_path / "images", 1, size=(64, 64))
+    row = {"file_name": "image-000.png", "text": "a red\u2028disc\u2029on\x85white"}
+    if name.endswith("parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    images = with_captions(open_set(str(tmp_path / "images")), str(tmp_path / name))
+    assert images.prompts == ("a red disc on white",)
 
 
 def evaluate_raising(tmp_path, *arguments):
