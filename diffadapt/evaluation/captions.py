@@ -27,8 +27,8 @@ def with_captions(images: ImageSet, source: str, *, follow_links: bool = False) 
     Args:
         source: "sidecar" (IMAGE.txt or IMAGE.caption beside each image), or a file: metadata.jsonl, .csv or
             .parquet with the columns file_name and text, or COCO's captions JSON, of which the first caption
-            of an image is taken. Images are found by their name in the set, or the file's name, or that without its ending:
-            whichever finds most of them.
+            of an image is taken. Images are found by their name in the set, or the file's name, or that
+            without its ending: whichever finds most of them.
         follow_links: of files beside images, also where links lead out of the folder.
     Raises: ValueError that lists the images without a caption; FileNotFoundError for a missing file.
     """
