@@ -18,6 +18,8 @@ not depend on them. Rank 16.
   the same model measured after all others: the difference is noise.
 - peak: the most memory allocated during a step, base included; rise: how much of it the step added.
 - Bases in half precision run under autocast, what is trained is float32, as with `--mixed_precision`.
+- At a batch of one, a fast GPU waits for the machine that launches its kernels: times follow the number of
+  operators more than their arithmetic, and differ from machine to machine. Memory does not.
 """
 NEVER_RUN = "It has not been run on a GPU yet.\n"
 NO_TIME = "no time left"  # why a row was not measured

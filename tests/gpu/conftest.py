@@ -1,4 +1,9 @@
-"""Tests that need a CUDA GPU: skipped elsewhere. Run them with `python -m pytest -n 0 tests/gpu`."""
+"""Tests that need a CUDA GPU: skipped elsewhere.
+
+    timeout --signal=INT 600 python -m pytest -n 8 -rf --tb=short tests/gpu
+
+A run that is interrupted in this way still prints its failures.
+"""
 
 from pathlib import Path
 

@@ -120,7 +120,7 @@ def test_encoders_leave_the_gpu_while_training(tmp_path):
 def test_features_are_the_cpus(tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, 3, 64, 64), generator=generator, dtype=torch.uint8)
-    for name in ("embedded:clip", "digits"):
+    for name in ("embedded:clip", "embedded:digits"):
         on_cpu = load_extractor(name, device="cpu")(images)
         on_gpu = load_extractor(name, device="cuda")(images)
         for layer, expected in on_cpu.items():
