@@ -7,6 +7,7 @@ Arm's bf16, GPUs before compute capability 8.0) it is slower than float32 and le
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,13 @@ def choose_precision(option: str | None, device: torch.device, *, preferred: str
 def sampling_precision(option: str | None, device: torch.device) -> Precision:
     """The precision of sampling from files. See `choose_precision`."""
     return choose_precision(option, device, preferred="fp16")
+
+
+def fast_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast to bf16 where the device computes in it natively; elsewhere float32, as it is."""
+    if not _machine(device).has_bf16:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def decide(machine: Machine, option: str | None, launcher: str | None, *, preferred: str) -> Precision:

@@ -116,6 +116,13 @@ def test_sampling_takes_half_precision_on_a_gpu_alone(monkeypatch):
     assert sampling_precision(None, torch.device("cuda")).name == "fp16"
 
 
+@pytest.mark.parametrize(("machine", "dtype"), [(OLD_CPU, torch.float32), (NEW_CPU, torch.bfloat16)])
+def test_pretraining_autocasts_where_bf16_is_native(monkeypatch, machine, dtype):
+    monkeypatch.setattr(precision, "_machine", lambda device: machine)
+    with precision.fast_autocast(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
 def test_every_family_prefers_a_precision():
     assert {defaults["preferred_precision"] for defaults in DEFAULTS.values()} <= {"no", "bf16"}
 

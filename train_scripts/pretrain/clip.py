@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from diffadapt.precision import fast_autocast
+
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """About 1.7 million parameters: text 3 layers, vision 4 layers of width 128 over 8 px patches."""
@@ -77,7 +79,7 @@ def train(model: CLIPModel, scenes: Scenes, tokenizer: CLIPTokenizer, args: argp
     for step in range(start, args.steps):
         set_rate(optimizer, step, args.steps)
         images, texts, others = batch(scenes, pool, args.batch, step)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with fast_autocast(torch.device("cpu")), sdpa_kernel(SDPBackend.MATH):
             seen = model.get_image_features(pixel_values=torch.cat([images, others])).pooler_output
             read = model.get_text_features(input_ids=tokens(tokenizer, texts)).pooler_output
         seen, scale = seen.float(), model.logit_scale.exp()

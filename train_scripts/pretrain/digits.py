@@ -4,8 +4,8 @@
     python digits.py --build BUILD --source handwriting        # the reverse base
     python digits.py --build BUILD --data FOLDER_OR_DATASET --resolution 32 --channels 64 128 128
 
-v-prediction, bf16 autocast, 10 % dropped labels, averaged weights. Continues from BUILD/unet.state; writes
-BUILD/pipeline (float32), BUILD/samples-*.png at every checkpoint and BUILD/unet.json.
+v-prediction, bf16 where native, 10 % dropped labels, averaged weights. Continues from BUILD/unet.state;
+writes BUILD/pipeline (float32), BUILD/unet.json and BUILD/samples-*.png at every checkpoint.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import save_image
 
 from diffadapt.pipelines import ClassConditionalPipeline
+from diffadapt.precision import fast_autocast
 
 DROPPED = 0.1  # share of labels replaced by the null class
 
@@ -59,7 +60,7 @@ def loss_of(
     noise = torch.randn(pixels.shape, generator=generator)
     t = torch.randint(noiser.config.num_train_timesteps, (len(pixels),), generator=generator)
     noisy, target = noiser.add_noise(pixels, noise, t), noiser.get_velocity(pixels, noise, t)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with fast_autocast(torch.device("cpu")), sdpa_kernel(SDPBackend.MATH):
         made = unet(noisy.contiguous(memory_format=torch.channels_last), t, class_labels=labels).sample
     return F.mse_loss(made.float(), target)
 

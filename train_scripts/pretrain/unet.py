@@ -2,8 +2,8 @@
 
     python train_scripts/pretrain/unet.py --build BUILD --steps 7000        # about two hours on two cores
 
-v-prediction, large batches, bf16 autocast. The text encoder starts as a copy of clip's and learns along at a
-lower rate. Latents and tokens are made once. Continues from BUILD/unet.state; writes
+v-prediction, large batches, bf16 where the CPU has it. The text encoder starts as a copy of clip's and learns
+along at a lower rate. Latents and tokens are made once. Continues from BUILD/unet.state; writes
 BUILD/pipeline (float32, averaged weights), BUILD/samples-*.png at every checkpoint, and BUILD/unet.json.
 """
 
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffadapt.precision import fast_autocast
+
 
 def loss_of(
     models: nn.ModuleDict, noiser: DDPMScheduler, latents: Tensor, ids: Tensor, generator: torch.Generator
@@ -32,7 +34,7 @@ def loss_of(
     t = torch.randint(1000, (len(latents),), generator=generator)
     noisy, target = noiser.add_noise(latents, noise, t), noiser.get_velocity(latents, noise, t)
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with fast_autocast(torch.device("cpu")), sdpa_kernel(SDPBackend.MATH):
         states = models["text_encoder"](ids).last_hidden_state
         made = models["unet"](noisy, t, states).sample
     return F.mse_loss(made.float(), target)

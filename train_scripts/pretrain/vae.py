@@ -23,6 +23,8 @@ from scenes import Scenes, augment, composite
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from diffadapt.precision import fast_autocast
+
 
 def build_model() -> AutoencoderTiny:
     """1.3 million parameters."""
@@ -65,7 +67,7 @@ def train(model: AutoencoderTiny, scenes: Scenes, args: argparse.Namespace) -> d
         images = [scenes.draw(i, rng)[0] for i in rng.sample(range(len(scenes.concept)), args.batch)]
         real = augment(torch.stack(images), generator, zoom=0.35, gain=0.5)
         real = real.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast(torch.device("cpu")):
             latents = model.encode(real).latents
             noise = torch.randn(latents.shape, generator=generator)
             made = model.decode(latents + args.noise * noise).sample
