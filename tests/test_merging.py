@@ -25,7 +25,7 @@ def three():
     return model, bare, adapters
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_three_adapters_merge_in_any_order_and_leave_in_the_order_they_came(three, order):
     model, bare, adapters = three
     x = image().double()
