@@ -84,12 +84,12 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
         folder = options.class_data_dir or Path(options.output_dir) / "class_images"
         at_size_of_base = replace(report.sampler, height=None, width=None)
         recipe = ClassRecipe(options.class_prompt, options.pretrained_model_name_or_path, at_size_of_base)
-        count = options.num_class_images
+        how = {"count": options.num_class_images, "follow_links": options.follow_links}
         if options.dry_run:
-            classes = planned_class_examples(folder, recipe, count=count, side=model.resolution)
+            classes = planned_class_examples(folder, recipe, side=model.resolution, **how)
         else:
             with setup.accelerator.main_process_first():
-                classes = class_examples(model.pipe, folder, recipe, count=count, seed=options.seed)
+                classes = class_examples(model.pipe, folder, recipe, seed=options.seed, **how)
     return make_batches(setup, instances, classes=classes)
 
 

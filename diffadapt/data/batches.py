@@ -207,10 +207,10 @@ class Batches:
         return Examples(examples, (), order)
 
     def _size_notes(self, examples: Sequence[Example], sizes: Sequence[tuple[int, int]]) -> list[str]:
-        sources = [example.source for example in examples]
         square = (self.resolution, self.resolution)
-        targets = [self.bucket_of.get(source, square) for source in sources]
-        return size_notes(sources, sizes, targets)
+        size_of = {example.source: size for example, size in zip(examples, sizes, strict=True)}
+        targets = [self.bucket_of.get(source, square) for source in size_of]
+        return size_notes(list(size_of), list(size_of.values()), targets)
 
     def _cache_kind(self, wanted: str | None) -> str:
         if wanted is None:

@@ -14,9 +14,12 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffadapt.data.examples import Example, folder_examples
+from diffadapt.data.endings import EXTENSIONS, without
+from diffadapt.data.examples import Example
 from diffadapt.data.grid import to_pictures
-from diffadapt.data.images import EXTENSIONS, UndrawnImage
+from diffadapt.data.images import UndrawnImage, list_images
+from diffadapt.data.links import visible_files
+from diffadapt.data.sources import folders_in, notify_unused
 from diffadapt.files import write_atomically
 from diffadapt.notices import notify
 from diffadapt.sampling import Sampler, Shot, draw
@@ -40,37 +43,59 @@ class ClassRecipe:
 
 
 def class_examples(
-    pipe: DiffusionPipeline, folder: str | Path, recipe: ClassRecipe, *, count: int, seed: int
+    pipe: DiffusionPipeline,
+    folder: str | Path,
+    recipe: ClassRecipe,
+    *,
+    count: int,
+    seed: int,
+    follow_links: bool = False,
 ) -> list[Example]:
     """The first `count` images of `folder`, filled up with generated ones where it has fewer.
 
+    What else is in the folder is told in one line.
+
+    Args:
+        follow_links: of images, also where they lead out of the folder.
     Raises: ValueError when the images there were generated from another prompt or base.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    present = _present_examples(folder, recipe, follow_links)
     numbers = _missing(folder, count)
     _check_record(folder, recipe, is_filled=bool(numbers))
-    if numbers:
-        _write_record(folder, recipe, numbers)
+    if not numbers:
+        return present[:count]
+    _write_record(folder, recipe, numbers)
     files = (folder / f"{_name(number)}.png" for number in numbers)
     for images in draw(pipe, [Shot(recipe.prompt, seed + number) for number in numbers], recipe.sampler):
         for picture in to_pictures(images):
             write_atomically(next(files), partial(picture.save, format="png"))
-    return folder_examples(folder, recipe.prompt)[:count]
+    return [Example(path, recipe.prompt) for path in list_images(folder, follow_links=follow_links)][:count]
 
 
 def planned_class_examples(
-    folder: str | Path, recipe: ClassRecipe, *, count: int, side: int
+    folder: str | Path, recipe: ClassRecipe, *, count: int, side: int, follow_links: bool = False
 ) -> list[Example]:
     """`class_examples` without generating and writing: grey squares of `side` pixels for what is missing."""
     folder = Path(folder)
     grey = BytesIO()
     missing = len(_missing(folder, count))
     _check_record(folder, recipe, is_filled=missing > 0)
-    present = folder_examples(folder, recipe.prompt)[:count] if missing < count else []
+    present = _present_examples(folder, recipe, follow_links)[:count]
     Image.new("RGB", (side, side), "grey").save(grey, "png")
     undrawn = Example(UndrawnImage("a class picture that is not drawn yet", grey.getvalue()), recipe.prompt)
     return present + [undrawn] * missing
+
+
+def _present_examples(folder: Path, recipe: ClassRecipe, follow_links: bool) -> list[Example]:
+    """The images that are there, without those of folders in it, which are told."""
+    if not folder.is_dir():
+        return []
+    files, _ = visible_files(folder, follow_links=follow_links)
+    images = list_images(folder, follow_links=follow_links) if _present(folder) else []
+    notify_unused(folder, without(files, [*images, folder / RECORD]), folders_in(folder))
+    return [Example(path, recipe.prompt) for path in images]
 
 
 def _check_record(folder: Path, recipe: ClassRecipe, *, is_filled: bool) -> None:
@@ -128,7 +153,8 @@ def _present(folder: Path) -> set[str]:
     """The names, without endings, of the images in a folder."""
     if not folder.is_dir():
         return set()
-    return {path.stem for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return {path.stem for path in visible if path.suffix.lower() in EXTENSIONS}
 
 
 def _missing(folder: Path, count: int) -> list[int]:

@@ -51,9 +51,9 @@ def open_table(
     return table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class TablePicture:
-    """A picture file in a cell of a data set."""
+    """A picture file in a cell of a data set; equal to another one of the same table and cell."""
 
     table: Dataset
     row: int
@@ -151,13 +151,26 @@ def _checked_numbers(labels: Sequence[object], column: str, name: str) -> list[i
     return list(labels)
 
 
+def _check_names(labels: Sequence[object], column: str, name: str) -> None:
+    """Raises: ValueError that names the first row whose label is no name."""
+    for row, label in enumerate(labels):
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(
+                f"row {row} of {name} has the label {label!r}; column {column!r} holds names of classes: "
+                "leave out images without one"
+            )
+
+
 def _classes(labels: Sequence[object], column: str, name: str) -> tuple[list[str], list[int]]:
     """Names of the classes that occur and each row's number among them.
 
     Labels that are numbers keep their order: 0, 5 and 900 are three classes, not 901.
     """
-    if labels and all(isinstance(label, str) and label.strip() for label in labels):
+    if any(isinstance(label, str) for label in labels):
+        _check_names(labels, column, name)
         distinct = sorted(set(labels))
+        if all(label.isdecimal() for label in distinct):
+            distinct.sort(key=int)  # 2 before 10, as of folders
     else:
         distinct = sorted(set(_checked_numbers(labels, column, name)))
     names = [str(label) for label in distinct]

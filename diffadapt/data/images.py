@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffadapt.data.color_profiles import UnusableProfile, convert_to_srgb
 from diffadapt.data.endings import EXTENSIONS, describe_unused
 from diffadapt.data.links import leads_out, visible_files
+from diffadapt.notices import notify
 
 MAX_PIXELS = 357_913_940  # of one image; Pillow takes more for a decompression bomb
 MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
@@ -24,6 +25,8 @@ MANY = 200  # pictures from which on checking shows its progress
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")  # that are read
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
+JPEGS = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their size
+GIT_LFS = b"version https://git-lfs"
 HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits
 BITS_PER_SAMPLE = 258  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag
@@ -163,7 +166,10 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an image from `opened` once it is turned as EXIF says."""
+    """(width, height) of a JPEG from `opened` once it is turned as EXIF says.
+
+    Of other formats the decoded image knows it: Pillow turns a TIFF file by itself.
+    """
     is_on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     return image.size[::-1] if is_on_its_side else image.size
 
@@ -171,7 +177,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
     """Reads every image once, so that nothing unreadable turns up in the middle of a run.
 
-    Color profiles that cannot be used are told.
+    Color profiles that cannot be used are told. Of a JPEG all data is read, but not made into all pixels.
 
     Returns: the (width, height) of each.
     Raises: ValueError that lists the unreadable files.
@@ -180,18 +186,22 @@ def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
     for source in tqdm(sources, desc="checking images", disable=len(sources) < MANY):
         try:
             with opened(source) as image:
+                size = None
+                if image.format in JPEGS:
+                    size = upright_size(image)
+                    image.draft(image.mode, (1, 1))
                 managed, profile_problem = _managed(image)
         except Exception as error:  # damaged files make Pillow raise almost anything
             problems.append(f"{source}: {error or type(error).__name__}")
             continue
-        sizes.append(managed.size)
+        sizes.append(size or managed.size)
         if profile_problem:
             ignored.append(f"{source}: {profile_problem}")
     if problems:
         count = f"{len(problems)} of {len(sources)}"
         raise ValueError(f"{count} pictures cannot be read; remove or repair:\n{listed(problems)}")
     if ignored:
-        tqdm.write(f"color profiles that are ignored, the colors are taken as sRGB:\n{listed(ignored)}")
+        notify(f"color profiles that are ignored, the colors are taken as sRGB:\n{listed(ignored)}")
     return sizes
 
 
@@ -308,6 +318,11 @@ def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.
     if image.mode == "F":
         largest = values.max(initial=0)
         white = next((level for level in (1.0, 255.0) if largest <= level), 65535.0)
+    if image.mode == "I" and not 0 <= values.min() <= values.max() <= white:
+        raise ValueError(
+            f"its grey values, {values.min():.0f} to {values.max():.0f}, are not of {bits} bits; "
+            "save it with 8 or 16 bits"
+        )
     grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
     if isinstance(transparent, int):
         grey[values == transparent] = 255  # PNG's transparent grey, over white
@@ -317,13 +332,17 @@ def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.
 def _first_bytes(place: str | Path | BytesIO) -> bytes:
     """The bytes in which a format shows itself."""
     if isinstance(place, BytesIO):
-        return place.getvalue()[:12]
+        return place.getvalue()[: len(GIT_LFS)]
     with open(place, "rb") as file:
-        return file.read(12)
+        return file.read(len(GIT_LFS))
 
 
 def _refuse_without_reader(start: bytes, formats: Sequence[str]) -> None:
-    """Raises: ValueError with the remedy for HEIF and AVIF files where nothing installed reads them."""
+    """Raises: ValueError with the remedy for HEIF and AVIF files where nothing installed reads them, and for
+    what stands in for a file that Git LFS has not downloaded.
+    """
+    if start.startswith(GIT_LFS):
+        raise ValueError("Git LFS has not downloaded this file; run git lfs pull")
     if start[4:8] != b"ftyp":
         return
     if start[8:12] in HEIF_BRANDS and "HEIF" not in formats:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from diffadapt.data.images import ImageSource, color_managed, covering_size, opened, to_pixels, upright_size
+from diffadapt.data.images import (
+    JPEGS,
+    ImageSource,
+    color_managed,
+    covering_size,
+    opened,
+    to_pixels,
+    upright_size,
+)
 
 MEMORY = 2 * 2**30  # bytes of scaled images that a run keeps
 READERS = 4  # threads; Pillow lets others work while it decodes
@@ -38,15 +46,16 @@ def read_scaled(source: ImageSource, size: Size) -> ScaledImage:
     and height that it is scaled to.
     """
     with opened(source) as image:
-        original_size = upright_size(image)
-        width, height = covering_size(original_size, size)
-        smallest = (SPARE * width, SPARE * height)
-        if original_size != image.size:  # lies on its side in the file
-            smallest = smallest[::-1]
-        image.draft(image.mode, smallest)
-        managed = color_managed(image)
-    if managed.size != (width, height):
-        managed = managed.resize((width, height), Image.Resampling.BICUBIC)
+        if image.format in JPEGS:
+            original_size = upright_size(image)
+            _reduce(image, original_size, size)
+            managed = color_managed(image)
+        else:
+            managed = color_managed(image)
+            original_size = managed.size
+    scaled = covering_size(original_size, size)
+    if managed.size != scaled:
+        managed = managed.resize(scaled, Image.Resampling.BICUBIC)
     return ScaledImage(managed, original_size)
 
 
@@ -91,3 +100,16 @@ class ScaledImages:
             key = (source, size)
             if key not in self._images and key not in self._reading:
                 self._reading[key] = self._readers.submit(read_scaled, source, size)
+
+
+def _reduce(image: Image.Image, original_size: tuple[int, int], size: Size) -> None:
+    """Lets a JPEG be decoded at a part of its size.
+
+    Args:
+        original_size: (width, height) of the upright image.
+    """
+    width, height = covering_size(original_size, size)
+    smallest = (SPARE * width, SPARE * height)
+    if original_size != image.size:  # lies on its side in the file
+        smallest = smallest[::-1]
+    image.draft(image.mode, smallest)

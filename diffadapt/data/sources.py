@@ -57,7 +57,7 @@ def captioned_folder(
         names = listed([str(path) for path in missing])
         remedy = _caption_remedy(missing[0], metadata_in(files))
         raise ValueError(f"{len(missing)} of {len(images)} pictures have no caption; {remedy}:\n{names}")
-    _notify_unused(folder, without(files, [*images, *captions.files]))
+    notify_unused(folder, without(files, [*images, *captions.files]))
     return _repeated(folder, [Example(path, captions.of[path]) for path in images])
 
 
@@ -81,8 +81,8 @@ def instance_folder(
     if with_captions:
         captions = _captions(folder, files, images, follow_links=follow_links)
         remedies = {}
-    folders = [] if in_folders else _folders_in(folder)
-    _notify_unused(folder, without(files, [*images, *captions.files]), folders, remedies=remedies)
+    folders = [] if in_folders else folders_in(folder)
+    notify_unused(folder, without(files, [*images, *captions.files]), folders, remedies=remedies)
     return _repeated(folder, [Example(path, captions.of[path] or prompt) for path in images])
 
 
@@ -100,7 +100,7 @@ def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[li
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds one folder per class")
-    names = [path.name for path in _folders_in(folder)]
+    names = [path.name for path in folders_in(folder)]
     if not names:
         raise ValueError(f"no class folders in {str(folder)!r}; expected one folder of pictures per class")
     outside = [str(folder / name) for name in names if leads_out(folder / name, folder)]
@@ -118,9 +118,9 @@ def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[li
         images = list_images(folder / name, follow_links=follow_links)
         files, _ = visible_files(folder / name, follow_links=follow_links)
         unused += without(files, images)
-        inner += folders_with_images(_folders_in(folder / name))
+        inner += folders_in(folder / name)
         examples += [Example(path, label) for path in images]
-    _notify_unused(folder, unused, inner)
+    notify_unused(folder, unused, inner)
     return examples, names
 
 
@@ -211,7 +211,7 @@ def _is_in_repeated_folders(folder: Path) -> bool:
     """Whether a folder is laid out as kohya's scripts have it: all images in folders named "10_name"."""
     if not folder.is_dir() or any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
         return False
-    holders = folders_with_images(_folders_in(folder))
+    holders = folders_with_images(folders_in(folder))
     return bool(holders) and all(REPEATS.fullmatch(path.name) for path in holders)
 
 
@@ -242,18 +242,25 @@ def _repeated(folder: Path, examples: list[Example]) -> list[Example]:
     return repeated
 
 
-def _folders_in(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, in the order of their names."""
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
 
 
-def _notify_unused(
+def notify_unused(
     folder: Path,
     files: Sequence[Path],
     folders: Sequence[Path] = (),
     *,
     remedies: dict[str, str] | None = None,
 ) -> None:
-    """One line about what is in a folder and not used."""
+    """One line about what is in a folder and not used.
+
+    Args:
+        files: that are not used.
+        folders: in it, of which those with images are named.
+        remedies: ending -> what would use these files.
+    """
     unused = describe_unused(files, folders_with_images(folders), remedies=remedies)
     if unused:
         notify(f"not used of {str(folder)!r}: {unused}")

@@ -94,12 +94,13 @@ def _items(examples: Sequence[Example]) -> list[Item]:
     sources = [example.source for example in examples]
     folders = [str(source.parent) for source in sources if isinstance(source, Path)]
     folder = os.path.commonpath(folders) if folders else ""
+    contents = {source: _content(source) for source in dict.fromkeys(sources)}  # repeated ones are read once
     items = []
     for example in examples:
         name = str(example.source)
         if isinstance(example.source, Path):
             name = os.path.relpath(name, folder or ".")
-        items.append([name, _content(example.source), _hash(repr(example.caption).encode())])
+        items.append([name, contents[example.source], _hash(repr(example.caption).encode())])
     return items
 
 

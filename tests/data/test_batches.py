@@ -105,6 +105,24 @@ def told(model, batch):
     ]
 
 
+def test_links_folders_and_other_files_among_class_images_are_told(tmp_path, model, capsys):
+    folder = write_pictures(tmp_path / "class", 1)
+    write_pictures(folder / "1_dog", 3)
+    (folder / "._picture-0.png").write_bytes(b"written by macOS")
+    (folder / "a.psd").write_bytes(b"")
+    elsewhere = write_pictures(tmp_path / "elsewhere", 1)
+    (folder / "b.png").symlink_to(elsewhere / "picture-0.png")
+    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=1, batch_size=2))
+    with pytest.raises(ValueError, match="--follow_links"):
+        class_examples(model.pipe, folder, recipe, count=3, seed=0)
+    planned = planned_class_examples(folder, recipe, count=3, side=32, follow_links=True)
+    assert [str(e.source).rpartition("/")[2] for e in planned[:2]] == ["b.png", "picture-0.png"]
+    capsys.readouterr()
+    examples = class_examples(model.pipe, folder, recipe, count=3, seed=0, follow_links=True)
+    assert [e.source.name for e in examples] == ["b.png", "class-00000.png", "picture-0.png"]
+    assert "1 .psd, 1 folder in it (1_dog)" in capsys.readouterr().out
+
+
 def test_a_class_picture_is_whole_or_not_there(tmp_path, model, monkeypatch):
     save = Image.Image.save
 
@@ -274,6 +292,12 @@ def test_images_that_are_blown_up_or_cropped_away_are_told_with_the_worst(model,
         f"2 images lose more than half of their area to the crop, most {tmp_path}/long.png "
         "(270 x 10 pixels): 96%" in description
     )
+
+
+def test_a_repeated_image_is_counted_once_in_notes(model, tmp_path):
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    examples = folder_examples(tmp_path, "a disc")
+    assert "1 images are enlarged more than twice" in make(model, examples * 3).description
 
 
 def test_images_near_the_training_size_have_no_notes(model, tmp_path):

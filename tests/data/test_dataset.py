@@ -114,6 +114,29 @@ def test_labels_are_numbers_with_gaps_or_names(table, capsys):
     assert [e.caption for e in examples] == [2, 0, 2, 1, 0]
 
 
+def test_names_of_classes_that_are_numbers_are_sorted_as_folders_are(table):
+    words = table.remove_columns("label").add_column("label", ["10", "2", "2", "10", "1"])
+    examples, names = labelled_table(words, name="n")
+    assert names == ["1", "2", "10"]
+    assert [e.caption for e in examples] == [2, 1, 1, 2, 0]
+
+
+@pytest.mark.parametrize("missing", [None, " "])
+def test_a_row_without_the_name_of_its_class_is_named(table, missing):
+    words = table.remove_columns("label").add_column("label", ["dog", "ant", missing, "cat", "ant"])
+    with pytest.raises(ValueError, match="row 2 of n has the label"):
+        labelled_table(words, name="n")
+
+
+def test_an_image_of_a_table_that_is_asked_for_again_is_the_same_one(table):
+    """What is read ahead is found by its source."""
+    examples = captioned_table(table, name="n")
+    assert examples[1].source == examples[1].source
+    assert examples[1].source != examples[2].source
+    others = captioned_table(table, name="n")
+    assert examples[1].source != others[1].source  # another table may have the same name
+
+
 def test_captions_of_another_type_are_refused_before_a_row_is_read(table):
     with pytest.raises(ValueError, match=r"column 'label' of n holds ClassLabel.*not captions"):
         captioned_table(table, name="n", caption_column="label")

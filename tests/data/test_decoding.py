@@ -137,3 +137,18 @@ def test_avif_without_a_reader_names_the_remedy(monkeypatch):
     monkeypatch.setattr(images, "readable_formats", lambda: ("PNG",))
     with pytest.raises(ValueError, match=r"a\.avif: this is an AVIF image.*pip install -U pillow"):
         check_images([StoredImage("a.avif", b"\0\0\0\x18ftypavif" + bytes(100))])
+
+
+def test_a_file_that_git_lfs_has_not_downloaded_is_told_apart(tmp_path):
+    (tmp_path / "a.png").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match="git lfs pull"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("value", [-1, 70_000])
+def test_grey_of_32_bits_beyond_16_is_refused_and_not_white(tmp_path, value):
+    Image.new("I", (8, 8), value).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="are not of 16 bits"):
+        open_image(tmp_path / "a.tif")

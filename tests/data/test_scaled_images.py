@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffadapt.data import scaled_images
-from diffadapt.data.images import open_image, to_pixels
+from diffadapt.data import images, scaled_images
+from diffadapt.data.images import check_images, open_image, to_pixels
 from diffadapt.data.scaled_images import ScaledImages, read_scaled
 
 ON_ITS_SIDE = 6  # EXIF orientation
@@ -28,6 +28,17 @@ def photo(path, size, *, orientation=None, **options):
 def test_formats_without_draft_keep_their_pixels(tmp_path, ending):
     path = photo(tmp_path / f"a.{ending}", (300, 200))
     assert to_pixels(read_scaled(path, (32, 32)).image, 32).equal(to_pixels(open_image(path), 32))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_a_turned_image_of_any_format_keeps_its_shape(tmp_path, ending, orientation):
+    path = photo(tmp_path / f"a.{ending}", (64, 32), orientation=orientation)
+    upright = (32, 64) if orientation > 4 else (64, 32)
+    scaled = read_scaled(path, (16, 16))
+    assert scaled.original_size == upright
+    assert scaled.image.size == (upright[0] // 2, upright[1] // 2)
+    assert check_images([path]) == [upright]
 
 
 @pytest.mark.parametrize("size", [(60, 40), (64, 64), (125, 90), (33, 40)])
@@ -59,8 +70,8 @@ def test_kept_read_ahead_and_read_now_are_the_same_image(tmp_path):
     expected = [read_scaled(path, (32, 32)).image.tobytes() for path in paths]
     keeping, reading = ScaledImages(memory=10**6), ScaledImages(memory=0)
     reading.read_ahead([(path, (32, 32)) for path in paths])
-    for images in (keeping, keeping, reading, reading):
-        assert [images.get(path, (32, 32)).image.tobytes() for path in paths] == expected
+    for scaled in (keeping, keeping, reading, reading):
+        assert [scaled.get(path, (32, 32)).image.tobytes() for path in paths] == expected
 
 
 def test_a_kept_image_is_not_decoded_again_and_memory_is_bounded(tmp_path, monkeypatch):
@@ -70,16 +81,28 @@ def test_a_kept_image_is_not_decoded_again_and_memory_is_bounded(tmp_path, monke
     monkeypatch.setattr(
         scaled_images, "read_scaled", lambda path, size: names.append(path.name) or original(path, size)
     )
-    images = ScaledImages(memory=2 * 3 * 32 * 32)
+    keeping = ScaledImages(memory=2 * 3 * 32 * 32)
     for _ in range(2):
         for path in paths:
-            images.get(path, (32, 32))
+            keeping.get(path, (32, 32))
     assert names == ["0.png", "1.png", "2.png", "2.png"]
+
+
+def test_checking_a_large_jpeg_reads_all_of_it_without_making_all_pixels(tmp_path, monkeypatch):
+    path = photo(tmp_path / "a.jpg", (1200, 800), orientation=ON_ITS_SIDE)
+    unpacked = []
+    original = images._managed
+    monkeypatch.setattr(images, "_managed", lambda image: unpacked.append(image.size) or original(image))
+    assert check_images([path]) == [(800, 1200)]
+    assert unpacked == [(150, 100)]
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"1 of 1 .*cannot be read(.|\n)*truncated"):
+        check_images([path])
 
 
 def test_a_damaged_image_raises_when_it_is_asked_for(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    images = ScaledImages(memory=0)
-    images.read_ahead([(tmp_path / "a.png", (32, 32))])
+    reading = ScaledImages(memory=0)
+    reading.read_ahead([(tmp_path / "a.png", (32, 32))])
     with pytest.raises(OSError, match="cannot identify"):
-        images.get(tmp_path / "a.png", (32, 32))
+        reading.get(tmp_path / "a.png", (32, 32))
