@@ -17,6 +17,7 @@ from diffadapt.adapter import Adapter
 from diffadapt.expressions import Dense
 from diffadapt.layers import ADAPTED, ORIGINAL, Entry, Record
 from diffadapt.methods.peft_method import PeftMethod
+from diffadapt.peft_check import check_merge, check_storable, smallest_of_each_kind
 from diffadapt.site import Site
 from diffadapt.summing import wide
 from diffadapt.targets import Found
@@ -58,15 +59,21 @@ class PeftPart(nn.Module):
     @torch.no_grad()
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
         """PEFT's merged weight and bias, as differences."""
+        wrapper, bias = self.copy_of(index, base), self.records[index].base_bias()
+        wrapper.merge(adapter_names=[self.adapter_name])
+        merged = wrapper.get_base_layer()  # another layer than before where PEFT trains a copy, as of norms
+        change = None if bias is None else wide(merged.bias.detach()) - wide(bias)
+        return Update(Dense(wide(merged.weight.detach()) - wide(base)), bias=change)
+
+    def copy_of(self, index: int, base: Tensor) -> nn.Module:
+        """PEFT's layer again, around a base layer with the weight ``base``, wide."""
         layer, record = self.layers[index], self.records[index]
-        alone = copy.deepcopy(layer, {id(record): record, id(self): self})  # a hook of it names this part
-        inner, bias = alone.get_base_layer(), record.base_bias()
+        wrapper = copy.deepcopy(layer, {id(record): record, id(self): self})  # a hook of it names this part
+        inner, bias = wrapper.get_base_layer(), record.base_bias()
         inner.weight = nn.Parameter(wide(base).clone(), requires_grad=False)
         if bias is not None:
             inner.bias = nn.Parameter(wide(bias).clone(), requires_grad=False)
-        alone.merge(adapter_names=[self.adapter_name])
-        change = None if bias is None else inner.bias - wide(bias)
-        return Update(Dense(inner.weight.detach() - wide(base)), bias=change)
+        return wrapper
 
     def dropped(self, x: Tensor, index: int) -> Tensor:
         return x
@@ -183,6 +190,10 @@ def _wrap(adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, fo
         adapter.hooks.append(wrapper.register_forward_hook(part.at_strength, with_kwargs=True))
         layer.__class__, layer._diffadapt = ADAPTED[type(layer)], records[index]
     part.own(wrappers, records)
+    check_storable(method, part.named())
+    for index in smallest_of_each_kind([choice.layers[0] for choice in found]):
+        wrapper = part.copy_of(index, records[index].base())
+        check_merge(method, found[index].site.name, wrapper, adapter.name)
     adapter.add_part(part)
 
 

@@ -191,3 +191,46 @@ def test_without_peft_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft.mapping", None)
     with pytest.raises(ImportError, match="pip install peft"):
         da.make_method("peft:OFT(r=2)")
+
+
+@pytest.mark.parametrize("method", ["RANDLORA(r=2)", "LILY(r=2)", "SHIRA(r=2)"])
+def test_a_method_whose_tensors_no_file_can_hold_is_refused_at_attach(method):
+    model = denoiser()
+    before = state(model)
+    with pytest.raises(ValueError, match="could not be saved after training"):
+        da.attach(model, da.make_method(f"peft:{method}"), "attention")
+    assert [row[:2] for row in state(model)] == [row[:2] for row in before]
+    assert da.attached(model) == {}
+
+
+MERGED_OTHERWISE = {
+    "OFT(r=2, oft_block_size=0)": torch.nn.Conv2d(8, 8, 3),
+    "LORA(r=2)": torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+    "LOHA(r=2)": torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+    "BOFT": torch.nn.Conv2d(8, 8, 3, dilation=2, padding=1),
+    "ADALORA(init_r=3, target_r=2, total_step=100)": torch.nn.Conv2d(8, 8, 3, groups=2),
+}
+
+
+@pytest.mark.parametrize("method", MERGED_OTHERWISE)
+def test_a_merge_that_is_not_the_forward_is_refused_at_attach(method):
+    model = torch.nn.Sequential(MERGED_OTHERWISE[method])
+    output = model(torch.ones(1, 8, 9, 9))
+    with pytest.raises(ValueError, match="exclude it with '!0'"):
+        da.attach(model, da.make_method(f"peft:{method}"), "conv")
+    assert da.attached(model) == {}
+    assert torch.equal(model(torch.ones(1, 8, 9, 9)), output)
+
+
+def test_pefts_copies_of_norms_are_merged():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.GroupNorm(2, 8))
+    adapter = shaken(da.attach(model, da.make_method("peft:LN_TUNING"), "norm"))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    live = model(x)
+    weight = adapter.records["1"].base().clone()
+    assert not torch.equal(adapter.adapted_weight("1"), weight)
+    da.merge(adapter)
+    assert torch.allclose(model(x), live, atol=1e-6)
+    da.unmerge(adapter)
+    assert torch.equal(model(x), live)
+    assert torch.equal(adapter.records["1"].base(), weight)
