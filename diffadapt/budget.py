@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from diffadapt.attaching import Targets, choose_sites
@@ -109,27 +109,41 @@ def fit_budget(
         raise ValueError(
             f"{method} has {least:,} parameters at every rank; leave out the budget or its own rank"
         )
-    return make_method(method, rank=_largest_within(count, budget), **options)
+    plans = plan_parts(make_method(method, rank=1, **options), sites)
+    falls = {rank for plan in plans for site in plan.sites for rank in plan.methods[0].falls(site)}
+    return make_method(method, rank=_largest_within(count, falls, budget), **options)
 
 
-def _largest_within(count: Callable[[int], int | None], budget: int) -> int:
+def _largest_within(count: Callable[[int], int | None], falls: Collection[int], budget: int) -> int:
     """The largest rank with at most ``budget`` parameters; the first of those that train the most, where the
-    parameters stop growing before."""
-    rank = _last(lambda rank: (trial := count(rank)) is not None and trial <= budget)
+    parameters stop growing before.
+
+    Args:
+        falls: the ranks at which the parameters may become fewer; between two of them they never do.
+    """
+
+    def fits(rank: int) -> bool:
+        parameters = count(rank)
+        return parameters is not None and parameters <= budget
+
+    starts = [1, *sorted(rank for rank in falls if 1 < rank <= _MOST)]
+    ends = [*(start - 1 for start in starts[1:]), _MOST]
+    start, end = next(bounds for bounds in reversed(list(zip(starts, ends, strict=True))) if fits(bounds[0]))
+    rank = _last(fits, start, end)
     if rank < _MOST:
         return rank
     most = count(_MOST)
-    return _last(lambda rank: count(rank) < most) + 1
+    return start if count(start) == most else _last(lambda rank: count(rank) < most, start, end) + 1
 
 
-def _last(holds: Callable[[int], bool]) -> int:
-    """The largest rank up to the limit for which something holds, given that it holds up to there."""
-    low, high = 1, 2
-    while high <= _MOST and holds(high):
-        low, high = high, 2 * high
-    while high - low > 1 and low < _MOST:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest rank of ``low..high`` for which something holds, given that it holds up to there."""
+    while low < high:
+        middle = min(2 * low, (low + high + 1) // 2)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 

@@ -10,7 +10,7 @@ from diffadapt.adapter import Adapter
 from diffadapt.attaching import attach_sites, components
 from diffadapt.imports.foreign import Foreign
 from diffadapt.imports.forms import Form, fit
-from diffadapt.imports.names import Names, Place
+from diffadapt.imports.names import Names, Place, remedy
 from diffadapt.layers import Record
 from diffadapt.methods.imported import Imported, bare_path
 from diffadapt.nearest import few
@@ -84,6 +84,7 @@ def _place(foreign: Foreign, roots: Mapping[str, nn.Module]) -> dict[Place, Form
     if missing:
         raise ValueError(
             f"{foreign.path} changes layers that this model does not have: {few(sorted(missing))}"
+            f"{remedy(missing)}"
         )
     return placed
 

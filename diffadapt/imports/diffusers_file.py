@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.imports.forms import Form, form_of, kohya_rule
-from diffadapt.imports.keys import by_layer
+from diffadapt.imports.keys import by_layer, unsupported
 from diffadapt.imports.peft_folder import config_rule
 from diffadapt.nearest import few
 
@@ -40,6 +40,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
         rule = kohya_rule if config is None else config_rule(config, inside)
         forms[layer], unused = form_of(layer, roles, rule)
         left += unused
+    if kinds := unsupported(left):
+        raise ValueError(f"{path} holds {kinds}")
     if left:
         raise ValueError(f"{path} has keys of no known kind of adapter: {few(sorted(left))}")
     return forms

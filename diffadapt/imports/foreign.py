@@ -62,12 +62,17 @@ def open_foreign(path: str | Path) -> Foreign:
     file, config = _choose(path)
     header, tensors = read_tensors(file)
     check_numbers(tensors, file)
-    if config is not None:
-        family, forms = "peft", peft_folder.read(tensors, config, file)
-    elif diffusers_file.recognised(tensors):
-        family, forms = "diffusers", diffusers_file.read(tensors, header, file)
-    else:
-        family, forms = "kohya", kohya.read(tensors, header, file)
+    try:
+        if config is not None:
+            family, forms = "peft", peft_folder.read(tensors, config, file)
+        elif diffusers_file.recognised(tensors):
+            family, forms = "diffusers", diffusers_file.read(tensors, header, file)
+        else:
+            family, forms = "kohya", kohya.read(tensors, header, file)
+    except ValueError as error:
+        if str(file.parent) in str(error):  # names the file, or the configuration beside it
+            raise
+        raise ValueError(f"{file}: {error}") from error
     return Foreign(file, family, forms, header, digest(tensors))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,6 +45,31 @@ REPLACED = {
     ".base_layer.weight": "new_weight",
     ".base_layer.bias": "new_bias",
 }
+# ends and starts of keys by which kinds of files are told that are not opened
+_OTHER_ENDS = {
+    ".oft_blocks": "OFT or BOFT",
+    ".oft_diag": "OFT",
+    ".oft_R.weight": "OFT",
+    ".oft_r": "OFT",
+    ".boft_R": "BOFT",
+    ".boft_s": "BOFT",
+    ".a1.weight": "GLoRA",
+    ".a2.weight": "GLoRA",
+    ".b1.weight": "GLoRA",
+    ".b2.weight": "GLoRA",
+    ".bm.weight": "GLoRA",
+    ".glora_A": "GLoRA",
+    ".on_input": "IA3",
+    ".ia3_l": "IA3",
+    "emb_params": "textual inversion",
+}
+_OTHER_STARTS = {
+    "model.diffusion_model.": "a whole checkpoint",
+    "first_stage_model.": "a whole checkpoint",
+    "conditioner.embedders.": "a whole checkpoint",
+    "cond_stage_model.": "a whole checkpoint",
+    "lora_controlnet": "ControlNet's LoRA",
+}
 
 
 class Named(NamedTuple):
@@ -73,3 +98,21 @@ def by_layer(
         else:
             layer[roles[end]] = Named(key, tensor)
     return layers, left
+
+
+def unsupported(keys: Iterable[str]) -> str:
+    """What kinds of files, known but not opened, these keys belong to; empty for none."""
+    kinds: dict[str, str] = {}
+    for key in sorted(keys):
+        by_end = (kind for end, kind in _OTHER_ENDS.items() if key.endswith(end))
+        by_start = (kind for start, kind in _OTHER_STARTS.items() if key.startswith(start))
+        kind = next(by_end, None) or next(by_start, None)
+        if kind is not None:
+            kinds.setdefault(kind, key)
+    if not kinds:
+        return ""
+    listed = " and ".join(f"{kind} (keys such as {key})" for kind, key in kinds.items())
+    return (
+        f"{listed}: not supported; merge it into the base with the program that wrote it, then "
+        "`diffadapt extract` makes an adapter of the difference"
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.imports.forms import Form, form_of, kohya_rule
-from diffadapt.imports.keys import by_layer
+from diffadapt.imports.keys import by_layer, unsupported
 from diffadapt.nearest import few
 
 OURS = "diffadapt.method"  # in the header of files we exported
@@ -29,6 +29,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
             roles["base_magnitude"] = roles.pop("dora_scale")
         forms[layer], unused = form_of(layer, roles, kohya_rule)
         left += unused
+    if kinds := unsupported(left):
+        raise ValueError(f"{path} holds {kinds}")
     if left or not forms:
         raise ValueError(
             f"{path} is not a diffadapt file, and not wholly LoRA, LoCon, LoHa, LoKr, DoRA, full or norms: "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -11,7 +12,14 @@ from diffadapt.targets import weighted_layers
 
 Place = tuple[str, str]  # component and path of a layer
 
-_DENOISER = {"dotted": ("", "unet.", "transformer."), "flat": ("lora_unet_", "lycoris_", "lora_transformer_")}
+_DENOISER = {
+    "dotted": ("", "unet.", "transformer.", "diffusion_model."),
+    "flat": ("lora_unet_", "lycoris_", "lora_transformer_"),
+}
+# how names begin in the original code of FLUX and SD3, and in files of kohya's scripts for them
+_ORIGINAL_TRANSFORMERS = re.compile(
+    r"(?:lora_unet_|lycoris_|diffusion_model\.|transformer\.|model\.)*(?:double|single|joint)_blocks[._]\d"
+)
 _ENCODERS = {
     "text_encoder": {"dotted": ("text_encoder.", ""), "flat": ("lora_te_", "lora_te1_")},
     "text_encoder_2": {"dotted": ("text_encoder_2.", ""), "flat": ("lora_te2_",)},
@@ -42,6 +50,17 @@ class Names:
     def find(self, name: str) -> Place | None:
         """The place of a layer, None where the model has no such layer."""
         return self.places.get(name.replace(".processor.", ".").removesuffix(".processor"))
+
+
+def remedy(missing: Iterable[str]) -> str:
+    """The end of an error message about layers that a model does not have; empty where nothing is known."""
+    if not any(_ORIGINAL_TRANSFORMERS.match(layer) for layer in missing):
+        return ""
+    return (
+        "; these are names of the original code of FLUX and SD3, whose layers hold query, key and value in "
+        "one, and are not read: convert the file to diffusers' names first, as diffusers' own "
+        "load_lora_weights does"
+    )
 
 
 def current_name(layer: str) -> str:

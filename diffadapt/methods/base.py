@@ -72,6 +72,14 @@ class Method:
         """Names and shapes of a site's trained tensors. Raises ValueError for a site it cannot change."""
         raise TypeError(f"{type(self).__name__} does not define trained()")
 
+    def falls(self, site: Site) -> tuple[int, ...]:
+        """The ranks at which a site's number of trained values may be lower than at the rank before."""
+        return ()
+
+    def decays(self, key: str) -> bool:
+        """Whether weight decay may pull the trained tensor ``key`` towards zero: zeros are no change."""
+        return True
+
     def stored(self, site: Site) -> Shapes:
         """Further tensors a site keeps in the file without training them."""
         return {}

@@ -49,12 +49,20 @@ class LieRA(RankedMethod):
         check_choice("order", self.order, ("first", "exp"))
         check_choice("conv_reshape", self.conv_reshape, RESHAPES)
         check_choice("inner", self.inner, ("lora", "dora", "pissa", "flora"))
+        if self.conv_reshape != "peft" and self.inner in ("pissa", "flora"):
+            raise ValueError(
+                f"liera: inner={self.inner} has factors of its own shapes, so conv_reshape="
+                f"{self.conv_reshape} would have no effect; leave it out, or take inner=lora or dora"
+            )
 
     def trained(self, site: Site) -> Shapes:
         if self.inner in ("pissa", "flora"):
             return self._inner().trained(site)
         magnitude = {"magnitude": (site.out,)} if self.inner == "dora" else {}
         return factor_shapes(site, self.rank, self.conv_reshape) | magnitude
+
+    def decays(self, key: str) -> bool:
+        return self.inner != "pissa" and key != "magnitude"
 
     def stored(self, site: Site) -> Shapes:
         return self._inner().stored(site) if self.inner == "pissa" else {}

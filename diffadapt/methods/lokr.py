@@ -41,9 +41,12 @@ class LoKr(RankedMethod):
     def trained(self, site: Site) -> Shapes:
         (a, c), (b, d) = self._split(site.out), self._split(site.channels_in)
         kernel = math.prod(site.kernel)
-        if self.rank < max(c, d) / 2:
+        if self.rank < _least_dense(c, d):
             return {"left": (a, b), "up": (c, self.rank), "down": (self.rank, d * kernel)}
         return {"left": (a, b), "right": (c, d * kernel)}
+
+    def falls(self, site: Site) -> tuple[int, ...]:
+        return (_least_dense(self._split(site.out)[1], self._split(site.channels_in)[1]),)
 
     def start(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
@@ -64,3 +67,8 @@ class LoKr(RankedMethod):
         limit = math.isqrt(size) if self.factor == -1 else min(self.factor, math.isqrt(size))
         small = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
         return small, size // small
+
+
+def _least_dense(rows: int, columns: int) -> int:
+    """The least rank for which the right factor is dense: half its longer side, rounded up."""
+    return -(-max(rows, columns) // 2)

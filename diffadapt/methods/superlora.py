@@ -63,6 +63,10 @@ class SuperLoRA(RankedMethod):
                 f"superlora: projection={self.projection} needs rho=1, got rho={self.rho}; "
                 "use a linear or nonlinear projection to train fewer entries"
             )
+        if self.tensor_order == 1 and self.alpha is not None:
+            raise ValueError(
+                f"superlora: alpha={self.alpha} is divided by the rank, and tensor_order=1 has none; give scale"
+            )
         for option, value, wanted in (
             ("reshape=False", self.reshape, True),
             ("kron_factors", self.kron_factors, 1),
@@ -95,6 +99,9 @@ class SuperLoRA(RankedMethod):
     def prepare(self, layout: Layout, tensors: Mapping[str, Tensor]) -> list[Expression]:
         return layout.changes(tensors)
 
+    def decays(self, key: str) -> bool:
+        return not self.projection.startswith("nonlinear")  # the output of the start is subtracted
+
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         return Update(tensors["change"], self.multiplier)
 
@@ -112,7 +119,15 @@ class SuperLoRA(RankedMethod):
                 f"({' x '.join(map(str, axes))}), got {self.rank}; lower the rank or the tensor order, or "
                 "use fewer groups"
             )
-        return Fold(entries, axes, self.rank, self.core, self.kron_factors - 1, self.kron_block)
+        fold = Fold(entries, axes, self.rank, self.core, self.kron_factors - 1, self.kron_block)
+        if self.kron_factors > 1 and self.rank > min(fold.inner):
+            first = sites[group.pieces[0].site].name
+            raise ValueError(
+                f"superlora: rank must be at most {min(fold.inner)}, the shortest side of the last Kronecker "
+                f"factor of the group of {first} ({' x '.join(map(str, fold.inner))}), got {self.rank}; lower "
+                "the rank, kron_factors or kron_block, or use fewer groups"
+            )
+        return fold
 
     def _check_groups(self) -> None:
         if self.groups not in ("weight", "layer") and (not isinstance(self.groups, int) or self.groups < 1):

@@ -248,3 +248,61 @@ def test_half_precision_files_open(tmp_path):
     adapter = da.load(unet(), tmp_path / "half.safetensors")
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
     assert load_file(tmp_path / "half.safetensors")["lora_unet_conv_in.lora_up.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("lora_unet_conv_in.oft_blocks", "OFT or BOFT"),
+        ("lora_unet_conv_in.oft_diag", "OFT"),
+        ("unet.conv_in.oft_R.weight", "OFT"),
+        ("unet.conv_in.boft_R", "BOFT"),
+        ("lora_unet_conv_in.a1.weight", "GLoRA"),
+        ("lora_unet_conv_in.on_input", "IA3"),
+        ("emb_params", "textual inversion"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("beside", ["lora_unet_conv_in.alpha", "unet.conv_in.lora_A.weight"])
+def test_kinds_of_files_that_are_not_opened_are_named(tmp_path, key, kind, beside):
+    path = tmp_path / "other.safetensors"
+    tensors = {key: torch.ones(1)}
+    if beside.endswith("alpha"):
+        tensors[beside] = torch.ones(1)
+    else:
+        tensors |= {beside: torch.ones(2, 4, 3, 3), beside.replace("_A", "_B"): torch.ones(32, 2, 1, 1)}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"other\.safetensors holds {kind} .*{key}.*not supported"):
+        da.load(unet(), path)
+
+
+def test_the_prefix_of_other_trainers_for_the_denoiser_is_read(tmp_path):
+    path, model = tmp_path / "trainer.safetensors", unet()
+    adapter = da.attach(model, da.LoRA(rank=2), "attention")
+    shake(adapter.parameters())
+    live = output(model)
+    tensors = {}
+    for site, own in zip(adapter.sites, adapter.parts[0].tensors, strict=True):
+        tensors[f"diffusion_model.{site.name}.lora_A.weight"] = own["down"].detach().clone()
+        tensors[f"diffusion_model.{site.name}.lora_B.weight"] = own["up"].detach().clone()
+    save_file(tensors, path)
+    fresh = unet()
+    da.load(fresh, path)
+    assert torch.allclose(output(fresh), live, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "diffusion_model.single_blocks.3.linear1",
+        "transformer.double_blocks.0.img_attn.qkv",
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",
+    ],
+)
+def test_fused_names_of_original_transformers_are_named(tmp_path, layer):
+    path = tmp_path / "fused.safetensors"
+    factors = {"lora_down": torch.ones(2, 8), "lora_up": torch.ones(24, 2)}
+    save_file({f"{layer}.{key}.weight": value for key, value in factors.items()}, path)
+    with pytest.raises(ValueError, match=r"original code of FLUX and SD3.*convert the file"):
+        da.load(unet(), path)
