@@ -206,6 +206,14 @@ class Part(nn.Module):
         keep = torch.rand(x.shape, device=x.device, generator=generator) >= share
         return x * keep / (1 - share)
 
+    def without_decay(self) -> list[nn.Parameter]:
+        """The trained tensors that weight decay would take away from the base: absolute values, as DoRA's
+        magnitudes, whose zeros are no start."""
+        owned = [(self.methods[0], self.shared), *zip(self.methods, self.tensors, strict=True)]
+        return [
+            tensor for method, tensors in owned for key, tensor in tensors.items() if not method.decays(key)
+        ]
+
     def named(self) -> dict[str, Tensor]:
         """Every stored tensor by its name in a file, in the order of ``PartPlan.stored``."""
         own = {

@@ -75,6 +75,10 @@ class PeftPart(nn.Module):
             inner.bias = nn.Parameter(wide(bias).clone(), requires_grad=False)
         return wrapper
 
+    def without_decay(self) -> list[nn.Parameter]:
+        """None: PEFT's tensors decay as they do in PEFT's own training."""
+        return []
+
     def dropped(self, x: Tensor, index: int) -> Tensor:
         return x
 

@@ -50,6 +50,9 @@ class ClassEmbedding(Method):
     def shared(self, sites: Sequence[Site]) -> Shapes:
         return {self.lent(site)["table"]: self._table(site) for site in sites}
 
+    def decays(self, key: str) -> bool:
+        return False
+
     def lent(self, site: Site) -> dict[str, str]:
         rows, dim = self._table(site)
         return {"table": f"table_{rows}x{dim}"}

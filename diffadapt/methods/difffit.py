@@ -59,6 +59,9 @@ class DiffFit(ClassEmbedding):
         chosen = {"gamma": self.gamma, "beta": self.beta}
         return {key: (site.out,) for key, wanted in chosen.items() if wanted}
 
+    def decays(self, key: str) -> bool:
+        return key != "gamma" and not key.startswith("table_")
+
     def shared(self, sites: Sequence[Site]) -> Shapes:
         return super().shared([site for site in sites if site.kind == "embedding"])
 

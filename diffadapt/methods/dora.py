@@ -32,6 +32,9 @@ class DoRA(LoRA):
     def trained(self, site: Site) -> Shapes:
         return super().trained(site) | {"magnitude": (site.out,)}
 
+    def decays(self, key: str) -> bool:
+        return key != "magnitude"
+
     def start(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:

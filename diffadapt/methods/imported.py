@@ -62,6 +62,9 @@ class Imported(Method):
             ) from error
         return shapes
 
+    def decays(self, key: str) -> bool:
+        return key not in MAGNITUDES
+
     def update(self, site: Site, tensors: Tensors, base: Tensor) -> Update:
         own = self._own(site)
         delta, multiplier, bias = FORMS[own["form"]](tensors), float(own["multiplier"]), tensors.get("bias")

@@ -40,6 +40,9 @@ class PiSSA(Method):
     def stored(self, site: Site) -> Shapes:
         return {f"start_{key}": shape for key, shape in self.trained(site).items()}
 
+    def decays(self, key: str) -> bool:
+        return False  # zeros would take the start out of the weight
+
     def start(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:

@@ -45,6 +45,9 @@ class Gamma(Method):
     def trained(self, site: Site) -> Shapes:
         return {"gamma": (site.out,)}
 
+    def decays(self, key: str) -> bool:
+        return False
+
     def start(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:

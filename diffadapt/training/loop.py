@@ -119,7 +119,9 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
     watch = GradientWatch(trainer.adapter) if trainer.step == 0 else None
     while trainer.step < trainer.options.max_train_steps:
         started = time.perf_counter()
-        rate, *text_rate = trainer.scheduler.get_last_lr()
+        rates = trainer.scheduler.get_last_lr()
+        rate = rates[0]
+        text_rate = None if trainer.options.text_encoder_lr is None else rates[-1]
         losses = _accumulate(trainer, batches)
         norm = _clip(trainer)
         loss = _mean_loss(trainer, losses)
@@ -132,7 +134,7 @@ def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
         trainer.step += 1
         trainer.position += trainer.batch_size
         seconds = time.perf_counter() - started
-        yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, not finite, *text_rate)
+        yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, not finite, text_rate)
 
 
 def positions(trainer: Trainer, microstep: int) -> Sequence[int]:

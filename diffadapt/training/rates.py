@@ -1,4 +1,4 @@
-"""Which trained tensors have which learning rate: those of the text encoders can have their own."""
+"""Which trained tensors have which learning rate and weight decay, as groups of an optimizer."""
 
 from collections.abc import Iterator
 from typing import TypedDict
@@ -9,25 +9,42 @@ from diffadapt.adapter import Adapter
 
 
 class RateGroup(TypedDict, total=False):
-    """A parameter group of an optimizer; without ``lr`` it has the optimizer's."""
+    """A parameter group of an optimizer; without ``lr`` or ``weight_decay`` it has the optimizer's."""
 
     params: list[nn.Parameter]
     lr: float
+    weight_decay: float
 
 
 def rate_groups(adapter: Adapter, text_encoder_lr: float | None = None) -> list[RateGroup]:
-    """The trained tensors in one group; with a rate for the text encoders, theirs in a second one.
+    """The trained tensors: first the denoiser's, then, with a rate for the text encoders, theirs.
+
+    Tensors for which zero is not the base, as scales that start at 1, are groups without weight decay.
 
     Raises: ValueError for tensors that serve the denoiser and a text encoder at once.
     """
     trained = [p for p in adapter.parameters() if p.requires_grad]
     if text_encoder_lr is None:
-        return [{"params": trained}]
+        return _by_decay(adapter, {"params": trained})
     of_text = {id(p) for part in adapter.parts for p in _of_text_encoders(part)}
+    denoiser = [p for p in trained if id(p) not in of_text]
+    text = [p for p in trained if id(p) in of_text]
     return [
-        {"params": [p for p in trained if id(p) not in of_text]},
-        {"params": [p for p in trained if id(p) in of_text], "lr": text_encoder_lr},
+        *_by_decay(adapter, {"params": denoiser}),
+        *_by_decay(adapter, {"params": text, "lr": text_encoder_lr}),
     ]
+
+
+def _by_decay(adapter: Adapter, group: RateGroup) -> list[RateGroup]:
+    """The group as it is, or as two: with the optimizer's weight decay, and without any."""
+    without_decay = {id(p) for part in adapter.parts for p in part.without_decay()}
+    decaying = [p for p in group["params"] if id(p) not in without_decay]
+    resting = [p for p in group["params"] if id(p) in without_decay]
+    groups: list[RateGroup] = [
+        {**group, "params": decaying},
+        {**group, "params": resting, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _of_text_encoders(part: nn.Module) -> Iterator[nn.Parameter]:

@@ -8,12 +8,14 @@ import torch
 from pipelines import train_options
 from small_run import SmallBatches, bits, same_bits, small_trainer
 
+import diffadapt as da
 from diffadapt.method_names import make_method
 from diffadapt.training import state
 from diffadapt.training.defaults import recommended_rate
 from diffadapt.training.loop import train
 from diffadapt.training.optimizers import OTHERS, make_optimizer
 from diffadapt.training.packing import pack, unpack
+from diffadapt.training.rates import rate_groups
 
 OPTIMIZERS = {
     "prodigy": {"learning_rate": 1.0, "optimizer_options": "safeguard_warmup=true,d0=1e-4"},
@@ -53,6 +55,42 @@ def test_the_scalars_of_prodigy_are_in_the_state(tmp_path):
     assert group["d_numerator"] != 0
     assert json.dumps(["k", 3]) in stored
     assert json.dumps(["d_numerator", group["d_numerator"]]) in stored
+
+
+UNDECAYED = {
+    "lora(rank=2)": 0,
+    "loha(rank=2)": 0,
+    "bitfit": 0,
+    "gamma": 1,
+    "difffit(beta=false,norms=false)": 1,
+    "dora(rank=2)": 1 / 3,
+    "pissa(rank=2)": 1,
+    "liera(rank=2,inner=dora)": 1 / 3,
+    "liera(rank=2,inner=pissa)": 1,
+    "superlora(rank=1,groups=1,projection=nonlinear)": 1,
+    "superlora(rank=1,groups=1)": 0,
+    "lora(rank=2)+gamma": 1 / 3,
+}
+
+
+@pytest.mark.parametrize("method", UNDECAYED)
+def test_weight_decay_leads_to_the_base(method):
+    """Without gradients, an adapter that has not learned anything stays the base."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 5))
+    x = torch.randn(4, 6)
+    base = model(x)
+    adapter = da.attach(model, make_method(method), "linear")
+    groups = rate_groups(adapter)
+    optimizer = make_optimizer(groups, train_options(learning_rate=0.1, adam_weight_decay=0.5))
+    for _ in range(5):
+        for parameter in adapter.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert torch.allclose(model(x), base, atol=1e-5)
+    exempt = [p for group in groups if group.get("weight_decay") == 0.0 for p in group["params"]]
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    assert len(exempt) == round(UNDECAYED[method] * len(trained))
 
 
 def parameters():
