@@ -66,7 +66,9 @@ def check_merge(method: object, name: str, wrapper: nn.Module, adapter_name: str
         change = (live - base).abs().max()
         error = (merged - live).abs().max()
     except _REFUSALS as failure:
-        raise ValueError(f"{method} cannot change {name}: {failure!r}; exclude it with '!{name}'") from failure
+        raise ValueError(
+            f"{method} cannot change {name}: {failure!r}; exclude it with '!{name}'"
+        ) from failure
     if not error <= _RELATIVE_ERROR * change + 1e-4 * base.abs().max():
         raise ValueError(
             f"{method} on {name}: PEFT's merged weight does not do what its forward does (outputs differ by "

@@ -63,6 +63,36 @@ def test_a_method_that_stops_growing_gets_the_least_rank_that_has_all():
     assert count_parameters(torch.nn.Sequential(layer), method, "linear").total == 64 + 64
 
 
+@pytest.mark.parametrize("method", ["lokr", "lokr(factor=2)", "lora+lokr", "lokr+bitfit"])
+def test_no_larger_rank_fits_where_parameters_do_not_grow_with_the_rank(method):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        sides = torch.randint(3, 42, (3, 2), generator=generator).tolist()
+        model = torch.nn.Sequential(*(torch.nn.Linear(*pair) for pair in sides))
+        model.append(torch.nn.Conv2d(sides[0][0], sides[0][1], 3))
+        counts = [
+            count_parameters(model, da.make_method(method, rank=rank), "linear+conv").total
+            for rank in range(1, 43)
+        ]
+        for budget in sorted({count + change for count in counts for change in (0, 1)})[::3]:
+            chosen = fit_budget(model, method, "linear+conv", budget=budget)
+            rank = next(part.rank for part in chosen.parts if hasattr(part, "rank"))
+            largest = max(rank for rank in range(1, 43) if counts[rank - 1] <= budget)
+            if largest < 42:
+                assert rank == largest
+            else:  # the first rank of those that have all
+                assert counts[min(rank, 42) - 1] <= budget
+                assert rank > 42 or set(counts[rank - 1 :]) == {counts[-1]}
+
+
+def test_the_rank_of_a_kronecker_factor_ends_at_its_sides():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    method = fit_budget(model, "superlora", "linear", budget=700, kron_factors=3, groups=1)
+    assert method.rank == 2  # 128 x 128 divided by 8 * 8
+    with pytest.raises(ValueError, match="rank must be at most 2, the shortest side of the last Kronecker"):
+        da.attach(model, da.SuperLoRA(rank=3, kron_factors=3, groups=1), "linear")
+
+
 def test_options_and_parts_keep_their_place():
     method = fit_budget(denoiser(), "1lora+flora(kernel_rank=1)", "conv", budget=1000, scale=4.0)
     one, flora = method.parts

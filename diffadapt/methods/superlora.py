@@ -65,7 +65,8 @@ class SuperLoRA(RankedMethod):
             )
         if self.tensor_order == 1 and self.alpha is not None:
             raise ValueError(
-                f"superlora: alpha={self.alpha} is divided by the rank, and tensor_order=1 has none; give scale"
+                f"superlora: alpha={self.alpha} is divided by the rank, and tensor_order=1 has none; give "
+                "scale"
             )
         for option, value, wanted in (
             ("reshape=False", self.reshape, True),
@@ -122,10 +123,11 @@ class SuperLoRA(RankedMethod):
         fold = Fold(entries, axes, self.rank, self.core, self.kron_factors - 1, self.kron_block)
         if self.kron_factors > 1 and self.rank > min(fold.inner):
             first = sites[group.pieces[0].site].name
+            sides = " x ".join(map(str, fold.inner))
             raise ValueError(
                 f"superlora: rank must be at most {min(fold.inner)}, the shortest side of the last Kronecker "
-                f"factor of the group of {first} ({' x '.join(map(str, fold.inner))}), got {self.rank}; lower "
-                "the rank, kron_factors or kron_block, or use fewer groups"
+                f"factor of the group of {first} ({sides}), got {self.rank}; lower the rank, kron_factors or "
+                "kron_block, or use fewer groups"
             )
         return fold
 

@@ -103,3 +103,16 @@ MISTAKES = [
 def test_a_mistake_is_named(spec, options, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         da.make_method(spec, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("liera(inner=pissa, conv_reshape=loralib)", "conv_reshape=loralib would have no effect"),
+        ("liera(inner=flora, conv_reshape=loralib)", "conv_reshape=loralib would have no effect"),
+        ("superlora(tensor_order=1, alpha=2.0)", "tensor_order=1 has none; give scale"),
+    ],
+)
+def test_an_option_without_effect_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        da.make_method(text)
