@@ -10,6 +10,7 @@ from torch import nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.class_table import check_new_table, follow_dropout
+from diffadapt.fusing import FusingRefused
 from diffadapt.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
 from diffadapt.merging import merge, unmerge
 from diffadapt.methods import Method
@@ -239,6 +240,7 @@ def _swap(
             layer._diffadapt = record
         record.entries += added
         adapter.records[choice.site.name] = record
+    adapter.hooks += [FusingRefused(root) for root in adapter.roots.values()]
     for part in adapter.parts:
         if getattr(part.methods[0], "classes", None) is not None:
             adapter.hooks += [handle for root in adapter.roots.values() for handle in follow_dropout(root)]

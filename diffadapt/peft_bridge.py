@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter
 from diffadapt.expressions import Dense
+from diffadapt.fusing import FusingRefused
 from diffadapt.layers import ADAPTED, ORIGINAL, Entry, Record
 from diffadapt.methods.peft_method import PeftMethod
 from diffadapt.peft_check import check_merge, check_storable, smallest_of_each_kind
@@ -137,6 +138,7 @@ def attach_peft(
             if own:
                 adapter.hooks.insert(0, Wrapped(module))
                 _wrap(adapter, method, root, module, own)
+                adapter.hooks.append(FusingRefused(module))
         if fill is not None:
             fill(adapter)
     except BaseException:

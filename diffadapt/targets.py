@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from diffadapt.fusing import check_not_fused
 from diffadapt.layers import ADAPTED, ORIGINAL
 from diffadapt.nearest import near
 from diffadapt.site import Kind, Site, is_class_table
@@ -100,6 +101,7 @@ def choose(model: nn.Module, names: Mapping[str, bool], prefix: str = "") -> lis
     found: dict[int, Found] = {}
     for name, layer in layers.items():
         if name in names and id(layer.weight) not in found:
+            check_not_fused(model, name)
             same = shared[id(layer.weight)]
             site = describe(prefix + name, layer)
             if any(_kind(other) != site.kind for other in same):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from models import SelfAttention, denoiser
+from pipelines import WIDTH, tiny_unet
 from torch import nn
 
 import diffadapt as da
@@ -191,3 +192,36 @@ def test_attaching_does_not_follow_the_default_device(spec):
         adapter = da.attach(model, method, "all+norm+embedding")
     for own, other in zip(adapter.parameters(), expected.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("spec", ["lora(rank=2)", "peft:LORA(r=2)"])
+def test_projections_are_not_fused_around_an_adapter(spec):
+    unet = tiny_unet()
+    adapters = [da.attach(unet, da.make_method(spec), "attention")]
+    if not spec.startswith("peft:"):
+        adapters.append(da.attach(unet, da.BitFit(), "attention", name="second"))
+    for adapter in adapters:
+        with pytest.raises(RuntimeError, match="fuse_qkv_projections: an adapter is attached"):
+            unet.fuse_qkv_projections()
+        da.detach(adapter)
+    unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"to_q: the model's projections are fused"):
+        da.attach(unet, da.make_method(spec), "attention")
+    unet.unfuse_qkv_projections()
+    da.attach(unet, da.make_method(spec), "attention")
+
+
+def test_storage_in_another_type_after_attaching_can_sample():
+    """diffusers' hooks cast weights for the forward alone."""
+    unet = tiny_unet()
+    adapter = da.attach(unet, da.LoRA(rank=2), "attention")
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = (torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, WIDTH))
+    with torch.no_grad():
+        before = unet(*inputs).sample
+        unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        after = unet(*inputs).sample
+        with da.disabled(unet):
+            base = unet(*inputs).sample
+    assert (after - before).abs().max() < 0.1 * (before - base).abs().max()
