@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from class_pipelines import dit_pipeline
+from diffusers import DiTPipeline
 from tiny_models import latents, open_pipeline, sd_folder, sdxl_folder, trained
 
 import diffadapt as da
@@ -107,6 +109,15 @@ def test_convolutions_that_peft_computes_otherwise_are_refused(geometry, reason,
     adapter = trained(pipe, "lora(rank=2)", layers="conv_in", text=None)
     with pytest.raises(ValueError, match=reason):
         da.export(adapter, tmp_path / "file.safetensors", to="diffusers")
+
+
+def test_a_pipeline_without_a_loader_is_refused(tmp_path):
+    dit_pipeline(tmp_path / "base")
+    pipe = DiTPipeline.from_pretrained(tmp_path / "base")
+    adapter = trained(pipe, "lora(rank=2)", layers="attention", text=None)
+    with pytest.raises(ValueError, match="diffusers has no load_lora_weights for DiTPipeline"):
+        da.export(adapter, tmp_path / "file.safetensors", to="diffusers")
+    assert not (tmp_path / "file.safetensors").exists()
 
 
 def test_strength_is_folded_into_the_file(pipes, tmp_path):

@@ -277,3 +277,28 @@ def test_a_detached_adapter_and_wrong_words_are_refused(pipe, tmp_path):
     da.detach(adapter)
     with pytest.raises(ValueError, match="detached"):
         da.export(adapter, tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize(
+    "method", ["lora(rank=2)", "loha(rank=2)", "lokr(rank=1)", "1lora", "liera(rank=2)", "full"]
+)
+def test_the_added_embedding_of_sdxl_is_found_by_every_program_that_reads_it(
+    method, strength, folders, tmp_path
+):
+    pipe = open_pipeline(folders["sdxl"])
+    adapter = trained(pipe, method, layers="add_embedding.linear_?", text=None)
+    assert len(adapter.sites) == 2
+    adapter.strength = strength
+    report = da.export(adapter, tmp_path / "file.safetensors")
+    names = {key.split(".")[0] for key in load_file(tmp_path / "file.safetensors")}
+    assert names == {"lora_unet_label_emb_0_0", "lora_unet_label_emb_0_2"}
+    for program in ("ComfyUI", "A1111", "LyCORIS"):
+        verdict = report.verdict(program)
+        assert (verdict.status, verdict.share < 1e-5) == ("exact", True), verdict
+    for program in ("sd-scripts", "diffusers"):  # they have no place for it
+        assert report.verdict(program).status in ("wrong", "refused"), program
+    again = open_pipeline(folders["sdxl"])
+    opened = da.load(again, tmp_path / "file.safetensors")
+    for site in adapter.sites:
+        assert torch.allclose(opened.adapted_weight(site.name), adapter.adapted_weight(site.name), atol=1e-5)
