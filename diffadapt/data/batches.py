@@ -80,6 +80,8 @@ class Batches:
     ):
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
+        if trigger_word is not None and not trigger_word.strip():
+            raise ValueError(f"--trigger_word is blank, got {trigger_word!r}; give a word, or leave it out")
         self.model, self.seed, self.resolution, self.trigger_word = model, seed, resolution, trigger_word
         self.random_flip, self.caption_dropout, self.noise_offset = random_flip, caption_dropout, noise_offset
         self.is_streaming = is_streaming or isinstance(examples, Stream)

@@ -20,7 +20,7 @@ from diffadapt.data.grid import to_pictures
 from diffadapt.data.images import UndrawnImage, list_images
 from diffadapt.data.links import visible_files
 from diffadapt.data.sources import folders_in, notify_unused
-from diffadapt.files import write_atomically
+from diffadapt.files import check_writable_folder, write_atomically
 from diffadapt.notices import notify
 from diffadapt.sampling import Sampler, Shot, draw
 
@@ -60,12 +60,12 @@ def class_examples(
     Raises: ValueError when the images there were generated from another prompt or base.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     present = _present_examples(folder, recipe, follow_links)
     numbers = _missing(folder, count)
     _check_record(folder, recipe, is_filled=bool(numbers))
     if not numbers:
         return present[:count]
+    check_writable_folder(folder)
     _write_record(folder, recipe, numbers)
     files = (folder / f"{_name(number)}.png" for number in numbers)
     for images in draw(pipe, [Shot(recipe.prompt, seed + number) for number in numbers], recipe.sampler):
@@ -81,6 +81,8 @@ def planned_class_examples(
     folder = Path(folder)
     grey = BytesIO()
     missing = len(_missing(folder, count))
+    if missing:
+        check_writable_folder(folder)
     _check_record(folder, recipe, is_filled=missing > 0)
     present = _present_examples(folder, recipe, follow_links)[:count]
     Image.new("RGB", (side, side), "grey").save(grey, "png")

@@ -26,7 +26,12 @@ IMAGE_COLUMN = "image"
 LABEL_COLUMN = "label"
 TEXT_TYPES = ("string", "large_string", "null")
 TABLES = (".jsonl", ".json", ".csv", ".parquet")  # whose cells may name files beside them
-PICTURE_TYPES = ("string", "binary")  # besides Image: cells that are paths or files
+PICTURE_TYPES = (
+    "string",
+    "large_string",
+    "binary",
+    "large_binary",
+)  # besides Image: cells that are paths or files
 
 Table = Dataset | IterableDataset
 
@@ -145,7 +150,7 @@ def _checked_numbers(labels: Sequence[object], column: str, name: str) -> list[i
     for row, label in enumerate(labels):
         if not isinstance(label, int) or label < 0:
             raise ValueError(
-                f"row {row} of {name} has the label {label!r}; column {column!r} must hold class numbers "
+                f"row {row} of {name} has the label {repr(label)[:80]}; column {column!r} must hold class numbers "
                 "from 0 on, or names; leave out images without a class"
             )
     return list(labels)

@@ -141,7 +141,7 @@ def opened(source: str | ImageSource) -> Image.Image:
             image = Image.open(place, formats=formats)
         except UnidentifiedImageError:
             _refuse_without_reader(_first_bytes(place), formats)
-            raise
+            raise UnidentifiedImageError(f"cannot identify image file {str(source)!r}") from None
         except Image.DecompressionBombError as error:
             raise ValueError(f"{error}; scale the image down before using it") from None
     try:

@@ -71,7 +71,12 @@ def instance_folder(
 
     Args:
         with_captions: False: all with `prompt`.
+    Raises: as `captioned_folder`, and ValueError for a blank prompt.
     """
+    if not prompt.strip():
+        raise ValueError(
+            f'--instance_prompt is blank, got {prompt!r}; say what the images show, as "a sks dog"'
+        )
     folder = Path(folder)
     images = subject_images(folder, follow_links=follow_links)
     in_folders = any(path.parent != folder for path in images)

@@ -123,6 +123,21 @@ def test_links_folders_and_other_files_among_class_images_are_told(tmp_path, mod
     assert "1 .psd, 1 folder in it (1_dog)" in capsys.readouterr().out
 
 
+def test_a_file_as_the_folder_of_class_images_is_refused(tmp_path, model):
+    file = write_pictures(tmp_path, 1) / "picture-0.png"
+    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=1, batch_size=2))
+    with pytest.raises(ValueError, match=r"picture-0\.png' is a file; give a folder"):
+        class_examples(model.pipe, file, recipe, count=1, seed=0)
+    with pytest.raises(ValueError, match=r"picture-0\.png' is a file; give a folder"):
+        planned_class_examples(file, recipe, count=1, side=32)
+
+
+@pytest.mark.parametrize("word", ["", "  "])
+def test_a_blank_trigger_word_is_refused(tmp_path, model, word):
+    with pytest.raises(ValueError, match="--trigger_word is blank"):
+        make(model, captioned(tmp_path, 1), trigger_word=word)
+
+
 def test_a_class_picture_is_whole_or_not_there(tmp_path, model, monkeypatch):
     save = Image.Image.save
 

@@ -114,6 +114,25 @@ def test_labels_are_numbers_with_gaps_or_names(table, capsys):
     assert [e.caption for e in examples] == [2, 0, 2, 1, 0]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_paths_in_tables_of_text_are_images(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_pictures(tmp_path / "data", 2)
+    rows = [("picture-0.png", "a red, shiny disc"), ("picture-1.png", "a disc")]
+    if kind == "csv":
+        text = "image,text\n" + "".join(f'{name},"{caption}"\n' for name, caption in rows)
+    else:
+        text = "".join(json.dumps({"image": name, "text": caption}) + "\n" for name, caption in rows)
+    (folder / f"train.{kind}").write_text(text, encoding="utf-8")
+    name = str(folder)
+    for is_streaming in (False, True):
+        examples = captioned_table(open_table(name, is_streaming=is_streaming), name=name)
+        if is_streaming:
+            examples = [examples.example(draw) for draw in examples.draws(range(2))]
+        assert {e.caption for e in examples} == {"a red, shiny disc", "a disc"}
+        assert all(open_image(e.source).size == (40, 40) for e in examples)
+
+
 def test_names_of_classes_that_are_numbers_are_sorted_as_folders_are(table):
     words = table.remove_columns("label").add_column("label", ["10", "2", "2", "10", "1"])
     examples, names = labelled_table(words, name="n")

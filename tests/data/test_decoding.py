@@ -152,3 +152,8 @@ def test_grey_of_32_bits_beyond_16_is_refused_and_not_white(tmp_path, value):
     Image.new("I", (8, 8), value).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="are not of 16 bits"):
         open_image(tmp_path / "a.tif")
+
+
+def test_a_damaged_image_in_memory_is_named(tmp_path):
+    with pytest.raises(OSError, match="cannot identify image file 'row 3 of n'"):
+        open_image(StoredImage("row 3 of n", b"no image"))

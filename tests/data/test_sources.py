@@ -339,3 +339,9 @@ def test_numbers_in_names_of_some_folders_repeat_nothing_and_that_is_told(tmp_pa
         image.with_suffix(".txt").write_text("a disc", encoding="utf-8")
     assert len(captioned_folder(tmp_path)) == 2
     assert "nothing is repeated" in capsys.readouterr().out
+
+
+def test_a_blank_prompt_is_refused_as_such(tmp_path):
+    write_pictures(tmp_path, 1)
+    with pytest.raises(ValueError, match="--instance_prompt is blank"):
+        instance_folder(tmp_path, " ")
