@@ -150,8 +150,8 @@ def _checked_numbers(labels: Sequence[object], column: str, name: str) -> list[i
     for row, label in enumerate(labels):
         if not isinstance(label, int) or label < 0:
             raise ValueError(
-                f"row {row} of {name} has the label {repr(label)[:80]}; column {column!r} must hold class numbers "
-                "from 0 on, or names; leave out images without a class"
+                f"row {row} of {name} has the label {repr(label)[:80]}; column {column!r} must hold class "
+                "numbers from 0 on, or names; leave out images without a class"
             )
     return list(labels)
 
