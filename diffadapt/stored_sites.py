@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,10 @@ def match_sites(
 
     Raises: ValueError naming the first site that the model does not have, or has with another shape.
     """
+    places = Counter((component, name) for component, name, *_ in stored)
+    (component, name), count = places.most_common(1)[0] if places else (("", ""), 0)
+    if count > 1:
+        raise ValueError(f"{path} lists the layer {name!r} {count} times")
     found: dict[tuple[str, str], Found] = {}
     for component in dict.fromkeys(component for component, *_ in stored):
         root = _root_for(component, roots, path)

@@ -136,6 +136,7 @@ CONFIGS = {
     "a multiplier that is no number": (lora(rank=2, alpha=float("nan")), "alpha must be"),
     "an endless multiplier": (lora(rank=2, scale=float("inf")), "scale must be"),
     "a multiplier beyond floats": (lora(rank=2, alpha=10**400), "alpha must be"),
+    "a multiplier beyond float32": (lora(rank=2, alpha=1e308), "does not fit into float32"),
     "dropout that is no number": (lora(rank=2, dropout=float("nan")), "dropout must be"),
     "options that are a list": ({"method": [{"name": "lora", "options": []}]}, "a name and options"),
     "an endless seed": ({"seed": float("inf")}, "malformed"),
@@ -155,7 +156,7 @@ CONFIGS = {
         "'conv_inn' with a weight; did you mean conv_in",
     ),
     "a path into python": ({"sites": [site(path="__class__")]}, "no layer '__class__'"),
-    "a site twice": ({"sites": [site(), site()]}, ".+"),
+    "a site twice": ({"sites": [site(), site()]}, "lists the layer 'conv_in' 2 times"),
     "a component that is not there": (
         {"sites": [site(component="text_encoder")]},
         "'text_encoder' of a pipeline",

@@ -13,6 +13,7 @@ from diffadapt.expressions import ColumnScaled
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.dora import rescale
 from diffadapt.methods.imported_forms import FORMS, Tensors
+from diffadapt.methods.ranked import check_multiplier
 from diffadapt.site import Kind, Site
 from diffadapt.update import Update
 
@@ -40,8 +41,9 @@ class Imported(Method):
             known = isinstance(own, dict) and own.get("form") in FORMS
             if not known or not isinstance(own.get("shapes"), dict):
                 raise ValueError(f"imported: {path} has no form of {', '.join(FORMS)} with shapes: {own!r}")
-            if type(own.get("multiplier")) not in (int, float) or not abs(own["multiplier"]) < float("inf"):
-                raise ValueError(f"imported: the multiplier of {path} is not a finite number: {own!r}")
+            if type(own.get("multiplier")) not in (int, float):
+                raise ValueError(f"imported: the multiplier of {path} is not a number: {own!r}")
+            check_multiplier(f"imported: {path}", own["multiplier"])
 
     def __str__(self) -> str:
         counts = Counter(own["form"] for own in self.forms.values())

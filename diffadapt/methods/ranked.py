@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from diffadapt.methods.base import Method
+
+LARGEST_MULTIPLIER = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class RankedMethod(Method):
             raise ValueError(f"{self.name}: give alpha={self.alpha} or scale={self.scale}, not both")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{self.name}: dropout must be in [0, 1), got {self.dropout}")
+        check_multiplier(self.name, self.multiplier)
 
     @property
     def multiplier(self) -> float:
@@ -39,6 +44,12 @@ def check_rank(option: str, value: int) -> None:
     """Raises ValueError unless ``value`` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
+
+
+def check_multiplier(method: str, value: float) -> None:
+    """Raises ValueError unless a multiplier is a number that float32 holds."""
+    if not abs(value) <= LARGEST_MULTIPLIER:
+        raise ValueError(f"{method}: a multiplier of {value!r:.40} does not fit into float32; lower it")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -186,11 +186,14 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     except MALFORMED as error:
         raise ValueError(f"{checkpoint} does not fit this run: {error}") from None
     check_length(state["step"], trainer.options.max_train_steps, checkpoint)
+    current = [dict(group) for group in trainer.optimizer.param_groups]
+    try:
+        _restore_optimizer(trainer.optimizer, state["optimizer"])
+    except MALFORMED as error:
+        raise ValueError(f"{checkpoint} has no state of {trainer.options.optimizer} ({error!r})") from None
     with torch.no_grad():
         for name, value in trainer.adapter.state_dict(keep_vars=True).items():
             value.copy_(state["adapter"][name])
-    current = [dict(group) for group in trainer.optimizer.param_groups]
-    _restore_optimizer(trainer.optimizer, state["optimizer"])
     trainer.scheduler.__dict__.update(state["schedule"])
     if changed:
         _use_changed_settings(trainer, current, changed)
@@ -248,8 +251,17 @@ def _use_changed_settings(
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
-    """Groups and state as saved; torch casts floating state to the parameters' type, which is undone."""
-    optimizer.load_state_dict(state)
+    """Groups and state as saved; torch casts floating state to the parameters' type, which is undone.
+
+    Raises: KeyError, TypeError or ValueError of an optimizer that misses values; it is then as before.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds torch's
+    before = {"state": inner.state, "param_groups": inner.param_groups}
+    try:
+        optimizer.load_state_dict(state)
+    except Exception:
+        inner.__dict__.update(before)
+        raise
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         own = optimizer.state[parameters[index]]

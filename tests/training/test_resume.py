@@ -113,3 +113,27 @@ def test_a_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path):
 def test_no_checkpoint_lists_those_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are: none"):
         state.find("latest", tmp_path)
+
+
+def test_a_state_that_lacks_a_value_of_the_optimizer_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    trainer, batches = make(tmp_path)
+    next(train(trainer, batches))
+    whole = state._state
+
+    def without_steps(saved):
+        content = whole(saved)
+        first = content["optimizer"]["state"][0]
+        content["optimizer"]["state"][0] = {name: v for name, v in first.items() if name != "step"}
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "_state", without_steps)
+        checkpoint = state.save(trainer, tmp_path / "run")
+    next(train(trainer, batches))
+    values = tensors(trainer)
+    moments = trainer.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    with pytest.raises(ValueError, match="has no state of adamw"):
+        state.restore(trainer, checkpoint)
+    assert all(torch.equal(value, values[name]) for name, value in tensors(trainer).items())
+    assert torch.equal(trainer.optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    assert trainer.step == 2
