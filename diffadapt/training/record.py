@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffadapt.files import write_atomically
 from diffadapt.strict_json import to_json
 from diffadapt.training.loop import Step, Trainer
-from diffadapt.training.tracking import start_trackers, track_pictures
+from diffadapt.training.tracking import Trackers
 
 try:
     import resource
@@ -69,11 +69,11 @@ class Log:
 class Progress:
     """The progress bar, the log and the trackers of one run."""
 
-    def __init__(self, trainer: Trainer):
-        options, self.accelerator = trainer.options, trainer.accelerator
-        self.main = self.accelerator.is_main_process
+    def __init__(self, trainer: Trainer, trackers: Trackers):
+        options, self.trackers = trainer.options, trackers
+        self.main = trainer.accelerator.is_main_process
         self.log = Log(Path(options.output_dir) / "log.jsonl", resumed_step=trainer.step, enabled=self.main)
-        start_trackers(self.accelerator, dataclasses.asdict(options), step=trainer.step)
+        self._said = 0  # failures of trackers
         self.bar = tqdm(
             desc="steps", total=options.max_train_steps, initial=trainer.step, disable=not self.main
         )
@@ -89,7 +89,9 @@ class Progress:
         values = {**dataclasses.asdict(step), **figures}
         values = {name: value for name, value in values.items() if name != "index" and value is not None}
         self.log.write(step=step.index, **values)
-        self.accelerator.log({name: float(value) for name, value in values.items()}, step=step.index)
+        if self.main:
+            self.trackers.log({name: float(value) for name, value in values.items()}, step.index)
+            self._say_failures()
         speed = step.images / step.seconds
         shown = f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s"
         memory = peak_memory_bytes()
@@ -100,7 +102,14 @@ class Progress:
 
     def track_pictures(self, name: str, images: Tensor, step: int) -> None:
         """Pictures (N, 3, H, W) in [0, 1] to the trackers."""
-        track_pictures(self.accelerator, name, images, step)
+        self.trackers.log_images(name, images, step)
+        self._say_failures()
+
+    def _say_failures(self) -> None:
+        """Each tracker that failed, once."""
+        for failure in self.trackers.failures[self._said :]:
+            self.say(f"{failure}; the run goes on without it")
+        self._said = len(self.trackers.failures)
 
     def say(self, text: str) -> None:
         if self.main:

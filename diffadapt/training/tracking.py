@@ -1,11 +1,15 @@
 """Trackers: tensorboard, wandb and the others that accelerate knows, chosen by name, checked at the start."""
 
 import importlib.util
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor
 
 from diffadapt.nearest import near
@@ -45,21 +49,110 @@ def start_trackers(accelerator: Accelerator, options: Mapping[str, object], *, s
     try:
         accelerator.init_trackers(PROJECT, config, init_kwargs=own)
     except Exception as error:  # every library has its own kinds
-        raise ValueError(
-            f"a tracker of --report_to cannot be opened: {error}; log in to it, leave it out, or let wandb "
-            "write here only: WANDB_MODE=offline"
-        ) from error
+        raise ValueError(_cannot_be_opened(error)) from error
 
 
-def track_pictures(accelerator: Accelerator, name: str, images: Tensor, step: int) -> None:
-    """Hands pictures (N, 3, H, W) in [0, 1] to tensorboard, wandb and trackio; others get figures only."""
-    values = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({name: values}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({name: values}, step=step)
-        elif tracker.name == "trackio":
-            from trackio import Image
+def _cannot_be_opened(error: Exception) -> str:
+    return (
+        f"a tracker of --report_to cannot be opened: {error}; log in to it, leave it out, or let wandb "
+        "write here only: WANDB_MODE=offline"
+    )
 
-            tracker.log({f"{name}/{i}": Image(value) for i, value in enumerate(values)}, step=step)
+
+def try_trackers(names: Sequence[str]) -> None:
+    """What can be tried of trackers without opening a run: writing events, and a key to log in with.
+
+    Raises: ValueError when one could not be opened later.
+    """
+    for name, trial in TRIALS.items():
+        if name not in names:
+            continue
+        try:
+            trial()
+        except Exception as error:  # every library has its own kinds
+            raise ValueError(_cannot_be_opened(error)) from error
+
+
+def _try_tensorboard() -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        writer.add_scalar("trial", 0.0, 1)
+
+
+def _try_wandb() -> None:
+    """Raises: ValueError where wandb would send figures and has no key to log in with."""
+    import wandb
+
+    if wandb.setup().settings.mode not in ("online", "shared"):
+        return
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        has_key = wandb.login(prompt=False)
+    else:  # before 0.31
+        has_key = wandb.api.api_key is not None
+    if not has_key:
+        raise ValueError("wandb has no key to log in with")
+
+
+TRIALS = {"tensorboard": _try_tensorboard, "wandb": _try_wandb}
+
+
+class Trackers:
+    """The trackers of a run, from before its first work to behind its last step.
+
+    One that fails is left out from there on and costs nothing else.
+
+    Attributes:
+        failures: what became of those that failed, a line for each.
+    """
+
+    def __init__(self, accelerator: Accelerator, options: Mapping[str, object], *, step: int):
+        self._accelerator = accelerator
+        self.failures: list[str] = []
+        start_trackers(accelerator, options, step=step)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Figures of a step."""
+        for tracker in list(self._accelerator.trackers):
+            with self._attempt(tracker, f"step {step}"):
+                tracker.log(dict(values), step=step)
+
+    def log_images(self, name: str, images: Tensor, step: int) -> None:
+        """Images (N, 3, H, W) in [0, 1] for tensorboard, wandb and trackio; others get figures only."""
+        values = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+        for tracker in list(self._accelerator.trackers):
+            with self._attempt(tracker, f"images of step {step}"):
+                _log_images(tracker, name, values, step)
+
+    def close(self) -> list[str]:
+        """Ends the runs of the trackers; a second time there is nothing to end.
+
+        Returns: what failed in it, also in `failures`.
+        """
+        before = len(self.failures)
+        trackers = list(self._accelerator.trackers)
+        self._accelerator.trackers.clear()
+        for tracker in trackers:
+            with self._attempt(tracker, "the end"):
+                tracker.finish()
+        return self.failures[before:]
+
+    @contextmanager
+    def _attempt(self, tracker: GeneralTracker, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # every library has its own kinds
+            self.failures.append(f"tracker {tracker.name}, {what}: {str(error) or type(error).__name__}")
+            if tracker in self._accelerator.trackers:
+                self._accelerator.trackers.remove(tracker)
+
+
+def _log_images(tracker: GeneralTracker, name: str, values: numpy.ndarray, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.log_images({name: values}, step=step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        tracker.log_images({name: values}, step=step)
+    elif tracker.name == "trackio":
+        from trackio import Image
+
+        tracker.log({f"{name}/{i}": Image(value) for i, value in enumerate(values)}, step=step)

@@ -1,18 +1,25 @@
 """Trackers hold what the log holds, and the pictures; tensorboard also after a resume. Mistakes are told."""
 
+import dataclasses
 import importlib.util
 import json
 import struct
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from pipelines import tiny_sd_pipeline, write_pictures
+from scripts import runner
 from small_run import SmallBatches, small_trainer
 
-from diffadapt.training import tracking
+from diffadapt.training import session, tracking
 from diffadapt.training.loop import train
 from diffadapt.training.record import Progress
+from diffadapt.training.tracking import Trackers
 
 FIGURES = ("loss", "lr", "grad_norm", "seconds")
 
@@ -23,12 +30,14 @@ def run(folder, steps, *, tracker="tensorboard", stop=None, start=0):
     trainer = small_trainer(max_train_steps=steps, output_dir=str(folder), report_to=tracker)
     trainer.accelerator = Accelerator(cpu=True, log_with=[tracker], project_dir=str(folder / "logs"))
     trainer.step = start
-    with Progress(trainer) as progress:
+    trackers = Trackers(trainer.accelerator, dataclasses.asdict(trainer.options), step=trainer.step)
+    with Progress(trainer, trackers) as progress:
         for step in train(trainer, SmallBatches()):
             progress.show(step, {"change_norm": 0.5} if step.index == 2 else {})
             progress.track_pictures("validation", torch.rand(2, 3, 8, 8), step.index)
             if step.index == stop:
                 break
+    assert trackers.close() == []
     trainer.accelerator.end_training()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -123,3 +132,105 @@ def test_one_that_cannot_be_opened_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr(accelerator, "init_trackers", refuse)
     with pytest.raises(ValueError, match=r"cannot be opened: no API key configured; log in .*WANDB_MODE=off"):
         tracking.start_trackers(accelerator, {}, step=0)
+
+
+class Failing(GeneralTracker):
+    """A tracker that fails in one of its calls."""
+
+    name = "failing"
+    requires_logging_directory = False
+
+    def __init__(self, call):
+        super().__init__(_blank=True)
+        self.call, self.logged = call, []
+
+    def start(self):
+        """Nothing to open."""
+
+    def store_init_configuration(self, values):
+        """Nothing to keep."""
+
+    def log(self, values, step, **_):
+        self.logged.append(step)
+        if self.call == "log" and step == 2:
+            raise ConnectionError("the server is gone")
+
+    def finish(self):
+        if self.call == "finish":
+            raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("call", "failure"),
+    [
+        ("log", "tracker failing, step 2: the server is gone"),
+        ("finish", "tracker failing, the end: TimeoutError"),
+    ],
+)
+def test_a_tracker_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys, call, failure):
+    first, second = Failing(call), Failing(None)
+    start = session.start
+
+    def with_trackers(**given):
+        accelerator = start(**given)
+        accelerator.log_with = [first, second]
+        return accelerator
+
+    monkeypatch.setattr(session, "start", with_trackers)
+    base = tiny_sd_pipeline(tmp_path / "base")
+    write_pictures(tmp_path / "images", 2)
+    out = tmp_path / "out"
+    code = runner("dreambooth", monkeypatch)(
+        *("--pretrained_model_name_or_path", base, "--instance_data_dir", tmp_path / "images"),
+        *("--instance_prompt", "a sks dog", "--output_dir", out, "--rank", 2, "--targets", "attention"),
+        *("--max_train_steps", 3, "--num_validation_images", 0, "--num_threads", 1),
+    )
+    assert code == 1
+    assert failure in capsys.readouterr().err
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["failures"] == [failure]
+    assert first.logged == ([1, 2] if call == "log" else [1, 2, 3])
+    assert second.logged == [1, 2, 3]
+    assert (out / "adapter_comfyui.safetensors").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_a_tracker_that_cannot_be_used_is_an_error_before_the_base_is_loaded(
+    tmp_path, monkeypatch, capsys, flags
+):
+    pytest.importorskip("tensorboard")
+
+    def refuse():
+        raise RuntimeError("no key")
+
+    monkeypatch.setitem(tracking.TRIALS, "tensorboard", refuse)
+    write_pictures(tmp_path / "images", 2)
+    code = runner("dreambooth", monkeypatch)(
+        *("--pretrained_model_name_or_path", "embedded:emoji", "--instance_data_dir", tmp_path / "images"),
+        *("--instance_prompt", "a sks dog", "--output_dir", tmp_path / "out"),
+        *("--report_to", "tensorboard", *flags),
+    )
+    assert code == 2
+    assert "a tracker of --report_to cannot be opened: no key; log in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_trials_need_of_the_libraries_is_there():
+    pytest.importorskip("tensorboard")
+    tracking.try_trackers(["tensorboard", "none"])
+
+
+@pytest.mark.parametrize("has_prompt", [False, True])
+def test_wandb_without_a_key_is_an_error_where_it_would_send(monkeypatch, has_prompt):
+    def library(mode, key):
+        settings = SimpleNamespace(mode=mode)
+        old = {"login": lambda key=None: None, "api": SimpleNamespace(api_key=key)}
+        new = {"login": lambda key=key, prompt=True: key is not None}
+        setup = SimpleNamespace(settings=settings)
+        return SimpleNamespace(setup=lambda: setup, **(new if has_prompt else old))
+
+    for mode, key in (("offline", None), ("disabled", None), ("online", "a key")):
+        monkeypatch.setitem(sys.modules, "wandb", library(mode, key))
+        tracking.try_trackers(["wandb"])
+    monkeypatch.setitem(sys.modules, "wandb", library("online", None))
+    with pytest.raises(ValueError, match="wandb has no key to log in with; log in"):
+        tracking.try_trackers(["wandb"])
