@@ -46,7 +46,7 @@ class Options(TrainOptions):
 
     output_dir: str = option("runs/class_conditional", "where everything is written")
     adapter: str = option("superlora", "method, as flora or flora(rank=8); `diffadapt methods` lists them")
-    export_formats: str = option(
+    export_formats: str | None = option(
         "none", "also written for other programs: diffusers (DiT), merged, A,B or none"
     )
     train_data_dir: str | None = option(None, "folder with one folder of pictures per class")

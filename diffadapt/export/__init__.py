@@ -81,10 +81,11 @@ def export(
 
 
 # what training can leave beside the adapter, and the end of its name
+DEFAULT_FORMAT = "kohya"  # where nothing is said
 FORMATS = {"kohya": "_comfyui.safetensors", "diffusers": "_diffusers.safetensors", "merged": "_merged"}
 
 
-def write_formats(adapter: Adapter, file: str | Path, formats: str) -> list[str]:
+def write_formats(adapter: Adapter, file: str | Path, formats: str | None) -> list[str]:
     """Write the formats (comma-separated: kohya, diffusers, merged; or none) beside an adapter's own file.
 
     What cannot be written is said instead of failing: the adapter itself is already safe.
@@ -102,9 +103,13 @@ def write_formats(adapter: Adapter, file: str | Path, formats: str) -> list[str]
     return lines
 
 
-def parse_formats(formats: str) -> list[str]:
-    """Names of formats from ``kohya,diffusers``. Raises ValueError for an unknown one."""
+def parse_formats(formats: str | None) -> list[str]:
+    """Names of formats from ``kohya,diffusers``; None: the default. Raises ValueError for an unknown one."""
+    if formats is None:
+        return [DEFAULT_FORMAT]
     names = [name.strip() for name in formats.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--export_formats {formats!r} names no format; give {', '.join(FORMATS)} or none")
     if names == ["none"]:
         return []
     for name in names:

@@ -64,7 +64,9 @@ class TrainOptions:
     )
     # length and saving
     max_train_steps: int | None = option(None, "optimizer steps")
-    checkpointing_steps: int = option(500, "write checkpoint-N every so many steps")
+    checkpointing_steps: int = option(
+        500, "write checkpoint-N every so many steps, and after the last one; 0: after the last one alone"
+    )
     checkpoints_total_limit: int | None = option(
         None, "keep so many checkpoints; an old one is removed once the new one is complete"
     )
@@ -150,8 +152,10 @@ class TrainOptions:
     )
     logging_dir: str | None = option(None, "where trackers write; default: logs in the output folder")
     # what is given away
-    export_formats: str = option(
-        "kohya", "also written for other programs: kohya (ComfyUI, A1111), diffusers, merged, A,B or none"
+    export_formats: str | None = option(
+        None,
+        "also written for other programs: kohya (ComfyUI, A1111), diffusers, merged, A,B or none; default: "
+        "kohya, where it can hold the adapter",
     )
     push_to_hub: bool = option(
         False,

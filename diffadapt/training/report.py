@@ -21,6 +21,8 @@ from diffadapt.adapter import Adapter
 from diffadapt.attaching import disabled
 from diffadapt.data.description import describe_cuts
 from diffadapt.data.grid import Panel, grid, to_pictures
+from diffadapt.export import parse_formats
+from diffadapt.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
 from diffadapt.models.families import DEFAULTS
 from diffadapt.models.names import is_embedded
@@ -62,6 +64,7 @@ class Report(ABC):
         self.shots: dict[str, list[Shot]] = {}
         self.pictures: dict[str, Pictures] = {}
         self.failures: list[str] = []  # what went wrong beside the result itself
+        self.export_note: str | None = None  # why the default format will not be written
 
     @abstractmethod
     def panels(self) -> list[list[Panel]]:
@@ -165,13 +168,13 @@ class Report(ABC):
         try:
             yield
         except Exception as error:  # models, trackers and the hub raise kinds of their own
-            self.failures.append(f"{what}: {error or type(error).__name__}")
+            self.failures.append(f"{what}: {str(error) or type(error).__name__}")
 
     def rehearse(self, trainer: Trainer) -> None:
         """Tries, before the first step, what a run needs at its end.
 
-        Raises: ValueError or OSError of what could not be done then: reading the extractor, storing the
-            adapter with its configuration, writing the model card.
+        Raises: ValueError or OSError of what could not be done then: reading the extractor, exporting and
+            storing the adapter with its configuration, writing the model card.
         """
         options = self.options
         if options.extractor and options.num_validation_images:
@@ -179,12 +182,27 @@ class Report(ABC):
                 self.load_extractor()
             except (OSError, ValueError) as error:
                 raise ValueError(f"--extractor {options.extractor} cannot be loaded: {error}") from error
+        if trainer.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
+            self.check_exports(trainer.adapter)
         with TemporaryDirectory() as folder:
             if trainer.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
                 da.read_metadata(save_adapter(trainer, folder))
             write_config(options, folder)
             record = self._record(trainer.adapter, {})
             write_card(Path(folder), options, record, title=self._title(), draw=self._sample_options())
+
+    def check_exports(self, adapter: Adapter) -> None:
+        """Tries the formats of `--export_formats`; that the default one cannot be written is only a notice.
+
+        Raises: ValueError for a format that was asked for and cannot hold the adapter.
+        """
+        for name in parse_formats(self.options.export_formats):
+            reason = obstacle(adapter, name)
+            if reason is None:
+                continue
+            if self.options.export_formats is not None:
+                raise ValueError(f"--export_formats {name} cannot hold {self.options.adapter}: {reason}")
+            self.export_note = f"no file for other programs (--export_formats {name}): {reason}"
 
     def load_extractor(self) -> object:
         """The model of `--extractor`."""

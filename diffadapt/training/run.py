@@ -8,6 +8,7 @@ for step in training.steps():
 return training.exit_code
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from diffadapt.training.resting import idle_parts, resting, woken
 from diffadapt.training.sharding import gathered
 from diffadapt.training.stop import StopRequest
 from diffadapt.training.summary import before_training
+from diffadapt.training.tracking import Trackers
 
 HOW_TO_GO_ON = "stopped; to go on: the same command with --resume_from_checkpoint latest"
 
@@ -48,6 +50,7 @@ class Run:
         self.denoiser = report.model.denoiser
         self._restore()
         self.idle = idle_parts(report.model, batches)
+        self.trackers: Trackers | None = None  # opened before the first images
         self.exit_code = 0
 
     def steps(self) -> Iterator[Step]:
@@ -58,7 +61,10 @@ class Run:
         try:
             yield from self._steps()
         finally:
-            self.accelerator.end_training()  # closes trackers and the connection of the processes
+            if self.trackers is not None:
+                for failure in self.trackers.close():
+                    print(f"warning: {failure}", file=sys.stderr)
+            self.accelerator.end_training()  # closes the connection of the processes
 
     def _steps(self) -> Iterator[Step]:
         with gathered(self.denoiser):
@@ -66,6 +72,8 @@ class Run:
                 self.report.rehearse(self.trainer)
             self.accelerator.wait_for_everyone()
         rows = {**self.report.told(), **self.report.cut_prompts()}
+        if self.report.export_note is not None:
+            rows["export"] = self.report.export_note
         described = before_training(self.trainer, self.batches, self.report.model.pipe, rows)
         if self.accelerator.is_main_process:
             print(described)
@@ -75,12 +83,17 @@ class Run:
             if self.accelerator.is_main_process:
                 is_resumed = self.options.resume_from_checkpoint is not None
                 output_folder.prepare(self.options, self.trainer.run, is_resumed=is_resumed)
+            self.trackers = Trackers(
+                self.accelerator, dataclasses.asdict(self.options), step=self.trainer.step
+            )
+            if self.accelerator.is_main_process:
                 with self.report.untrained():
                     self.report.begin()
             self.accelerator.wait_for_everyone()
         is_main = self.accelerator.is_main_process
         rest = resting(self.idle, self.accelerator.device)
-        with StopRequest(announce=is_main) as stop, Progress(self.trainer) as self.progress, rest:
+        self.progress = Progress(self.trainer, self.trackers)
+        with StopRequest(announce=is_main) as stop, self.progress, rest:
             for step in train(self.trainer, self.batches):
                 signal = stop.agreed(self.accelerator)
                 self.exit_code = 128 + signal if signal else 0
@@ -88,6 +101,8 @@ class Run:
                 if signal:
                     self.progress.say(HOW_TO_GO_ON)
                     return
+        self.trackers.close()
+        self.report.failures += self.trackers.failures
         self._finish()
 
     def _restore(self) -> None:
@@ -108,8 +123,10 @@ class Run:
 
     def save(self, step: Step) -> None:
         """A checkpoint when it is due, when the run is about to stop, and after the last step."""
+        every = self.options.checkpointing_steps
         is_last = step.index == self.options.max_train_steps
-        if self.exit_code or is_last or step.index % self.options.checkpointing_steps == 0:
+        is_due = every > 0 and step.index % every == 0
+        if self.exit_code or is_last or is_due:
             state.save(self.trainer, self.options.output_dir)
 
     def validate(self, step: Step) -> None:
@@ -121,12 +138,13 @@ class Run:
             if self.accelerator.is_main_process:
                 folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
                 path = state.save_adapter(self.trainer, folder)
+                earlier = len(self.report.failures)
                 with self.report.attempt(f"validation at step {step.index}"):
                     with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
                         pictures = self.report.validate(folder)
                     self.progress.track_pictures("validation", pictures, step.index)
-                if self.report.failures:
-                    self.progress.say(self.report.failures[-1])
+                for failure in self.report.failures[earlier:]:
+                    self.progress.say(failure)
             self.accelerator.wait_for_everyone()
 
     def _finish(self) -> None:
