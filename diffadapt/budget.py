@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from diffadapt.attaching import Targets, choose_sites
 from diffadapt.method_names import make_method, options_of
 from diffadapt.methods import Method
 from diffadapt.methods.peft_method import PREFIX as PEFT
-from diffadapt.parts import plan_parts
+from diffadapt.parts import PartPlan, plan_parts
 from diffadapt.targets import assign_ranks
 
 _MOST = 2**20  # no rank above this is tried
@@ -112,6 +113,48 @@ def fit_budget(
     plans = plan_parts(make_method(method, rank=1, **options), sites)
     falls = {rank for plan in plans for site in plan.sites for rank in plan.methods[0].falls(site)}
     return make_method(method, rank=_largest_within(count, falls, budget), **options)
+
+
+def size_notices(
+    model: object,
+    method: Method,
+    targets: Targets = "attention",
+    *,
+    text_encoder_targets: Targets | None = None,
+) -> list[str]:
+    """Lines where a method is larger than what it adapts: its rank than the layers, or all it trains than
+    their weights. A change of a matrix (n, m) has at most the rank min(n, m)."""
+    roots, choices = choose_sites(model, method, targets, text_encoder_targets)
+    sites = [choice.site for choice in choices]
+    notices = []
+    for plan in plan_parts(method, sites):
+        notices += _rank_notices(plan)
+    trained = sum(plan.num_parameters for plan in plan_parts(method, sites))
+    adapted = sum(math.prod(site.shape) for site in sites)
+    base = sum(p.numel() for root in roots.values() for p in root.parameters())
+    if trained > adapted:
+        share = f", {trained / base:.0%} of the base" if trained > base else ""
+        notices.append(
+            f"{method} has {trained:,} trained parameters{share}; the layers it adapts have {adapted:,} "
+            "weights, so --adapter full would train fewer"
+        )
+    return notices
+
+
+def _rank_notices(plan: PartPlan) -> list[str]:
+    rank = getattr(plan.methods[0], "rank", None)
+    if rank is None or plan.methods[0].grouped:
+        return []
+    largest = {site.name: min(site.shape[0], math.prod(site.shape[1:])) for site in plan.sites}
+    exceeded = [name for name, size in largest.items() if rank > size]
+    if not exceeded:
+        return []
+    smallest = min(exceeded, key=largest.__getitem__)
+    method = plan.methods[0].name
+    return [
+        f"rank {rank} of {method} is above the size of {len(exceeded)} of {len(largest)} layers (no change "
+        f"of {smallest} has a rank above {largest[smallest]}); a smaller --param_budget may do"
+    ]
 
 
 def _largest_within(count: Callable[[int], int | None], falls: Collection[int], budget: int) -> int:

@@ -16,3 +16,12 @@ def require_at_least(arguments: argparse.Namespace, minima: Mapping[str, float])
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value >= minimum):
             raise ValueError(f"--{name} must be at least {minimum}, got {value}")
+
+
+def require_seed(seed: int, option: str = "seed") -> None:
+    """Checks a seed: adapter files take signed numbers of 64 bits, and torch's generators the next ones too.
+
+    Raises: ValueError naming the option, its value and the range.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--{option} must be at least -2**63 and below 2**63, got {seed}")

@@ -45,7 +45,7 @@ from diffadapt.evaluation.tables import WIDTH, markdown
 from diffadapt.exits import run
 from diffadapt.files import check_writable_folder
 from diffadapt.models.names import is_embedded
-from diffadapt.number_ranges import require_at_least
+from diffadapt.number_ranges import require_at_least, require_seed
 
 DEMO_BASE = "embedded:emoji"
 MINIMA = {  # option -> its smallest value
@@ -61,6 +61,7 @@ MINIMA = {  # option -> its smallest value
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     require_at_least(arguments, MINIMA)
+    require_seed(arguments.seed)
     device = begin(arguments.num_threads)
     places = OutputFiles.of(Path(arguments.output) / "subject.json")
     check_writable_folder(arguments.output)

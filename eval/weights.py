@@ -25,7 +25,7 @@ from diffadapt.evaluation.tables import markdown_table, number
 from diffadapt.exits import run
 from diffadapt.files import check_writable_folder, write_atomically
 from diffadapt.models.any_pipeline import open_pipeline
-from diffadapt.number_ranges import require_at_least
+from diffadapt.number_ranges import require_at_least, require_seed
 from diffadapt.strict_json import to_json
 from diffadapt.training.session import quiet
 
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     check_writable_folder(arguments.output)
     require_at_least(arguments, {"k": 1, "rank": 1, "directions": 1, "seed": 0})
+    require_seed(arguments.seed)
     quiet()
     labels = unique_labels(arguments.adapters)
     base = arguments.base or base_named_in(arguments.adapters)

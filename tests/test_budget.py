@@ -7,7 +7,7 @@ import torch
 from models import denoiser, pipeline
 
 import diffadapt as da
-from diffadapt.budget import count_parameters, fit_budget, parse_budget
+from diffadapt.budget import count_parameters, fit_budget, parse_budget, size_notices
 
 RANKED = sorted(name for name, method in da.METHODS.items() if "rank" in {f.name for f in fields(method)})
 TARGETS = "attention+conv"
@@ -168,3 +168,23 @@ def test_amounts_as_people_write_them(text, number):
 def test_what_is_no_amount_is_refused(text):
     with pytest.raises(ValueError, match=r"such as 500000, 500k or 1.5M"):
         parse_budget(text)
+
+
+def test_a_rank_above_the_size_of_the_layers_is_told():
+    assert size_notices(denoiser(), da.make_method("lora", rank=3), "attention") == []
+    rank, count = size_notices(denoiser(), da.make_method("lora", rank=9), "attention")
+    assert "rank 9 of lora is above the size of 8 of 8 layers" in rank
+    assert "no change of blocks.0.to_q has a rank above 8" in rank
+    assert "lora(rank=9) has 1,152 trained parameters" in count
+    assert "have 512 weights" in count
+
+
+def test_the_whole_of_a_grouped_method_is_compared_with_the_layers():
+    """Its rank is that of a tensor of all layers, which has other sizes than each of them."""
+    assert size_notices(denoiser(), da.make_method("superlora", rank=1), "attention") == []
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_a_small_rank_is_not_told(name):
+    notices = size_notices(denoiser(), da.make_method(name, rank=2), "conv")
+    assert not [notice for notice in notices if "is above the size" in notice]

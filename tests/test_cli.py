@@ -89,6 +89,7 @@ def test_a_strength_is_read_off_the_end_of_a_file_name(tmp_path):
             ["--adapter", "{work}/one.safetensors", "--num_images", "0"],
             "--num_images must be at least 1, got 0",
         ),
+        (["--seed", str(2**63)], "--seed must be at least -2**63 and below 2**63, got 9223372036854775808"),
         (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1, got 0"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
     ],

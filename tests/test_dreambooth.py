@@ -330,7 +330,7 @@ def test_bf16_trains_float32_tensors(run, tmp_path):
         (("--mixed_precision", "fp16"), "--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no"),
         (("--optimizer", "adamwx"), "unknown optimizer 'adamwx'; did you mean adamw"),
         (("--report_to", "tensorbord"), "did you mean tensorboard"),
-        (("--checkpointing_steps", 0), "--checkpointing_steps must be at least 1, got 0"),
+        (("--checkpointing_steps", -1), "--checkpointing_steps must be at least 0, got -1"),
     ],
 )
 def test_mistakes_are_told_in_words_before_training(run, tmp_path, capsys, wrong, message):

@@ -26,6 +26,7 @@ from diffadapt.models.families import drawing_defaults
 from diffadapt.models.names import is_embedded
 from diffadapt.models.text import cut_prompts
 from diffadapt.notices import notify
+from diffadapt.number_ranges import require_seed
 from diffadapt.precision import sampling_precision
 from diffadapt.sampling import Sampler, Shot, draw, shots
 from diffadapt.training.session import use_cores
@@ -41,6 +42,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    require_seed(arguments.seed)
     files = [parse_adapter(text) for text in arguments.adapter]
     strengths = parse_strengths(arguments.strength)
     looks = looks_of(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)

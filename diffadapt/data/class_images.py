@@ -151,6 +151,11 @@ def _json_value(value: object) -> object:
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
+def images_in(folder: str | Path) -> int:
+    """How many images a folder of class images has."""
+    return len(_present(Path(folder)))
+
+
 def _present(folder: Path) -> set[str]:
     """The names, without endings, of the images in a folder."""
     if not folder.is_dir():

@@ -22,7 +22,7 @@ from diffadapt.metrics.metric_options import check_options
 from diffadapt.metrics.registry import METRICS
 from diffadapt.models.names import is_embedded
 from diffadapt.nearest import near
-from diffadapt.number_ranges import require_at_least
+from diffadapt.number_ranges import require_at_least, require_seed
 
 EXTRACTORS = (*NAMES, "clip:MODEL", "dino:MODEL", "dinov2:MODEL", "module:Class")
 
@@ -84,6 +84,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises: ValueError for a number out of its range."""
     require_at_least(arguments, {**MINIMA, "metrics_seed": 0, "feature_batch_size": 1})
+    require_seed(arguments.seed)
+    require_seed(arguments.metrics_seed, "metrics_seed")
 
 
 def fill_demo(arguments: argparse.Namespace) -> None:

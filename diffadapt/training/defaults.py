@@ -1,14 +1,16 @@
 """What is used where nothing is said: the embedded demonstration, the family's defaults, the tuned method."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TypeVar
 
-from diffadapt.budget import fit_budget, parse_budget
+from diffadapt.budget import fit_budget, parse_budget, size_notices
 from diffadapt.method_names import is_set_by_itself, make_method
 from diffadapt.methods import Method
 from diffadapt.models.families import DEFAULTS, TUNED, family_of
+from diffadapt.number_ranges import require_seed
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import pairs
 from diffadapt.training.session import launcher_accumulation
@@ -23,7 +25,6 @@ LEAST = {  # the smallest values that make sense
         "resolution",
         "train_batch_size",
         "max_train_steps",
-        "checkpointing_steps",
         "checkpoints_total_limit",
         "gradient_accumulation_steps",
         "lr_num_cycles",
@@ -37,6 +38,7 @@ LEAST = {  # the smallest values that make sense
         "num_threads",
     ): 1,
     (
+        "checkpointing_steps",
         "lr_warmup_steps",
         "learning_rate",
         "text_encoder_lr",
@@ -45,11 +47,15 @@ LEAST = {  # the smallest values that make sense
         "noise_offset",
         "skip_nonfinite",
         "num_validation_images",
+        "guidance_scale",
         "prior_loss_weight",
         "adam_epsilon",
         "adam_weight_decay",
     ): 0,
 }
+
+
+MAY_BE_INFINITE = ("max_grad_norm", "snr_gamma")  # nothing is clipped; all timesteps weigh the same
 
 
 def filled(options: Kind, defaults: Mapping[str, object]) -> Kind:
@@ -81,8 +87,7 @@ def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command
 
 def check_ranges(options: TrainOptions) -> None:
     """Raises: ValueError naming an option with a value outside of what makes sense."""
-    if not -(2**63) <= options.seed < 2**63:
-        raise ValueError(f"--seed must be at least -2**63 and below 2**63, got {options.seed}")
+    require_seed(options.seed)
     if options.snr_gamma == 0:
         raise ValueError("--snr_gamma 0 gives every timestep no weight; leave it out, or give 5 as the paper")
     for name in SHARES:
@@ -94,6 +99,8 @@ def check_ranges(options: TrainOptions) -> None:
             value = getattr(options, name, None)
             if value is not None and not value >= least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+            if value == math.inf and name not in MAY_BE_INFINITE:
+                raise ValueError(f"--{name} must be a finite number, got {value}")
 
 
 def build_method(options: TrainOptions) -> Method:
@@ -127,6 +134,13 @@ def fitted(options: TrainOptions, method: Method, model: object) -> Method:
         budget=parse_budget(options.param_budget),
         **given,
     )
+
+
+def budget_notices(options: TrainOptions, method: Method, model: object) -> list[str]:
+    """Lines about a rank that `--param_budget` chose and that is larger than the layers; none without it."""
+    if options.param_budget is None:
+        return []
+    return size_notices(model, method, options.targets, text_encoder_targets=text_targets(options))
 
 
 def check_text_encoders(options: TrainOptions) -> None:

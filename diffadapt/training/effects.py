@@ -4,7 +4,7 @@ Every option of every training script is in `CONDITIONS` or `ALWAYS`; a test wal
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from diffadapt.models.families import DEFAULTS
@@ -95,14 +95,24 @@ CONDITIONS = {
 }
 
 
-def check_effects(options: TrainOptions, family: str | None = None) -> None:
+SCHEDULE_OPTIONS = ("lr_warmup_steps", "lr_num_cycles", "lr_power")
+
+
+def check_effects(
+    options: TrainOptions, family: str | None = None, *, names: Collection[str] | None = None
+) -> None:
     """Raises: ValueError for an option that was given and has no effect, naming what it needs.
 
     Given is what differs from the default of the option and from that of the base's family, so that the
     config.yaml of a run, which holds every option, can be used again.
+
+    Args:
+        names: of the options that are checked; None: all.
     """
     defaults = DEFAULTS.get(family, {})
     for field in dataclasses.fields(options):
+        if names is not None and field.name not in names:
+            continue
         condition = CONDITIONS.get(field.name)
         value = getattr(options, field.name)
         is_default = value == field.default or value == defaults.get(field.name, field.default)

@@ -19,6 +19,7 @@ from diffadapt.adapter import Adapter
 from diffadapt.data.batches import Batches
 from diffadapt.data.randomness import seed_from
 from diffadapt.precision import Precision
+from diffadapt.training.effects import SCHEDULE_OPTIONS, check_effects
 from diffadapt.training.ema import AdapterAverage
 from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
@@ -77,8 +78,10 @@ class Trainer:
 def prepare(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> Trainer:
     """Optimizer, schedule, average and the wrapped objective, at step 0.
 
-    Raises: TypeError for trained tensors of low precision, ValueError for an optimizer that cannot be made.
+    Raises: TypeError for trained tensors of low precision, ValueError for an optimizer that cannot be made,
+        and for settings that the schedule does not use.
     """
+    check_effects(options, names=SCHEDULE_OPTIONS)
     adapter = objective.adapter
     check_precision(adapter)
     optimizer = make_optimizer(rate_groups(adapter, options.text_encoder_lr), options)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from diffadapt.data.class_images import images_in
 from diffadapt.data.dataset import SAVED
 from diffadapt.export import FORMATS
 from diffadapt.models.names import is_embedded, resolve
@@ -24,6 +25,7 @@ DATA_FOLDERS = (
     "held_out",
     "dataset_name",
 )
+MODEL_FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "extractor")
 MARKS_OF_A_RUN = ("config.yaml", "log.jsonl")
 RUN_LINE = "# run "  # of config.yaml, before the id of the run that wrote it
 EXPORTS = tuple(f"adapter{ending}" for ending in FORMATS.values())
@@ -64,15 +66,29 @@ def settled(options: Kind) -> tuple[Kind, list[str]]:
     return options, notices
 
 
+def written_folders(options: TrainOptions) -> dict[str, str]:
+    """Option -> folder that the run writes into."""
+    folders = {"output_dir": options.output_dir}
+    if options.cache_latents == "disk" and options.cache_dir is not None:
+        folders["cache_dir"] = options.cache_dir
+    if options.report_to != "none" and options.logging_dir is not None:
+        folders["logging_dir"] = options.logging_dir
+    class_images = getattr(options, "class_data_dir", None)
+    if class_images is not None and images_in(class_images) < options.num_class_images:
+        folders["class_data_dir"] = class_images
+    return folders
+
+
 def check_outside_data(options: TrainOptions) -> None:
     """Images that a run generates must never be found as training images by the next run.
 
     Folders that `datasets` saved hold tables, in which an image file is not looked for.
 
-    Raises: ValueError for an output folder that is a folder of images, or lies in one, and for images in the
-        output folder of an earlier run.
+    Raises: ValueError for a folder that is written and is a folder of images, or lies in one; for images in
+        the output folder of an earlier run, or where this run writes and removes files.
     """
     output = Path(options.output_dir).resolve()
+    written = {name: Path(folder).resolve() for name, folder in written_folders(options).items()}
     for name in DATA_FOLDERS:
         value = getattr(options, name, None)
         if not value or is_embedded(value):
@@ -85,11 +101,44 @@ def check_outside_data(options: TrainOptions) -> None:
                 f"--{name} {value!r} is the output folder of an earlier run, whose grid and samples would "
                 "become training images; move your images into a folder that holds nothing else"
             )
-        if output.is_relative_to(folder):
+        for option, place in written.items():
+            if option != name and place.is_relative_to(folder):
+                raise ValueError(
+                    f"--{option} {getattr(options, option)!r} lies in --{name} {value!r}, where a later run "
+                    "would take the images that this one generates for data; name a folder outside of it"
+                )
+        if _is_replaced(folder, output):
             raise ValueError(
-                f"--output_dir {options.output_dir!r} lies in --{name} {value!r}, where a later run would "
-                "take the images that this one generates for data; name an output folder outside of it"
+                f"--{name} {value!r} is a folder that the run in {options.output_dir!r} replaces; name "
+                "another --output_dir, or move the images"
             )
+
+
+def check_outside_models(options: TrainOptions) -> None:
+    """A run must not write into the models it is made of, nor remove one: its result needs them.
+
+    Raises: ValueError for an output folder in the folder of a model, and for a model where a run writes.
+    """
+    output = Path(options.output_dir).resolve()
+    for name in MODEL_FOLDERS:
+        value = getattr(options, name)
+        if not value or is_embedded(value) or not Path(value).is_dir():
+            continue
+        folder = Path(value).resolve()
+        if output.is_relative_to(folder) or _is_replaced(folder, output):
+            raise ValueError(
+                f"--output_dir {options.output_dir!r} and --{name} {value!r} lie in one another, so the run "
+                "would write into the model or remove it; name another --output_dir"
+            )
+
+
+def _is_replaced(folder: Path, output: Path) -> bool:
+    """Whether a folder lies where a run writes its images and removes those of an older one."""
+    if not folder.is_relative_to(output) or folder == output:
+        return False
+    inside = folder.relative_to(output)
+    places = [Path(name) for name in (*RESULTS, *PROGRESS, "samples", "validation", "logs")]
+    return inside.parts[0].startswith("checkpoint-") or any(inside.is_relative_to(place) for place in places)
 
 
 def check_writable(folder: str, option: str) -> None:

@@ -20,6 +20,7 @@ from diffadapt.precision import Precision, choose_precision
 from diffadapt.training import output_folder, session
 from diffadapt.training.defaults import (
     base_family,
+    budget_notices,
     build_method,
     check_ranges,
     check_text_encoders,
@@ -34,7 +35,7 @@ from diffadapt.training.hub import check_hub
 from diffadapt.training.loop import Trainer, prepare
 from diffadapt.training.objective import Objective
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.tracking import check_trackers
+from diffadapt.training.tracking import check_trackers, try_trackers
 
 Kind = TypeVar("Kind", bound=TrainOptions)
 
@@ -65,6 +66,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     check_effects(options, base_family(options))
     options, notices = output_folder.settled(options)
     output_folder.check_outside_data(options)
+    output_folder.check_outside_models(options)
     trackers = check_trackers(options.report_to)
     check_hub(options)
     method = build_method(options)
@@ -80,9 +82,9 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         logging_dir=options.logging_dir or f"{options.output_dir}/logs",
     )
     if accelerator.is_main_process:
-        for name in ("output_dir", "cache_dir", "logging_dir"):
-            if getattr(options, name) is not None:
-                output_folder.check_writable(getattr(options, name), name)
+        try_trackers(trackers)
+        for name, folder in output_folder.written_folders(options).items():
+            output_folder.check_writable(folder, name)
     for notice in (*notices, *precision.notices, *accumulation_notices(options)):
         accelerator.print(notice)
     model = load_base(
@@ -100,6 +102,8 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         options = fitting(options, model)
         method = build_method(options)
     method = fitted(options, method, model.pipe)
+    for notice in budget_notices(options, method, model.pipe):
+        accelerator.print(notice)
     known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
     options = filled(options, known)
     check_resolution(model, options.resolution)

@@ -94,6 +94,11 @@ def test_numbers_have_ranges(option, files, tmp_path):
         script.main([path_of(files, "lora"), f"--{option}", "0", "--output", str(tmp_path)])
 
 
+def test_a_seed_beyond_64_bits_is_refused(files, tmp_path):
+    with pytest.raises(ValueError, match=r"--seed must be at least .* got 9223372036854775808"):
+        script.main([path_of(files, "lora"), "--seed", str(2**63), "--output", str(tmp_path)])
+
+
 def test_a_folder_that_cannot_be_written_is_told_first(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ValueError, match="is a file; give a folder"):

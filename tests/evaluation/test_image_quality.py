@@ -109,6 +109,7 @@ def test_several_folders_bad_files_options_and_cache(tmp_path, sets):
         (["--metrics", "fid"], "--allow_small"),
         (["--metrics", "FID"], "did you mean fid"),
         (["--feature_batch_size", "0"], "at least 1"),
+        (["--metrics_seed", str(2**64)], "--metrics_seed must be at least -2**63 and below 2**63"),
         (["--metrics_seed", "-1"], "--metrics_seed must be at least 0, got -1"),
         (["--num_threads", "0"], "--num_threads must be at least 1, got 0"),
         (["--num_images", "0"], "--num_images must be at least 1, got 0"),

@@ -66,6 +66,7 @@ def test_native_lpips_is_the_resize_of_lpips_alone(monkeypatch):
         (False, ["--adapters", "dog=/nowhere.safetensors"], "no embedded subject 'dog'"),
         (False, ["--samples", "0"], "at least 1"),
         (False, ["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (False, ["--seed", str(2**63)], "--seed must be at least -2**63 and below 2**63"),
         (False, ["--seed", "-1"], "--seed must be at least 0, got -1"),
         (False, ["--prompts", "prompts.txt"], "belongs to --subjects"),
         (False, ["--base", "somewhere/else"], "both be embedded"),

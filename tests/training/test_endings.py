@@ -1,9 +1,11 @@
 """What a run needs at its end is tried before the first step; what fails at the end costs itself only."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from pipelines import tiny_clip, tiny_sd_pipeline, write_pictures
+from class_pipelines import tiny_class_unet
+from pipelines import tiny_clip, tiny_sd_pipeline, tiny_unet, write_pictures
 from safetensors.torch import load_file
 from scripts import runner
 from small_run import SmallBatches, bits, small_trainer
@@ -14,6 +16,7 @@ from diffadapt.training.defaults import check_ranges
 from diffadapt.training.loop import train
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.report import Report
+from diffadapt.training.state import save_adapter
 from diffadapt.training.subject import SubjectReport
 
 MODELS = {"num_validation_images": 1, "num_inference_steps": 1}
@@ -83,6 +86,57 @@ def test_every_seed_that_is_taken_can_be_stored(run, tmp_path, seed):
     assert da.read_metadata(path)["adapter"]["seed"] == seed
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adapter": "difffit", "export_formats": "kohya"}, "--export_formats kohya cannot hold difffit: "),
+        ({"adapter": "norms", "export_formats": "kohya,diffusers"}, "--export_formats diffusers cannot hold"),
+        ({"adapter": "difffit", "export_formats": "merged"}, "gain a bias"),
+        ({"export_formats": ","}, "names no format"),
+    ],
+)
+def test_a_format_that_cannot_hold_the_adapter_is_an_error_at_the_start(
+    run, tmp_path, capsys, flags, given, message
+):
+    assert run(*flags, **given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_that_the_default_format_cannot_hold_the_adapter_is_a_notice(run, tmp_path, capsys):
+    assert run(adapter="difffit", num_validation_images=0) == 0
+    shown = capsys.readouterr().out
+    assert "export   no file for other programs (--export_formats kohya): 24 layers" in shown
+    assert "no adapter_comfyui.safetensors" in shown
+    assert not (tmp_path / "out" / "adapter_comfyui.safetensors").exists()
+
+
+def test_trying_the_exports_changes_no_bit_of_the_run(run, tmp_path, monkeypatch):
+    assert run(num_validation_images=0, lr_scheduler="constant") == 0
+    monkeypatch.setattr(Report, "check_exports", lambda report, adapter: None)
+    assert run(num_validation_images=0, lr_scheduler="constant", output_dir=tmp_path / "two") == 0
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("out", "two"))
+    assert all((value == second[name]).all() for name, value in first.items())
+
+
+@pytest.mark.parametrize("method", [*da.METHODS, "lora(rank=2)+difffit", "peft:LORA", "peft:LOHA"])
+def test_every_method_can_be_stored_and_read_before_the_first_step(tmp_path, method):
+    """The trial of a run's start, on a class-conditional or a caption-conditioned model."""
+    if method.startswith("peft:"):
+        pytest.importorskip("peft")
+    model = tiny_class_unet() if method == "class_embedding" else tiny_unet()
+    adapter = da.attach(model, da.make_method(method), "attention", seed=-1)
+    trainer = SimpleNamespace(adapter=adapter, options=TrainOptions(), step=0, average=None, notes={})
+    path = save_adapter(trainer, tmp_path)
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    assert da.read_metadata(path)["adapter"]["seed"] == -1
+    da.detach(adapter)
+    loaded = da.load(model, path)
+    assert loaded.num_parameters == adapter.num_parameters
+    assert all(bool((value == before[name]).all()) for name, value in loaded.state_dict().items())
+
+
 def fail(*_, **__):
     raise RuntimeError("out of memory")
 
@@ -127,6 +181,18 @@ def test_results_are_written_before_images_are_generated(run, tmp_path, monkeypa
     assert (out / "grid.png").exists()
 
 
+def test_ctrl_c_while_the_first_images_are_generated_ends_at_once(run, tmp_path, monkeypatch, capsys):
+    def interrupted(report, when):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "_take", interrupted)
+        assert run() == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert run() == 0  # the folder holds no results, so the same command begins again
+
+
 def test_a_failing_validation_does_not_end_the_run(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Report, "validate", fail)
     assert run(validation_steps=1) == 1
@@ -153,6 +219,10 @@ def test_a_largest_norm_of_0_scales_nothing():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"checkpointing_steps": -1}, "--checkpointing_steps must be at least 0, got -1"),
+        ({"learning_rate": float("inf")}, "--learning_rate must be a finite number, got inf"),
+        ({"guidance_scale": float("nan")}, "--guidance_scale must be at least 0, got nan"),
+        ({"guidance_scale": -1.0}, "--guidance_scale must be at least 0, got -1.0"),
         ({"snr_gamma": 0.0}, "--snr_gamma 0 gives every timestep no weight"),
         ({"ema_decay": 1.5}, "--ema_decay is a share between 0 and 1, got 1.5"),
         ({"seed": -(2**63) - 1}, "--seed must be at least"),

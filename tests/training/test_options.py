@@ -135,7 +135,7 @@ def test_pairs_keep_brackets_together_and_know_numbers():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"checkpointing_steps": 0}, "--checkpointing_steps must be at least 1, got 0"),
+        ({"checkpointing_steps": -1}, "--checkpointing_steps must be at least 0, got -1"),
         ({"validation_steps": -5}, "--validation_steps must be at least 1, got -5"),
         ({"learning_rate": float("nan")}, "--learning_rate must be at least 0, got nan"),
         ({"noise_offset": -0.1}, "--noise_offset must be at least 0, got -0.1"),

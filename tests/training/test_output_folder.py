@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -138,13 +139,102 @@ def test_fewer_steps_than_the_checkpoint_are_an_error(run, capsys):
     assert "has made 4 steps, more than --max_train_steps 3" in capsys.readouterr().err
 
 
+def test_no_checkpoint_but_the_last_is_written_with_0(run, tmp_path, monkeypatch):
+    assert run(checkpointing_steps=0) == 0
+    assert names(tmp_path / "out") == [f"checkpoint-{STEPS}"]
+    with monkeypatch.context() as patched:
+        stop_after(2, signal.SIGTERM, patched)
+        assert run(checkpointing_steps=0, output_dir=tmp_path / "two") == 128 + signal.SIGTERM
+    (stopped,) = names(tmp_path / "two")
+    assert stopped in ("checkpoint-2", "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "further"),
+    [
+        ("logging_dir", "images/logs", {"report_to": "tensorboard"}),
+        ("class_data_dir", "images/class", {"class_prompt": "a dog"}),
+        ("class_data_dir", "images", {"class_prompt": "a dog"}),
+    ],
+)
+def test_no_folder_that_is_written_may_lie_in_the_data(run, tmp_path, capsys, option, place, further):
+    pytest.importorskip("tensorboard")
+    flags = ["--with_prior_preservation"] if option == "class_data_dir" else []
+    assert run(*flags, **{option: tmp_path / place}, **further) == 2
+    assert f"--{option} '{tmp_path / place}' lies in --instance_data_dir" in capsys.readouterr().err
+    assert len(list((tmp_path / "images").iterdir())) == 3
+
+
+def test_images_that_the_run_would_remove_are_no_data(run, tmp_path, capsys):
+    assert run(num_validation_images=1, num_inference_steps=1) == 0
+    samples = tmp_path / "out" / "samples" / "after"
+    assert run("--overwrite_output_dir", instance_data_dir=samples) == 2
+    assert "is a folder that the run in" in capsys.readouterr().err
+    assert len(list(samples.iterdir())) == 2
+    assert run(instance_data_dir=samples, output_dir=tmp_path / "two") == 0
+
+
+@pytest.mark.parametrize("place", [".", "runs/one"])
+def test_an_output_folder_in_the_base_is_refused(run, base, capsys, place):
+    before = sorted(base.rglob("*"))
+    assert run(output_dir=base / place) == 2
+    assert "would write into the model or remove it" in capsys.readouterr().err
+    assert sorted(base.rglob("*")) == before
+
+
+def test_a_base_that_the_run_would_remove_is_refused(run, tmp_path, capsys):
+    assert run(export_formats="merged") == 0
+    merged = tmp_path / "out" / "adapter_merged"
+    assert run("--overwrite_output_dir", pretrained_model_name_or_path=merged) == 2
+    assert "would write into the model or remove it" in capsys.readouterr().err
+    assert (merged / "model_index.json").exists()
+    assert run(pretrained_model_name_or_path=merged, output_dir=tmp_path / "two") == 0
+
+
+def test_a_folder_of_images_beside_the_results_is_data(run, tmp_path):
+    write_pictures(tmp_path / "work" / "images", 2)
+    assert run(instance_data_dir=tmp_path / "work" / "images", output_dir=tmp_path / "work") == 0
+    assert (
+        run(
+            "--overwrite_output_dir",
+            instance_data_dir=tmp_path / "work" / "images",
+            output_dir=tmp_path / "work",
+        )
+        == 0
+    )
+    assert len(list((tmp_path / "work" / "images").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_a_folder_of_class_images_is_tried_before_the_base_is_loaded(run, tmp_path, capsys, flags):
+    place = "/proc/class_images"
+    prior = {"class_prompt": "a dog", "class_data_dir": place, "num_class_images": 2}
+    assert run("--with_prior_preservation", *flags, **prior) == 2
+    assert f"--class_data_dir '{place}' cannot be written to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_all_class_images_need_not_be_writable(tmp_path):
+    write_pictures(tmp_path / "class", 2)
+
+    @dataclass(frozen=True)
+    class Options(TrainOptions):
+        class_data_dir: str | None = option(None, "where")
+        num_class_images: int = option(2, "how many")
+
+    options = Options(output_dir="out", class_data_dir=str(tmp_path / "class"))
+    assert "class_data_dir" not in output_folder.written_folders(options)
+    more = Options(output_dir="out", class_data_dir=str(tmp_path / "class"), num_class_images=3)
+    assert "class_data_dir" in output_folder.written_folders(more)
+
+
 @pytest.mark.parametrize("place", [".", "runs/one"])
 def test_an_output_folder_in_the_data_is_refused(run, tmp_path, capsys, place):
     output = tmp_path / "images" / place
     assert run(output_dir=output) == 2
     message = capsys.readouterr().err
     assert "lies in --instance_data_dir" in message
-    assert "name an output folder outside of it" in message
+    assert "name a folder outside of it" in message
     assert sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [".png"] * 3
 
 
@@ -157,8 +247,6 @@ def test_images_in_the_output_folder_of_a_run_are_refused(run, tmp_path, capsys)
 
 
 def test_the_default_folder_is_numbered_where_it_holds_a_run(tmp_path, monkeypatch):
-    from dataclasses import dataclass
-
     @dataclass(frozen=True)
     class Options(TrainOptions):
         output_dir: str = option("runs/default", "where")
