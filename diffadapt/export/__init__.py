@@ -112,6 +112,10 @@ def parse_formats(formats: str | None) -> list[str]:
         raise ValueError(f"--export_formats {formats!r} names no format; give {', '.join(FORMATS)} or none")
     if names == ["none"]:
         return []
+    if "none" in names:
+        raise ValueError(
+            f"--export_formats {formats}: none excludes other formats; leave it out, or the others"
+        )
     for name in names:
         if name not in FORMATS:
             raise ValueError(f"--export_formats: unknown format {name!r}{near(name, [*FORMATS, 'none'])}")

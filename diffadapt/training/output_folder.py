@@ -105,7 +105,7 @@ def check_outside_data(options: TrainOptions) -> None:
             if option != name and place.is_relative_to(folder):
                 raise ValueError(
                     f"--{option} {getattr(options, option)!r} lies in --{name} {value!r}, where a later run "
-                    "would take the images that this one generates for data; name a folder outside of it"
+                    "would take what this one writes for data; name a folder outside of it"
                 )
         if _is_replaced(folder, output):
             raise ValueError(
@@ -161,6 +161,17 @@ def check_writable(folder: str, option: str) -> None:
                 place.rmdir()
 
 
+def check_places(folder: str) -> None:
+    """Raises: FileExistsError for a file where a run makes a folder, which would be noticed hours later."""
+    output = Path(folder)
+    places = [output / name for name in ("samples", "validation", "logs", "class_images")]
+    for place in (*places, *output.glob("checkpoint-*")):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(
+                f"{place} is a file where a run writes a folder; move it, or name another folder"
+            )
+
+
 def prepare(options: TrainOptions, run: str, *, is_resumed: bool) -> None:
     """Removes what an older run left in the output folder and writes config.yaml with the id of this run.
 
@@ -191,9 +202,9 @@ def results_in(folder: str | Path) -> list[str]:
     folder = Path(folder)
     names = [name for name in RESULTS if (folder / name).exists()]
     names += [path.name for path in checkpoints(folder)]
-    config = folder / "config.yaml"
-    if config.is_file() and run_in(folder) is None:
-        names.append(config.name)
+    if run_in(folder) is None:
+        names += [name for name in PROGRESS if (folder / name).exists()]
+        names += ["validation"] if (folder / "validation").is_dir() else []
     return names
 
 

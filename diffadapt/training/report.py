@@ -200,6 +200,7 @@ class Report(ABC):
             reason = obstacle(adapter, name)
             if reason is None:
                 continue
+            reason = reason.replace("--to ", "--export_formats ")  # `diffadapt export` calls it --to
             if self.options.export_formats is not None:
                 raise ValueError(f"--export_formats {name} cannot hold {self.options.adapter}: {reason}")
             self.export_note = f"no file for other programs (--export_formats {name}): {reason}"

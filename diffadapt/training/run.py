@@ -137,9 +137,9 @@ class Run:
         with woken(self.idle, self.accelerator.device), gathered(self.denoiser):
             if self.accelerator.is_main_process:
                 folder = Path(self.options.output_dir) / "validation" / f"step-{step.index}"
-                path = state.save_adapter(self.trainer, folder)
                 earlier = len(self.report.failures)
                 with self.report.attempt(f"validation at step {step.index}"):
+                    path = state.save_adapter(self.trainer, folder)
                     with state.through_file(self.trainer.adapter, self.report.model.pipe, path):
                         pictures = self.report.validate(folder)
                     self.progress.track_pictures("validation", pictures, step.index)

@@ -16,6 +16,7 @@ from diffadapt.data.stream import Stream
 from diffadapt.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.families import Base, load_base
+from diffadapt.models.labels import ClassBase
 from diffadapt.precision import Precision, choose_precision
 from diffadapt.training import output_folder, session
 from diffadapt.training.defaults import (
@@ -85,6 +86,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         try_trackers(trackers)
         for name, folder in output_folder.written_folders(options).items():
             output_folder.check_writable(folder, name)
+        output_folder.check_places(options.output_dir)
     for notice in (*notices, *precision.notices, *accumulation_notices(options)):
         accelerator.print(notice)
     model = load_base(
@@ -96,6 +98,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         vae=options.pretrained_vae_model_name_or_path,
         prediction_type=options.prediction_type,
     )
+    check_conditioning(options, model)
     if options.train_text_encoder:
         train_text_encoders(model)
     if fitting is not None:
@@ -117,6 +120,12 @@ def accumulation_notices(options: TrainOptions) -> list[str]:
     if exported in (1, used):
         return []
     return [f"--gradient_accumulation_steps {used} is used, not the launcher's {exported}"]
+
+
+def check_conditioning(options: TrainOptions, model: Base) -> None:
+    """Raises: ValueError for a base that is conditioned on classes in a script of captions."""
+    if isinstance(model, ClassBase) and not hasattr(options, "class_labels"):
+        raise ValueError(f"{model.source} is told classes, not words; use train_scripts/class_conditional.py")
 
 
 def check_resolution(model: Base, resolution: int) -> None:

@@ -94,6 +94,7 @@ def test_every_seed_that_is_taken_can_be_stored(run, tmp_path, seed):
         ({"adapter": "norms", "export_formats": "kohya,diffusers"}, "--export_formats diffusers cannot hold"),
         ({"adapter": "difffit", "export_formats": "merged"}, "gain a bias"),
         ({"export_formats": ","}, "names no format"),
+        ({"export_formats": "kohya,none"}, "none excludes other formats"),
     ],
 )
 def test_a_format_that_cannot_hold_the_adapter_is_an_error_at_the_start(
@@ -102,6 +103,11 @@ def test_a_format_that_cannot_hold_the_adapter_is_an_error_at_the_start(
     assert run(*flags, **given) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_base_of_classes_is_refused_by_a_script_of_captions(run, tmp_path, capsys):
+    assert run(pretrained_model_name_or_path="embedded:digits") == 2
+    assert "is told classes, not words; use train_scripts/class_conditional.py" in capsys.readouterr().err
 
 
 def test_that_the_default_format_cannot_hold_the_adapter_is_a_notice(run, tmp_path, capsys):

@@ -88,6 +88,26 @@ def test_files_of_others_are_not_replaced_without_asking(run, tmp_path, capsys):
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "of a person"
 
 
+@pytest.mark.parametrize("name", ["samples/before/mine.png", "validation/mine.png", "log.jsonl/mine.txt"])
+def test_folders_of_others_are_not_removed_without_asking(run, tmp_path, capsys, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("of a person", encoding="utf-8")
+    assert run() == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "of a person"
+
+
+@pytest.mark.parametrize("name", ["samples", "validation", "logs", "checkpoint-4", "class_images"])
+def test_a_file_where_a_folder_belongs_is_told_at_the_start(run, tmp_path, capsys, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("of a person", encoding="utf-8")
+    assert run(validation_steps=1, num_validation_images=1, num_inference_steps=1) == 2
+    assert f"{tmp_path / 'out' / name} is a file where a run writes a folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "of a person"
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
 def test_latest_without_a_checkpoint_begins_a_run_and_says_so(run, tmp_path, capsys):
     assert run(resume_from_checkpoint="latest") == 0
     assert f"no checkpoint in {tmp_path / 'out'} yet: a new run begins" in capsys.readouterr().out
