@@ -91,9 +91,10 @@ def test_other_options_than_the_checkpoints_are_an_error_that_names_them(tmp_pat
 
 
 def test_a_run_at_a_constant_rate_can_be_made_longer(tmp_path):
-    short, batches = make(tmp_path, lr_scheduler="constant", max_train_steps=2)
-    long, _ = make(tmp_path, lr_scheduler="constant", max_train_steps=4)
-    whole, _ = make(tmp_path, lr_scheduler="constant", max_train_steps=4)
+    constant = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+    short, batches = make(tmp_path, **constant, max_train_steps=2)
+    long, _ = make(tmp_path, **constant, max_train_steps=4)
+    whole, _ = make(tmp_path, **constant, max_train_steps=4)
     losses = [step.loss for step in train(whole, batches)]
     first = [step.loss for step in train(short, batches)]
     state.restore(long, state.save(short, tmp_path / "run"))
