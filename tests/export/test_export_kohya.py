@@ -302,3 +302,13 @@ def test_the_added_embedding_of_sdxl_is_found_by_every_program_that_reads_it(
     opened = da.load(again, tmp_path / "file.safetensors")
     for site in adapter.sites:
         assert torch.allclose(opened.adapted_weight(site.name), adapter.adapted_weight(site.name), atol=1e-5)
+
+
+def test_norms_of_a_text_encoder_are_refused(pipe, tmp_path):
+    adapter = trained(pipe, "norms", layers="conv_norm_out", text="norm")
+    try:
+        with pytest.raises(ValueError, match="ComfyUI"):
+            da.export(adapter, tmp_path / "file.safetensors")
+    finally:
+        da.detach(adapter)
+    assert not list(tmp_path.iterdir())
