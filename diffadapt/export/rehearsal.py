@@ -36,8 +36,8 @@ def obstacle(adapter: Adapter, to: str) -> str | None:
     with _trained_a_little(adapter):
         try:
             _try_export(adapter, to)
-        except ValueError as error:
-            return str(error)
+        except Exception as error:  # of any kind: a device may lack float64, or memory
+            return str(error) or type(error).__name__
     return None
 
 

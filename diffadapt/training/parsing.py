@@ -7,6 +7,7 @@ Values come from, in rising order: the dataclass, the base family's defaults (fo
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ PATHS = (  # options that name files or folders
     *("resume_from_checkpoint", "logging_dir", "extractor", "config", "instance_data_dir"),
     *("class_data_dir", "train_data_dir", "validation_data_dir", "dataset_name", "held_out"),
 )
+MISREAD_NUMBERS = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")  # octal, base 60
 MOST_NESTED = 8  # levels of a file of options
 Kind = TypeVar("Kind", bound=TrainOptions)
 OTHER_UNITS = {  # options of diffusers' scripts that count epochs, where steps are counted here
@@ -99,11 +101,18 @@ def _expanded(name: str, value: object) -> object:
 
 
 def _check_flat(text: str) -> None:
-    """Raises: yaml.YAMLError for aliases, and for nesting no option has, which takes for ever to read."""
+    """Raises: yaml.YAMLError for aliases, for nesting no option has, which takes for ever to read, and for
+    numbers that YAML 1.1 takes for others: 010 is 8, 1:30 is 90."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) can stand for endless text and are not read")
+        is_plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
+        if is_plain and MISREAD_NUMBERS.fullmatch(event.value):
+            raise yaml.YAMLError(
+                f"YAML reads {event.value} as {yaml.safe_load(event.value)}; write the number in decimal, "
+                "or a text in quotes"
+            )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_NESTED:
             raise yaml.YAMLError(f"it nests deeper than {MOST_NESTED} levels")

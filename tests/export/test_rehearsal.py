@@ -6,6 +6,7 @@ from diffusers import StableDiffusionPipeline
 from pipelines import tiny_sd_pipeline
 
 import diffadapt as da
+from diffadapt.export import rehearsal
 from diffadapt.export.rehearsal import obstacle
 
 METHODS = [
@@ -50,6 +51,18 @@ def test_what_is_said_before_training_is_what_the_export_does(pipe, tmp_path, me
                 assert reason is not None, f"{to} was said to be possible"
             else:
                 assert reason is None, f"{to} was said to be impossible: {reason}"
+    finally:
+        da.detach(adapter)
+
+
+def test_what_a_device_cannot_do_is_an_obstacle_and_no_crash(pipe, monkeypatch):
+    def lacks_float64(*_, **__):
+        raise TypeError("this device has no float64")
+
+    monkeypatch.setattr(rehearsal, "checked_changes", lacks_float64)
+    adapter = da.attach(pipe, da.make_method("lora", rank=2), targets="attention")
+    try:
+        assert obstacle(adapter, "kohya") == "this device has no float64"
     finally:
         da.detach(adapter)
 

@@ -71,12 +71,23 @@ def test_what_was_written_can_be_read_back(tmp_path):
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
         ("adapter: &a lora\ntargets: *a", "aliases"),
         ("a: " + "[" * 20_000, "nests deeper"),
+        ("seed: 010", "YAML reads 010 as 8; write the number in decimal"),
+        ("max_train_steps: 1:30", "YAML reads 1:30 as 90"),
+        ("adapter_options: 'rank=2'\nclass_labels: 010", "YAML reads 010 as 8; .* or a text in quotes"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         parse(Options, ["--config", str(tmp_path / "a.yaml")])
+
+
+def test_zeros_and_texts_in_quotes_are_what_they_say(tmp_path):
+    text = "seed: 0\nlr_warmup_steps: -0\nnoise_offset: 0.05\noutput_dir: '010'\nlearning_rate: 1e-4\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    options = parse(Options, ["--config", str(tmp_path / "a.yaml")])
+    assert (options.seed, options.lr_warmup_steps, options.noise_offset) == (0, 0, 0.05)
+    assert options.output_dir == "010"
 
 
 def test_neither_base_nor_data_is_the_demonstration():
