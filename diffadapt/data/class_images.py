@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffadapt.data.endings import EXTENSIONS, without
-from diffadapt.data.examples import Example
+from diffadapt.data.examples import Example, folder_examples
 from diffadapt.data.grid import to_pictures
-from diffadapt.data.images import UndrawnImage, list_images
+from diffadapt.data.images import UndrawnImage
 from diffadapt.data.links import visible_files
 from diffadapt.data.sources import folders_in, notify_unused
 from diffadapt.files import check_writable_folder, write_atomically
@@ -71,7 +71,7 @@ def class_examples(
     for images in draw(pipe, [Shot(recipe.prompt, seed + number) for number in numbers], recipe.sampler):
         for picture in to_pictures(images):
             write_atomically(next(files), partial(picture.save, format="png"))
-    return [Example(path, recipe.prompt) for path in list_images(folder, follow_links=follow_links)][:count]
+    return folder_examples(folder, recipe.prompt, follow_links=follow_links)[:count]
 
 
 def planned_class_examples(
@@ -95,9 +95,12 @@ def _present_examples(folder: Path, recipe: ClassRecipe, follow_links: bool) -> 
     if not folder.is_dir():
         return []
     files, _ = visible_files(folder, follow_links=follow_links)
-    images = list_images(folder, follow_links=follow_links) if _present(folder) else []
-    notify_unused(folder, without(files, [*images, folder / RECORD]), folders_in(folder))
-    return [Example(path, recipe.prompt) for path in images]
+    examples: list[Example] = []
+    if _present(folder):
+        examples = folder_examples(folder, recipe.prompt, follow_links=follow_links)
+    used = [example.source for example in examples]
+    notify_unused(folder, without(files, [*used, folder / RECORD]), folders_in(folder))
+    return examples
 
 
 def _check_record(folder: Path, recipe: ClassRecipe, *, is_filled: bool) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import features
 
+from diffadapt.data.links import visible_files
+
 HEIF = frozenset((".heic", ".heif", ".hif"))  # read with the package pillow-heif
 ARCHIVES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
 SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini"))  # written by Windows; as silent as hidden files
@@ -70,8 +72,13 @@ def describe_unused(
 
 
 def folders_with_images(folders: Sequence[Path]) -> list[Path]:
-    """Those of the folders that hold an image, at any depth."""
-    return [folder for folder in folders if any(_is_image(path) for path in folder.rglob("*"))]
+    """Those of the folders that hold an image that is not hidden, at any depth."""
+    holders: list[Path] = []
+    for folder in folders:
+        files, _ = visible_files(folder, recursive=True)
+        if any(_is_image(path) for path in files):
+            holders.append(folder)
+    return holders
 
 
 def without(files: Sequence[Path], used: Collection[Path]) -> list[Path]:

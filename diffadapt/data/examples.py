@@ -30,9 +30,9 @@ class Draw:
     sample: int  # place within the epoch before shuffling: an index and how often it was used already
 
 
-def folder_examples(folder: str | Path, caption: str | int) -> list[Example]:
-    """All pictures of a folder under one caption."""
-    return [Example(path, caption) for path in list_images(folder)]
+def folder_examples(folder: str | Path, caption: str | int, *, follow_links: bool = False) -> list[Example]:
+    """All images of a folder under one caption."""
+    return [Example(path, caption) for path in list_images(folder, follow_links=follow_links)]
 
 
 @dataclass(frozen=True)

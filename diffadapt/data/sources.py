@@ -214,7 +214,10 @@ def _with_files_beside(
 
 def _is_in_repeated_folders(folder: Path) -> bool:
     """Whether a folder is laid out as kohya's scripts have it: all images in folders named "10_name"."""
-    if not folder.is_dir() or any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
+    if not folder.is_dir():
+        return False
+    files, _ = visible_files(folder)
+    if any(path.suffix.lower() in EXTENSIONS for path in files):
         return False
     holders = folders_with_images(folders_in(folder))
     return bool(holders) and all(REPEATS.fullmatch(path.name) for path in holders)

@@ -345,3 +345,12 @@ def test_a_blank_prompt_is_refused_as_such(tmp_path):
     write_pictures(tmp_path, 1)
     with pytest.raises(ValueError, match="--instance_prompt is blank"):
         instance_folder(tmp_path, " ")
+
+
+def test_hidden_files_of_macos_are_no_images_of_any_layout(tmp_path, capsys):
+    write_pictures(tmp_path / "2_sks dog", 1)
+    (tmp_path / "beach").mkdir()
+    for place in (tmp_path, tmp_path / "2_sks dog", tmp_path / "beach"):
+        (place / "._picture-0.png").write_bytes(b"written by macOS")
+    assert len(instance_folder(tmp_path, "a sks dog")) == 2
+    assert "not used" not in capsys.readouterr().out
