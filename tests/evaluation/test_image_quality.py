@@ -63,7 +63,10 @@ def test_the_demonstration_writes_json_table_csv_and_page(tmp_path, capsys):
     assert "real against real" in shown
     printed = shown[shown.index("**DEMO**") : shown.rindex(str(output))].strip()
     assert max(map(len, printed.splitlines())) <= 120
-    assert output.with_suffix(".md").read_text(encoding="utf-8").startswith(printed.partition("- `")[0])
+    assert "extractor: embedded:clip" in printed
+    report = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert report.endswith("\n")
+    assert printed[printed.index("- `") :] in report  # the same notes
     assert "## How it was made" in output.with_suffix(".md").read_text(encoding="utf-8")
     assert "<img" in output.with_suffix(".html").read_text(encoding="utf-8")
     assert len(list(csv.DictReader(output.with_suffix(".csv").open(encoding="utf-8")))) == 200
@@ -140,12 +143,18 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, sets, change, message
         ("/proc/scores.json", "cannot be written"),
         ("", "is a folder"),
         ("{out}/scores.html", "--output names the JSON file"),
+        ("{out}/photo.png", "--output names the JSON file, the others stand beside it"),
+        ("{out}/scores", "--output names the JSON file"),
+        ("{out}/captions.json", "captions.json, which is not of an earlier evaluation"),
+        ("{out}/table.json", "table.csv, which is not of an earlier evaluation"),
         ("{out}/" + 300 * "x" + "/scores.json", "too long"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_told_before_any_image_is_read(tmp_path, place, message, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / "page.html").mkdir()
+    for name in ("photo.png", "captions.json", "table.csv"):
+        (tmp_path / name).write_text("precious", encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     Toy.images_seen = 0
     arguments = ["--generated", "nowhere", "--extractor", TOY, "--output", place.format(out=tmp_path)]
@@ -153,6 +162,13 @@ def test_an_output_that_cannot_be_written_is_told_before_any_image_is_read(tmp_p
     assert message in capsys.readouterr().err
     assert Toy.images_seen == 0
     assert sorted(tmp_path.iterdir()) == before
+    for name in ("photo.png", "captions.json", "table.csv"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == "precious"
+
+
+def test_an_evaluation_may_be_made_again_under_its_name(tmp_path, sets):
+    arguments = ["--generated", sets[0], "--reference", sets[1], "--extractor", TOY, "--metrics", "clip_i"]
+    assert [evaluate(tmp_path, *arguments, "--allow_small")[0] for _ in range(2)] == [0, 0]
 
 
 @pytest.mark.parametrize("option", ["--save_features", "--keep_images"])
