@@ -155,7 +155,7 @@ def _loaded(
 ) -> tuple[Tensor, Facts]:
     height, width = values.shape[:2]
     hashes = (_hash(values), _hash(values[:, ::-1]), *difference_hashes(Image.fromarray(values)))
-    pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(values.transpose(2, 0, 1).copy())
     return pixels, Facts(name, sha256, *hashes, kind, mode, width, height, conversions)
 
 

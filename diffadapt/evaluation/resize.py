@@ -19,12 +19,14 @@ from diffadapt.nearest import near
 
 PRESETS = ("tf1", "clean", "torchmetrics", "bilinear", "pil", "none")
 CROP = "crop-"
+LARGEST_CROP = 4  # times the network's side: beyond, less than a sixteenth of an image is seen
 
 
 def resize(images: Tensor, side: int, preset: str) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 3, side, side) float32 in [0, 255], by a preset's rule.
 
-    Images of the wanted size are left as they are under every preset.
+    Images of that size are left as they are, except that `crop-S` with S above the side still takes their
+    middle, as it does of all others.
 
     Raises: ValueError for an unknown preset, or one that cannot give this side.
     """
@@ -32,6 +34,8 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     pixels = images.float()
+    if preset.startswith(CROP):
+        return shorter_side_then_middle(pixels, int(preset.removeprefix(CROP)), side)
     if preset == "none" or images.shape[-2:] == (side, side):
         return pixels
     if preset == "tf1":
@@ -43,25 +47,29 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
         return interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=smooth)
     if preset == "clean":
         return _bicubic(pixels, (side, side))
-    if preset == "pil":
-        rows = _bicubic(
-            pixels, (pixels.shape[-2], side)
-        ).round()  # Pillow rounds after each of its two passes
-        return _bicubic(rows, (side, side)).round()
-    return shorter_side_then_middle(pixels, int(preset.removeprefix(CROP)), side)
+    # preset "pil": Pillow rounds after each of its two passes
+    rows = _bicubic(pixels, (pixels.shape[-2], side)).round()
+    return _bicubic(rows, (side, side)).round()
 
 
 def check_preset(preset: str, side: int) -> None:
-    """Raises: ValueError for an unknown preset, and for a crop from images smaller than the network wants."""
+    """Raises: ValueError for an unknown preset, and for a crop from images smaller than the network takes, or
+    so large that next to nothing of them remains.
+    """
     if preset in PRESETS:
         return
     shorter = preset.removeprefix(CROP)
     if not preset.startswith(CROP) or not shorter.isdecimal():
-        raise ValueError(f"unknown resize preset {preset!r}{near(preset, [*PRESETS, f'{CROP}{side}'])}")
+        raise ValueError(f"unknown resize preset {preset!r}{near(preset, [*PRESETS, f'{CROP}SIZE'])}")
     if int(shorter) < side:
         raise ValueError(
             f"resize {preset}: the shorter side would be {shorter}, below the {side} pixels that the network "
             f"takes; give {CROP}{side} or more, or one of {', '.join(PRESETS)}"
+        )
+    if side > 1 and int(shorter) > LARGEST_CROP * side:
+        raise ValueError(
+            f"resize {preset}: the network would see {side} of {shorter} pixels, too little of the image; "
+            f"give {CROP}{LARGEST_CROP * side} or less"
         )
 
 

@@ -28,9 +28,9 @@ class OptionRule:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.is_whole else "a number"
-        bounds = f"from {self.low:g} to {self.high:g}"
+        bounds = f"from {self.low} to {self.high}"
         if self.high == math.inf:
-            bounds = f"of at least {self.low:g}"
+            bounds = f"of at least {self.low}"
         return f"{kind} {bounds}" + (", or null" if self.is_optional else "")
 
     def allows(self, value: object) -> bool:

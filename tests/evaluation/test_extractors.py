@@ -305,6 +305,26 @@ def test_crops_that_cannot_be_are_refused(preset):
         load_extractor("embedded:clip", preset=preset)
 
 
+@pytest.mark.parametrize(("height", "width"), [(20, 20), (20, 40), (64, 20), (50, 50)])
+def test_crops_are_the_middle_also_of_images_of_the_networks_size(height, width):
+    """As the processors of CLIP and DINO: the shorter side becomes 24, then the middle 20 x 20."""
+    import numpy as np
+    from PIL import Image
+
+    picture = images(1, height, width)[0]
+    scale = 24 / min(height, width)
+    size = (int(width * scale), int(height * scale))
+    scaled = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - 20) // 2, (size[1] - 20) // 2
+    expected = torch.from_numpy(np.array(scaled.crop((left, top, left + 20, top + 20)))).permute(2, 0, 1)
+    assert (resize(picture[None], 20, "crop-24")[0] - expected).abs().mean() < 1
+
+
+def test_a_crop_that_shows_next_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="the network would see 64 of 99999999 pixels"):
+        load_extractor("embedded:clip", preset="crop-99999999")
+
+
 def test_a_crop_below_an_extractors_side_is_refused_before_any_image_is_read():
     with pytest.raises(ValueError, match=r"crop-63: .* below the 64 pixels .* give crop-64 or more"):
         load_extractor("embedded:clip", preset="crop-63")
