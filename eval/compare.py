@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -20,7 +21,14 @@ from diffadapt.evaluation.compared_runs import COSTS, Run, points, read_runs
 from diffadapt.evaluation.comparison import Difference, compare
 from diffadapt.evaluation.page import document, plot, stamp_of, table
 from diffadapt.evaluation.plots import pareto_plot
-from diffadapt.evaluation.tables import MEANING, markdown_table, number
+from diffadapt.evaluation.tables import (
+    MEANING,
+    WIDTH,
+    items_of,
+    markdown_table,
+    number,
+    tables_by_extractor,
+)
 from diffadapt.exits import run
 from diffadapt.files import check_writable_folder, write_atomically
 from diffadapt.strict_json import to_json
@@ -44,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         "runs": {own.label: {"record": str(own.path), "costs": own.costs} for own in runs},
         "differences": [{**dataclasses.asdict(d), "verdict": d.verdict} for d in found],
     }
-    text = "\n".join([*stamps(runs), *markdown_table(COLUMNS, rows), "", *closing_words(runs, found)]) + "\n"
     _write(folder / "compare.json", to_json(record))
-    _write(folder / "compare.md", text)
+    _write(folder / "compare.md", as_text(runs, found, rows))
     _write(folder / "compare.html", page(runs, found, rows, command))
-    print(f"{text}\nwith plots: {folder / 'compare.html'}")
+    print(as_text(runs, found, rows, width=WIDTH))
+    print(f"with plots: {folder / 'compare.html'}")
     return 0
 
 
@@ -78,6 +86,28 @@ def cells(difference: Difference) -> dict[str, str]:
         "; ".join([*known, *pairing, *method, *note]),
     )
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def as_text(
+    runs: Sequence[Run],
+    found: Sequence[Difference],
+    rows: Sequence[dict[str, str]],
+    *,
+    width: int | None = None,
+) -> str:
+    """The table and, below it, what is to be said of each score.
+
+    Args:
+        width: characters of a line, for a terminal; None cuts no names.
+    """
+    columns = COLUMNS[:-1]
+    if width is None:
+        table_lines = markdown_table(columns, rows)
+    else:
+        table_lines = tables_by_extractor(columns, rows, width=width)
+    notes = items_of([(row["score"], row["remarks"]) for row in rows])
+    closing = textwrap.wrap(" ".join(closing_words(runs, found)), WIDTH)
+    return "\n".join([*stamps(runs), *table_lines, "", *notes, "", *closing]) + "\n"
 
 
 def closing_words(runs: Sequence[Run], found: Sequence[Difference]) -> list[str]:

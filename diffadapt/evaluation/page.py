@@ -106,7 +106,8 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
 
 def _table_cell(column: str, text: str) -> str:
     css = CLASSES.get(column, "")
-    return f'<td class="{css}" data-label="{escape(column)}">{escape(text)}</td>'
+    content = escape(text).replace("[", "<wbr>[")  # a long name breaks before its extractor
+    return f'<td class="{css}" data-label="{escape(column)}">{content}</td>'
 
 
 def plot(figure: plots.Figure, description: str) -> str:

@@ -63,5 +63,16 @@ dd { margin: 0; overflow-wrap: anywhere; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 6px; }
 }
-@media print { .stamp { color: #000; border: 2px solid #000; } details { display: block; } }
+@media print {
+  .stamp { color: #000; border: 2px solid #000; }
+  details { display: block; }
+  table { font-size: .74rem; }
+  td.figure { white-space: nowrap; }
+  tr, figure, .plots img, ul.notes li, .warnings li { break-inside: avoid; }
+  h1, h2, h3, h2 + p, h3 + p, summary { break-after: avoid; }
+  .plots, .sheet { display: block; }  /* browsers do not keep the rows of a grid on one page */
+  .plots img { display: inline-block; width: 48%; margin: 0 1% 8px 0; }
+  .sheet figure { display: inline-block; vertical-align: top; width: 15.5%; margin: 0 .8% 8px 0; }
+  .sheet.pairs figure { width: 23.5%; }
+}
 """

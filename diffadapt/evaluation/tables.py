@@ -100,19 +100,22 @@ def markdown(record: EvaluationRecord, *, width: int | None = None) -> str:
     """Scores, their notes, warnings and refusals as Markdown, under the record's stamp.
 
     Args:
-        width: characters of the table's lines, to which long names are cut; None cuts none. The notes have
-            them in full.
+        width: characters of a table's lines, for a terminal: a table for each extractor, without its name in
+            those of the scores, and what is still too long is cut. The notes have the names in full.
+            None: one table, which cuts none.
     """
     lines = [f"**{record.stamp}**", ""] if record.stamp else []
     rows = score_rows(record)
-    if rows:
-        lines += markdown_table(COLUMNS, rows, width=width)
-    else:
+    if not rows:
         lines.append("No score could be computed.")
+    elif width is None:
+        lines += markdown_table(COLUMNS, rows)
+    else:
+        lines += tables_by_extractor(COLUMNS, rows, width=width)
     notes = [f"`{name}`: {text}" for name, text in score_notes(record).items() if text]
     for block in (notes, remarks_of_run(record)):
         if block:
-            lines += ["", *(line for note in block for line in _item(note))]
+            lines += ["", *(line for note in block for line in list_item(note))]
     return "\n".join(lines) + "\n"
 
 
@@ -152,7 +155,25 @@ def _making(record: EvaluationRecord) -> list[str]:
         "protocol": str(record.settings.get("protocol") or ""),
         "command": f"`{record.settings['command']}`" if record.settings.get("command") else "",
     }
-    return lines + [line for name, text in facts.items() if text for line in _item(f"{name}: {text}")]
+    return lines + [line for name, text in facts.items() if text for line in list_item(f"{name}: {text}")]
+
+
+def tables_by_extractor(
+    columns: Sequence[str], rows: Sequence[Mapping[str, str]], *, width: int
+) -> list[str]:
+    """The lines of tables of scores, whose extractors, `precision[EXTRACTOR]`, stand above their tables."""
+    rows_of: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        name, _, extractor = row["score"].removesuffix("]").partition("[")
+        rows_of.setdefault(extractor, []).append({**row, "score": name})
+    lines: list[str] = []
+    for extractor, those in rows_of.items():
+        if lines:
+            lines.append("")
+        if extractor:
+            lines += [f"extractor: {extractor}", ""]
+        lines += markdown_table(columns, those, width=width)
+    return lines
 
 
 def markdown_table(
@@ -205,7 +226,21 @@ def _cell(text: str) -> str:
     return _one_line(text).replace("|", "\\|")
 
 
-def _item(text: str) -> list[str]:
+def items_of(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """Names and what is to be said of them as items of a list: once for all names of which the same holds."""
+    names_of: dict[str, list[str]] = {}
+    for name, text in notes:
+        names = names_of.setdefault(text, [])
+        if name not in names:
+            names.append(name)
+    lines: list[str] = []
+    for text, names in names_of.items():
+        if text:
+            lines += list_item(f"`{', '.join(names)}`: {text}")
+    return lines
+
+
+def list_item(text: str) -> list[str]:
     """An item of a list, in lines of WIDTH; what it lists line by line stands behind commas."""
     text = text.replace(":\n", ": ").replace("\n", ", ")
     return textwrap.wrap(

@@ -64,6 +64,16 @@ def test_figures_of_images_are_compared_pair_by_pair(tmp_path):
     assert (own.interval.low, own.interval.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
+def test_the_printed_table_fits_a_terminal_and_says_each_note_once(tmp_path, capsys):
+    files = [written(tmp_path / "all.json", labels=("a", "a-run-of-a-long-name", "c", "d"))]
+    assert script.main([*map(str, files), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if "with plots" not in line) <= 110
+    assert "extractor: embedded:clip" in printed
+    assert printed.count("as of independent sets") == 1
+    assert NAME in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+
+
 def test_a_score_that_is_the_mean_of_its_images_gets_the_paired_interval(tmp_path):
     for label, shift in (("a", 0.0), ("b", 0.05)):
         made = record((label,), shift=shift)
@@ -214,7 +224,9 @@ def test_the_script_writes_table_json_and_a_page_with_plots(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "**DEMO**" in printed
     assert "exclude 0 by chance alone" in printed
-    assert f"| {NAME} | a | 0.03 | 0.02 | -0.01 |" in " ".join(printed.split())
+    assert "| kernel_distance | a | 0.03 | 0.02 | -0.01 |" in " ".join(printed.split())
+    written_table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert f"| {NAME} | a | 0.03 | 0.02 | -0.01 |" in " ".join(written_table.split())
     with pytest.raises(ValueError, match="'d' is none of the runs a, b, c"):
         script.main([str(path), "--first", "d"])
 

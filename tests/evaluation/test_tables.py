@@ -68,8 +68,19 @@ def test_warnings_that_say_the_same_of_several_sets_stand_once():
     assert "- warning: a clock: slow" in text
 
 
+def test_a_terminal_has_a_table_for_each_extractor_with_uncut_names_of_scores():
+    made = record(("held_out",))
+    names = ("frechet_distance[embedded:clip]", "frechet_distance_infinity[embedded:clip]", "fid")
+    text = markdown(replace(made, scores=tuple(replace(made.scores[0], name=n) for n in names)), width=WIDTH)
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if "held_out" in line]
+    assert rows == ["frechet_distance", "frechet_distance_infinity", "fid"]
+    assert text.count("extractor: embedded:clip\n") == 1
+    assert text.count("| score ") == 2
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
 def test_a_terminals_table_fits_and_its_notes_have_the_full_names():
-    name = "image_similarity[clip:somebody/a-very-long-name-of-a-vision-transformer-with-large-patches]"
+    name = "image_similarity_of_a_very_long_name_that_fills_half_of_a_line_of_a_terminal[clip:somebody]"
     made = record(("the-first-adapter-of-a-long-series-of-runs", "b"))
     text = markdown(replace(made, scores=tuple(replace(s, name=name) for s in made.scores)), width=WIDTH)
     table = [line for line in text.splitlines() if line.startswith("|")]
