@@ -6,19 +6,18 @@ import os
 # takes longer to hand out pages of 4 KB than to fill them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import diffadapt.launcher  # noqa: F401 - notes the process's launcher before the slow imports
+import diffadapt.common.launcher  # noqa: F401 - notes the process's launcher before the slow imports
 
 # isort: split
 # What is listed here is the public API.
 
-from diffadapt.adapter import Adapter
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.attach import attach, attached, detach, disabled
+from diffadapt.adapters.budget import count_parameters, fit_budget
+from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.assets import embedded
-from diffadapt.attaching import attach, attached, detach, disabled
-from diffadapt.budget import count_parameters, fit_budget
-from diffadapt.checkpoint import load, read_metadata, save
-from diffadapt.export import ExportReport, export
-from diffadapt.merging import merge, unmerge
-from diffadapt.method_names import make_method
+from diffadapt.formats.adapter_file import load, read_metadata, save
+from diffadapt.formats.export import ExportReport, export
 from diffadapt.methods import (
     METHODS,
     BitFit,
@@ -39,6 +38,7 @@ from diffadapt.methods import (
     SuperLoRA,
     VeRA,
 )
+from diffadapt.methods.parse_method import make_method
 
 __version__ = "0.1.0"
 

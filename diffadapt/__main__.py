@@ -2,6 +2,6 @@
 
 import sys
 
-from diffadapt.cli import main
+from diffadapt.cli.main import main
 
 sys.exit(main())

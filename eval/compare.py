@@ -17,11 +17,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from diffadapt.evaluation.compared_runs import COSTS, Run, points, read_runs
-from diffadapt.evaluation.comparison import Difference, compare
-from diffadapt.evaluation.page import document, plot, stamp_of, table
-from diffadapt.evaluation.plots import pareto_plot
-from diffadapt.evaluation.tables import (
+from diffadapt.common.atomic_files import check_writable_folder, write_atomically
+from diffadapt.common.exit_codes import run
+from diffadapt.common.strict_json import to_json
+from diffadapt.evaluation.report.compared_runs import COSTS, Run, points, read_runs
+from diffadapt.evaluation.report.comparison import Difference, compare
+from diffadapt.evaluation.report.page import document, plot, stamp_of, table
+from diffadapt.evaluation.report.plots import pareto_plot
+from diffadapt.evaluation.report.tables import (
     MEANING,
     WIDTH,
     items_of,
@@ -29,9 +32,6 @@ from diffadapt.evaluation.tables import (
     number,
     tables_by_extractor,
 )
-from diffadapt.exits import run
-from diffadapt.files import check_writable_folder, write_atomically
-from diffadapt.strict_json import to_json
 
 COLUMNS = ("score", "run", "first", "value", "difference", "95 % interval", "verdict", "remarks")
 CHANCE = 20  # of so many 95 % intervals one misses the truth by chance

@@ -21,18 +21,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from diffadapt.checkpoint import base_named_in
-from diffadapt.commands.sample import wanted_shots
-from diffadapt.evaluation import options, tables
-from diffadapt.evaluation.captions import with_captions
-from diffadapt.evaluation.drawing import draw_sets, files_of_run
-from diffadapt.evaluation.drawn_files import passing_folder
-from diffadapt.evaluation.extractors import Extractor
-from diffadapt.evaluation.image_sets import ImageSet, has_prompts
-from diffadapt.evaluation.output_files import OutputFiles, report
-from diffadapt.evaluation.page import write_page
-from diffadapt.evaluation.preference import METRIC, load_preference
-from diffadapt.evaluation.run import (
+from diffadapt.common.atomic_files import write_utf8
+from diffadapt.common.exit_codes import run
+from diffadapt.evaluation import image_quality_cli
+from diffadapt.evaluation.evaluate_sets import (
     Outcome,
     begin,
     check_counts,
@@ -41,16 +33,25 @@ from diffadapt.evaluation.run import (
     open_generated,
     open_reference,
 )
+from diffadapt.evaluation.features.extractors import Extractor
+from diffadapt.evaluation.features.preference import METRIC, load_preference
+from diffadapt.evaluation.generate import draw_sets, files_of_run
+from diffadapt.evaluation.generated_files import passing_folder
+from diffadapt.evaluation.output_files import OutputFiles, report
+from diffadapt.evaluation.report import tables
+from diffadapt.evaluation.report.page import write_page
 from diffadapt.evaluation.scoring import Plan, check_plan, with_layers
-from diffadapt.exits import run
-from diffadapt.files import write_utf8
-from diffadapt.looks import parse_adapter
+from diffadapt.evaluation.sets.captions import with_captions
+from diffadapt.evaluation.sets.image_sets import ImageSet, has_prompts
+from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.metrics.analytic import analytic_cases
+from diffadapt.models.sampling_columns import parse_adapter
+from diffadapt.models.sampling_options import wanted_shots
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    options.add_options(parser)
+    image_quality_cli.add_options(parser)
     arguments = parser.parse_args(argv)
     return run(lambda: verify() if arguments.verify else evaluate(arguments))
 
@@ -68,27 +69,27 @@ def verify() -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Generates what is to be generated, scores everything, writes the four files. Returns the exit code."""
-    options.check_numbers(arguments)
+    image_quality_cli.check_numbers(arguments)
     device = begin(arguments.num_threads)
-    options.fill_demo(arguments)
-    options.check_places(arguments)
+    image_quality_cli.fill_demo(arguments)
+    image_quality_cli.check_places(arguments)
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
     is_drawing = bool(files) or arguments.with_base
     if files:
         arguments.base = arguments.base or base_named_in([parse_adapter(file).path for file in files])
     elif is_drawing and arguments.base is None:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
-    plan, reading = options.plan_of(arguments), options.reading_of(arguments)
+    plan, reading = image_quality_cli.plan_of(arguments), image_quality_cli.reading_of(arguments)
     with PartialState().local_main_process_first():  # which fetches what is missing
         is_alone = arguments.preference is not None and plan.metrics == (METRIC,)
-        extractors = [] if is_alone else options.extractors_of(arguments, str(device))
+        extractors = [] if is_alone else image_quality_cli.extractors_of(arguments, str(device))
     extractors = [with_layers(extractor, plan) for extractor in extractors]
     preference = None
     if arguments.preference is not None:
         preference = load_preference(arguments.preference)
         plan = replace(plan, metrics=tuple(key for key in plan.metrics if key != METRIC))
     given: dict[str, ImageSet | Path] = {}
-    for label, name in options.labels_of(arguments.generated).items():
+    for label, name in image_quality_cli.labels_of(arguments.generated).items():
         given[label] = captioned(open_generated(name, reading), arguments)
     reference = None if arguments.reference is None else open_reference(arguments.reference, reading)
     with_prompts = is_drawing or arguments.captions or any(map(has_prompts, arguments.generated))
@@ -122,7 +123,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             preference=preference,
             settings={
                 "command": shlex.join(["python", "eval/image_quality.py", *sys.argv[1:]]),
-                "demo": options.is_demo(arguments),
+                "demo": image_quality_cli.is_demo(arguments),
             },
         )
         if outcome is None:

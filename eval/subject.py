@@ -19,21 +19,24 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from diffadapt.checkpoint import base_named_in
-from diffadapt.evaluation.extractors import (
+from diffadapt.common.atomic_files import check_writable_folder
+from diffadapt.common.exit_codes import run
+from diffadapt.common.number_ranges import require_at_least, require_seed
+from diffadapt.evaluation.evaluate_sets import begin
+from diffadapt.evaluation.features.extractors import (
     EMBEDDED,
     Extractor,
     available,
     load_extractor,
     weights_by_extractor,
 )
-from diffadapt.evaluation.extractors.convolutional import LPIPS_NATIVE, lpips_preset
+from diffadapt.evaluation.features.extractors.convolutional import LPIPS_NATIVE, lpips_preset
 from diffadapt.evaluation.output_files import OutputFiles, report
-from diffadapt.evaluation.run import begin
-from diffadapt.evaluation.subject_drawing import Drawing, draw_subjects
-from diffadapt.evaluation.subject_record import evaluate_subjects, write_record
-from diffadapt.evaluation.subject_scores import check_extractors
-from diffadapt.evaluation.subjects import (
+from diffadapt.evaluation.report.tables import WIDTH, markdown
+from diffadapt.evaluation.subject.generate import Drawing, draw_subjects
+from diffadapt.evaluation.subject.record import evaluate_subjects, write_record
+from diffadapt.evaluation.subject.scores import check_extractors
+from diffadapt.evaluation.subject.subjects import (
     Subject,
     SubjectImages,
     embedded_subjects,
@@ -41,11 +44,8 @@ from diffadapt.evaluation.subjects import (
     open_subjects,
     read_prompts,
 )
-from diffadapt.evaluation.tables import WIDTH, markdown
-from diffadapt.exits import run
-from diffadapt.files import check_writable_folder
-from diffadapt.models.names import is_embedded
-from diffadapt.number_ranges import require_at_least, require_seed
+from diffadapt.formats.adapter_file import base_named_in
+from diffadapt.models.base_names import is_embedded
 
 DEMO_BASE = "embedded:emoji"
 MINIMA = {  # option -> its smallest value

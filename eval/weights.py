@@ -17,17 +17,17 @@ from pathlib import Path
 import weights_plots
 
 import diffadapt as da
-from diffadapt.adapter import Adapter
-from diffadapt.analysis import LayerFigures, analyse
-from diffadapt.checkpoint import base_named_in
-from diffadapt.evaluation.plots import save_plot
-from diffadapt.evaluation.tables import markdown_table, number
-from diffadapt.exits import run
-from diffadapt.files import check_writable_folder, write_atomically
-from diffadapt.models.any_pipeline import open_pipeline
-from diffadapt.number_ranges import require_at_least, require_seed
-from diffadapt.strict_json import to_json
-from diffadapt.training.session import quiet
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.common.atomic_files import check_writable_folder, write_atomically
+from diffadapt.common.exit_codes import run
+from diffadapt.common.number_ranges import require_at_least, require_seed
+from diffadapt.common.runtime import quiet
+from diffadapt.common.strict_json import to_json
+from diffadapt.evaluation.adapter_analysis import LayerFigures, analyse
+from diffadapt.evaluation.report.plots import save_plot
+from diffadapt.evaluation.report.tables import markdown_table, number
+from diffadapt.formats.adapter_file import base_named_in
+from diffadapt.models.open_pipeline import open_pipeline
 
 COLUMNS = {  # heading -> field of LayerFigures
     "norm of dW": "norm",

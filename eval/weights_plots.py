@@ -9,8 +9,8 @@ from itertools import combinations
 import matplotlib
 from matplotlib.figure import Figure
 
-from diffadapt.analysis import LayerFigures
-from diffadapt.evaluation.plots import COLOURS, STYLE
+from diffadapt.evaluation.adapter_analysis import LayerFigures
+from diffadapt.evaluation.report.plots import COLOURS, STYLE
 
 Figures = Mapping[str, Sequence[LayerFigures]]
 

@@ -14,19 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffadapt.data.dataset import labelled_table, open_table
+from diffadapt.common.exit_codes import run
 from diffadapt.data.examples import Example
-from diffadapt.data.sources import class_folders
-from diffadapt.exits import run
-from diffadapt.models.names import resolve
-from diffadapt.training.class_labels import class_names, labels_of, matched_by_name, with_new_table
-from diffadapt.training.classes import ClassReport
-from diffadapt.training.defaults import choose_base
+from diffadapt.data.folders import class_folders
+from diffadapt.data.hub_tables import labelled_table, open_table
+from diffadapt.models.base_names import resolve
+from diffadapt.training.base_defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
+from diffadapt.training.report.class_mapping import (
+    class_names,
+    labels_of,
+    matched_by_name,
+    with_new_table,
+)
+from diffadapt.training.report.classes import ClassReport
 from diffadapt.training.run import Run
 from diffadapt.training.setup import make_batches, make_trainer, set_up
-from diffadapt.training.starting import start_command
+from diffadapt.training.start_command import start_command
 
 DEMO = {
     "pretrained_model_name_or_path": "embedded:digits",

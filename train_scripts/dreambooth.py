@@ -9,18 +9,18 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffadapt.common.exit_codes import run
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import ClassRecipe, class_examples, planned_class_examples
-from diffadapt.data.sources import instance_folder
-from diffadapt.exits import run
-from diffadapt.models.names import resolve
-from diffadapt.training.defaults import choose_base
+from diffadapt.data.folders import instance_folder
+from diffadapt.models.base_names import resolve
+from diffadapt.training.base_defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
+from diffadapt.training.report.subject import SubjectReport
 from diffadapt.training.run import Run
 from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
-from diffadapt.training.starting import start_command
-from diffadapt.training.subject import SubjectReport
+from diffadapt.training.start_command import start_command
 
 DEMO = {
     "pretrained_model_name_or_path": "embedded:emoji",

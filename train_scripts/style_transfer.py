@@ -9,20 +9,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffadapt.common.exit_codes import run
 from diffadapt.data.buckets import Buckets, bucket_sizes, size_step
-from diffadapt.data.dataset import captioned_table, open_table
 from diffadapt.data.examples import Example
-from diffadapt.data.sources import captioned_folder
+from diffadapt.data.folders import captioned_folder
+from diffadapt.data.hub_tables import captioned_table, open_table
 from diffadapt.data.stream import Stream
-from diffadapt.exits import run
-from diffadapt.models.names import resolve
-from diffadapt.training.defaults import choose_base
+from diffadapt.models.base_names import resolve
+from diffadapt.training.base_defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
+from diffadapt.training.report.style import StyleReport
 from diffadapt.training.run import Run
 from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
-from diffadapt.training.starting import start_command
-from diffadapt.training.style import StyleReport
+from diffadapt.training.start_command import start_command
 
 DEMO = {
     "pretrained_model_name_or_path": "embedded:emoji",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffadapt.nearest import near
+from diffadapt.common.suggestions import near
 
 ROOT = Path(__file__).parent
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffadapt.common.images import ImageSource, View, check_images, listed
+from diffadapt.common.keyed_random import integer, normal, uniform
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import open_cache
-from diffadapt.data.description import describe, size_notes
 from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
 from diffadapt.data.examples import Draw, Example, Examples, Order
-from diffadapt.data.images import ImageSource, View, check_images, listed
-from diffadapt.data.randomness import integer, normal, uniform
 from diffadapt.data.scaled_images import MEMORY
 from diffadapt.data.stream import Stream
+from diffadapt.data.summary import describe, size_notes
 from diffadapt.data.trigger_words import with_trigger
 from diffadapt.models.families import Base
 

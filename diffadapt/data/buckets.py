@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from diffadapt.common.keyed_random import permutation
 from diffadapt.data.examples import Draw
-from diffadapt.data.randomness import permutation
 
 if TYPE_CHECKING:
     from diffadapt.models.families import Base

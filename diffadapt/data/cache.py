@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from diffadapt.files import write_atomically
-from diffadapt.tensor_file import digest, read_tensors
+from diffadapt.common.atomic_files import write_atomically
+from diffadapt.common.safetensors_file import digest, read_tensors
 
 FORMAT = 2  # of entries; a change in how pictures are read or scaled must raise it
 KINDS = ("memory", "disk", "none")

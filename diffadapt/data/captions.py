@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffadapt.data.images import listed
-from diffadapt.data.links import leads_out
-from diffadapt.files import read_text
+from diffadapt.common.atomic_files import read_text
+from diffadapt.common.images import listed
+from diffadapt.common.symlinks import leads_out
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when no column is named
 CAPTION_ENDINGS = (".txt", ".caption")  # of files beside images, in any case

@@ -14,15 +14,15 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffadapt.data.endings import EXTENSIONS, without
+from diffadapt.common.atomic_files import check_writable_folder, write_atomically
+from diffadapt.common.contact_sheet import to_pictures
+from diffadapt.common.image_suffixes import EXTENSIONS, without
+from diffadapt.common.images import UndrawnImage
+from diffadapt.common.notices import notify
+from diffadapt.common.symlinks import visible_files
 from diffadapt.data.examples import Example, folder_examples
-from diffadapt.data.grid import to_pictures
-from diffadapt.data.images import UndrawnImage
-from diffadapt.data.links import visible_files
-from diffadapt.data.sources import folders_in, notify_unused
-from diffadapt.files import check_writable_folder, write_atomically
-from diffadapt.notices import notify
-from diffadapt.sampling import Sampler, Shot, draw
+from diffadapt.data.folders import folders_in, notify_unused
+from diffadapt.models.sampling import Sampler, Shot, draw
 
 RECORD = "class_images.json"
 

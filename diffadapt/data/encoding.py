@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffadapt.common.images import ImageSource, View, to_pixels, view_of
 from diffadapt.data.cache import DiskCache, Entry, MemoryCache, fingerprint, key_of
-from diffadapt.data.images import ImageSource, View, to_pixels, view_of
 from diffadapt.data.scaled_images import ScaledImages
 from diffadapt.models.families import Base
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffadapt.data.images import ImageSource, list_images
-from diffadapt.data.randomness import permutation
+from diffadapt.common.images import ImageSource, list_images
+from diffadapt.common.keyed_random import permutation
 
 if TYPE_CHECKING:
     from diffadapt.data.buckets import BucketOrder

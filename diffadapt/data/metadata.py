@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
+from diffadapt.common.atomic_files import read_text, text_lines
+from diffadapt.common.images import listed
+from diffadapt.common.symlinks import leads_out
 from diffadapt.data.captions import caption_text, choose_caption_column, composed
-from diffadapt.data.images import listed
-from diffadapt.data.links import leads_out
-from diffadapt.files import read_text, text_lines
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that is there is read
 FILE_COLUMN = "file_name"  # as in the image folders of `datasets`

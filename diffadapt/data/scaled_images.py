@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from diffadapt.data.images import (
+from diffadapt.common.images import (
     JPEGS,
     ImageSource,
     color_managed,

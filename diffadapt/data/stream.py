@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
+from diffadapt.common.keyed_random import permutation
 from diffadapt.data.examples import Draw, Example
-from diffadapt.data.randomness import permutation
 
 KEPT_BLOCKS = 2  # a batch can lie across two
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffadapt.common.atomic_files import check_writable
 from diffadapt.evaluation.record import read_record
-from diffadapt.files import check_writable
 
 JSON = ".json"
 BESIDE = (".md", ".csv", ".html")  # endings of what stands beside the JSON

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from diffadapt.nearest import near
+from diffadapt.common.suggestions import near
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from diffadapt.files import write_atomically
+from diffadapt.common.atomic_files import write_atomically
+from diffadapt.common.strict_json import number, to_json
 from diffadapt.metrics.intervals import Interval
-from diffadapt.strict_json import number, to_json
 
 SCHEMA = "diffadapt-evaluation-1"
 NOT_A_SCORE = "NOT A SCORE"  # stamped on everything made with random weights
@@ -162,7 +162,7 @@ class EvaluationRecord:
         return [score for score in self.scores if score.generated == label]
 
     def to_json(self) -> str:
-        """Strict JSON (`diffadapt.strict_json`), keys in the order of the fields."""
+        """Strict JSON (`diffadapt.common.strict_json`), keys in the order of the fields."""
         return to_json(asdict(self))
 
     def write(self, path: str | Path) -> None:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from diffadapt.evaluation.extractors import Extractor
-from diffadapt.evaluation.materials import Material
+from diffadapt.common.suggestions import near
+from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.record import ImageRow, Score
+from diffadapt.evaluation.scored_set import Material
 from diffadapt.metrics.copying import nearest_images
 from diffadapt.metrics.evaluate import Evaluation, evaluate
-from diffadapt.metrics.inputs import Inputs
+from diffadapt.metrics.feature_set import Inputs
 from diffadapt.metrics.manifold import realism
 from diffadapt.metrics.naming import score_name
 from diffadapt.metrics.registry import METRICS, Metric
 from diffadapt.metrics.similarity import text_similarities
-from diffadapt.nearest import near
 
 ALL = "all"
 REALISM_K = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffadapt.methods.base import Method
+from diffadapt.methods.bias_scale_norm import BitFit, Gamma, Norms
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.combined import Combined
 from diffadapt.methods.difffit import DiffFit
@@ -15,11 +16,10 @@ from diffadapt.methods.loha import LoHa
 from diffadapt.methods.lokr import LoKr
 from diffadapt.methods.lora import LoRA
 from diffadapt.methods.mora import MoRA
-from diffadapt.methods.one_lora import OneLoRA
+from diffadapt.methods.onelora import OneLoRA
 from diffadapt.methods.pissa import PiSSA
 from diffadapt.methods.ranked import RankedMethod
 from diffadapt.methods.superlora import SuperLoRA
-from diffadapt.methods.vectors import BitFit, Gamma, Norms
 from diffadapt.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.site import Kind, Site
-from diffadapt.update import Expression, Update
+from diffadapt.algebra.update import Expression, Update
+from diffadapt.methods.site import Kind, Site
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.expressions import Replace
+from diffadapt.algebra.class_table_rows import NewRows, resized
+from diffadapt.algebra.expressions import Replace
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.site import Kind, Site, is_class_table
-from diffadapt.table_rows import NewRows, resized
-from diffadapt.update import Update
+from diffadapt.methods.site import Kind, Site, is_class_table
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffadapt.expressions import Folded
+from diffadapt.algebra.expressions import Folded
+from diffadapt.algebra.update import Expression, LowRank
 from diffadapt.methods.base import Shapes
-from diffadapt.site import Site
-from diffadapt.update import Expression, LowRank
+from diffadapt.methods.site import Site
 
 RESHAPES = ("peft", "loralib")
 

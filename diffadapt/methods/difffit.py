@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Shapes
+from diffadapt.methods.bias_scale_norm import Norms
 from diffadapt.methods.class_embedding import ClassEmbedding
-from diffadapt.methods.vectors import Norms
-from diffadapt.site import Kind, Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Kind, Site
 
 
 @dataclass(frozen=True)

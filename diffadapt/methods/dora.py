@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.algebra.update import LowRank, Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.lora import LoRA
-from diffadapt.site import Site
-from diffadapt.update import LowRank, Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.derived import Cored, CoredTucker
+from diffadapt.algebra.factored import Cored, CoredTucker
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Shapes
-from diffadapt.methods.draws import draw_normal, draw_orthonormal
+from diffadapt.methods.random_init import draw_normal, draw_orthonormal
 from diffadapt.methods.ranked import RankedMethod, check_choice, check_rank
-from diffadapt.site import Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

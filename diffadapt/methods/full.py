@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffadapt.expressions import Dense
+from diffadapt.algebra.expressions import Dense
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.site import Kind, Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Kind, Site
 
 
 @dataclass(frozen=True)

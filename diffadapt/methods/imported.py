@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.expressions import ColumnScaled
+from diffadapt.algebra.expressions import ColumnScaled
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.dora import rescale
 from diffadapt.methods.imported_forms import FORMS, Tensors
 from diffadapt.methods.ranked import check_multiplier
-from diffadapt.site import Kind, Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Kind, Site
 
 MAGNITUDES = ("magnitude", "input_magnitude", "base_magnitude")
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from diffadapt.expressions import Dense, EntrywiseProduct, HadamardPair, Kron
-from diffadapt.update import Expression, LowRank, Tucker
+from diffadapt.algebra.expressions import Dense, EntrywiseProduct, HadamardPair, Kron
+from diffadapt.algebra.update import Expression, LowRank, Tucker
 
 Tensors = Mapping[str, Tensor]
 

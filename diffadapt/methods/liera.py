@@ -10,17 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.derived import SinceStart
-from diffadapt.expressions import Hadamard
+from diffadapt.algebra.expressions import Hadamard
+from diffadapt.algebra.factored import SinceStart
+from diffadapt.algebra.update import Expression, Scaled, Update
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
 from diffadapt.methods.dora import rescale
-from diffadapt.methods.draws import draw_uniform
 from diffadapt.methods.flora import FLoRA
 from diffadapt.methods.pissa import PiSSA
+from diffadapt.methods.random_init import draw_uniform
 from diffadapt.methods.ranked import RankedMethod, check_choice
-from diffadapt.site import Site
-from diffadapt.update import Expression, Scaled, Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

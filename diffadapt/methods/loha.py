@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.expressions import HadamardPair
+from diffadapt.algebra.expressions import HadamardPair
+from diffadapt.algebra.update import LowRank, Update
 from diffadapt.methods.base import Shapes
-from diffadapt.methods.draws import draw_normal
+from diffadapt.methods.random_init import draw_normal
 from diffadapt.methods.ranked import RankedMethod
-from diffadapt.site import Site
-from diffadapt.update import LowRank, Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
-from diffadapt.methods.draws import draw_uniform
+from diffadapt.methods.random_init import draw_uniform
 from diffadapt.methods.ranked import RankedMethod, check_choice
-from diffadapt.site import Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.convolution import LinearMap
+from diffadapt.algebra.layer_maps import LinearMap
+from diffadapt.algebra.update import Expression, LayerMap, Update
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.ranked import check_choice, check_rank
-from diffadapt.site import Site
-from diffadapt.update import Expression, LayerMap, Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

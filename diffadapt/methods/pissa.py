@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.derived import SinceStart
+from diffadapt.algebra.factored import SinceStart
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.ranked import check_rank
-from diffadapt.site import Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffadapt.grouped.fastfood import PROJECTIONS
-from diffadapt.grouped.folds import Fold
-from diffadapt.grouped.grouping import Group, group_sites, share_of, smallest_root
-from diffadapt.grouped.plan import Layout, plan_groups
+from diffadapt.algebra.update import Expression, Update
 from diffadapt.methods.base import Shapes
+from diffadapt.methods.grouped.fastfood import PROJECTIONS
+from diffadapt.methods.grouped.folds import Fold
+from diffadapt.methods.grouped.grouping import Group, group_sites, share_of, smallest_root
+from diffadapt.methods.grouped.plan import Layout, plan_groups
 from diffadapt.methods.ranked import RankedMethod, check_choice
-from diffadapt.site import Site
-from diffadapt.update import Expression, Update
+from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.derived import ScaledFactors
+from diffadapt.algebra.factored import ScaledFactors
+from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.draws import draw_uniform, named_generator
+from diffadapt.methods.random_init import draw_uniform, named_generator
 from diffadapt.methods.ranked import check_rank
-from diffadapt.site import Site
-from diffadapt.update import Update
+from diffadapt.methods.site import Site
 
 MOST_ROWS = 8_192
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from diffadapt.metrics.bindings import Job
 from diffadapt.metrics.diversity import Distance
-from diffadapt.metrics.inputs import Inputs
+from diffadapt.metrics.feature_set import Inputs
 from diffadapt.metrics.intervals import Estimate
-from diffadapt.metrics.jobs import Job
 from diffadapt.metrics.metric import Metric
 from diffadapt.metrics.metric_options import check_options
-from diffadapt.metrics.policy import check_size, common_size
 from diffadapt.metrics.registry import METRICS
+from diffadapt.metrics.sample_size import check_size, common_size
 
 
 @dataclass(frozen=True)

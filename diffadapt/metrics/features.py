@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from diffadapt.evaluation.resize import shorter_side_then_middle
-from diffadapt.models.names import resolve
+from diffadapt.metrics.resize import shorter_side_then_middle
+from diffadapt.models.base_names import resolve
 
 
 @dataclass(frozen=True)

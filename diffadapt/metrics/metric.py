@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffadapt.metrics.inputs import Inputs
+from diffadapt.metrics.bindings import Job
+from diffadapt.metrics.feature_set import Inputs
 from diffadapt.metrics.intervals import Estimate
-from diffadapt.metrics.jobs import Job
 
 Minimum = Callable[[int, Mapping[str, object]], int]  # (width of the features, options) -> images
 Bias = Callable[[int, int], float]  # (generated, real images) -> sampling bias, up to a constant factor

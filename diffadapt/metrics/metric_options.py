@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffadapt.nearest import near
+from diffadapt.common.suggestions import near
 
 SEEDS = 2**32 - 1  # the largest seed of numpy's RandomState
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from diffadapt.metrics import frechet, jobs
+from diffadapt.metrics import bindings, frechet
+from diffadapt.metrics.bindings import Job
 from diffadapt.metrics.inception_score import (
     inception_score,
     inception_score_with_interval,
@@ -12,7 +13,6 @@ from diffadapt.metrics.inception_score import (
     is_gap_with_interval,
 )
 from diffadapt.metrics.intervals import Estimate
-from diffadapt.metrics.jobs import Job
 from diffadapt.metrics.kernel import cmmd_with_interval, kid_subsets
 from diffadapt.metrics.metric import Metric, Minimum
 from diffadapt.metrics.msid import msid, msid_with_interval
@@ -62,8 +62,8 @@ def _frechet(key: str, role: str, *, extractor: str) -> Metric:
         (role,),
         (name,),
         "lower",
-        value=lambda job: (frechet.fid(**jobs.statistics(job, name)),),
-        estimate=lambda job: (frechet.fid_with_interval(**jobs.statistics(job, name), seed=job.seed),),
+        value=lambda job: (frechet.fid(**bindings.statistics(job, name)),),
+        estimate=lambda job: (frechet.fid_with_interval(**bindings.statistics(job, name), seed=job.seed),),
         minimum=_twice_the_width,
         extractor=extractor,
         bias=_bias_of_both,
@@ -78,8 +78,8 @@ _ALL = (
         _ONE,
         ("statistics",),
         "lower",
-        value=lambda job: (frechet.fid(**jobs.statistics(job)),),
-        estimate=lambda job: (frechet.fid_with_interval(**jobs.statistics(job), seed=job.seed),),
+        value=lambda job: (frechet.fid(**bindings.statistics(job)),),
+        estimate=lambda job: (frechet.fid_with_interval(**bindings.statistics(job), seed=job.seed),),
         minimum=_twice_the_width,
         bias=_bias_of_both,
     ),
@@ -91,8 +91,8 @@ _ALL = (
         _ONE,
         ("statistics",),
         "lower",
-        value=lambda job: (frechet.fid_infinity(**jobs.statistics(job), seed=job.seed),),
-        estimate=lambda job: (frechet.fid_infinity_with_interval(**jobs.statistics(job), seed=job.seed),),
+        value=lambda job: (frechet.fid_infinity(**bindings.statistics(job), seed=job.seed),),
+        estimate=lambda job: (frechet.fid_infinity_with_interval(**bindings.statistics(job), seed=job.seed),),
         minimum=_twice_the_width,
         bias=_bias_of_reference,
     ),
@@ -102,7 +102,7 @@ _ALL = (
         better="lower",
         minimum=_at_least(500),
         **_FEATURES,
-        **_single(jobs.kid),
+        **_single(bindings.kid),
     ),
     Metric(
         "kid_subsets",
@@ -111,8 +111,8 @@ _ALL = (
         minimum=lambda width, options: options["size"],
         options={"subsets": 100, "size": 1000, "seed": 2020},
         **_FEATURES,
-        value=lambda job: (kid_subsets(**jobs.pair(job)),),
-        estimate=lambda job: (jobs.kid_subsets(job),),
+        value=lambda job: (kid_subsets(**bindings.pair(job)),),
+        estimate=lambda job: (bindings.kid_subsets(job),),
     ),
     Metric(
         "cmmd",
@@ -123,7 +123,7 @@ _ALL = (
         minimum=_at_least(500),
         extractor="clip",
         bias=_bias_of_both,
-        **_single(lambda job: cmmd_with_interval(**jobs.units(job))),
+        **_single(lambda job: cmmd_with_interval(**bindings.units(job))),
     ),
     Metric(
         "inception_score",
@@ -131,8 +131,8 @@ _ALL = (
         ("logits",),
         (),
         "higher",
-        value=lambda job: (inception_score(**jobs.logits(job))[0],),
-        estimate=lambda job: (inception_score_with_interval(**jobs.logits(job)),),
+        value=lambda job: (inception_score(**bindings.logits(job))[0],),
+        estimate=lambda job: (inception_score_with_interval(**bindings.logits(job)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         floor="self",
@@ -143,8 +143,8 @@ _ALL = (
         ("logits",),
         ("logits",),
         "lower",
-        value=lambda job: (is_gap(**jobs.both_logits(job)),),
-        estimate=lambda job: (is_gap_with_interval(**jobs.both_logits(job)),),
+        value=lambda job: (is_gap(**bindings.both_logits(job)),),
+        estimate=lambda job: (is_gap_with_interval(**bindings.both_logits(job)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         equal_n=True,
@@ -160,7 +160,7 @@ _ALL = (
         floor="sizes",
         version="1, ties count",
         **_FEATURES,
-        **_several(jobs.precision_recall),
+        **_several(bindings.precision_recall),
     ),
     Metric(
         "density_coverage",
@@ -172,14 +172,14 @@ _ALL = (
         floor="sizes",
         version="1, ties do not count",
         **_FEATURES,
-        **_several(jobs.density_coverage),
+        **_several(bindings.density_coverage),
     ),
     Metric(
         "msid",
         ("msid",),
         better="lower",
-        value=lambda job: (msid(**jobs.pair(job), seed=job.seed),),
-        estimate=lambda job: (msid_with_interval(**jobs.pair(job), seed=job.seed),),
+        value=lambda job: (msid(**bindings.pair(job), seed=job.seed),),
+        estimate=lambda job: (msid_with_interval(**bindings.pair(job), seed=job.seed),),
         minimum=_at_least(2000),
         options={"k": 5},
         equal_n=True,
@@ -206,7 +206,7 @@ _ALL = (
         minimum=_at_least(10),
         extractor="clip",
         floor="self_any",
-        **_single(jobs.text_similarity),
+        **_single(bindings.text_similarity),
     ),
     *(
         Metric(
@@ -217,9 +217,9 @@ _ALL = (
             minimum_real=_at_least(2),
             extractor=extractor,
             floor=lambda real: (ceiling_similarity(real=real["unit"]),),
-            per_image=jobs.image_similarities,
+            per_image=bindings.image_similarities,
             **_UNITS,
-            **_single(jobs.image_similarity),
+            **_single(bindings.image_similarity),
         )
         for key, extractor in (("clip_i", "clip"), ("dino", "dino"))
     ),
@@ -233,7 +233,7 @@ _ALL = (
         extractor="dino",
         floor="",
         **_UNITS,
-        **_single(jobs.copies),
+        **_single(bindings.copies),
     ),
     Metric(
         "lpips_diversity",
@@ -244,7 +244,7 @@ _ALL = (
         minimum=_at_least(4),
         extractor="lpips",
         floor="self_any",
-        **_single(jobs.lpips_diversity),
+        **_single(bindings.lpips_diversity),
     ),
     Metric(
         "authpct",
@@ -256,7 +256,7 @@ _ALL = (
         minimum_real=_at_least(2),
         train=_ONE,
         floor="self_any",
-        **_single(jobs.authpct),
+        **_single(bindings.authpct),
     ),
     Metric(
         "fls",
@@ -267,7 +267,7 @@ _ALL = (
         floor=lambda real: (100.0,),  # by definition: as other training images do
         is_extra=True,
         **_FEATURES,
-        **_single(jobs.fls),
+        **_single(bindings.fls),
     ),
     Metric(
         "preference",
@@ -278,7 +278,7 @@ _ALL = (
         minimum=_at_least(10),
         extractor="preference",
         floor="",
-        **_single(jobs.preference),
+        **_single(bindings.preference),
     ),
 )
 

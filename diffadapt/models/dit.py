@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from diffadapt.models.labels import ClassBase
+from diffadapt.models.class_base import ClassBase
 
 DEFAULTS = {
     "dit": {

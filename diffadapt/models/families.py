@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from diffadapt.models import dit, sd, sdxl, unet2d
-from diffadapt.models.any_pipeline import open_pipeline
-from diffadapt.models.names import EMBEDDED, FAMILIES, is_embedded, pipeline_class
+from diffadapt.models.base_names import EMBEDDED, FAMILIES, is_embedded, pipeline_class
+from diffadapt.models.open_pipeline import open_pipeline
 
 BASES = {  # family -> class of a loaded base
     "sd": sd.StableDiffusion,

@@ -6,7 +6,7 @@ Works for every pipeline stored in StableDiffusionPipeline's layout, with Autoen
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffadapt.models.text import IDS, MASK, WordBase
+from diffadapt.models.text_base import IDS, MASK, WordBase
 
 # Values for options that were not given. What was tuned on the embedded base never reaches another base.
 DEFAULTS = {

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffadapt.models.text import EMPTY, IDS, WordBase
+from diffadapt.models.text_base import EMPTY, IDS, WordBase
 
 if TYPE_CHECKING:
-    from diffadapt.data.images import View
+    from diffadapt.common.images import View
 
 DEFAULTS = {
     "sdxl": {

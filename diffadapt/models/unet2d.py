@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffadapt.models.labels import ClassBase
+from diffadapt.models.class_base import ClassBase
 
 # Values for options that were not given. What was tuned on the embedded base never reaches another base.
 DEFAULTS = {

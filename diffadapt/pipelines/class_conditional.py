@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffadapt.class_table import ClassTable, table_in_use
+from diffadapt.adapters.class_table import ClassTable, table_in_use
 
 
 class ClassConditionalPipeline(DiffusionPipeline):

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import ImagePipelineOutput
 
-from diffadapt.class_table import ClassTable, table_in_use
+from diffadapt.adapters.class_table import ClassTable, table_in_use
 
 STOCK_NULL = 1000  # what diffusers.DiTPipeline passes for the null class
 

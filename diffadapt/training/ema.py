@@ -7,7 +7,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from diffadapt.adapter import Adapter
+from diffadapt.adapters.adapter import Adapter
 
 
 class AdapterAverage:

@@ -15,17 +15,17 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffadapt.adapter import Adapter
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.common.keyed_random import seed_from
+from diffadapt.common.precision import Precision
 from diffadapt.data.batches import Batches
-from diffadapt.data.randomness import seed_from
-from diffadapt.precision import Precision
-from diffadapt.training.effects import SCHEDULE_OPTIONS, check_effects
 from diffadapt.training.ema import AdapterAverage
-from diffadapt.training.guards import GradientWatch, check_precision, nonfinite_message
+from diffadapt.training.gradient_checks import GradientWatch, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
 from diffadapt.training.optimizers import make_optimizer
+from diffadapt.training.option_effects import SCHEDULE_OPTIONS, check_effects
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.rates import rate_groups
+from diffadapt.training.param_groups import rate_groups
 from diffadapt.training.sharding import average_gradients, check_processes, shard
 
 SMALL_ATTENTION = 256  # latent positions up to which plain attention beats the fused kernel on a CPU

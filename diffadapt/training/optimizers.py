@@ -9,10 +9,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from diffadapt.nearest import near
+from diffadapt.common.suggestions import near
 from diffadapt.training.options import TrainOptions
+from diffadapt.training.param_groups import RateGroup
 from diffadapt.training.parsing import pairs
-from diffadapt.training.rates import RateGroup
 
 # Those that are not torch's: (module, class, package to install)
 OTHERS = {

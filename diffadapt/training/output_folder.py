@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from diffadapt.data.class_images import images_in
-from diffadapt.data.dataset import SAVED
-from diffadapt.export import FORMATS
-from diffadapt.models.names import is_embedded, resolve
-from diffadapt.training.checkpoint_files import checkpoints, find, run_of
+from diffadapt.data.hub_tables import SAVED
+from diffadapt.formats.export import FORMATS
+from diffadapt.models.base_names import is_embedded, resolve
+from diffadapt.training.checkpoint.checkpoint_files import checkpoints, find, run_of
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import write_config
-from diffadapt.training.starting import this_command
+from diffadapt.training.start_command import this_command
 
 Kind = TypeVar("Kind", bound=TrainOptions)
 DATA_FOLDERS = (

@@ -18,10 +18,10 @@ from typing import TypeVar
 
 import yaml
 
-from diffadapt.files import read_text, write_atomically
-from diffadapt.models.names import is_embedded
-from diffadapt.nearest import near
-from diffadapt.option_text import literal, split_outside_brackets
+from diffadapt.common.atomic_files import read_text, write_atomically
+from diffadapt.common.option_text import literal, split_outside_brackets
+from diffadapt.common.suggestions import near
+from diffadapt.models.base_names import is_embedded
 from diffadapt.training.options import TrainOptions
 
 PATHS = (  # options that name files or folders

@@ -18,21 +18,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 import diffadapt as da
-from diffadapt.analysis import summary
 from diffadapt.data.batches import Batches
-from diffadapt.export import write_formats
-from diffadapt.training import output_folder, state
-from diffadapt.training.data_record import data_record
-from diffadapt.training.hub import push
+from diffadapt.evaluation.adapter_analysis import summary
+from diffadapt.formats.export import write_formats
+from diffadapt.training import output_folder
+from diffadapt.training.checkpoint import state
+from diffadapt.training.checkpoint.data_record import data_record
+from diffadapt.training.encoder_offload import idle_parts, resting, woken
 from diffadapt.training.loop import Step, Trainer, train
 from diffadapt.training.output_folder import RESULTS
-from diffadapt.training.record import Progress
-from diffadapt.training.report import Report
-from diffadapt.training.resting import idle_parts, resting, woken
+from diffadapt.training.push_to_hub import push
+from diffadapt.training.report.base import Report
+from diffadapt.training.report.summary import before_training
+from diffadapt.training.run_log import Progress
 from diffadapt.training.sharding import gathered
-from diffadapt.training.stop import StopRequest
-from diffadapt.training.summary import before_training
-from diffadapt.training.tracking import Trackers
+from diffadapt.training.signals import StopRequest
+from diffadapt.training.trackers import Trackers
 
 HOW_TO_GO_ON = "stopped; to go on: the same command with --resume_from_checkpoint latest"
 

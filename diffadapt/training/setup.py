@@ -9,17 +9,18 @@ from typing import Generic, TypeVar
 from accelerate import Accelerator
 
 import diffadapt as da
+from diffadapt.common import runtime
+from diffadapt.common.precision import Precision, choose_precision
 from diffadapt.data.batches import Batches
 from diffadapt.data.buckets import resolution_limits
 from diffadapt.data.examples import Example
 from diffadapt.data.stream import Stream
-from diffadapt.export import parse_formats
+from diffadapt.formats.export import parse_formats
 from diffadapt.methods import Method
+from diffadapt.models.class_base import ClassBase
 from diffadapt.models.families import Base, load_base
-from diffadapt.models.labels import ClassBase
-from diffadapt.precision import Precision, choose_precision
-from diffadapt.training import output_folder, session
-from diffadapt.training.defaults import (
+from diffadapt.training import output_folder
+from diffadapt.training.base_defaults import (
     base_family,
     budget_notices,
     build_method,
@@ -31,12 +32,12 @@ from diffadapt.training.defaults import (
     recommended_rate,
     text_targets,
 )
-from diffadapt.training.effects import check_effects
-from diffadapt.training.hub import check_hub
 from diffadapt.training.loop import Trainer, prepare
 from diffadapt.training.objective import Objective
+from diffadapt.training.option_effects import check_effects
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.tracking import check_trackers, try_trackers
+from diffadapt.training.push_to_hub import check_hub
+from diffadapt.training.trackers import check_trackers, try_trackers
 
 Kind = TypeVar("Kind", bound=TrainOptions)
 
@@ -61,7 +62,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     Raises: ValueError or OSError with the remedy.
     """
     started = time.perf_counter()
-    session.quiet()
+    runtime.quiet()
     check_ranges(options)
     parse_formats(options.export_formats)
     check_effects(options, base_family(options))
@@ -73,10 +74,10 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     method = build_method(options)
     check_text_encoders(options)
     precision = choose_precision(
-        options.mixed_precision, session.expected_device(), preferred=preferred_precision(options)
+        options.mixed_precision, runtime.expected_device(), preferred=preferred_precision(options)
     )
     options = replace(options, mixed_precision=precision.name)
-    accelerator = session.start(
+    accelerator = runtime.start(
         mixed_precision=precision.name,
         num_threads=options.num_threads,
         trackers=trackers,
@@ -92,7 +93,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     model = load_base(
         options.pretrained_model_name_or_path,
         device=accelerator.device,
-        dtype=session.weight_dtype(accelerator, options.base_precision),
+        dtype=runtime.weight_dtype(accelerator, options.base_precision),
         revision=options.revision,
         variant=options.variant,
         vae=options.pretrained_vae_model_name_or_path,
@@ -115,7 +116,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
 
 def accumulation_notices(options: TrainOptions) -> list[str]:
     """A line where the option and the launcher name different numbers of microsteps."""
-    exported = session.launcher_accumulation()
+    exported = runtime.launcher_accumulation()
     used = options.gradient_accumulation_steps
     if exported in (1, used):
         return []

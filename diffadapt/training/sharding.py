@@ -11,8 +11,8 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from diffadapt.adapter import Adapter
-from diffadapt.fingerprints import fingerprints
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.fingerprint import fingerprints
 
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 

@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from PIL import Image
-from pipelines import tiny_sd_pipeline, write_pictures
 
+from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.data.batches import Batches
 from diffadapt.data.buckets import Buckets
 from diffadapt.data.class_images import RECORD, ClassRecipe, class_examples, planned_class_examples
 from diffadapt.data.encoding import Cut
 from diffadapt.data.examples import Example, Order, folder_examples
-from diffadapt.data.images import list_images, open_image, to_pixels
 from diffadapt.data.trigger_words import contains_word, with_trigger
 from diffadapt.models.families import load_base
-from diffadapt.sampling import Sampler
+from diffadapt.models.sampling import Sampler
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pipelines import clip_tokenizer, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
+from helpers.pipelines import clip_tokenizer, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 from tokenizers import Tokenizer
 
+from diffadapt.common.images import list_images
 from diffadapt.data.batches import Batches
 from diffadapt.data.cache import DiskCache, fingerprint, key_of, open_cache
 from diffadapt.data.examples import Example, folder_examples
-from diffadapt.data.images import list_images
 from diffadapt.models.families import load_base
 
 

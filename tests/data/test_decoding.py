@@ -4,13 +4,13 @@ import importlib.util
 import sys
 from io import BytesIO
 
-import icc
 import numpy as np
 import pytest
+from helpers import icc
 from PIL import Image, features
 
-from diffadapt.data import images
-from diffadapt.data.images import (
+from diffadapt.common import images
+from diffadapt.common.images import (
     StoredImage,
     check_images,
     color_managed,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffadapt.data import images, scaled_images
-from diffadapt.data.images import check_images, open_image, to_pixels
+from diffadapt.common import images
+from diffadapt.common.images import check_images, open_image, to_pixels
+from diffadapt.data import scaled_images
 from diffadapt.data.scaled_images import ScaledImages, read_scaled
 
 ON_ITS_SIDE = 6  # EXIF orientation

@@ -2,8 +2,8 @@
 
 import pytest
 
+from diffadapt.common.images import StoredImage
 from diffadapt.data.examples import Example
-from diffadapt.data.images import StoredImage
 from diffadapt.data.stream import Stream
 
 

@@ -1,23 +1,17 @@
 """eval/compare.py: differences, their intervals, costs, and what is refused."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 
 import compare as script
-from example_records import IDENTITY, record
+import pytest
+import torch
+from helpers.example_records import IDENTITY, record
 
-from diffadapt.evaluation.compared_runs import points, read_runs
-from diffadapt.evaluation.comparison import Difference, compare, paired_rows
-from diffadapt.evaluation.feature_file import SetFeatures, write_features
-from diffadapt.evaluation.pictures import Facts
+from diffadapt.evaluation.features.feature_file import SetFeatures, write_features
+from diffadapt.evaluation.report.compared_runs import points, read_runs
+from diffadapt.evaluation.report.comparison import Difference, compare, paired_rows
+from diffadapt.evaluation.sets.image_files import Facts
 from diffadapt.metrics.intervals import Interval, mean_interval
 
 NAME = "kernel_distance[embedded:clip]"

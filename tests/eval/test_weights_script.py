@@ -1,33 +1,28 @@
 """eval/weights.py: figures, tables and plots of adapter files."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import weights as script
+from helpers.perturb import perturb
 from PIL import Image
-from test_compress import shaken
+from weights_plots import mean_curve
 
 import diffadapt as da
-from diffadapt.analysis import analyse
-from diffadapt.models.any_pipeline import open_pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-
-import weights as script
-from weights_plots import mean_curve
+from diffadapt.evaluation.adapter_analysis import analyse
+from diffadapt.models.open_pipeline import open_pipeline
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A tiny base, files of adapters on its attention, and what `analyse` says of them."""
-    from pipelines import tiny_sd_pipeline
+    from helpers.pipelines import tiny_sd_pipeline
 
     folder = tmp_path_factory.mktemp("files")
     base = str(tiny_sd_pipeline(folder / "base"))
     pipe = open_pipeline(base)
     for name, seed in (("full", 1), ("lora", 2), ("1lora", 3)):
-        adapter = shaken(da.attach(pipe, da.make_method(name), "attention"), seed=seed, size=0.01)
+        adapter = perturb(da.attach(pipe, da.make_method(name), "attention"), seed=seed, size=0.01)
         da.save(adapter, folder / name / "adapter.safetensors", base=base)
         da.detach(adapter)
     return folder

@@ -1,26 +1,22 @@
 """Captions, training images, models of preference and ADM's batches through eval/image_quality.py."""
 
 import json
-import sys
 from pathlib import Path
 
+import image_quality
 import numpy as np
 import pyarrow
 import pytest
 import torch
-from image_files import random_image, write_images
+from helpers.image_files import random_image, write_images
 from pyarrow import parquet
 
-from diffadapt.evaluation.captions import with_captions
-from diffadapt.evaluation.extractors import load_extractor
-from diffadapt.evaluation.image_sets import open_set
+from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.evaluation.record import read_record
+from diffadapt.evaluation.sets.captions import with_captions
+from diffadapt.evaluation.sets.image_sets import open_set
 from diffadapt.metrics import Statistics, authpct, clip_score, fid, fls, precision_recall
 from diffadapt.metrics.intervals import cluster_means
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-
-import image_quality
 
 TOY = "toy_extractor:Toy"
 PROMPTS = ("a red cat", "two blue cars in the rain", "a house")

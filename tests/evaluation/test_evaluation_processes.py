@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import run_evaluation
 import torch
-from image_files import random_image, write_images
-from torchrun import run_torchrun
+from helpers import run_evaluation
+from helpers.image_files import random_image, write_images
+from helpers.torchrun import run_torchrun
 
 import diffadapt as da
 from diffadapt.evaluation.record import read_record
-from diffadapt.models.any_pipeline import open_base
+from diffadapt.models.open_pipeline import open_base
 
 DRAWING = ["--num_inference_steps", "2", "--num_threads", "1"]
 

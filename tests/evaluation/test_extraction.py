@@ -4,16 +4,16 @@ import os
 
 import pytest
 import torch
-from image_files import random_image, write_images
+from helpers.image_files import random_image, write_images
 from toy_extractor import Toy
 
-from diffadapt.evaluation import cache as cache_module
-from diffadapt.evaluation import pictures
-from diffadapt.evaluation.cache import FeatureCache
-from diffadapt.evaluation.extraction import extract
-from diffadapt.evaluation.extractors import load_extractor
-from diffadapt.evaluation.feature_file import read_features
-from diffadapt.evaluation.image_sets import open_set
+from diffadapt.evaluation.features import cache as cache_module
+from diffadapt.evaluation.features.cache import FeatureCache
+from diffadapt.evaluation.features.extraction import extract
+from diffadapt.evaluation.features.extractors import load_extractor
+from diffadapt.evaluation.features.feature_file import read_features
+from diffadapt.evaluation.sets import image_files
+from diffadapt.evaluation.sets.image_sets import open_set
 
 
 @pytest.fixture
@@ -24,8 +24,10 @@ def toy():
 
 @pytest.fixture
 def decoded(monkeypatch):
-    names, original = [], pictures.open_image
-    monkeypatch.setattr(pictures, "open_image", lambda source: names.append(str(source)) or original(source))
+    names, original = [], image_files.open_image
+    monkeypatch.setattr(
+        image_files, "open_image", lambda source: names.append(str(source)) or original(source)
+    )
     return names
 
 

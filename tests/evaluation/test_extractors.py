@@ -13,11 +13,11 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
 
 from diffadapt import embedded
-from diffadapt.evaluation import weights
-from diffadapt.evaluation.extractors import canonical, load_extractor
-from diffadapt.evaluation.extractors.convolutional import Inception, lpips
-from diffadapt.evaluation.resize import resize
+from diffadapt.evaluation.features import weight_files as weights
+from diffadapt.evaluation.features.extractors import canonical, load_extractor
+from diffadapt.evaluation.features.extractors.convolutional import Inception, lpips
 from diffadapt.metrics.features import load_clip
+from diffadapt.metrics.resize import resize
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 

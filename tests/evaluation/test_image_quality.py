@@ -5,29 +5,25 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
+import image_quality
 import numpy as np
 import pytest
 import torch
-from class_pipelines import class_pipeline
-from image_files import write_images
-from pipelines import tiny_sd_pipeline
+from helpers.class_pipelines import class_pipeline
+from helpers.image_files import write_images
+from helpers.pipelines import tiny_sd_pipeline
 from toy_extractor import Toy
 
 import diffadapt as da
-from diffadapt.evaluation import drawn_files
-from diffadapt.evaluation.drawing import files_of_run, labelled
-from diffadapt.evaluation.options import labels_of
+from diffadapt.evaluation import generated_files
+from diffadapt.evaluation.generate import files_of_run, labelled
+from diffadapt.evaluation.image_quality_cli import labels_of
 from diffadapt.evaluation.record import read_record
-from diffadapt.looks import AdapterFile
 from diffadapt.metrics.registry import METRICS
-from diffadapt.models.any_pipeline import open_base
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-
-import image_quality
+from diffadapt.models.open_pipeline import open_base
+from diffadapt.models.sampling_columns import AdapterFile
 
 TOY = "toy_extractor:Toy"
 
@@ -392,9 +388,12 @@ def test_images_that_are_not_kept_need_one_machine(monkeypatch):
     class FourProcesses:
         num_processes, is_main_process = 4, True
 
-    monkeypatch.setattr(drawn_files, "PartialState", FourProcesses)
+    monkeypatch.setattr(generated_files, "PartialState", FourProcesses)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"several machines .* --keep_images"), drawn_files.passing_folder():
+    with (
+        pytest.raises(ValueError, match=r"several machines .* --keep_images"),
+        generated_files.passing_folder(),
+    ):
         pass
 
 

@@ -4,13 +4,13 @@ import argparse
 
 import pytest
 
-from diffadapt.evaluation import options
+from diffadapt.evaluation import image_quality_cli
 from diffadapt.metrics.registry import METRICS
 
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    options.add_options(parser)
+    image_quality_cli.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -28,8 +28,8 @@ def parse(*arguments):
     ],
 )  # fmt: skip
 def test_the_default_extractor_is_inception_unless_all_is_embedded(arguments, name, monkeypatch):
-    monkeypatch.setattr(options, "load_extractor", lambda name, **given: (name, given["preset"]))
-    assert options.extractors_of(parse(*arguments), "cpu")[0][0] == name
+    monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: (name, given["preset"]))
+    assert image_quality_cli.extractors_of(parse(*arguments), "cpu")[0][0] == name
 
 
 @pytest.mark.parametrize(
@@ -43,16 +43,16 @@ def test_the_default_extractor_is_inception_unless_all_is_embedded(arguments, na
     ],
 )
 def test_the_resize_is_the_protocols_unless_told(arguments, preset, monkeypatch):
-    monkeypatch.setattr(options, "load_extractor", lambda name, **given: given["preset"])
-    assert options.extractors_of(parse("--generated", "out", *arguments), "cpu") == [preset]
+    monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: given["preset"])
+    assert image_quality_cli.extractors_of(parse("--generated", "out", *arguments), "cpu") == [preset]
 
 
 def test_native_lpips_leaves_other_resizes_alone(monkeypatch):
-    monkeypatch.setattr(options, "load_extractor", lambda name, **given: given["preset"])
+    monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: given["preset"])
     given = parse(
         "--generated", "out", "--extractor", "clip,lpips:alex", "--resize", "clean", "--lpips_native"
     )
-    assert options.extractors_of(given, "cpu") == ["clean", "none"]
+    assert image_quality_cli.extractors_of(given, "cpu") == ["clean", "none"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_native_lpips_leaves_other_resizes_alone(monkeypatch):
 )
 def test_options_of_metrics_are_checked_where_they_are_read(text, message):
     with pytest.raises(ValueError, match=message):
-        options.plan_of(parse("--metric_options", text))
+        image_quality_cli.plan_of(parse("--metric_options", text))
 
 
 @pytest.mark.parametrize(
@@ -85,24 +85,24 @@ def test_options_of_metrics_are_checked_where_they_are_read(text, message):
     ],
 )
 def test_protocols_of_papers_name_their_networks(name, extractor, preset, metric, monkeypatch):
-    monkeypatch.setattr(options, "load_extractor", lambda name, **given: (name, given["preset"]))
+    monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: (name, given["preset"]))
     arguments = parse("--generated", "out", "--protocol", name)
-    assert options.extractors_of(arguments, "cpu") == [(extractor, preset)]
-    plan = options.plan_of(arguments)
+    assert image_quality_cli.extractors_of(arguments, "cpu") == [(extractor, preset)]
+    plan = image_quality_cli.plan_of(arguments)
     assert metric in plan.metrics
     if name == "dgm":
         assert plan.options == {"precision_recall": {"k": 5}, "density_coverage": {"k": 5}}
 
 
 def test_a_protocol_sets_metrics_and_neighbours_and_the_command_line_wins():
-    plan = options.plan_of(parse("--protocol", "piq"))
+    plan = image_quality_cli.plan_of(parse("--protocol", "piq"))
     assert plan.metrics == ("is_gap", "fid", "kid", "msid", "precision_recall")
     assert plan.options["precision_recall"] == {"k": 5}
-    assert options.plan_of(parse("--protocol", "adm")).options["precision_recall"] == {"k": 3}
+    assert image_quality_cli.plan_of(parse("--protocol", "adm")).options["precision_recall"] == {"k": 3}
     other = parse("--protocol", "piq", "--metrics", "fid", "--metric_options", "precision_recall.k=7")
-    assert options.plan_of(other).metrics == ("fid",)
-    assert options.plan_of(other).options["precision_recall"] == {"k": 7}
-    assert all(key in METRICS for key in options.protocols.PROTOCOLS["piq"].metrics)
+    assert image_quality_cli.plan_of(other).metrics == ("fid",)
+    assert image_quality_cli.plan_of(other).options["precision_recall"] == {"k": 7}
+    assert all(key in METRICS for key in image_quality_cli.protocols.PROTOCOLS["piq"].metrics)
 
 
 def test_reading_and_plan_take_their_options(tmp_path):
@@ -111,7 +111,7 @@ def test_reading_and_plan_take_their_options(tmp_path):
         "--cache_dir", str(tmp_path), "--save_features", "features", "--output", "out/scores.json",
         "--download",
     )  # fmt: skip
-    plan, reading = options.plan_of(given), options.reading_of(given)
+    plan, reading = image_quality_cli.plan_of(given), image_quality_cli.reading_of(given)
     assert (plan.seed, plan.allow_small, plan.intervals) == (3, True, False)
     assert (reading.skip_bad, reading.allow_overlap, reading.download) == (True, True, True)
     assert (reading.cache, str(reading.save_features), str(reading.record_folder)) == (
@@ -119,15 +119,15 @@ def test_reading_and_plan_take_their_options(tmp_path):
         "features",
         "out",
     )
-    assert options.reading_of(parse("--no_cache")).cache is None
+    assert image_quality_cli.reading_of(parse("--no_cache")).cache is None
 
 
 def test_the_demonstration_is_two_disjoint_embedded_sets_and_never_mixes_with_own_data():
     given = parse()
-    options.fill_demo(given)
+    image_quality_cli.fill_demo(given)
     assert given.generated != [given.reference]
-    assert options.is_demo(given)
+    assert image_quality_cli.is_demo(given)
     own = parse("--generated", "out")
-    options.fill_demo(own)
+    image_quality_cli.fill_demo(own)
     assert own.reference is None
-    assert not options.is_demo(own)
+    assert not image_quality_cli.is_demo(own)

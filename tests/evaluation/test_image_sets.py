@@ -6,13 +6,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from image_files import random_image, write_images
+from helpers.image_files import random_image, write_images
 from PIL import Image, ImageCms
 
-from diffadapt.evaluation import archives
-from diffadapt.evaluation.image_sets import as_set, fingerprint, open_set
-from diffadapt.evaluation.pictures import FilePicture
-from diffadapt.evaluation.set_remarks import converted, left_out, strangers
+from diffadapt.evaluation.sets import archives
+from diffadapt.evaluation.sets.image_files import FilePicture
+from diffadapt.evaluation.sets.image_sets import as_set, fingerprint, open_set
+from diffadapt.evaluation.sets.remarks import converted, left_out, strangers
 
 
 def png(seed):

@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
-from image_files import random_image, write_images
+from helpers.image_files import random_image, write_images
 from PIL import Image, ImageOps
 
-from diffadapt.evaluation.image_sets import open_set
-from diffadapt.evaluation.overlap import check_repeats, check_sets, lookalikes, mirrored_images, same_images
+from diffadapt.evaluation.sets.image_sets import open_set
+from diffadapt.evaluation.sets.overlap import (
+    check_repeats,
+    check_sets,
+    lookalikes,
+    mirrored_images,
+    same_images,
+)
 
 
 def facts(folder):

@@ -12,13 +12,19 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from example_records import picture, record
+from helpers.example_records import picture, record
 from PIL import Image
 
-from diffadapt.evaluation import plots
-from diffadapt.evaluation.page import THUMBNAIL, page, thumbnail, write_page
-from diffadapt.evaluation.plots import Point, histogram, interval_plot, pareto_front, save_plot
-from diffadapt.evaluation.sheets import sheets
+from diffadapt.evaluation.report import plots
+from diffadapt.evaluation.report.contact_sheets import sheets
+from diffadapt.evaluation.report.page import THUMBNAIL, page, thumbnail, write_page
+from diffadapt.evaluation.report.plots import (
+    Point,
+    histogram,
+    interval_plot,
+    pareto_front,
+    save_plot,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from image_files import write_images
+from helpers.image_files import write_images
 
-from diffadapt.evaluation.extraction import extract
-from diffadapt.evaluation.extractors.base import Extractor
-from diffadapt.evaluation.image_sets import ImageSet, open_set
-from diffadapt.evaluation.prompt_groups import batches_of, coordinates
+from diffadapt.evaluation.features.extraction import extract
+from diffadapt.evaluation.features.extractors.base import Extractor
+from diffadapt.evaluation.features.prompt_groups import batches_of, coordinates
+from diffadapt.evaluation.sets.image_sets import ImageSet, open_set
 
 PROMPTS = ("x", "y", "x", "z", "y", "x", "x")  # not in order, "x" has more images than a batch
 
@@ -19,7 +19,7 @@ def test_batches_hold_all_images_of_their_prompts():
 
 
 def test_coordinates_keep_the_distances_within_a_prompt(monkeypatch):
-    monkeypatch.setattr("diffadapt.evaluation.prompt_groups.COLUMNS", 7)
+    monkeypatch.setattr("diffadapt.evaluation.features.prompt_groups.COLUMNS", 7)
     rows = 1e-3 * torch.randn(5, 40) + 10  # what the rows share is far larger than what they differ by
     found = coordinates(rows, ["a", "b", "a", "a", "b"])
     assert found.shape == (5, 3)

@@ -1,7 +1,7 @@
 """Prompts longer than a text encoder reads are told."""
 
-from diffadapt.evaluation.extractors import load_extractor
-from diffadapt.evaluation.prompt_lengths import cut_prompts
+from diffadapt.evaluation.features.extractors import load_extractor
+from diffadapt.evaluation.features.prompt_lengths import cut_prompts
 
 
 def test_prompts_that_are_cut_are_counted_and_named_with_their_tokens():

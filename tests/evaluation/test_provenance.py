@@ -2,7 +2,7 @@
 
 import subprocess
 
-from diffadapt.evaluation.provenance import git_commit
+from diffadapt.evaluation.run_facts import git_commit
 
 
 def git(folder, *command):

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from image_files import write_images
+from helpers.image_files import write_images
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from toy_extractor import Toy
 
 from diffadapt.evaluation import protocols
-from diffadapt.evaluation.extractors import load_extractor
-from diffadapt.evaluation.image_sets import ImageSet, open_set
+from diffadapt.evaluation.evaluate_sets import Reading, evaluate_sets
+from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.evaluation.record import IDENTITY, differences
-from diffadapt.evaluation.run import Reading, evaluate_sets
 from diffadapt.evaluation.scoring import Plan, check_plan, parse_metrics, plan_for
+from diffadapt.evaluation.sets.image_sets import ImageSet, open_set
 from diffadapt.metrics import fid, kid, vendi
 
 TOY = "toy_extractor:Toy"

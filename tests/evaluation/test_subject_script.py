@@ -2,19 +2,14 @@
 
 import csv
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-from image_files import write_images
-from prompts_file import FILE
-
-from diffadapt.evaluation.record import read_record
-from diffadapt.exits import run
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-
 import subject
+from helpers.image_files import write_images
+from helpers.prompts_file import FILE
+
+from diffadapt.common.exit_codes import run
+from diffadapt.evaluation.record import read_record
 
 
 @pytest.fixture

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from helpers.prompts_file import FILE
 from PIL import Image
-from prompts_file import FILE
 
-from diffadapt.evaluation.extractors.base import Extractor
-from diffadapt.evaluation.page import page
-from diffadapt.evaluation.pictures import ArrayPicture
-from diffadapt.evaluation.subject_drawing import Drawing
-from diffadapt.evaluation.subject_record import evaluate_subjects
-from diffadapt.evaluation.subject_scores import check_extractors
-from diffadapt.evaluation.subjects import (
+from diffadapt.evaluation.features.extractors.base import Extractor
+from diffadapt.evaluation.report.page import page
+from diffadapt.evaluation.sets.image_files import ArrayPicture
+from diffadapt.evaluation.subject.generate import Drawing
+from diffadapt.evaluation.subject.record import evaluate_subjects
+from diffadapt.evaluation.subject.scores import check_extractors
+from diffadapt.evaluation.subject.subjects import (
     SubjectImages,
     embedded_subjects,
     existing_images,

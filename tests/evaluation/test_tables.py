@@ -4,10 +4,10 @@ import csv
 import io
 from dataclasses import replace
 
-from example_records import record
+from helpers.example_records import record
 
-from diffadapt.evaluation.references import NO_PAPER, PAPERS
-from diffadapt.evaluation.tables import WIDTH, markdown, number, per_image_csv, report
+from diffadapt.evaluation.report.references import NO_PAPER, PAPERS
+from diffadapt.evaluation.report.tables import WIDTH, markdown, number, per_image_csv, report
 from diffadapt.metrics.registry import METRICS
 
 

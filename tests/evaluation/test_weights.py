@@ -7,20 +7,24 @@ import pickle
 import pytest
 import torch
 
-from diffadapt.evaluation import hub, weights
-from diffadapt.evaluation.extractors import available, load_extractor, weights_by_extractor
+from diffadapt.evaluation.features import hub_models, weight_files
+from diffadapt.evaluation.features.extractors import (
+    available,
+    load_extractor,
+    weights_by_extractor,
+)
 
 
 @pytest.fixture(autouse=True)
 def no_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "caches", lambda: [tmp_path / "cache"])
+    monkeypatch.setattr(weight_files, "caches", lambda: [tmp_path / "cache"])
 
 
 def known(monkeypatch, name, data, url="file:///nowhere"):
     file = dataclasses.replace(
-        weights.FILES[name], url=url, size=len(data), sha256=hashlib.sha256(data).hexdigest()
+        weight_files.FILES[name], url=url, size=len(data), sha256=hashlib.sha256(data).hexdigest()
     )
-    monkeypatch.setitem(weights.FILES, name, file)
+    monkeypatch.setitem(weight_files.FILES, name, file)
     return file
 
 
@@ -49,7 +53,7 @@ def test_a_pickle_is_refused_by_its_hash_before_it_runs(tmp_path):
     with pytest.raises(ValueError, match="is not the published weights-inception"):
         load_extractor("inception", weights={"inception": path})
     with pytest.raises(ValueError, match="holds no readable weights"):
-        weights.read_state_dict(path)
+        weight_files.read_state_dict(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -57,7 +61,7 @@ def test_download_shows_the_file_first_and_keeps_it_in_the_cache(tmp_path, monke
     source = tmp_path / "source.pth"
     torch.save({"a": torch.ones(2)}, source)
     file = known(monkeypatch, "inception", source.read_bytes(), source.as_uri())
-    path = weights.locate("inception", given={}, download=True, available=[])
+    path = weight_files.locate("inception", given={}, download=True, available=[])
     assert path == tmp_path / "cache" / file.name
     assert path.read_bytes() == source.read_bytes()
     shown = capsys.readouterr().err
@@ -72,11 +76,11 @@ def test_a_download_that_hashes_wrong_leaves_nothing(tmp_path, monkeypatch):
     source.write_bytes(b"other bytes")
     known(monkeypatch, "inception", b"right bytes", source.as_uri())
     with pytest.raises(ValueError, match="is not the published"):
-        weights.locate("inception", given={}, download=True, available=[])
+        weight_files.locate("inception", given={}, download=True, available=[])
     assert list((tmp_path / "cache").iterdir()) == []
     known(monkeypatch, "inception", b"right bytes", (tmp_path / "nothing").as_uri())
     with pytest.raises(OSError, match="cannot download"):
-        weights.locate("inception", given={}, download=True, available=[])
+        weight_files.locate("inception", given={}, download=True, available=[])
 
 
 def test_no_download_unless_asked(tmp_path, monkeypatch):
@@ -84,17 +88,17 @@ def test_no_download_unless_asked(tmp_path, monkeypatch):
     torch.save({}, source)
     known(monkeypatch, "vgg16", source.read_bytes(), source.as_uri())
     with pytest.raises(FileNotFoundError, match="allow --download"):
-        weights.locate("vgg16", given={}, download=False, available=[])
+        weight_files.locate("vgg16", given={}, download=False, available=[])
     assert not (tmp_path / "cache").exists()
 
 
 def test_weights_option(tmp_path):
     (tmp_path / "w.pth").touch()
-    assert weights.parse_weights([f"vgg16={tmp_path / 'w.pth'}"]) == {"vgg16": tmp_path / "w.pth"}
+    assert weight_files.parse_weights([f"vgg16={tmp_path / 'w.pth'}"]) == {"vgg16": tmp_path / "w.pth"}
     with pytest.raises(ValueError, match="EXTRACTOR=PATH"):
-        weights.parse_weights(["w.pth"])
+        weight_files.parse_weights(["w.pth"])
     with pytest.raises(FileNotFoundError, match="nothing at"):
-        weights.parse_weights(["vgg16=/nowhere/w.pth"])
+        weight_files.parse_weights(["vgg16=/nowhere/w.pth"])
 
 
 def test_a_hub_model_that_is_not_here_says_so():
@@ -114,9 +118,9 @@ def test_a_damaged_blob_of_the_hub_is_refused(tmp_path):
         blob = blobs / hashlib.sha256(data if name == "good" else b"these").hexdigest()
         blob.write_bytes(content)
         (folder / "model.safetensors").symlink_to(blob)
-    hub.check_blob(tmp_path / "good" / "model.safetensors")
+    hub_models.check_blob(tmp_path / "good" / "model.safetensors")
     with pytest.raises(ValueError, match="is damaged"):
-        hub.check_blob(tmp_path / "bad" / "model.safetensors")
+        hub_models.check_blob(tmp_path / "bad" / "model.safetensors")
 
 
 def test_a_download_from_the_hub_shows_sizes_and_hashes_first(tmp_path, monkeypatch, capsys):
@@ -138,13 +142,13 @@ def test_a_download_from_the_hub_shows_sizes_and_hashes_first(tmp_path, monkeypa
         assert "*.bin" not in allow_patterns
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub_models, "HfApi", Api)
+    monkeypatch.setattr(hub_models, "snapshot_download", snapshot)
     options = {"given": {}, "extractor": "dino:a/b", "available": []}
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert hub.folder_of("a/b", download=True, **options) == tmp_path
+    assert hub_models.folder_of("a/b", download=True, **options) == tmp_path
     with pytest.raises(FileNotFoundError):
-        hub.folder_of("a/b", download=False, **options)
+        hub_models.folder_of("a/b", download=False, **options)
 
 
 def test_weights_are_given_by_the_names_of_extractors(tmp_path):
@@ -176,6 +180,6 @@ def test_weights_named_twice_are_refused(tmp_path):
 def test_a_folder_with_pickled_weights_alone_says_what_to_do(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(FileNotFoundError) as caught:
-        hub.folder_of(str(tmp_path), given={}, extractor="clip:x", download=False, available=[])
+        hub_models.folder_of(str(tmp_path), given={}, extractor="clip:x", download=False, available=[])
     for words in ("only pytorch_model.bin", "may run code", "save_pretrained", "--weights"):
         assert words in str(caught.value)

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import torch
 import yaml
-from models import denoiser, image, state
+from helpers.models import denoiser, image, state
 from mutations import mutated_tensors, mutated_text, mutated_value
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
-from diffadapt.training import state as run_state
+from diffadapt.training.checkpoint import state as run_state
+from diffadapt.training.checkpoint.state_check import state_digest
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import parse, write_config
-from diffadapt.training.state_check import state_digest
 
 WAYS = ("options", "options", "options as text", "state", "state as text", "state tensors")
 

@@ -7,15 +7,15 @@ import random
 from pathlib import Path
 
 import torch
-from models import denoiser, image, state
+from helpers.models import denoiser, image, state
 from mutations import mutated_bytes, mutated_tensors, mutated_text, mutated_value
 from safetensors.torch import save_file
 from subjects import Subject, subjects
 
 import diffadapt as da
-from diffadapt.checkpoint import checksums
-from diffadapt.compress import resized
-from diffadapt.without_base import open_without_base
+from diffadapt.formats.adapter_file import checksums
+from diffadapt.formats.edit.placeholder_model import open_without_base
+from diffadapt.formats.edit.resize_combine import resized
 
 WAYS = (
     "bytes",

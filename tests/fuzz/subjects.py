@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from method_cases import train
-from models import denoiser
+from helpers.method_cases import train
+from helpers.models import denoiser
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

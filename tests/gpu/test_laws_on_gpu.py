@@ -1,12 +1,12 @@
-"""The laws of tests/test_conformance.py that a GPU could break, for every method: values, gradients, bits.
+"""The laws of `tests/methods/test_conformance.py` that a GPU could break: values, gradients and bits.
 
 The reference is the same model in float64 on the CPU.
 """
 
 import pytest
 import torch
-from layer_kinds import FEW
-from method_cases import adapt, close, pairs, trainable
+from helpers.layer_kinds import FEW
+from helpers.method_cases import adapt, close, pairs, trainable
 from safetensors.torch import load_file
 
 import diffadapt as da

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines import write_pictures
+from helpers.pipelines import write_pictures
 from safetensors.torch import load_file
 
 import diffadapt as da
-from diffadapt.evaluation.extractors import load_extractor
+from diffadapt.evaluation.features.extractors import load_extractor
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = (
@@ -103,7 +103,7 @@ def test_first_losses_are_the_cpus(tmp_path):
 def test_encoders_leave_the_gpu_while_training(tmp_path):
     """The text encoder and the autoencoder are in the machine's memory during steps."""
     from diffadapt.models.families import load_base
-    from diffadapt.training.resting import resting, woken
+    from diffadapt.training.encoder_offload import resting, woken
 
     model = load_base("embedded:emoji", device=torch.device("cuda"), dtype=torch.float32)
     parts = [model.pipe.text_encoder, model.pipe.vae]

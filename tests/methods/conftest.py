@@ -1,10 +1,10 @@
 """Class-conditional bases that tests of methods share."""
 
 import pytest
-from class_models import copied
-from class_pipelines import class_pipeline, dit_pipeline
+from helpers.class_models import copied
+from helpers.class_pipelines import class_pipeline, dit_pipeline
 
-from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.models.open_pipeline import open_pipeline
 
 
 @pytest.fixture(scope="module")

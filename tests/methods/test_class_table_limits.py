@@ -5,17 +5,17 @@ import copy
 import diffusers
 import pytest
 import torch
-from class_models import MORE, attached, output, table, trained
-from class_pipelines import class_tables
 from diffusers import DiTTransformer2DModel, UNet2DModel
+from helpers.class_models import MORE, attached, output, table, trained
+from helpers.class_pipelines import class_tables
 from torch import nn
 
 import diffadapt as da
-from diffadapt.analysis import analyse
-from diffadapt.attaching import attached as attached_to
-from diffadapt.budget import count_parameters
-from diffadapt.compress import combined
-from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.adapters.attach import attached as attached_to
+from diffadapt.adapters.budget import count_parameters
+from diffadapt.evaluation.adapter_analysis import analyse
+from diffadapt.formats.edit.resize_combine import combined
+from diffadapt.models.open_pipeline import open_pipeline
 from diffadapt.pipelines import ClassConditionalPipeline
 
 

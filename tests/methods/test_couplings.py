@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from originals import assert_same, layer, randomized, same
+from helpers.originals import assert_same, layer, randomized, same
 
 import diffadapt as da
 

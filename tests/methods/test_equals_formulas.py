@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import Model, close
-from originals import assert_same, layer, randomized, same
+from helpers.method_cases import Model, close
+from helpers.originals import assert_same, layer, randomized, same
 from torch import Tensor
 
 import diffadapt as da

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
+from helpers.originals import assert_same, flat, layer, randomized, same
 from lycoris.functional.general import factorization
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
-from originals import assert_same, flat, layer, randomized, same
 
 import diffadapt as da
-from diffadapt.site import Site
+from diffadapt.methods.site import Site
 
 KINDS = ("linear", "conv", "conv-1x1", "conv-grouped")
 

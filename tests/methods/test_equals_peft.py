@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from method_cases import Model, close
-from originals import assert_same, flat, layer, randomized, same
+from helpers.method_cases import Model, close
+from helpers.originals import assert_same, flat, layer, randomized, same
 from peft import (
     HiraConfig,
     LoHaConfig,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import close, train
+from helpers.method_cases import close, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

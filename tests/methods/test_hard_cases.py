@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from method_cases import Model, close, train, trainable
-from originals import layer
+from helpers.method_cases import Model, close, train, trainable
+from helpers.originals import layer
 from torch import nn
 
 import diffadapt as da

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from method_cases import close, train
+from helpers.method_cases import close, train
 from torch import nn
 
 import diffadapt as da

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import diffadapt as da
-from diffadapt.method_names import read_method
+from diffadapt.methods.parse_method import read_method
 
 every = pytest.mark.parametrize("name", da.METHODS)
 

@@ -5,7 +5,8 @@ import copy
 import diffusers
 import pytest
 import torch
-from class_models import (
+from diffusers import DDIMScheduler, UNet2DModel
+from helpers.class_models import (
     CLASSES,
     FEWER,
     MORE,
@@ -17,12 +18,11 @@ from class_models import (
     tables_of,
     trained,
 )
-from class_pipelines import class_tables
-from diffusers import DDIMScheduler, UNet2DModel
+from helpers.class_pipelines import class_tables
 from torch import nn
 
 import diffadapt as da
-from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.models.open_pipeline import open_pipeline
 from diffadapt.pipelines import ClassConditionalPipeline
 
 sizes = pytest.mark.parametrize("size", [MORE, FEWER], ids=["more", "fewer"])

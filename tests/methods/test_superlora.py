@@ -18,9 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import diffadapt as da
-from diffadapt.convolution import LinearMap
-from diffadapt.grouped.fastfood import draw_projection
-from diffadapt.update import LowRank
+from diffadapt.algebra.layer_maps import LinearMap
+from diffadapt.algebra.update import LowRank
+from diffadapt.methods.grouped.fastfood import draw_projection
 
 VARIANTS = [
     {"rank": 3},
@@ -551,7 +551,7 @@ def test_the_order_of_the_layers_at_loading_does_not_matter(options, tmp_path):
 
 _OTHER_PROCESS = """
 import sys, torch
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 torch.set_num_threads({threads})
 import diffadapt as da
 from test_superlora import everything, make
@@ -570,7 +570,12 @@ def test_another_process_makes_the_same_bits(options, threads, tmp_path):
     _, adapter = adapted(options, torch.float32, seed=7)
     path, out = str(tmp_path / "a.safetensors"), str(tmp_path / "out.pt")
     da.save(adapter, path)
-    code = _OTHER_PROCESS.format(folder=str(Path(__file__).parent), threads=threads, path=path, out=out)
+    code = _OTHER_PROCESS.format(
+        folders=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
+        threads=threads,
+        path=path,
+        out=out,
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     torch.set_num_threads(1)
     trained, made_again, weights = everything(adapter)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 from torch.nn.functional import interpolate, normalize
 from transformers import CLIPProcessor
 
-from diffadapt.evaluation.extractors import load_extractor
+from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.metrics import clip_score, copy_rate, nearest_images, vendi
 from diffadapt.metrics.copying import copy_threshold
 from diffadapt.metrics.features import load_clip

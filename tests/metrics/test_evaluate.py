@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 
 from diffadapt.metrics import (
     METRICS,
@@ -236,7 +236,7 @@ def test_a_metric_without_reference_takes_one_as_its_floor(sets):
 def test_one_reference_is_prepared_once_for_all_generated_sets(sets, monkeypatch):
     calls, nearest = [], Inputs.neighbours.__globals__["neighbour_distances"]
     monkeypatch.setattr(
-        "diffadapt.metrics.inputs.neighbour_distances", lambda *given: calls.append(1) or nearest(*given)
+        "diffadapt.metrics.feature_set.neighbour_distances", lambda *given: calls.append(1) or nearest(*given)
     )
     for scale in (1, 2, 3):
         generated = _inputs(scale * sets["generated"]["features"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 
 from diffadapt.metrics import Statistics, fid, read_statistics
 

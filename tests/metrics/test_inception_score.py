@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 from torch import nn
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.image.inception import InceptionScore

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 from scipy.stats import binomtest
 from scipy.stats import t as student
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 from torch import nn
 from torch.nn.functional import normalize
 from torch_fidelity.metric_kid import kid_features_to_metric

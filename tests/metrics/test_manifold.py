@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffadapt.metrics import density_coverage, precision_recall, realism

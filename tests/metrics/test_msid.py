@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 
 from diffadapt.metrics import msid
 from diffadapt.metrics.msid import (

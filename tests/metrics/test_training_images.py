@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from feature_sets import gaussian_sets
+from helpers.feature_sets import gaussian_sets
 
 from diffadapt.metrics import authpct, fls
 from diffadapt.metrics.authenticity import authpct_with_interval, is_authentic

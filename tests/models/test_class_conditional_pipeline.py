@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from class_pipelines import CLASSES, class_pipeline, tiny_class_unet
 from diffusers import DDIMScheduler, UNet2DModel
+from helpers.class_pipelines import CLASSES, class_pipeline, tiny_class_unet
 
-from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.models.open_pipeline import open_pipeline
+from diffadapt.models.sampling import SCHEDULERS, Sampler, Shot, draw_all
 from diffadapt.pipelines import ClassConditionalPipeline
-from diffadapt.sampling import SCHEDULERS, Sampler, Shot, draw_all
 
 
 def seeds(*numbers):

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
-from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
+from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 
-from diffadapt.data.images import list_images, open_image, to_pixels
-from diffadapt.models import names
+from diffadapt.common.images import list_images, open_image, to_pixels
+from diffadapt.models import base_names
 from diffadapt.models.families import DEFAULTS, TUNED, drawing_defaults, family_of, load_base
 from diffadapt.models.prompts import CONTEXTS, UNRELATED
-from diffadapt.models.text import CutCaption
+from diffadapt.models.text_base import CutCaption
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 
 def test_what_was_tuned_on_an_embedded_base_is_for_it_alone(place):
     assert family_of("embedded:emoji") == "emoji"
-    assert family_of(names.resolve("embedded:emoji")) == "sd"  # a copy under another name
+    assert family_of(base_names.resolve("embedded:emoji")) == "sd"  # a copy under another name
     assert family_of(str(place / "sd")) == "sd"
     assert family_of(str(place / "sdxl")) == "sdxl"
     assert TUNED["sd"] == TUNED["sdxl"] == {}

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from diffadapt.models.any_pipeline import open_pipeline
+from diffadapt.models.base_names import pipeline_class
 from diffadapt.models.families import load_base
-from diffadapt.models.names import pipeline_class
+from diffadapt.models.open_pipeline import open_pipeline
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Evil: pass\n"
 

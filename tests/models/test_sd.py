@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from pipelines import tiny_sd_pipeline, write_pictures
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
 
-from diffadapt.data.images import list_images, open_image, to_pixels
+from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.models.families import load_base
 from diffadapt.models.prompts import contexts, subject_of, without_identifier
 from diffadapt.training.objective import target_of

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-from pipelines import tiny_sdxl_pipeline, write_pictures
+from helpers.pipelines import tiny_sdxl_pipeline, write_pictures
 
-from diffadapt.data.images import View, list_images, open_image, to_pixels
+from diffadapt.common.images import View, list_images, open_image, to_pixels
 from diffadapt.models.families import load_base
-from diffadapt.sampling import Sampler, draw_all, shots
+from diffadapt.models.sampling import Sampler, draw_all, shots
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_layout import write_single_file
-from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
+from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
+from helpers.sgm_layout import write_single_file
 from safetensors.torch import load_file, save_file
 
 from diffadapt.models.families import family_of, load_base
-from diffadapt.sampling import Sampler, draw_all, shots
+from diffadapt.models.sampling import Sampler, draw_all, shots
 
 FOLDERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
 from safetensors.torch import load_file
-from small_run import SmallBatches, bits, same_bits, small_trainer
 
 import diffadapt as da
-from diffadapt.training import state
+from diffadapt.training.checkpoint import state
 from diffadapt.training.loop import train
 
 OPTIONS = {"max_train_steps": 6, "use_ema": True, "ema_decay": 0.4, "learning_rate": 0.05}

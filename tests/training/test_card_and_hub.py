@@ -5,11 +5,11 @@ import fnmatch
 import huggingface_hub
 import pytest
 import yaml
-from pipelines import train_options
+from helpers.pipelines import train_options
 
-from diffadapt.training import hub
-from diffadapt.training.card import base_licence, write_card
+from diffadapt.training import push_to_hub
 from diffadapt.training.parsing import write_config
+from diffadapt.training.report.model_card import base_licence, write_card
 
 RECORD = {
     "method": "lora(rank=4)",
@@ -82,13 +82,13 @@ class Api:
 @pytest.fixture
 def api(monkeypatch):
     Api.calls = []
-    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(push_to_hub, "HfApi", Api)
     return Api
 
 
 def test_an_upload_leaves_states_and_class_pictures_behind(api, tmp_path):
     options = train_options(push_to_hub=True, output_dir=str(tmp_path / "my-run"))
-    assert hub.push(options) == "https://huggingface.co/me/there"
+    assert push_to_hub.push(options) == "https://huggingface.co/me/there"
     (_, name, settings), (_, upload) = api.calls
     assert name == "my-run"
     assert settings == {"exist_ok": True, "private": None}
@@ -117,13 +117,15 @@ def test_a_refused_upload_says_that_the_result_is_there(api, tmp_path, monkeypat
     with pytest.raises(
         OSError, match=r"the result is whole in .*my-run, .* 403 Forbidden; later: hf upload me/it"
     ):
-        hub.push(train_options(push_to_hub=True, hub_model_id="me/it", output_dir=str(tmp_path / "my-run")))
+        push_to_hub.push(
+            train_options(push_to_hub=True, hub_model_id="me/it", output_dir=str(tmp_path / "my-run"))
+        )
 
 
 def test_without_a_login_the_run_does_not_start(monkeypatch):
-    monkeypatch.setattr(hub, "get_token", lambda: None)
-    hub.check_hub(train_options())
+    monkeypatch.setattr(push_to_hub, "get_token", lambda: None)
+    push_to_hub.check_hub(train_options())
     with pytest.raises(ValueError, match="--push_to_hub needs a login"):
-        hub.check_hub(train_options(push_to_hub=True))
+        push_to_hub.check_hub(train_options(push_to_hub=True))
     with pytest.raises(ValueError, match="--hub_model_id: "):
-        hub.check_hub(train_options(hub_model_id="a/b/c"))
+        push_to_hub.check_hub(train_options(hub_model_id="a/b/c"))

@@ -4,12 +4,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
 from safetensors.torch import load_file
-from small_run import SmallBatches, bits, same_bits, small_trainer
 
-from diffadapt.training import state
+from diffadapt.training.checkpoint import state
 from diffadapt.training.loop import train
-from diffadapt.training.record import Log
+from diffadapt.training.run_log import Log
 
 
 def names(folder):

@@ -4,16 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from class_pipelines import class_pipeline, class_tables, dit_pipeline, write_classes
 from diffusers import DDPMScheduler, DiTPipeline
+from helpers.class_pipelines import class_pipeline, class_tables, dit_pipeline, write_classes
+from helpers.pipelines import train_options
 from peft import LoraConfig, get_peft_model
-from pipelines import train_options
 
 import diffadapt as da
+from diffadapt.common.images import open_image, to_pixels
+from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.data.batches import Batches
-from diffadapt.data.images import open_image, to_pixels
-from diffadapt.data.randomness import normal, uniform
-from diffadapt.data.sources import class_folders
+from diffadapt.data.folders import class_folders
 from diffadapt.models.families import load_base
 from diffadapt.pipelines import ClassConditionalPipeline
 from diffadapt.training.loop import prepare, train

@@ -4,20 +4,20 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from class_pipelines import tiny_class_unet
-from pipelines import tiny_clip, tiny_sd_pipeline, tiny_unet, write_pictures
+from helpers.class_pipelines import tiny_class_unet
+from helpers.pipelines import tiny_clip, tiny_sd_pipeline, tiny_unet, write_pictures
+from helpers.scripts import runner
+from helpers.small_run import SmallBatches, bits, small_trainer
 from safetensors.torch import load_file
-from scripts import runner
-from small_run import SmallBatches, bits, small_trainer
 
 import diffadapt as da
 from diffadapt.training import run as run_module
-from diffadapt.training.defaults import check_ranges
+from diffadapt.training.base_defaults import check_ranges
+from diffadapt.training.checkpoint.state import save_adapter
 from diffadapt.training.loop import train
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.report import Report
-from diffadapt.training.state import save_adapter
-from diffadapt.training.subject import SubjectReport
+from diffadapt.training.report.base import Report
+from diffadapt.training.report.subject import SubjectReport
 
 MODELS = {"num_validation_images": 1, "num_inference_steps": 1}
 

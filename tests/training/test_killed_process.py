@@ -6,10 +6,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from pipelines import tiny_sd_pipeline, write_pictures
-from torchrun import ROOT, torchrun
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.torchrun import ROOT, torchrun
 
-from diffadapt.training import state
+from diffadapt.training.checkpoint import state
 
 WAIT = 240  # seconds, on a slow machine
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_run import SmallBatches, bits, same_bits, small_trainer
+from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
 
 from diffadapt.training.loop import train
 from diffadapt.training.memory import estimate_memory

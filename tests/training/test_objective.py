@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from small_run import SmallBatches, predict, small_trainer
+from helpers.small_run import SmallBatches, predict, small_trainer
 
 from diffadapt.training.loop import train
 from diffadapt.training.objective import min_snr_weight, target_of

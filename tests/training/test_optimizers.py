@@ -5,17 +5,17 @@ import sys
 
 import pytest
 import torch
-from pipelines import train_options
-from small_run import SmallBatches, bits, same_bits, small_trainer
+from helpers.pipelines import train_options
+from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
 
 import diffadapt as da
-from diffadapt.method_names import make_method
-from diffadapt.training import state
-from diffadapt.training.defaults import recommended_rate
+from diffadapt.methods.parse_method import make_method
+from diffadapt.training.base_defaults import recommended_rate
+from diffadapt.training.checkpoint import state
+from diffadapt.training.checkpoint.state_dict_json import pack, unpack
 from diffadapt.training.loop import train
 from diffadapt.training.optimizers import OTHERS, make_optimizer
-from diffadapt.training.packing import pack, unpack
-from diffadapt.training.rates import rate_groups
+from diffadapt.training.param_groups import rate_groups
 
 OPTIMIZERS = {
     "prodigy": {"learning_rate": 1.0, "optimizer_options": "safeguard_warmup=true,d0=1e-4"},

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, fields
 
 import pytest
-from pipelines import tiny_unet
+from helpers.pipelines import tiny_unet
 
 import diffadapt as da
-from diffadapt.method_names import make_method
+from diffadapt.methods.parse_method import make_method
 from diffadapt.models.families import DEFAULTS, TUNED
-from diffadapt.training.defaults import (
+from diffadapt.training.base_defaults import (
     build_method,
     check_ranges,
     check_text_encoders,
@@ -17,7 +17,7 @@ from diffadapt.training.defaults import (
     fitted,
     text_targets,
 )
-from diffadapt.training.effects import check_effects
+from diffadapt.training.option_effects import check_effects
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import ELSEWHERE, pairs, parse, read_config, write_config
 

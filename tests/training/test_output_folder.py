@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import yaml
-from pipelines import tiny_sd_pipeline, write_pictures
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.scripts import runner, stop_after
 from safetensors.torch import load_file
-from scripts import runner, stop_after
 
 from diffadapt.training import output_folder
-from diffadapt.training.checkpoint_files import checkpoints, run_of
+from diffadapt.training.checkpoint.checkpoint_files import checkpoints, run_of
 from diffadapt.training.options import TrainOptions, option
 
 STEPS = 4

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from pipelines import tiny_sd_pipeline, write_pictures
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.torchrun import ROOT, run_torchrun
 from safetensors.torch import load_file
-from torchrun import ROOT, run_torchrun
 
-SCRIPT = Path(__file__).with_name("run_sgd.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "run_sgd.py"
 
 
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from pipelines import tiny_sd_pipeline, train_options, write_pictures
+from helpers.pipelines import tiny_sd_pipeline, train_options, write_pictures
 from safetensors.torch import load_file
 
 import diffadapt as da
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
-from diffadapt.training import state
+from diffadapt.training.checkpoint import state
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
 

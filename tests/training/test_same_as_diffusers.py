@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from helpers.pipelines import tiny_sd_pipeline, train_options, write_pictures
 from peft import LoraConfig
-from pipelines import tiny_sd_pipeline, train_options, write_pictures
 
 import diffadapt as da
+from diffadapt.common.images import open_image, to_pixels
+from diffadapt.common.keyed_random import normal
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
-from diffadapt.data.images import open_image, to_pixels
-from diffadapt.data.randomness import normal
 from diffadapt.models.families import load_base
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective

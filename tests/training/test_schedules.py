@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from small_run import small_trainer
+from helpers.small_run import small_trainer
 
 from diffadapt.training.loop import warmup_steps
 

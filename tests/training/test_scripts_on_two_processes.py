@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from class_pipelines import class_pipeline, write_classes
-from pipelines import tiny_sd_pipeline, write_pictures
+from helpers.class_pipelines import class_pipeline, write_classes
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.scripts import FOLDER, runner
+from helpers.torchrun import run_torchrun
 from safetensors.torch import load_file
-from scripts import FOLDER, runner
-from torchrun import run_torchrun
 
 STEPS = 20
 

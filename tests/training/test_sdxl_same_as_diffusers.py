@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from helpers.pipelines import tiny_sdxl_pipeline, train_options, write_pictures
 from peft import LoraConfig
 from PIL import Image
-from pipelines import tiny_sdxl_pipeline, train_options, write_pictures
 
 import diffadapt as da
+from diffadapt.common.images import open_image, to_pixels
+from diffadapt.common.keyed_random import normal
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
-from diffadapt.data.images import open_image, to_pixels
-from diffadapt.data.randomness import normal
 from diffadapt.models.families import load_base
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.scripts import FOLDER
+from helpers.torchrun import run_torchrun
 from PIL import Image
-from pipelines import tiny_sd_pipeline, write_pictures
 from safetensors.torch import load_file
-from scripts import FOLDER
-from torchrun import run_torchrun
 
 import diffadapt as da
 from diffadapt.models.families import load_base

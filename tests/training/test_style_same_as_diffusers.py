@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
+from helpers.pipelines import tiny_sd_pipeline, train_options, write_pictures
 from peft import LoraConfig
-from pipelines import tiny_sd_pipeline, train_options, write_pictures
 from torchvision import transforms
 
 import diffadapt as da
+from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.data.batches import Batches
-from diffadapt.data.randomness import normal, uniform
-from diffadapt.data.sources import captioned_folder
+from diffadapt.data.folders import captioned_folder
 from diffadapt.models.families import load_base
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective

@@ -6,16 +6,16 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, train_options, write_pictures
+from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, train_options, write_pictures
 
 import diffadapt as da
-from diffadapt.attaching import attached
+from diffadapt.adapters.attach import attached
+from diffadapt.common.images import View
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
-from diffadapt.data.images import View
 from diffadapt.models.families import load_base
-from diffadapt.sampling import Sampler, draw_all, shots
-from diffadapt.training import state
+from diffadapt.models.sampling import Sampler, draw_all, shots
+from diffadapt.training.checkpoint import state
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
 

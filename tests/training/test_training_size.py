@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
-from class_pipelines import dit_pipeline
 from diffusers.configuration_utils import FrozenDict
+from helpers.class_pipelines import dit_pipeline
+from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.scripts import runner
 from PIL import Image
-from pipelines import tiny_sd_pipeline, write_pictures
-from scripts import runner
 
-from diffadapt.cli import main
+from diffadapt.cli.main import main
 from diffadapt.data.buckets import resolution_limits
 from diffadapt.models.families import load_base
 from diffadapt.training.setup import check_resolution

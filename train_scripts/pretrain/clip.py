@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from diffadapt.precision import fast_autocast
+from diffadapt.common.precision import fast_autocast
 
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:

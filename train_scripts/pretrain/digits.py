@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.utils import save_image
 
+from diffadapt.common.precision import fast_autocast
 from diffadapt.pipelines import ClassConditionalPipeline
-from diffadapt.precision import fast_autocast
 
 DROPPED = 0.1  # share of labels replaced by the null class
 

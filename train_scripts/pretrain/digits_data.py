@@ -20,8 +20,8 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from diffadapt.data.dataset import labelled_table, open_table
-from diffadapt.data.images import open_image, to_pixels
+from diffadapt.common.images import open_image, to_pixels
+from diffadapt.data.hub_tables import labelled_table, open_table
 
 HELD_OUT = 397  # the last of scikit-learn's 1,797: never shown to the classifier or to an adapter
 WITH_MATPLOTLIB = ("DejaVu*", "STIXGeneral*", "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")

@@ -19,8 +19,8 @@ from torchvision.utils import save_image
 
 from diffadapt.metrics.digit_classifier import class_agreement, load_digit_classifier
 from diffadapt.metrics.frechet import fid
+from diffadapt.models.sampling import Sampler, Shot, draw_all
 from diffadapt.pipelines import ClassConditionalPipeline
-from diffadapt.sampling import Sampler, Shot, draw_all
 
 CLASSES, SIDE = 10, 16
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffadapt.precision import fast_autocast
+from diffadapt.common.precision import fast_autocast
 
 
 def loss_of(

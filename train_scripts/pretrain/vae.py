@@ -23,7 +23,7 @@ from scenes import Scenes, augment, composite
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from diffadapt.precision import fast_autocast
+from diffadapt.common.precision import fast_autocast
 
 
 def build_model() -> AutoencoderTiny:

@@ -1,0 +1,113 @@
+"""An adapter: the owner of every trained tensor, and what one can ask it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diffadapt.adapters.layers import Entry, Record
+from diffadapt.adapters.merge import folded, refold
+from diffadapt.adapters.method_state import Part
+from diffadapt.common.suggestions import near
+from diffadapt.methods import Method
+from diffadapt.methods.site import Site
+
+
+class Adapter(nn.Module):
+    """Owner of every trained tensor of one adapter.
+
+    Attributes:
+        name: unique among the adapters of a model.
+        method: the method it was made with.
+        sites: the weights it changes.
+        seed: what the starting values were drawn from.
+        ranks: the rank of sites where it differs from the method's.
+        records: what happens to each weight, by the site's name; filled by ``attach``.
+        roots: the adapted models, by component name ("" for a bare model).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        seed: int,
+        ranks: Mapping[str, int],
+        roots: dict[str, nn.Module],
+    ):
+        super().__init__()
+        self.name, self.method, self.seed = name, method, seed
+        self.ranks, self.roots = dict(ranks), dict(roots)
+        self.parts = nn.ModuleList()
+        self.sites: tuple[Site, ...] = ()
+        self.records: dict[str, Record] = {}
+        self.frozen: list[nn.Parameter] = []  # whose requires_grad detach gives back
+        self.hooks: list[RemovableHandle] = []
+        self.base_values: dict[str, str] | None = None  # fingerprints, where weights cannot be read at will
+        self._strength = 1.0
+
+    def add_part(self, part: Part) -> None:
+        object.__setattr__(part, "adapter", self)  # a reference, not a submodule
+        self.parts.append(part)
+
+    @property
+    def owners(self) -> set[nn.Module]:
+        return set(self.parts)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    @property
+    def strength(self) -> float:
+        """t in ``W + t (W' - W)``; 0 skips the adapter."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"strength must be a finite number, got {value!r}")
+        self._strength = float(value)
+        for part in self.parts:
+            part.strength = self._strength
+        if self.merged:
+            refold(self)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the weights now."""
+        return any(entry.merged for record in self.records.values() for entry in self.entries(record))
+
+    def adapted_weight(self, site: str | Site) -> Tensor:
+        """The exact changed weight of one site under this adapter alone, at its strength.
+
+        Returns: a tensor of the weight's own shape, float32 (float64 on a float64 base); a class table for
+            more classes than the base's has more rows.
+        Raises: ValueError for a name that is not one of ``sites``.
+        """
+        record = self._record(site)
+        return folded(record, self.entries(record))[0]
+
+    def adapted_bias(self, site: str | Site) -> Tensor | None:
+        """The exact changed bias ``(out,)`` of one site; None where the layer has none and gets none."""
+        record = self._record(site)
+        return folded(record, self.entries(record))[1][0]
+
+    def set_dropout_seed(self, seed: int | None) -> None:
+        """Make dropout a function of ``seed`` and the site; None returns to torch's global generator."""
+        for part in self.parts:
+            part.dropout_seed = seed
+
+    def _record(self, site: str | Site) -> Record:
+        name = site if isinstance(site, str) else site.name
+        if name not in self.records:
+            raise ValueError(f"adapter {self.name!r} has no site {name!r}{near(name, self.records)}")
+        return self.records[name]
+
+    def entries(self, record: Record) -> list[Entry]:
+        """What this adapter does to one weight."""
+        owners = self.owners
+        return [entry for entry in record.entries if entry.owner in owners]

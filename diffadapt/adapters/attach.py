@@ -1,0 +1,251 @@
+"""Attach an adapter to a model or a pipeline, switch it off, take it away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.class_table import check_new_table, follow_dropout
+from diffadapt.adapters.fused_projections import FusingRefused
+from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
+from diffadapt.adapters.merge import merge, unmerge
+from diffadapt.adapters.method_state import Part, PartPlan, plan_parts
+from diffadapt.adapters.peft_bridge import attach_peft
+from diffadapt.adapters.targets import Found, assign_ranks, find_sites
+from diffadapt.methods import Method
+from diffadapt.methods.peft_config import PeftMethod
+
+Targets = str | Sequence[str]
+
+_pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # of models seen inside one
+
+
+def attach(
+    model: object,
+    method: Method,
+    targets: Targets = "attention",
+    *,
+    name: str = "default",
+    seed: int = 0,
+    text_encoder_targets: Targets | None = None,
+    rank_patterns: Mapping[str, int] | None = None,
+) -> Adapter:
+    """Freeze a model and let a method change some of its layers, in place. No output changes yet.
+
+    Args:
+        model: an ``nn.Module``, or a diffusers pipeline (its denoiser, and its text encoders when targeted).
+        method: e.g. ``FLoRA(rank=8)`` or ``make_method("flora", rank=8)``.
+        targets: presets (attention, qv, linear, conv, norm, embedding, all) or globs on module names, joined
+            with ``+`` or as a sequence; ``!glob`` excludes.
+        name: unique among the model's adapters.
+        seed: the starting values are a function of it.
+        text_encoder_targets: the same for a pipeline's text encoders; None leaves them alone.
+        rank_patterns: glob on site names -> rank, where it differs from the method's.
+
+    Returns: the adapter, an ``nn.Module`` that owns the trained tensors.
+    Raises: ValueError or TypeError saying what does not fit; the model is then as before.
+    """
+    roots, found = choose_sites(model, method, targets, text_encoder_targets)
+    ranks = assign_ranks([choice.site for choice in found], rank_patterns or {})
+    return attach_sites(roots, method, found, name=name, seed=seed, ranks=ranks)
+
+
+def choose_sites(
+    model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None = None
+) -> tuple[dict[str, nn.Module], list[Found]]:
+    """The models by component name, and the layers that ``attach`` with these arguments would choose."""
+    if not isinstance(method, Method):
+        raise TypeError(f"expected a method, got {method!r}; make one with da.make_method({str(method)!r})")
+    roots = components(model, text_encoder_targets is not None)
+    found: list[Found] = []
+    for root, module in roots.items():
+        if root.startswith("text_encoder"):
+            chosen = find_sites(module, text_encoder_targets, f"{root}.", also=method.also)
+            found += _useful(chosen, root, roots, text_encoder_targets)
+        else:
+            found += find_sites(module, targets, f"{root}." if root else "", also=method.also)
+    return roots, found
+
+
+def _useful(
+    chosen: Sequence[Found], root: str, roots: Mapping[str, nn.Module], targets: Targets
+) -> list[Found]:
+    """Of a text encoder's layers those that have an effect, and that other programs know.
+
+    Stable Diffusion XL reads the states of its first encoder before the last layer, so nothing behind gets a
+    gradient. Presets leave the projection of pooled text alone: many programs have no name for it.
+    """
+    behind: tuple[str, ...] = ()
+    config = getattr(roots.get("unet"), "config", None)
+    is_xl = "text_encoder_2" in roots and getattr(config, "addition_embed_type", None) == "text_time"
+    if root == "text_encoder" and is_xl:
+        behind = (f"layers.{roots[root].config.num_hidden_layers - 1}.", "final_layer_norm")
+    kept = [
+        choice
+        for choice in chosen
+        if not any(part in choice.site.name for part in behind)
+        and (choice.by_name or not choice.site.name.endswith("text_projection"))
+    ]
+    if not kept:
+        raise ValueError(
+            f"text encoder targets {targets!r} choose only layers of {root} that have no effect: its states "
+            "are read before its last layer"
+        )
+    return kept
+
+
+def attach_sites(
+    roots: dict[str, nn.Module],
+    method: Method,
+    found: Sequence[Found],
+    *,
+    name: str,
+    seed: int,
+    ranks: Mapping[str, int],
+    fill: Callable[[Adapter], None] | None = None,
+) -> Adapter:
+    """``attach`` for layers already chosen. ``fill`` gives the tensors, which arrive as zeros, their values
+    instead of the method's start; when it raises, the model is as before."""
+    if name in {taken for module in roots.values() for taken in attached(module)}:
+        raise ValueError(f"the model already has an adapter named {name!r}; detach it or pass another name")
+    if isinstance(method, PeftMethod):
+        return attach_peft(roots, method, found, name=name, seed=seed, ranks=ranks, fill=fill)
+    plans = plan_parts(method, [choice.site for choice in found], ranks)
+    _check_all_served(method, found, plans)
+    for plan in plans:
+        layers = [layer for index in plan.indices for layer in found[index].layers]
+        for root in roots.values():
+            check_new_table(plan.methods[0], layers, root, _home(root))
+    records = [
+        getattr(choice.layers[0], "_diffadapt", None) or Record(list(choice.layers)) for choice in found
+    ]
+    adapter = Adapter(name, method, seed, ranks, roots)
+    for plan in plans:
+        bases = [records[i].base() for i in plan.indices]
+        adapter.add_part(Part(plan, bases, seed))
+        if fill is None:
+            adapter.parts[-1].start(bases)
+    if fill is not None:
+        fill(adapter)
+    _swap(adapter, plans, found, records)
+    for module in roots.values():
+        adapter.frozen += [p for p in module.parameters() if p.requires_grad]
+        module.requires_grad_(False)
+    return adapter
+
+
+def detach(adapter: Adapter) -> None:
+    """Take an adapter off its model; when it was the last, the model is the bare one again, bit for bit."""
+    unmerge(adapter)
+    remaining: list[Adapter] = [other for root in adapter.roots.values() for other in attached(root).values()]
+    for record in adapter.records.values():
+        owned = adapter.entries(record)
+        record.entries = [entry for entry in record.entries if entry not in owned]
+        for layer in record.layers if not record.entries else ():
+            layer.__class__ = ORIGINAL[type(layer)]
+            del layer._diffadapt
+    remaining = [other for other in remaining if other is not adapter]
+    if remaining:
+        remaining[0].frozen += adapter.frozen
+    else:
+        for parameter in adapter.frozen:
+            parameter.requires_grad_(True)
+    for hook in adapter.hooks:
+        hook.remove()
+    adapter.records, adapter.frozen, adapter.hooks = {}, [], []
+
+
+def attached(model: object) -> dict[str, Adapter]:
+    """The adapters of a model or pipeline by name, in the order they were attached."""
+    return {
+        entry.owner.adapter.name: entry.owner.adapter
+        for module in components(model, True).values()
+        for layer in module.modules()
+        if isinstance(layer, Adapted)
+        for entry in layer._diffadapt.entries
+    }
+
+
+@contextmanager
+def disabled(model: object) -> Iterator[None]:
+    """Within the context the model (or pipeline) is the bare one, whatever is attached or merged."""
+    adapters = list(attached(model).values())
+    before = [(adapter, adapter.strength, adapter.merged) for adapter in adapters]
+    for adapter, _, was_merged in before:
+        if was_merged:
+            unmerge(adapter)
+        adapter.strength = 0.0
+    try:
+        yield
+    finally:
+        for adapter, strength, was_merged in before:
+            adapter.strength = strength
+            if was_merged:
+                merge(adapter)
+
+
+def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.Module]:
+    """The models that can be adapted, by component name: a bare module is ``""``."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    names = ["unet", "transformer"]
+    if with_text_encoders:
+        names += ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    found = {key: getattr(model, key) for key in names if isinstance(getattr(model, key, None), nn.Module)}
+    if not found:
+        raise TypeError(
+            f"expected an nn.Module or a pipeline with a unet or transformer, got {type(model).__name__}"
+        )
+    if hasattr(model, "__weakref__"):
+        _pipelines.update(dict.fromkeys(found.values(), ref(model)))
+    return found
+
+
+def pipeline_of(adapter: Adapter) -> object | None:
+    """The pipeline an adapter was attached to or loaded into, while it lives; None for a bare model."""
+    homes = (_home(root) for component, root in adapter.roots.items() if component)
+    return next((home for home in homes if home is not None), None)
+
+
+def _home(root: nn.Module) -> object | None:
+    """The pipeline a model was last seen in, while it lives."""
+    home = _pipelines.get(root)
+    return None if home is None else home()
+
+
+def _check_all_served(method: Method, found: Sequence[Found], plans: Sequence[PartPlan]) -> None:
+    served = {index for plan in plans for index in plan.indices}
+    for index, choice in enumerate(found):
+        if choice.by_name and index not in served:
+            site = choice.site
+            raise ValueError(f"{method} cannot change {site.name}, a layer of kind {site.kind}; exclude it")
+
+
+def _swap(
+    adapter: Adapter, plans: Sequence[PartPlan], found: Sequence[Found], records: Sequence[Record]
+) -> None:
+    entries: list[list[Entry]] = [[] for _ in found]
+    for plan, part in zip(plans, adapter.parts, strict=True):
+        for index, i in enumerate(plan.indices):
+            entries[i].append(Entry(part, index))
+    for choice, record, added in zip(found, records, entries, strict=True):
+        if not added:
+            continue
+        for layer in record.layers:
+            layer.__class__ = ADAPTED.get(type(layer), type(layer))
+            layer._diffadapt = record
+        record.entries += added
+        adapter.records[choice.site.name] = record
+    adapter.hooks += [FusingRefused(root) for root in adapter.roots.values()]
+    for part in adapter.parts:
+        if getattr(part.methods[0], "classes", None) is not None:
+            adapter.hooks += [handle for root in adapter.roots.values() for handle in follow_dropout(root)]
+        if part.grouped:
+            for root in adapter.roots.values():
+                adapter.hooks.append(root.register_forward_pre_hook(part.prepare))
+                adapter.hooks.append(root.register_forward_hook(part.release, always_call=True))
+    adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.records)

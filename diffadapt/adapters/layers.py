@@ -1,0 +1,239 @@
+"""Layers adapted in place: the same objects with the same parameters, under another class.
+
+A layer owns no trained tensor. Its record lists who changes it; the owners hand out their updates at every
+forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffadapt.algebra.adapted_product import Term, branch_sum, rescaled_product, scaled_channels
+from diffadapt.algebra.combined_weight import changed_weight, effective_bias, longest, wide
+from diffadapt.algebra.layer_maps import LinearMap, conv_map
+from diffadapt.algebra.update import LayerMap, Update
+
+
+class Owner(Protocol):
+    """Who owns trained tensors and says what they change: a part of an adapter."""
+
+    strength: float
+
+    def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update: ...
+
+    def dropped(self, x: Tensor, index: int) -> Tensor: ...
+
+    def follow(self, device: torch.device) -> None: ...
+
+
+@dataclass
+class Entry:
+    """One owner's change of one site, and whether it is folded into the resident weight now."""
+
+    owner: Owner
+    index: int
+    merged: bool = False
+
+
+@dataclass
+class Record:
+    """Everything that happens to one weight. Layers that share the weight share the record."""
+
+    layers: list[nn.Module]
+    entries: list[Entry] = field(default_factory=list)
+    original: Tensor | None = None  # the base weight's bits while an entry is merged
+    original_biases: list[Tensor | None] = field(default_factory=list)  # of every layer, likewise
+
+    def base(self) -> Tensor:
+        """The frozen base weight, whatever is merged."""
+        return self.layers[0].weight.detach() if self.original is None else self.original
+
+    def base_bias(self, layer: nn.Module | None = None) -> Tensor | None:
+        """The frozen bias of a layer, the first by default; layers that share a weight have their own."""
+        number = 0 if layer is None else next(i for i, own in enumerate(self.layers) if own is layer)
+        if self.original is not None:
+            return self.original_biases[number]
+        bias = getattr(self.layers[number], "bias", None)
+        return None if bias is None else bias.detach()
+
+    def updates(self, entries: Sequence[Entry]) -> list[tuple[float, Update]]:
+        """Strength and change of each entry."""
+        base = self.base()
+        return [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
+
+    def live(self) -> list[Entry]:
+        """The entries that act in the forward pass."""
+        return [entry for entry in self.entries if not entry.merged and entry.owner.strength != 0]
+
+
+class Adapted(nn.Module):
+    """What every adapted layer adds to its original class."""
+
+    _diffadapt: Record
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        record = self._diffadapt
+        if record.original is not None and record.layers[0] is self:
+            record.original = fn(record.original)
+            record.original_biases = [None if bias is None else fn(bias) for bias in record.original_biases]
+        for entry in record.entries:
+            entry.owner.follow(self.weight.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self._diffadapt.original is not None and any(name.startswith(prefix) for name in state_dict):
+            raise ValueError(
+                f"{prefix.rstrip('.')} holds a merged adapter, and weights loaded into it would be lost when "
+                "that is taken out again; unmerge, load, merge"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        return _affine(self, LinearMap(), x, entries) if entries else nn.Linear.forward(self, x)
+
+
+class _AdaptedConv(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return super().forward(x)
+        unbatched = x.dim() == len(self.kernel_size) + 1
+        layer_map, x = conv_map(self, x.unsqueeze(0) if unbatched else x)
+        y = _affine(self, layer_map, x, entries)
+        return y.squeeze(0) if unbatched else y
+
+
+class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
+    pass
+
+
+class AdaptedConv2d(_AdaptedConv, nn.Conv2d):
+    pass
+
+
+class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
+    pass
+
+
+class AdaptedEmbedding(Adapted, nn.Embedding):
+    def forward(self, rows: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return nn.Embedding.forward(self, rows)
+        table = _changed_weight(self, entries).to(self.weight.dtype)
+        return F.embedding(
+            rows, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
+        )
+
+
+class AdaptedLayerNorm(Adapted, nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return nn.LayerNorm.forward(self, x)
+        weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
+        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class AdaptedGroupNorm(Adapted, nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.live()
+        if not entries:
+            return nn.GroupNorm.forward(self, x)
+        weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
+        return F.group_norm(x.to(weight.dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+ADAPTED: dict[type[nn.Module], type[Adapted]] = {
+    nn.Linear: AdaptedLinear,
+    nn.Conv1d: AdaptedConv1d,
+    nn.Conv2d: AdaptedConv2d,
+    nn.Conv3d: AdaptedConv3d,
+    nn.Embedding: AdaptedEmbedding,
+    nn.LayerNorm: AdaptedLayerNorm,
+    nn.GroupNorm: AdaptedGroupNorm,
+}
+ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]) -> Tensor:
+    """``y`` for ``W + sum_i t_i (W'_i - W)``: rows scaled on the outputs, factors never multiplied out."""
+    record, device = layer._diffadapt, x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    base, base_bias = layer.weight, layer.bias  # of a frozen layer
+    if record.original is not None:
+        base, base_bias = record.original, record.base_bias(layer)
+    updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
+    base = base.to(x.dtype)
+    entry, update = updates[0]
+    is_alone = len(updates) == 1 and entry.owner.strength == 1 and record.original is None
+    if is_alone and update.scale is not None:
+        return _rescaled(layer_map, x, base, base_bias, entry, update)
+    additive = [(e, u) for e, u in updates if u.scale is None]
+    bias = effective_bias(base_bias, layer.bias, [(e.owner.strength, u) for e, u in additive])
+    terms = [found for e, u in additive for found in _terms(x, e, u, e.owner.strength)]
+    y = branch_sum(layer_map, x, layer.weight.to(x.dtype), bias, terms)
+    if len(additive) < len(updates):
+        plain = branch_sum(layer_map, x, base, base_bias, [])
+        for entry, update in updates:
+            if update.scale is not None:
+                whole = _rescaled(layer_map, x, base, base_bias, entry, update)
+                y = y + entry.owner.strength * (whole - plain)
+    return y
+
+
+def _rescaled(
+    layer_map: LayerMap, x: Tensor, base: Tensor, base_bias: Tensor | None, entry: Entry, update: Update
+) -> Tensor:
+    """The whole output under one update that scales rows."""
+    scale, terms = _per_channel(update.scale, x, layer_map), _terms(x, entry, update, 1.0)
+    if update.bias_scale is update.scale:  # gamma * (y + beta): one product, bit for bit y at gamma = 1
+        bias = base_bias if update.bias is None else _added(base_bias, update.bias)
+        return scaled_channels(branch_sum(layer_map, x, base, bias, terms), scale)
+    bias = effective_bias(base_bias, base_bias, [(1.0, update)])
+    return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
+
+
+def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[Term]:
+    """The change of one entry as a term of the sum; none where only rows or biases change."""
+    if update.delta is None:
+        return []
+    change, inputs = update.delta.within(x.dtype), entry.owner.dropped(x, entry.index)
+    return [(change, coefficient * update.multiplier, inputs)]
+
+
+def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:
+    """A vector ``(out,)``, shaped to act on the channels of the layer's output."""
+    trailing = x.dim() - 2 if layer_map.channel_dim == 1 else 0
+    return vector.reshape(-1, *(1,) * trailing)
+
+
+def _added(base_bias: Tensor | None, bias: Tensor) -> Tensor:
+    return bias if base_bias is None else base_bias + bias
+
+
+def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
+    """The whole changed weight, for layers whose weight is small beside their activations."""
+    record, base = layer._diffadapt, layer._diffadapt.base()
+    updates = record.updates(entries)
+    if longest(base, updates) is None and layer.weight.shape == base.shape:
+        return changed_weight(wide(base), updates, resident=layer.weight)
+    return changed_weight(wide(base), record.updates(record.entries))  # merged rows stand elsewhere
+
+
+def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
+    record = layer._diffadapt
+    base, updates = record.base(), record.updates(entries)
+    bias = effective_bias(record.base_bias(layer), layer.bias, updates)
+    return None if bias is None else bias.to(wide(base).dtype)

@@ -1,0 +1,1 @@
+"""What a change of a weight is: expressions, the maps of layers, and their autograd functions."""

@@ -1,0 +1,1 @@
+"""Features of images: extractors, their weights, extraction in batches, caches."""

@@ -1,0 +1,185 @@
+"""Weights of known extractors: where they may lie, what they must hash to, how they are fetched.
+
+Nothing is downloaded unless asked for, and nothing is read before its SHA-256 agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffadapt.common.atomic_files import write_atomically
+
+BLOCK = 1 << 20  # bytes read at once
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One published file of weights."""
+
+    name: str  # of the file
+    url: str
+    size: int  # bytes
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.size / 2**20:.1f} MiB, sha256 {self.sha256}) from {self.url}"
+
+
+_TORCHVISION = "https://download.pytorch.org/models"
+_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+FILES = {  # extractor -> the file it needs
+    "inception": WeightFile(
+        "weights-inception-2015-12-05-6726825d.pth",
+        f"{_FIDELITY}/weights-inception-2015-12-05-6726825d.pth",
+        95_628_359,
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    "vgg16": WeightFile(
+        "vgg16-397923af.pth",
+        f"{_TORCHVISION}/vgg16-397923af.pth",
+        553_433_881,
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "lpips:alex": WeightFile(
+        "alexnet-owt-7be5be79.pth",
+        f"{_TORCHVISION}/alexnet-owt-7be5be79.pth",
+        244_408_911,
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+    ),
+    "lpips:squeeze": WeightFile(
+        "squeezenet1_1-b8a52dc0.pth",
+        f"{_TORCHVISION}/squeezenet1_1-b8a52dc0.pth",
+        4_958_839,
+        "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+    ),
+}
+FILES["lpips:vgg"] = FILES["vgg16"]
+OTHER_NAMES = {"inception": ("pt_inception-2015-12-05-6726825d.pth",)}  # the same bytes, as others name them
+
+
+def caches() -> list[Path]:
+    """Folders in which weights are looked for: torch hub's."""
+    return [Path(torch.hub.get_dir()) / "checkpoints"]
+
+
+def find(extractor: str) -> Path | None:
+    """The file of a known extractor in the usual caches, None when it is in none."""
+    names = (FILES[extractor].name, *OTHER_NAMES.get(extractor, ()))
+    candidates = (folder / name for folder in caches() for name in names)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
+    """`["inception=/path"]` -> {"inception": Path("/path")}.
+
+    Raises: ValueError for another form, FileNotFoundError for a path at which nothing is.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not path:
+            raise ValueError(
+                f"--weights takes EXTRACTOR=PATH, such as inception=/path/file.pth, got {pair!r}"
+            )
+        if name in found:
+            raise ValueError(f"--weights names {name!r} twice: {found[name]} and {path}; give one")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--weights {pair}: there is nothing at {path!r}")
+        found[name] = Path(path)
+    return found
+
+
+def locate(extractor: str, *, given: Mapping[str, Path], download: bool, available: list[str]) -> Path:
+    """The weights of a known extractor: given, in a cache, or downloaded when that is allowed.
+
+    Args:
+        given: parsed `--weights`.
+        available: extractors that need no further file, named in the error.
+    Raises: FileNotFoundError that says which file, its size, its source, and where to put it.
+    """
+    path = given.get(extractor) or find(extractor)
+    if path is not None:
+        return path
+    file = FILES[extractor]
+    if download:
+        return fetch(file, caches()[0])
+    raise FileNotFoundError(
+        f"the weights of {extractor!r} are not on this machine: {file}\n"
+        f"  put the file into {caches()[0]}, or give --weights {extractor}=PATH, or allow --download\n"
+        f"  available now: {', '.join(available)}"
+    )
+
+
+def fetch(file: WeightFile, folder: Path) -> Path:
+    """Downloads a file after printing its size, source and hash; a file that does not hash right is removed.
+
+    Raises: OSError when it cannot be had, ValueError when it is not the published file.
+    """
+    print(f"downloading {file} to {folder}", file=sys.stderr)
+    target = folder / file.name
+    try:
+        write_atomically(target, lambda temporary: _download(file, temporary))
+    except urllib.error.URLError as error:
+        raise OSError(
+            f"cannot download {file.url}: {error.reason}; fetch it elsewhere, see --weights"
+        ) from None
+    return target
+
+
+def _download(file: WeightFile, target: Path) -> None:
+    with (
+        urllib.request.urlopen(file.url) as source,
+        target.open("wb") as out,
+        tqdm(desc=file.name, total=file.size, unit="B", unit_scale=True) as bar,
+    ):
+        while (block := source.read(BLOCK)) and bar.n <= file.size:
+            out.write(block)
+            bar.update(len(block))
+    check(target, file)
+
+
+def check(path: Path, file: WeightFile) -> str:
+    """The SHA-256 of a file. Raises: ValueError unless it is the published one."""
+    found = sha256_of(path)
+    if found != file.sha256:
+        raise ValueError(
+            f"{path} is not the published {file.name}: sha256 {found}, {path.stat().st_size:,} bytes; "
+            f"expected {file.sha256}, {file.size:,} bytes; it was not read. Fetch it again from {file.url}"
+        )
+    return found
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or a .pth file; the latter by torch's weights-only reader.
+
+    Raises: ValueError when the file holds anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} holds no readable weights: {reason}") from None
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

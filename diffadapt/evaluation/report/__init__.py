@@ -1,0 +1,1 @@
+"""Pages, plots, tables and contact sheets of scores."""

@@ -1,0 +1,1 @@
+"""DreamBooth's protocol: subjects, prompts, generated images and their scores."""

@@ -1,0 +1,1 @@
+"""Files of adapters: the format of diffadapt, and those of other programs."""

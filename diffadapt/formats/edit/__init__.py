@@ -1,0 +1,1 @@
+"""Files of adapters made from others: resized, combined, extracted."""

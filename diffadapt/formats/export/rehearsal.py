@@ -1,0 +1,113 @@
+"""Whether an adapter can be exported once it is trained, tried before its training."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.formats.export import MEANT_FOR
+from diffadapt.formats.export.changes import Change
+from diffadapt.formats.export.checks import checked_changes
+from diffadapt.formats.export.diffusers import check_loader, diffusers_changes, diffusers_tensors
+from diffadapt.formats.export.kohya import kohya_tensors
+from diffadapt.formats.export.layer_names import base_of, found_by_comfyui, kohya_name
+from diffadapt.formats.export.verify import verify_diffusers, verify_kohya
+
+GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")  # of convolutions
+TRIAL_SIZE = 0.02  # deviation of what is added to the trained tensors for the trial
+
+
+def obstacle(adapter: Adapter, to: str) -> str | None:
+    """Why the adapter could not be exported after training; None where it could.
+
+    A new adapter often changes nothing yet, which every format can hold. So the trained tensors get random
+    values for the trial, and their own bits back. One layer of each form is written to a temporary file and
+    verified.
+
+    Args:
+        to: kohya, diffusers or merged.
+    """
+    with _trained_a_little(adapter):
+        try:
+            _try_export(adapter, to)
+        except Exception as error:  # of any kind: a device may lack float64, or memory
+            return str(error) or type(error).__name__
+    return None
+
+
+@contextmanager
+def _trained_a_little(adapter: Adapter) -> Iterator[None]:
+    """Within the context every trained tensor differs from its start."""
+    parameters = list(adapter.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_((TRIAL_SIZE * noise).to(parameter))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+def _try_export(adapter: Adapter, to: str) -> None:
+    """Raises: ValueError where `export` would."""
+    changes = checked_changes(adapter, to, force=False)
+    if to == "merged":
+        return
+    base = base_of(adapter)
+    with TemporaryDirectory() as folder:
+        path = str(Path(folder) / "trial.safetensors")
+        if to == "diffusers":
+            check_loader(adapter)
+            examples = _one_of_each_form(diffusers_changes(changes, None))
+            save_file(_on_cpu(diffusers_tensors(examples)), path)
+            verdicts = verify_diffusers(path, examples, torch.float32)
+        else:
+            for change in changes:
+                kohya_name(change.component, change.path, base)
+            examples = _one_of_each_form(changes)
+            save_file(_on_cpu(kohya_tensors(examples, base, dense=False)), path)
+            verdicts = verify_kohya(path, examples, base, torch.float32)
+    for verdict in verdicts:
+        if verdict.program in MEANT_FOR[to] and not verdict.accepted:
+            raise ValueError(f"{verdict.program} {verdict.version} would not read it right: {verdict.reason}")
+
+
+def _one_of_each_form(changes: Sequence[Change]) -> list[Change]:
+    """The first layer of each kind, shape and form of change: the others would have the same verdict."""
+    examples: dict[Hashable, Change] = {}
+    for change in changes:
+        examples.setdefault(_form(change), change)
+    return list(examples.values())
+
+
+def _form(change: Change) -> Hashable:
+    """What decides how a change is written and read."""
+    geometry = tuple(str(getattr(change.layer, name, None)) for name in GEOMETRY)
+    return (
+        change.component,
+        change.kind,
+        tuple(change.shape),
+        geometry,
+        type(change.factors),
+        change.is_whole,
+        change.scale is None,
+        change.base_bias is None,
+        change.bias is None,
+        found_by_comfyui(change),
+    )
+
+
+def _on_cpu(named: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of a file in float32."""
+    return {key: value.to("cpu", torch.float32).contiguous().clone() for key, value in named}

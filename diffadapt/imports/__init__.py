@@ -1,6 +1,0 @@
-"""Opening what other tools trained: kohya and LyCORIS files, PEFT folders, diffusers' LoRA files."""
-
-from diffadapt.imports.attach import attach_foreign
-from diffadapt.imports.foreign import Foreign, open_foreign
-
-__all__ = ["Foreign", "attach_foreign", "open_foreign"]

@@ -1,0 +1,76 @@
+"""Methods that train vectors a layer has or could have: biases, output scales, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.algebra.expressions import Dense
+from diffadapt.algebra.update import Update
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.methods.site import Kind, Site
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """``b' = b + bias`` for every layer that has a bias. Parameters: out. Source: arXiv 2106.10199."""
+
+    name: ClassVar[str] = "bitfit"
+    learning_rate: ClassVar[float] = 1e-3
+
+    def serves(self, site: Site) -> bool:
+        return super().serves(site) and site.has_bias
+
+    def trained(self, site: Site) -> Shapes:
+        return {"bias": (site.out,)}
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        return Update(bias=tensors["bias"])
+
+
+@dataclass(frozen=True)
+class Gamma(Method):
+    """``y' = gamma * y``: every output of a layer, bias included, times a trained factor that starts at 1.
+
+    Parameters: out. Source: the scale factors of DiffFit, arXiv 2304.06648, section 3.2, one per layer.
+    """
+
+    name: ClassVar[str] = "gamma"
+    learning_rate: ClassVar[float] = 1e-3
+
+    def trained(self, site: Site) -> Shapes:
+        return {"gamma": (site.out,)}
+
+    def decays(self, key: str) -> bool:
+        return False
+
+    def start(
+        self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
+    ) -> None:
+        tensors["gamma"].fill_(1)
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        return Update(scale=tensors["gamma"], bias_scale=tensors["gamma"])
+
+
+@dataclass(frozen=True)
+class Norms(Method):
+    """Weights and biases of every LayerNorm and GroupNorm, whatever the targets. Parameters: 2 a channel."""
+
+    name: ClassVar[str] = "norms"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"norm"})
+    learning_rate: ClassVar[float] = 1e-3
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        return ("norm",)
+
+    def trained(self, site: Site) -> Shapes:
+        return {"weight": site.shape} | ({"bias": site.shape} if site.has_bias else {})
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        return Update(Dense(tensors["weight"]), bias=tensors.get("bias"))

@@ -1,0 +1,55 @@
+"""1LoRA: the sum of the features, times one trained vector per layer (arXiv 2503.08333)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.algebra.expressions import FeatureSum
+from diffadapt.algebra.update import LowRank, Update
+from diffadapt.methods.base import Method, Shapes
+from diffadapt.methods.random_init import named_generator
+from diffadapt.methods.ranked import check_choice
+from diffadapt.methods.site import Site
+
+
+@dataclass(frozen=True)
+class OneLoRA(Method):
+    """``W' = W + vector 1^T``: every output adds its entry of ``vector (out,)`` times the sum of its inputs.
+
+    For a convolution, which the paper leaves open, the sum runs over the whole receptive field. ``random``
+    replaces the ones by a frozen normal vector (the paper's Table S1). Parameters: out. No multiplier.
+    """
+
+    name: ClassVar[str] = "1lora"
+    learning_rate: ClassVar[float] = 1e-3
+
+    compression: str = "sum"  # how inputs become one number: sum or random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("compression", self.compression, ("sum", "random"))
+
+    def trained(self, site: Site) -> Shapes:
+        return {"vector": (site.out,)}
+
+    def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
+        widths = {site.fan_in for site in sites} if self.compression == "random" else ()
+        return {
+            f"weights_{n}": torch.randn(
+                n, dtype=torch.float64, device="cpu", generator=named_generator(seed, self.name, str(n))
+            )
+            for n in widths
+        }
+
+    def lent(self, site: Site) -> dict[str, str]:
+        return {"weights": f"weights_{site.fan_in}"} if self.compression == "random" else {}
+
+    def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        if self.compression == "random":
+            return Update(LowRank(tensors["vector"][:, None], tensors["weights"][None, :]))
+        return Update(FeatureSum(tensors["vector"], site.fan_in))

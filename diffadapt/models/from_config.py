@@ -1,0 +1,105 @@
+"""A model from its configuration alone, on the meta device: every shape and no weight."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from diffadapt.models.base_names import resolve
+
+_DENOISERS = ("unet", "transformer")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module | SimpleNamespace:
+    """The model of a config file, of a folder with one, or the denoiser of a pipeline's folder.
+
+    Args:
+        source: ``config.json``, a folder holding ``config.json`` or ``model_index.json``, ``embedded:NAME``,
+            or a name on the hub, of which only the configurations are fetched.
+        text_encoders: a pipeline's denoiser and text encoders, as attributes of one object, instead of the
+            denoiser alone.
+
+    Raises: FileNotFoundError or ValueError saying what is missing.
+    """
+    path = _local(source)
+    if not (path / "model_index.json").is_file():
+        if text_encoders:
+            raise ValueError(
+                f"{source!r} is not a pipeline with text encoders; give a folder with model_index.json"
+            )
+        return _build(path / "config.json" if path.is_dir() else path)
+    if not text_encoders:
+        return _build(_present(path, _DENOISERS)[0] / "config.json")
+    folders = _present(path, _DENOISERS) + _present(path, _TEXT_ENCODERS)
+    return SimpleNamespace(**{folder.name: _build(folder / "config.json") for folder in folders})
+
+
+def _local(source: str) -> Path:
+    """The file or folder of a source, fetched from the hub where it is the name of a repository."""
+    path = Path(resolve(source)).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or source.endswith(".json"):
+        raise FileNotFoundError(f"no model at {source!r}; give a config.json, a model's folder or a hub name")
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(source, allow_patterns=["model_index.json", "config.json", "*/config.json"])
+    )
+
+
+def _present(folder: Path, names: Sequence[str]) -> list[Path]:
+    found = [folder / name for name in names if (folder / name / "config.json").is_file()]
+    if not found:
+        raise ValueError(f"{folder} has no {' or '.join(f'{name}/config.json' for name in names)}")
+    return found
+
+
+def _build(path: Path) -> nn.Module:
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {str(path)!r}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not the configuration of a model")
+    if "_class_name" in config:
+        return _diffusers_model(path, config)
+    if config.get("architectures") and config.get("model_type"):
+        return _transformers_model(path, config)
+    raise ValueError(
+        f"{path} names neither a diffusers _class_name nor transformers' model_type and architectures"
+    )
+
+
+def _diffusers_model(path: Path, config: dict) -> nn.Module:
+    import diffusers
+
+    cls = getattr(diffusers, str(config["_class_name"]), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ValueError(
+            f"{path}: {config['_class_name']!r} is not a model of diffusers {diffusers.__version__}"
+        )
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls.from_config(config)
+
+
+def _transformers_model(path: Path, config: dict) -> nn.Module:
+    import transformers
+
+    name = str(config["architectures"][0])
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"{path}: {name!r} is not a model of transformers {transformers.__version__}")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls(cls.config_class.from_dict(config))

@@ -1,0 +1,129 @@
+"""Options of drawing images, the same for `diffadapt sample` and `eval/image_quality.py`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from diffadapt.common.atomic_files import read_text, text_lines
+from diffadapt.formats.adapter_file import read_metadata
+from diffadapt.models.class_labels import class_names_in, class_numbers
+from diffadapt.models.sampling import Sampler, Shot, shots
+
+PIPELINE_STEP = 8  # pixels; pipelines take multiples of it
+MINIMA = {  # option -> its smallest value
+    "num_images": 1,
+    "seed": 0,
+    "num_inference_steps": 1,
+    "guidance_scale": 0,
+    "height": 8,
+    "width": 8,
+    "batch_size": 1,
+    "num_threads": 1,
+}
+PROMPTS_FILE = r"a text file with a prompt on each line; lines with # are remarks, \# begins a prompt with #"
+
+
+def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> None:
+    """What is drawn, from which base, and how; num_images: the default per prompt."""
+    add = parser.add_argument
+    add("--prompt", action="append", help="repeat for several prompts")
+    add("--prompts_file", "--prompts", help=PROMPTS_FILE)
+    add("--class_labels", help="classes with commas, for a base that is told classes: 0,3,7 or names")
+    add("--num_images", type=int, default=num_images, help=f"images per prompt (default: {num_images})")
+    add("--seed", type=int, default=0, help="seed of the first image, the next has the next (default: 0)")
+    add("--pretrained_model_name_or_path", "--base", dest="base", help="default: the base named in the file")
+    add("--revision", help="branch, tag or commit of a base from the hub")
+    add("--variant", help="variant of the base's files, such as fp16")
+    add("--pretrained_vae_model_name_or_path", dest="vae", help="another autoencoder than the base's own")
+    add("--prediction_type", help="what the base predicts, where its files do not say: epsilon, v_prediction")
+    add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
+    add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
+    add("--scheduler", help="ddim, ddpm, dpm++, euler, euler_a, pndm or unipc; default: the base's own")
+    add("--negative_prompt", help="what the images should not show")
+    add("--height", type=int, help="pixels; default: the size of the training images")
+    add("--width", type=int, help="pixels; default: the size of the training images")
+    add("--batch_size", type=int, help="images drawn at once; the images do not depend on it")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="default: that of accelerate launch; else fp16 on a GPU, no on a CPU",
+    )
+    add("--num_threads", type=int, help="CPU threads; default: all available cores")
+
+
+def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Shot]:
+    """The images of one look: prompts, those of a file, or classes, each with consecutive seeds.
+
+    Args:
+        files: adapter files, whose classes can be asked for by name.
+    """
+    prompts = list(arguments.prompt or [])
+    if arguments.prompts_file:
+        prompts += prompts_in(arguments.prompts_file)
+    if arguments.class_labels is not None and prompts:
+        raise ValueError("give prompts or --class_labels: a base is told either words or classes")
+    if arguments.class_labels is not None:
+        names = class_names_in(files)
+        return [
+            Shot(f"class {names.get(label, label)}", arguments.seed + i, label)
+            for label in class_numbers(arguments.class_labels, names)
+            for i in range(arguments.num_images)
+        ]
+    if not prompts:
+        raise ValueError("nothing to draw; give --prompt, --prompts_file or --class_labels")
+    return [shot for prompt in prompts for shot in shots(prompt, arguments.num_images, seed=arguments.seed)]
+
+
+def prompts_in(path: str | Path) -> list[str]:
+    r"""The prompts of a file, one on each line; "# ..." is a remark, "\# ..." a prompt that begins with #."""
+    prompts = []
+    for line in text_lines(read_text(path)):
+        prompt = " ".join(line.split())
+        if prompt and not prompt.startswith("#"):
+            prompts.append(prompt.removeprefix("\\") if prompt.startswith("\\#") else prompt)
+    return prompts
+
+
+def sampler_of(
+    arguments: argparse.Namespace,
+    defaults: dict[str, object],
+    autocast: torch.dtype | None,
+    files: Sequence[str],
+) -> Sampler:
+    """How images are made: the options of drawing, with defaults for what was not given.
+
+    Without a size, images are as large as those that the adapters of `files` were trained on.
+    """
+    height, width = arguments.height, arguments.width
+    if height is None and width is None:
+        height = width = training_resolution(files)
+
+    def choose(given: object, default: str) -> object:
+        return defaults[default] if given is None else given
+
+    return Sampler(
+        num_inference_steps=choose(arguments.num_inference_steps, "num_inference_steps"),
+        guidance_scale=choose(arguments.guidance_scale, "guidance_scale"),
+        negative_prompt=arguments.negative_prompt,
+        scheduler=arguments.scheduler,
+        height=height,
+        width=width,
+        batch_size=choose(arguments.batch_size, "sample_batch_size"),
+        autocast=autocast,
+    )
+
+
+def training_resolution(files: Sequence[str]) -> int | None:
+    """The side, in pixels, of what pipelines generate nearest to the training images of adapter files.
+
+    None where a file does not say, or where they differ: then the base's own size is the better guess.
+    """
+    texts = {str(read_metadata(file).get("resolution", "")) for file in files}
+    text = texts.pop() if len(texts) == 1 else ""
+    if not text.isdecimal():
+        return None
+    return int(text) // PIPELINE_STEP * PIPELINE_STEP or None

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, and what may change when it is resumed."""

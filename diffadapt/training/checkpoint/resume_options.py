@@ -1,0 +1,158 @@
+"""What of a run may change when it goes on from a checkpoint."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffadapt.common.suggestions import near
+from diffadapt.training.checkpoint.data_record import data_changes, is_compared
+
+FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
+    (
+        "output_dir",
+        "checkpointing_steps",
+        "resume_from_checkpoint",
+        "config",
+        "num_threads",
+        "gradient_checkpointing",
+        "validation_prompt",
+        "num_validation_images",
+        "num_inference_steps",
+        "guidance_scale",
+        "sample_batch_size",
+        "extractor",
+        "held_out",
+        "max_held_out_samples",
+        "validation_steps",
+        "checkpoints_total_limit",
+        "skip_nonfinite",
+        "dry_run",
+        "log_adapter_stats",
+        "report_to",
+        "logging_dir",
+        "export_formats",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private",
+        "cache_dir",
+        "cache_latents",
+        "validation_data_dir",
+        "class_prompt",  # its use, the captions of class images, is compared with the data
+        "accept_changes",
+        "overwrite_output_dir",
+    )
+)
+DATA_OPTIONS = frozenset(  # where the data come from: the data themselves are compared
+    (
+        "instance_data_dir",
+        "class_data_dir",
+        "train_data_dir",
+        "dataset_name",
+        "dataset_config_name",
+        "image_column",
+        "caption_column",
+        "label_column",
+        "max_train_samples",
+        "instance_captions",
+        "num_class_images",
+    )
+)
+PATHS = frozenset(("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"))
+FIXED_OPTIONS = frozenset(  # the state has their form: with others it is another adapter or optimizer
+    (
+        "adapter",
+        "rank",
+        "alpha",
+        "scale",
+        "adapter_options",
+        "param_budget",
+        "targets",
+        "train_text_encoder",
+        "text_encoder_targets",
+        "optimizer",
+        "use_ema",
+        "new_class_table",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run and its continuation must have in common."""
+
+    options: Mapping[str, object]
+    data: Mapping[str, object]  # as `data_record` gives it
+    processes: int
+
+
+def check_continuation(before: Facts, now: Facts, checkpoint: Path) -> set[str]:
+    """The changes that `--accept_changes` allows: names of options, `data` and `processes`.
+
+    Raises: ValueError that lists every other difference, with the way to accept it; for a checkpoint behind
+        the end of the run; and for a name that is no option, or cannot be changed.
+    """
+    options = json.loads(json.dumps(now.options))
+    accepted = _accepted(options)
+    changes = _option_changes(before, Facts(options, now.data, now.processes))
+    if before.processes != now.processes:
+        changes["processes"] = f"{before.processes} then, {now.processes} now"
+    listed = data_changes(before.data, now.data)
+    if listed:
+        changes["data"] = "".join(f"\n    {line}" for line in listed)
+    differing = [name for name in sorted(changes) if name not in accepted]
+    if differing:
+        lines = "\n".join(f"  {name}: {changes[name]}" for name in differing)
+        acceptable = [name for name in differing if name not in FIXED_OPTIONS]
+        remedy = f"; on purpose: --accept_changes {','.join([*sorted(accepted), *acceptable])}"
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other options or data; repeat them or start anew"
+            f"{remedy if len(acceptable) == len(differing) else ''}:\n{lines}"
+        )
+    return set(changes)
+
+
+def check_length(step: int, max_train_steps: int, checkpoint: Path) -> None:
+    """Raises: ValueError for a checkpoint behind the last step of the run."""
+    if step > max_train_steps:
+        raise ValueError(
+            f"{checkpoint} has made {step} steps, more than --max_train_steps {max_train_steps}; give "
+            f"at least --max_train_steps {step}, or an earlier checkpoint"
+        )
+
+
+def _accepted(options: Mapping[str, object]) -> set[str]:
+    """The names of `--accept_changes`."""
+    names = {name.strip().removeprefix("--") for name in (options["accept_changes"] or "").split(",")} - {""}
+    possible = {*options, "data", "processes"} - FIXED_OPTIONS
+    for name in sorted(names):
+        if name in FIXED_OPTIONS:
+            raise ValueError(f"--accept_changes {name}: it has another form of state; start anew")
+        if name not in possible:
+            raise ValueError(f"--accept_changes: no option {name!r}{near(name, possible)}")
+    return names
+
+
+def _option_changes(before: Facts, now: Facts) -> dict[str, str]:
+    """Options that differ although they matter: name -> both values."""
+    free = set(FREE_OPTIONS)
+    if now.options["lr_scheduler"] == "constant":  # the rate does not depend on the length
+        free.add("max_train_steps")
+    if is_compared(before.data, now.data):
+        free |= DATA_OPTIONS
+    changes = {}
+    for name, value in now.options.items():
+        if name in free or name not in before.options or before.options[name] == value:
+            continue
+        if name in PATHS and _same_place(before.options[name], value):
+            continue
+        changes[name] = f"{before.options[name]!r} then, {value!r} now"
+    return changes
+
+
+def _same_place(first: object, second: object) -> bool:
+    """Whether two names are paths to one existing file or folder."""
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    paths = [Path(name).expanduser() for name in (first, second)]
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()

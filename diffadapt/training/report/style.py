@@ -1,0 +1,146 @@
+"""Before and after a style run: pictures of held-out captions beside the real ones, and figures of them."""
+
+import shlex
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffadapt.common.contact_sheet import Panel, to_pictures
+from diffadapt.data.batches import Batches
+from diffadapt.data.examples import Example
+from diffadapt.data.trigger_words import with_trigger
+from diffadapt.metrics.features import ClipFeatures
+from diffadapt.metrics.frechet import fid
+from diffadapt.metrics.naming import score_name
+from diffadapt.metrics.similarity import paired_similarity
+from diffadapt.models.sampling import Shot, shots
+from diffadapt.training.report.base import Figures, Pictures, Report
+from diffadapt.training.report.held_out import HeldOutLoss, pixels_of
+from diffadapt.training.setup import Setup
+from diffadapt.training.start_command import start_command
+
+SHOWN, COLUMNS = 12, 4  # pictures per block of the grid
+
+
+def figures(
+    extractor: ClipFeatures,
+    *,
+    real: Tensor,
+    shown: Sequence[Example],
+    before: Pictures,
+    after: Pictures,
+) -> Figures:
+    """How near drawn pictures are to real ones in the style; every figure names its extractor.
+
+    Args:
+        real: (N, 3, H, W) in [0, 1]; the first of them have the captions of the drawn pictures.
+        shown: the examples whose captions were drawn.
+    Returns: mean cosine of drawn pictures with the real ones of their captions, and with the captions; the
+        Frechet distance between all drawn and all real pictures (of so few, for comparing only).
+    """
+    reference, words = extractor.images([real]), extractor.texts([str(e.caption) for e in shown])
+    distance = score_name("fid", extractor.name)
+    values: Figures = {}
+    for when, pictures in (("before", before), ("after", after)):
+        drawn = extractor.images([pictures["captions"]])
+        found = {
+            f"similarity_to_real[{extractor.name}]": paired_similarity(drawn, reference[: len(drawn)]),
+            f"text_agreement[{extractor.name}]": paired_similarity(drawn, words),
+            distance: fid(real=reference, generated=drawn),
+        }
+        for name, value in found.items():
+            values.setdefault(name, {})[when] = value
+    return values
+
+
+class StyleReport(Report):
+    """Pictures and figures of a style: captions that were not trained on, or, without any, trained ones.
+
+    Args:
+        held_out: captioned pictures that are not trained on.
+    """
+
+    def __init__(self, setup: Setup, batches: Batches, held_out: Sequence[Example]):
+        super().__init__(setup)
+        options, self.batches, self.held_out = self.options, batches, held_out
+        count, prompt = options.num_validation_images, options.validation_prompt
+        self.shown = [] if prompt else self._shown(count)
+        captions = [with_trigger(e.caption, options.trigger_word) for e in self.shown]
+        self.shots = {"captions": [Shot(c, options.seed + i) for i, c in enumerate(captions)]}
+        if prompt:
+            self.shots = {"captions": shots(prompt, count, seed=options.seed)}
+        self._accelerator, self._losses = setup.accelerator, {}
+
+    def begin(self) -> None:
+        if self.held_out:
+            cut = {"resolution": self.options.resolution, "trigger_word": self.options.trigger_word}
+            self._loss = HeldOutLoss(self.model, self.held_out, self._accelerator, **cut)
+            self._losses["before"] = self._loss.measure()
+        super().begin()
+
+    def losses(self) -> Figures:
+        if not self.held_out:
+            return {}
+        return {"held_out_loss": {**self._losses, "after": self._loss.measure()}}
+
+    def figures(self) -> Figures:
+        if not self.shown:
+            return {}
+        others = [e for e in self.held_out if e not in self.shown]
+        return figures(
+            self.load_extractor(),
+            real=pixels_of([*self.shown, *others], self.options.resolution),
+            shown=self.shown,
+            before=self.pictures["before"],
+            after=self.pictures["after"],
+        )
+
+    def panels(self) -> list[list[Panel]]:
+        """Real pictures | their captions before | after, of the captions that `chosen` gives."""
+        chosen, drawn = self.chosen(), self.shots["captions"]
+        captions, row = [drawn[i].prompt for i in chosen], []
+        if self.shown:
+            kind = "held out from training" if self.held_out else "trained on"
+            few = f", the {len(chosen)} of {len(drawn)} captions that the base draws best"
+            heading = f"real, {kind}" + (few if len(chosen) < len(drawn) and self.options.extractor else "")
+            real = pixels_of([self.shown[i] for i in chosen], self.options.resolution)
+            row.append(Panel(heading, to_pictures(real), COLUMNS, captions))
+        for when in ("before", "after"):
+            row.append(Panel(when, to_pictures(self.pictures[when]["captions"][chosen]), COLUMNS, captions))
+        return [row]
+
+    def chosen(self) -> list[int]:
+        """Which drawn captions the grid shows: those whose pictures agree best with them before training, so
+        that one sees what they are; without an extractor the first ones."""
+        if not self.shown or not self.options.extractor:
+            return list(range(min(SHOWN, len(self.shots["captions"]))))
+        extractor = self.load_extractor()
+        drawn = extractor.images([self.pictures["before"]["captions"]])
+        agreement = (drawn * extractor.texts([str(e.caption) for e in self.shown])).sum(dim=1)
+        return agreement.argsort(descending=True)[:SHOWN].tolist()
+
+    def subject(self) -> str:
+        return self.options.dataset_name or self.options.train_data_dir
+
+    def data_note(self) -> str:
+        return self.batches.description.splitlines()[0]
+
+    def draw_command(self) -> str:
+        drawn = self.shots["captions"]
+        prompt = drawn[0].prompt if drawn else with_trigger("a cat", self.options.trigger_word)
+        return f"--prompt {shlex.quote(prompt)}"
+
+    def next_command(self) -> str:
+        adapter = shlex.quote(self.options.adapter)
+        return (
+            f"{start_command('style_transfer')} --adapter {adapter} "
+            "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
+            "--train_data_dir CAPTIONED_PICTURES --output_dir runs/style"
+        )
+
+    def _shown(self, count: int) -> list[Example]:
+        """The held-out examples, evenly chosen; without any, the first that are trained on."""
+        if self.held_out:
+            step = max(1, len(self.held_out) // max(1, count))
+            return list(self.held_out[::step][:count])
+        return self.batches.examples(range(count))

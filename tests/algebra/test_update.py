@@ -1,0 +1,198 @@
+"""Every expression: its matrix, its closed-form gradient and its product, in float64."""
+
+import pytest
+import torch
+from helpers.method_cases import close
+
+from diffadapt.algebra import expressions, factored
+from diffadapt.algebra.class_table_rows import NewRows
+from diffadapt.algebra.layer_maps import ConvMap, LinearMap
+from diffadapt.algebra.update import Expression, LowRank, Scaled, Sum, Tucker, Update
+from diffadapt.methods.grouped import slices
+
+
+def rand(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def low_rank(rows=6, columns=8, rank=2):
+    return LowRank(rand(rows, rank), rand(rank, columns))
+
+
+EXPRESSIONS = {
+    "low-rank": low_rank,
+    "tucker": lambda: Tucker(rand(6, 3), rand(3, 2, 3, 1), rand(2, 4)),
+    "tucker-without-kernel": lambda: Tucker(rand(6, 3), rand(3, 2), rand(2, 8)),
+    "scaled": lambda: Scaled(low_rank(), -1.5),
+    "sum": lambda: Sum(low_rank(), Scaled(low_rank(rank=1), 2.0)),
+    "cored": lambda: factored.Cored(rand(6, 3), rand(3, 2), rand(2, 8)),
+    "cored-tall": lambda: factored.Cored(rand(9, 3), rand(3, 2), rand(2, 8)),
+    "cored-tucker": lambda: factored.CoredTucker(
+        rand(6, 3), rand(3, 2, 2, 1), rand(2, 4), rand(3, 2), rand(2, 1)
+    ),
+    "scaled-factors": lambda: factored.ScaledFactors(rand(6, 2), rand(2, 8), rand(6), rand(2)),
+    "since-start": lambda: factored.SinceStart(rand(6, 2), rand(2, 8), rand(6, 2), rand(2, 8)),
+    "dense": lambda: expressions.Dense(rand(6, 2, 2, 2)),
+    "replace": lambda: expressions.Replace(rand(6, 8), rand(6, 8)),
+    "fewer-rows": lambda: NewRows(rand(6, 8), rand(4, 8), null_class=True),
+    "more-rows": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=True),
+    "more-rows-without-null": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=False),
+    "folded": lambda: expressions.Folded(low_rank(4, 12), (6, 8)),
+    "hadamard": lambda: expressions.Hadamard(rand(6, 2, 2, 2), low_rank()),
+    "hadamard-exponential": lambda: expressions.Hadamard(rand(6, 8), low_rank(), True),
+    "column-scaled": lambda: expressions.ColumnScaled(rand(6, 2, 2, 2), low_rank(), rand(8), 1.5),
+    "entrywise-product": lambda: expressions.EntrywiseProduct(low_rank(), Sum(low_rank(), low_rank())),
+    "hadamard-pair": lambda: expressions.HadamardPair(low_rank(), low_rank(rank=3)),
+    "kron": lambda: expressions.Kron(rand(2, 4), low_rank(3, 2)),
+    "kron-of-kron": lambda: expressions.Kron(rand(2, 2), expressions.Kron(rand(1, 2), low_rank(3, 2))),
+    "feature-sum": lambda: expressions.FeatureSum(rand(6), 8),
+    "feature-sum-in-shares": lambda: expressions.FeatureSum(rand(6), 8, 0.25),
+    "kron-rows": lambda: slices.KronRows(rand(6, 2), low_rank(6, 4)),
+    "slice": lambda: slices.Slice(low_rank(4, 16), 4, 16, 15, 7, (6, 8)),
+    "joined-between-rows": lambda: slices.Joined(low_rank(2), low_rank(4), 16, (6, 8)),
+    "joined-inside-a-row": lambda: slices.Joined(low_rank(1, 11), low_rank(1, 37), 11, (6, 8)),
+}
+UNTRAINED = {  # fields that are constants or base weights: no gradient
+    "replace": 1,
+    "fewer-rows": 1,
+    "more-rows": 1,
+    "more-rows-without-null": 1,
+    "hadamard": 1,
+    "hadamard-exponential": 1,
+    "column-scaled": 1,
+    "scaled-factors": 2,
+    "since-start": 2,
+}
+every = pytest.mark.parametrize("make", EXPRESSIONS.values(), ids=EXPRESSIONS)
+
+
+def subclasses(cls):
+    for sub in cls.__subclasses__():
+        if sub.__module__.startswith("diffadapt."):
+            yield sub
+        yield from subclasses(sub)
+
+
+def test_every_expression_defined_beside_the_algebra_is_tried_here():
+    tried = {type(make()) for make in EXPRESSIONS.values()}
+    tried_with_their_methods = ("diffadapt.methods.", "diffadapt.formats.export.")
+    beside_the_algebra = []
+    for sub in subclasses(Expression):
+        is_grouped = sub.__module__.startswith("diffadapt.methods.grouped.")
+        if is_grouped or not sub.__module__.startswith(tried_with_their_methods):
+            beside_the_algebra.append(sub)
+    shared = set(beside_the_algebra) - {factored.Derived}
+    assert shared == tried
+
+
+@every
+def test_the_closed_form_gradient_equals_autograd(make):
+    expression = make()
+    factors = [factor.requires_grad_() for factor in expression.tensors()]
+    matrix = expression.with_tensors(factors).matrix()
+    grad = rand(*matrix.shape)
+    expected = torch.autograd.grad(matrix, factors, grad, allow_unused=True)
+    found = expression.vjp(grad)
+    assert len(found) == len(factors)
+    for own, wanted in zip(found, expected, strict=True):
+        if own is not None:
+            close(own, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_only_constants_have_no_gradient(name):
+    expression = EXPRESSIONS[name]()
+    untrained = sum(own is None for own in expression.vjp(rand(*expression.matrix().shape)))
+    assert untrained == UNTRAINED.get(name, 0)
+
+
+@every
+def test_with_tensors_puts_the_factors_back_in_their_places(make):
+    expression = make()
+    again = expression.with_tensors(expression.tensors())
+    assert all(a is b for a, b in zip(again.tensors(), expression.tensors(), strict=True))
+    assert torch.equal(again.matrix(), expression.matrix())
+
+
+CONVOLVING = {"tucker", "tucker-without-kernel", "cored-tucker"}
+
+
+@pytest.mark.parametrize("name", sorted(EXPRESSIONS.keys() - CONVOLVING))
+def test_the_product_equals_a_linear_layer_with_the_matrix(name):
+    expression, x = EXPRESSIONS[name](), rand(3, 2, 8)
+    product = expression.product(LinearMap(), x, tuple(expression.matrix().shape))
+    if product is not None:
+        close(product, x @ expression.matrix().T, 1e-12)
+
+
+CONVOLUTIONS = {
+    "low-rank": (lambda groups: low_rank(8, 8 // groups * 6), 2),
+    "tucker": (lambda groups: Tucker(rand(8, 2), rand(2, 2, 3, 2), rand(2, 8 // groups)), 2),
+    "kron": (lambda groups: expressions.Kron(rand(4, 2), low_rank(2, 4 // groups * 6)), 1),
+    "hadamard-pair": (lambda groups: expressions.HadamardPair(low_rank(8, 48, 1), low_rank(8, 48, 1)), 1),
+    "feature-sum": (lambda groups: expressions.FeatureSum(rand(8), 8 // groups * 6), 2),
+    "feature-sum-in-shares": (lambda groups: expressions.FeatureSum(rand(8), 8 // groups * 6, 0.25), 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [(make, groups) for make, most in CONVOLUTIONS.values() for groups in range(1, most + 1)],
+    ids=[f"{name}-groups-{g}" for name, (_, most) in CONVOLUTIONS.items() for g in range(1, most + 1)],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_product_equals_a_convolution_with_the_matrix(make, groups, stride):
+    expression, x = make(groups), rand(2, 8, 7, 6)
+    layer = ConvMap((stride, 1), (1, 2), (1, 2), groups)
+    shape = (8, 8 // groups, 3, 2)
+    product = expression.product(layer, x, shape)
+    expected = layer.product(x, expression.matrix().reshape(shape))
+    if product is not None:
+        close(product, expected, 1e-12)
+    assert product is not None or groups > 1
+
+
+def test_the_product_is_left_to_the_matrix_where_that_is_cheaper():
+    depthwise = ConvMap((1, 1), (1, 1), (1, 1), 8)
+    assert low_rank(8, 9, 4).product(depthwise, rand(1, 8, 5, 5), (8, 1, 3, 3)) is None
+    assert (
+        Tucker(rand(8, 4), rand(4, 4, 3, 3), rand(4, 1)).product(depthwise, rand(1, 8, 5, 5), (8, 1, 3, 3))
+        is None
+    )
+
+
+def test_an_update_scales_rows_after_adding_and_biases_alike():
+    base, up, down, bias = rand(2, 3), rand(2, 1), rand(1, 3), rand(2)
+    update = Update(
+        LowRank(up, down),
+        2.0,
+        scale=torch.tensor([3.0, 5.0]).double(),
+        bias=torch.tensor([1.0, 1.0]).double(),
+        bias_scale=torch.tensor([0.5, -1.0]).double(),
+    )
+    assert torch.allclose(update.weight(base)[1], 5 * (base[1] + 2 * up[1] * down[0]))
+    assert torch.allclose(update.bias_vector(bias), torch.stack([0.5 * (bias[0] + 1), -(bias[1] + 1)]))
+
+
+def test_an_empty_update_is_the_base_itself():
+    base = rand(2, 3, 3, 3)
+    assert Update().weight(base) is base
+    assert not Update().changes_bias()
+
+
+def test_a_tucker_matrix_is_the_einsum_of_its_factors():
+    up, core, down = rand(6, 3), rand(3, 2, 3, 5), rand(2, 4)
+    expected = torch.einsum("abhw,oa,bi->oihw", core, up, down)
+    close(Tucker(up, core, down).matrix().reshape(6, 4, 3, 5), expected, 1e-13)
+
+
+def test_a_kron_matrix_is_torchs():
+    left, right = rand(2, 3), low_rank(4, 5)
+    close(expressions.Kron(left, right).matrix(), torch.kron(left, right.matrix()), 1e-13)
+
+
+def test_a_small_relative_change_keeps_float32s_accuracy():
+    # exp(1e-5) - 1 taken as a difference would be off by 1e-3 of itself
+    factor = LowRank(torch.full((1, 1), 1e-5), torch.ones(1, 1))
+    change = expressions.Hadamard(torch.full((1, 1), 3.0), factor, exponential=True).matrix().item()
+    assert change == pytest.approx(3 * 1.000005e-5, rel=1e-6)
