@@ -45,8 +45,8 @@ from diffadapt.evaluation.sets.captions import with_captions
 from diffadapt.evaluation.sets.image_sets import ImageSet, has_prompts
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.metrics.analytic import analytic_cases
-from diffadapt.models.sampling_columns import parse_adapter
-from diffadapt.models.sampling_options import wanted_shots
+from diffadapt.models.sampling_columns import parse_adapter_spec
+from diffadapt.models.sampling_options import requested_images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
     is_drawing = bool(files) or arguments.with_base
     if files:
-        arguments.base = arguments.base or base_named_in([parse_adapter(file).path for file in files])
+        arguments.base = arguments.base or base_named_in([parse_adapter_spec(file).path for file in files])
     elif is_drawing and arguments.base is None:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
     plan, reading = image_quality_cli.plan_of(arguments), image_quality_cli.reading_of(arguments)
@@ -147,7 +147,7 @@ def check_drawing(
     reference: ImageSet | Path | None,
 ) -> None:
     """Whether as many images as will be generated are enough. Raises: ValueError."""
-    shots = wanted_shots(arguments, [parse_adapter(file).path for file in files])
+    shots = requested_images(arguments, [parse_adapter_spec(file).path for file in files])
     expected = ImageSet("the images to be generated", "adapter", shots)
     check_counts(plan, extractors, {expected.source: expected}, reference)
 

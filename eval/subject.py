@@ -48,7 +48,7 @@ from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.base_names import is_embedded
 
 DEMO_BASE = "embedded:emoji"
-MINIMA = {  # option -> its smallest value
+MINIMUM_VALUES = {  # option -> its smallest value
     "samples": 1,
     "num_inference_steps": 1,
     "guidance_scale": 0,
@@ -60,7 +60,7 @@ MINIMA = {  # option -> its smallest value
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    require_at_least(arguments, MINIMA)
+    require_at_least(arguments, MINIMUM_VALUES)
     require_seed(arguments.seed)
     device = begin(arguments.num_threads)
     places = OutputFiles.of(Path(arguments.output) / "subject.json")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import diffadapt as da
 from diffadapt.formats.adapter_file import base_named_in
-from diffadapt.models.sampling_columns import parse_adapter
+from diffadapt.models.sampling_columns import parse_adapter_spec
 
 if TYPE_CHECKING:
     from diffadapt.formats.edit.placeholder_model import Opened
@@ -30,7 +30,7 @@ def combine(arguments: argparse.Namespace) -> str:
     """Writes the file; returns what to say."""
     from diffadapt.formats.edit.resize_combine import combined
 
-    files = [parse_adapter(text, strength=1.0) for text in arguments.files]
+    files = [parse_adapter_spec(text, strength=1.0) for text in arguments.files]
     opened = open_adapters([(file.path, file.strength) for file in files], arguments.base)
     forms, error = combined(opened.adapters)
     whole = sum(form.form == "dense" for form in forms.values())

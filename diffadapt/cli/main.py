@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import diffadapt as da
 from diffadapt.cli import combine, export, extract, params, resize
 from diffadapt.common.exit_codes import run
-from diffadapt.models.sampling_options import add_drawing_options
+from diffadapt.models.sampling_options import add_sampling_options
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     add("--compare", action="store_true", help="the bare base as well, with the same seeds")
     add("--out", default="runs/sample", help="folder for the images (default: runs/sample)")
     add("--strength", default="1", help="of adapters without their own (default: 1); 0,0.5,1 draws each")
-    add_drawing_options(parser, num_images=4)
+    add_sampling_options(parser, num_images=4)
 
 
 def _run_sample(arguments: argparse.Namespace) -> int:

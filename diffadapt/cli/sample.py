@@ -23,18 +23,18 @@ from diffadapt.common.runtime import use_cores
 from diffadapt.data.summary import describe_cuts
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.base_names import is_embedded
-from diffadapt.models.families import drawing_defaults
-from diffadapt.models.open_pipeline import open_base
-from diffadapt.models.sampling import Sampler, Shot, draw
+from diffadapt.models.families import sampling_defaults
+from diffadapt.models.open_pipeline import open_frozen_pipeline
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 from diffadapt.models.sampling_columns import (
     AdapterFile,
-    Look,
-    looks_of,
-    parse_adapter,
+    SamplingColumn,
+    make_columns,
+    parse_adapter_spec,
     parse_strengths,
 )
-from diffadapt.models.sampling_options import sampler_of, wanted_shots
-from diffadapt.models.text_base import cut_prompts
+from diffadapt.models.sampling_options import make_sampling_config, requested_images
+from diffadapt.models.text_conditioned import truncated_prompts
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
@@ -46,20 +46,20 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     require_seed(arguments.seed)
-    files = [parse_adapter(text) for text in arguments.adapter]
+    files = [parse_adapter_spec(text) for text in arguments.adapter]
     strengths = parse_strengths(arguments.strength)
-    looks = looks_of(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
-    wanted = wanted_shots(arguments, [file.path for file in files])
+    looks = make_columns(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
+    wanted = requested_images(arguments, [file.path for file in files])
     base = arguments.base or base_named_in([file.path for file in files])
     use_cores(arguments.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
         notify(notice)
-    defaults = drawing_defaults(base, revision=arguments.revision)
-    sampler = sampler_of(arguments, defaults, precision.dtype, [file.path for file in files])
+    defaults = sampling_defaults(base, revision=arguments.revision)
+    sampler = make_sampling_config(arguments, defaults, precision.dtype, [file.path for file in files])
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
-    pipe = open_base(base, device=device, **source)
+    pipe = open_frozen_pipeline(base, device=device, **source)
     _notify_cut_prompts(pipe, wanted, sampler)
     adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
     folder = Path(arguments.out)
@@ -79,16 +79,20 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     return folder
 
 
-def _notify_cut_prompts(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> None:
+def _notify_cut_prompts(
+    pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig
+) -> None:
     prompts = [shot.prompt for shot in wanted if shot.label is None]
     if sampler.negative_prompt:
         prompts.append(sampler.negative_prompt)
-    cuts = cut_prompts(pipe, prompts)
+    cuts = truncated_prompts(pipe, prompts)
     if cuts:
         notify(describe_cuts(cuts))
 
 
-def _facts(pipe: DiffusionPipeline, files: Sequence[AdapterFile], looks: Sequence[Look]) -> dict[str, object]:
+def _facts(
+    pipe: DiffusionPipeline, files: Sequence[AdapterFile], looks: Sequence[SamplingColumn]
+) -> dict[str, object]:
     """What one needs to know of pipeline, adapters and libraries to make the images again."""
     return {
         "pipeline": type(pipe).__name__,
@@ -115,9 +119,9 @@ def _sha256(path: str) -> str:
 def _write_images(
     pipe: DiffusionPipeline,
     adapters: Sequence[Adapter],
-    looks: Sequence[Look],
-    wanted: Sequence[Shot],
-    sampler: Sampler,
+    looks: Sequence[SamplingColumn],
+    wanted: Sequence[ImageRequest],
+    sampler: SamplingConfig,
     folder: Path,
     base: str,
 ) -> list[dict]:
@@ -129,7 +133,7 @@ def _write_images(
             for adapter, strength in zip(adapters, look.strengths, strict=True):
                 adapter.strength = strength
             pictures = []
-            for images in draw(pipe, wanted, sampler):
+            for images in generate(pipe, wanted, sampler):
                 pictures += to_pictures(images)
                 bar.update(len(images))
             for shot, picture in zip(wanted, pictures, strict=True):

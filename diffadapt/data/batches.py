@@ -98,7 +98,7 @@ class Batches:
         used = None if is_rehearsal else self.cache
         self.pictures = EncodedPictures(model, used, image_memory=0 if self.is_streaming else MEMORY)
         self.captions = EncodedCaptions(model, used, recent=RECENT if self.is_streaming else None)
-        self.cut_captions: list = []  # captions of which the base does not read the end
+        self.truncated_captions: list = []  # captions of which the base does not read the end
         if not self.is_streaming:
             self._prepare([*examples, *classes], encode=not is_rehearsal)
 
@@ -112,13 +112,13 @@ class Batches:
         draws = self.order.draws(positions)
         samples = [self._sample(draw) for draw in draws]  # (example, encoded, view)
         captions = [self._caption(draw, example) for draw, (example, *_) in zip(draws, samples, strict=True)]
-        if self.is_streaming and not self.cut_captions:
+        if self.is_streaming and not self.truncated_captions:
             self._tell_cut(captions)
         encoded = torch.stack([encoded for _, encoded, _ in samples])
         posterior = None
         if self.model.is_stochastic:
             posterior = self._normal("posterior", draws, (encoded.shape[1] // 2, *encoded.shape[2:]))
-        latents = self.model.draw_latents(encoded, posterior)
+        latents = self.model.sample_latents(encoded, posterior)
         return Batch(
             latents=latents,
             noise=self._noise(draws, latents.shape[1:]),
@@ -229,8 +229,8 @@ class Batches:
     def _tell_cut(self, captions: Sequence[str | int]) -> None:
         """What is not read of the first caption that is too long: streaming meets it late."""
         if any(isinstance(caption, str) for caption in captions):
-            self.cut_captions = self.model.cut_captions(captions)
-        for cut in self.cut_captions[:1]:
+            self.truncated_captions = self.model.truncated_captions(captions)
+        for cut in self.truncated_captions[:1]:
             tqdm.write(
                 f"too long for the tokenizer, so not read: {cut.lost!r} of {cut.caption!r} "
                 f"({cut.length} tokens); captions after this one are cut without notice"
@@ -256,7 +256,7 @@ class Batches:
         if encode:
             self.captions.prepare(captions + ([self.model.empty_caption] if self.caption_dropout else []))
         if any(isinstance(caption, str) for caption in captions):
-            self.cut_captions = self.model.cut_captions(captions)
+            self.truncated_captions = self.model.truncated_captions(captions)
 
 
 def _sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from diffadapt.common.notices import notify
 from diffadapt.common.symlinks import visible_files
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.data.folders import folders_in, notify_unused
-from diffadapt.models.sampling import Sampler, Shot, draw
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 
 RECORD = "class_images.json"
 
@@ -33,7 +33,7 @@ class ClassRecipe:
 
     prompt: str
     base: str
-    sampler: Sampler
+    sampler: SamplingConfig
 
     def content(self) -> dict[str, object]:
         """As it is recorded."""
@@ -68,7 +68,9 @@ def class_examples(
     check_writable_folder(folder)
     _write_record(folder, recipe, numbers)
     files = (folder / f"{_name(number)}.png" for number in numbers)
-    for images in draw(pipe, [Shot(recipe.prompt, seed + number) for number in numbers], recipe.sampler):
+    for images in generate(
+        pipe, [ImageRequest(recipe.prompt, seed + number) for number in numbers], recipe.sampler
+    ):
         for picture in to_pictures(images):
             write_atomically(next(files), partial(picture.save, format="png"))
     return folder_examples(folder, recipe.prompt, follow_links=follow_links)[:count]

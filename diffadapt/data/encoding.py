@@ -68,7 +68,7 @@ class EncodedPictures:
                 )
 
     def get(self, source: ImageSource, cut: Cut) -> tuple[Tensor, View]:
-        """What `Base.encode_pixels` gives for one picture (without the batch), and its view."""
+        """What `Base.encode_images` gives for one picture (without the batch), and its view."""
         key = None if self.cache is None else self._key(source, cut)
         entry = self.cache.get(key) if key else None
         if entry is None:
@@ -93,7 +93,7 @@ class EncodedPictures:
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise UnreadablePicture(f"{source} cannot be read: {error or type(error).__name__}") from None
         pixels = to_pixels(scaled.image, cut.size, crop=cut.crop, flip=cut.flip)
-        encoded = self.model.encode_pixels(pixels[None])[0].cpu()
+        encoded = self.model.encode_images(pixels[None])[0].cpu()
         width, height = scaled.original_size
         return {"encoded": encoded, "original_size": torch.tensor([height, width])}
 

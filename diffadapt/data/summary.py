@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from diffadapt.common.images import ImageSource, UndrawnImage, listed
 from diffadapt.data.cache import DiskCache
 from diffadapt.data.stream import Stream
-from diffadapt.models.text_base import CutCaption
+from diffadapt.models.text_conditioned import TruncatedCaption
 
 if TYPE_CHECKING:
     from diffadapt.data.batches import Batches
@@ -27,8 +27,8 @@ def describe(batches: Batches) -> str:
     if changes:
         lines.append(", ".join(changes))
     lines += batches.size_notes
-    if batches.cut_captions:
-        lines.append(describe_cuts(batches.cut_captions))
+    if batches.truncated_captions:
+        lines.append(describe_cuts(batches.truncated_captions))
     return "\n".join(lines)
 
 
@@ -63,7 +63,7 @@ def size_notes(
     return notes
 
 
-def describe_cuts(cuts: Sequence[CutCaption]) -> str:
+def describe_cuts(cuts: Sequence[TruncatedCaption]) -> str:
     """Which words of captions or prompts are not read."""
     lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens, {c.limit} are read)" for c in cuts]
     return f"too long for the tokenizer, so not read:\n{listed(lost, most=5)}"

@@ -18,11 +18,11 @@ from diffadapt.evaluation.generated_files import draw_files
 from diffadapt.evaluation.sets.image_files import FilePicture
 from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.formats.adapter_file import base_named_in
-from diffadapt.models.families import drawing_defaults
-from diffadapt.models.open_pipeline import open_base
-from diffadapt.models.sampling import Sampler, Shot
-from diffadapt.models.sampling_columns import AdapterFile, parse_adapter
-from diffadapt.models.sampling_options import sampler_of, wanted_shots
+from diffadapt.models.families import sampling_defaults
+from diffadapt.models.open_pipeline import open_frozen_pipeline
+from diffadapt.models.sampling import ImageRequest, SamplingConfig
+from diffadapt.models.sampling_columns import AdapterFile, parse_adapter_spec
+from diffadapt.models.sampling_options import make_sampling_config, requested_images
 
 BASE = "base"  # label of the images without an adapter
 RUN_FIGURES = ("method", "parameters", "steps", "seconds", "peak_memory_bytes")  # kept of a run.json
@@ -47,25 +47,25 @@ def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path)
     """Draws every adapter's images into folder/LABEL, each process its share.
 
     Args:
-        arguments: the options of `add_drawing_options`, and `with_base`: draw the bare base too.
+        arguments: the options of `add_sampling_options`, and `with_base`: draw the bare base too.
         files: FILE or FILE:STRENGTH.
     Raises: ValueError for adapters of different bases, and what loading and drawing raise.
     """
-    adapters = [parse_adapter(file, strength=1.0) for file in files]
-    wanted = wanted_shots(arguments, [adapter.path for adapter in adapters])
+    adapters = [parse_adapter_spec(file, strength=1.0) for file in files]
+    wanted = requested_images(arguments, [adapter.path for adapter in adapters])
     base = arguments.base or base_named_in([adapter.path for adapter in adapters])
     device = PartialState().device
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
         PartialState().print(notice)
     source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
-    sampler = sampler_of(
+    sampler = make_sampling_config(
         arguments,
-        drawing_defaults(base, revision=arguments.revision),
+        sampling_defaults(base, revision=arguments.revision),
         precision.dtype,
         [adapter.path for adapter in adapters],
     )
-    pipe = open_base(base, device=device, **source)
+    pipe = open_frozen_pipeline(base, device=device, **source)
     labels = [shot.label for shot in wanted]
     made = {
         "base": base,
@@ -102,8 +102,8 @@ def labelled(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
 
 def _set(
     pipe: DiffusionPipeline,
-    wanted: Sequence[Shot],
-    sampler: Sampler,
+    wanted: Sequence[ImageRequest],
+    sampler: SamplingConfig,
     folder: Path,
     kind: str,
     source: str,

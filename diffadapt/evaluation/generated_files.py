@@ -15,11 +15,15 @@ from tqdm import tqdm
 
 from diffadapt.common.contact_sheet import to_pictures
 from diffadapt.evaluation.features.extraction import advance
-from diffadapt.models.sampling import Sampler, Shot, draw
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 
 
 def draw_files(
-    pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler, paths: Sequence[Path], bar: tqdm
+    pipe: DiffusionPipeline,
+    wanted: Sequence[ImageRequest],
+    sampler: SamplingConfig,
+    paths: Sequence[Path],
+    bar: tqdm,
 ) -> None:
     """Draws every image into its file, each process whole batches of them; returns when all are drawn.
 
@@ -29,7 +33,7 @@ def draw_files(
     starts = range(size * state.process_index, len(wanted), size * state.num_processes)
     mine = [index for start in starts for index in range(start, min(start + size, len(wanted)))]
     done = iter(mine)
-    for images in draw(pipe, [wanted[index] for index in mine], sampler):
+    for images in generate(pipe, [wanted[index] for index in mine], sampler):
         for picture in to_pictures(images):
             picture.save(paths[next(done)])
         advance(bar, len(images))

@@ -27,7 +27,7 @@ from diffadapt.metrics.metric_options import check_options
 from diffadapt.metrics.registry import METRICS
 from diffadapt.metrics.resize import PRESETS
 from diffadapt.models.base_names import is_embedded
-from diffadapt.models.sampling_options import MINIMA, add_drawing_options
+from diffadapt.models.sampling_options import MINIMUM_VALUES, add_sampling_options
 
 EXTRACTORS = (*NAMES, "clip:MODEL", "dino:MODEL", "dinov2:MODEL", "module:Class")
 
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_sets(parser)
     _add_measures(parser)
     _add_reading(parser)
-    add_drawing_options(parser, num_images=4)
+    add_sampling_options(parser, num_images=4)
 
 
 def _add_sets(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises: ValueError for a number out of its range."""
-    require_at_least(arguments, {**MINIMA, "metrics_seed": 0, "feature_batch_size": 1})
+    require_at_least(arguments, {**MINIMUM_VALUES, "metrics_seed": 0, "feature_batch_size": 1})
     require_seed(arguments.seed)
     require_seed(arguments.metrics_seed, "metrics_seed")
 

@@ -8,7 +8,7 @@ from diffadapt.common.suggestions import near
 from diffadapt.formats.adapter_file import read_metadata
 
 
-def class_names_in(files: Sequence[str]) -> dict[int, str]:
+def read_class_names(files: Sequence[str]) -> dict[int, str]:
     """Names of classes by number, from the ``classes`` of adapter files; {} where none names any."""
     named: dict[int, str] = {}
     for file in files:
@@ -18,7 +18,7 @@ def class_names_in(files: Sequence[str]) -> dict[int, str]:
     return named
 
 
-def class_numbers(text: str, classes: Mapping[int, str]) -> list[int]:
+def parse_class_labels(text: str, classes: Mapping[int, str]) -> list[int]:
     """``0,3,ant`` as numbers. Raises: ValueError for an item that is neither a number nor a known name."""
     by_name = {name: label for label, name in classes.items()}
     items = [item.strip() for item in text.split(",")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from diffadapt.models.class_base import ClassBase
+from diffadapt.models.class_conditioned import ClassConditionedBase
 
 DEFAULTS = {
     "dit": {
@@ -28,7 +28,7 @@ DEFAULTS = {
 TUNED = {"dit": {}}
 
 
-class DiT(ClassBase):
+class DiT(ClassConditionedBase):
     """A loaded base of this family. Every block holds a copy of the class table; trained, they are one."""
 
     @property

@@ -34,7 +34,7 @@ def family_of(name: str, *, revision: str | None = None) -> str:
     return own if is_embedded(name) and own in DEFAULTS else kind
 
 
-def drawing_defaults(name: str, *, revision: str | None = None) -> dict[str, object]:
+def sampling_defaults(name: str, *, revision: str | None = None) -> dict[str, object]:
     """Defaults of the options of drawing: those of a base's family; of any other pipeline, of ``sd``."""
     kind = pipeline_class(name, revision=revision)
     return DEFAULTS[family_of(name, revision=revision)] if kind in FAMILIES else DEFAULTS["sd"]

@@ -43,7 +43,7 @@ class LatentBase:
         return DDPMScheduler.from_config(config)
 
     @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> what is cached: (B, 2C, h, w) mean and log-variance, or (B, C, h, w)."""
         vae = self.pipe.vae
         pixels = pixels.to(vae.device, vae.dtype)
@@ -56,8 +56,8 @@ class LatentBase:
         """Whether encoding gives a distribution to sample from."""
         return not isinstance(self.pipe.vae, AutoencoderTiny)
 
-    def draw_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
-        """Latents at the denoiser's scale from `encode_pixels`; `noise` draws from the posterior."""
+    def sample_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        """Latents at the denoiser's scale from `encode_images`; `noise` draws from the posterior."""
         if noise is None:
             return to_denoiser(self.pipe.vae, encoded)
         mean, log_variance = encoded.chunk(2, dim=1)
@@ -68,7 +68,7 @@ class LatentBase:
         """What the denoiser is told about sizes and crops: nothing, unless a family says otherwise."""
         return {}
 
-    def cut_captions(self, captions: Sequence[str | int]) -> list:
+    def truncated_captions(self, captions: Sequence[str | int]) -> list:
         """Captions that are longer than the base reads: none, unless it is told words."""
         return []
 

@@ -105,7 +105,7 @@ def _fitting(vae: AutoencoderKL | AutoencoderTiny, pipe: DiffusionPipeline, name
     return vae
 
 
-def open_base(
+def open_frozen_pipeline(
     name: str,
     *,
     device: str = "cpu",

@@ -24,7 +24,7 @@ SCHEDULERS = {
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageRequest:
     """One image to make."""
 
     prompt: str
@@ -33,7 +33,7 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplingConfig:
     """How images are made; None stands for the pipeline's own setting."""
 
     num_inference_steps: int = 25
@@ -46,13 +46,15 @@ class Sampler:
     autocast: torch.dtype | None = None  # precision of the denoiser's activations
 
 
-def shots(prompt: str, count: int, *, seed: int = 0) -> list[Shot]:
+def image_requests(prompt: str, count: int, *, seed: int = 0) -> list[ImageRequest]:
     """`count` images of one prompt with consecutive seeds."""
-    return [Shot(prompt, seed + i) for i in range(count)]
+    return [ImageRequest(prompt, seed + i) for i in range(count)]
 
 
 @torch.no_grad()
-def draw(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Iterator[Tensor]:
+def generate(
+    pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig
+) -> Iterator[Tensor]:
     """Yields batches of images (B, 3, H, W), float32 in [0, 1], in the order of `wanted`.
 
     Starting noise, and the noise of stochastic schedulers, come from one CPU generator per image.
@@ -67,12 +69,12 @@ def draw(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> I
         pipe.scheduler = own_scheduler
 
 
-def draw_all(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Tensor:
+def generate_all(pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig) -> Tensor:
     """(len(wanted), 3, H, W): all images at once, for small numbers."""
-    return torch.cat(list(draw(pipe, wanted, sampler)))
+    return torch.cat(list(generate(pipe, wanted, sampler)))
 
 
-def _batch(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Tensor:
+def _batch(pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig) -> Tensor:
     if wanted[0].label is not None:
         return _batch_of_classes(pipe, wanted, sampler)
     with _autocast(pipe, sampler.autocast):
@@ -91,7 +93,9 @@ def _batch(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) ->
     return _decode(pipe, latents)
 
 
-def _batch_of_classes(pipe: DiffusionPipeline, wanted: Sequence[Shot], sampler: Sampler) -> Tensor:
+def _batch_of_classes(
+    pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig
+) -> Tensor:
     """From a pipeline that takes ``class_labels``, such as DiTPipeline; it decodes its latents itself."""
     if "class_labels" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"{type(pipe).__name__} takes no class labels; give it a prompt")

@@ -17,14 +17,14 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
-class Look:
+class SamplingColumn:
     """A heading and the strength of every adapter."""
 
     name: str
     strengths: tuple[float, ...]
 
 
-def parse_adapter(text: str, *, strength: float | None = None) -> AdapterFile:
+def parse_adapter_spec(text: str, *, strength: float | None = None) -> AdapterFile:
     """FILE or FILE:STRENGTH; a colon that is part of an existing path is left alone."""
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -46,9 +46,9 @@ def parse_strengths(text: str) -> list[float]:
     return strengths
 
 
-def looks_of(
+def make_columns(
     files: Sequence[AdapterFile], strengths: Sequence[float], *, side_by_side: bool, with_base: bool
-) -> list[Look]:
+) -> list[SamplingColumn]:
     """Every column of the sheet: the base, then each strength, and each adapter alone when side by side.
 
     Raises: ValueError for several strengths that no adapter takes, since all have their own.
@@ -56,7 +56,7 @@ def looks_of(
     if len(strengths) > 1 and all(file.strength is not None for file in files):
         raise ValueError("every adapter has its own :STRENGTH, so several of --strength change nothing")
     alone = range(len(files)) if side_by_side else [None]
-    looks = [Look("base", (0.0,) * len(files))] if with_base else []
+    looks = [SamplingColumn("base", (0.0,) * len(files))] if with_base else []
     for chosen in alone:
         moving = [file for i, file in enumerate(files) if chosen in (None, i) and file.strength is None]
         for strength in strengths if moving else strengths[:1]:
@@ -64,7 +64,7 @@ def looks_of(
                 (strength if file.strength is None else file.strength) if chosen in (None, i) else 0.0
                 for i, file in enumerate(files)
             )
-            looks.append(Look(_heading(files, own, chosen), own))
+            looks.append(SamplingColumn(_heading(files, own, chosen), own))
     return looks
 
 

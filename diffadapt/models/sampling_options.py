@@ -10,11 +10,11 @@ import torch
 
 from diffadapt.common.atomic_files import read_text, text_lines
 from diffadapt.formats.adapter_file import read_metadata
-from diffadapt.models.class_labels import class_names_in, class_numbers
-from diffadapt.models.sampling import Sampler, Shot, shots
+from diffadapt.models.class_labels import parse_class_labels, read_class_names
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, image_requests
 
 PIPELINE_STEP = 8  # pixels; pipelines take multiples of it
-MINIMA = {  # option -> its smallest value
+MINIMUM_VALUES = {  # option -> its smallest value
     "num_images": 1,
     "seed": 0,
     "num_inference_steps": 1,
@@ -27,7 +27,7 @@ MINIMA = {  # option -> its smallest value
 PROMPTS_FILE = r"a text file with a prompt on each line; lines with # are remarks, \# begins a prompt with #"
 
 
-def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, *, num_images: int) -> None:
     """What is drawn, from which base, and how; num_images: the default per prompt."""
     add = parser.add_argument
     add("--prompt", action="append", help="repeat for several prompts")
@@ -55,7 +55,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, *, num_images: int) -> 
     add("--num_threads", type=int, help="CPU threads; default: all available cores")
 
 
-def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Shot]:
+def requested_images(arguments: argparse.Namespace, files: Sequence[str]) -> list[ImageRequest]:
     """The images of one look: prompts, those of a file, or classes, each with consecutive seeds.
 
     Args:
@@ -63,22 +63,26 @@ def wanted_shots(arguments: argparse.Namespace, files: Sequence[str]) -> list[Sh
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:
-        prompts += prompts_in(arguments.prompts_file)
+        prompts += read_prompts(arguments.prompts_file)
     if arguments.class_labels is not None and prompts:
         raise ValueError("give prompts or --class_labels: a base is told either words or classes")
     if arguments.class_labels is not None:
-        names = class_names_in(files)
+        names = read_class_names(files)
         return [
-            Shot(f"class {names.get(label, label)}", arguments.seed + i, label)
-            for label in class_numbers(arguments.class_labels, names)
+            ImageRequest(f"class {names.get(label, label)}", arguments.seed + i, label)
+            for label in parse_class_labels(arguments.class_labels, names)
             for i in range(arguments.num_images)
         ]
     if not prompts:
         raise ValueError("nothing to draw; give --prompt, --prompts_file or --class_labels")
-    return [shot for prompt in prompts for shot in shots(prompt, arguments.num_images, seed=arguments.seed)]
+    return [
+        shot
+        for prompt in prompts
+        for shot in image_requests(prompt, arguments.num_images, seed=arguments.seed)
+    ]
 
 
-def prompts_in(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path) -> list[str]:
     r"""The prompts of a file, one on each line; "# ..." is a remark, "\# ..." a prompt that begins with #."""
     prompts = []
     for line in text_lines(read_text(path)):
@@ -88,12 +92,12 @@ def prompts_in(path: str | Path) -> list[str]:
     return prompts
 
 
-def sampler_of(
+def make_sampling_config(
     arguments: argparse.Namespace,
     defaults: dict[str, object],
     autocast: torch.dtype | None,
     files: Sequence[str],
-) -> Sampler:
+) -> SamplingConfig:
     """How images are made: the options of drawing, with defaults for what was not given.
 
     Without a size, images are as large as those that the adapters of `files` were trained on.
@@ -105,7 +109,7 @@ def sampler_of(
     def choose(given: object, default: str) -> object:
         return defaults[default] if given is None else given
 
-    return Sampler(
+    return SamplingConfig(
         num_inference_steps=choose(arguments.num_inference_steps, "num_inference_steps"),
         guidance_scale=choose(arguments.guidance_scale, "guidance_scale"),
         negative_prompt=arguments.negative_prompt,

@@ -6,7 +6,7 @@ Works for every pipeline stored in StableDiffusionPipeline's layout, with Autoen
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffadapt.models.text_base import IDS, MASK, WordBase
+from diffadapt.models.text_conditioned import IDS, MASK, TextConditionedBase
 
 # Values for options that were not given. What was tuned on the embedded base never reaches another base.
 DEFAULTS = {
@@ -47,7 +47,7 @@ TUNED = {
 }
 
 
-class StableDiffusion(WordBase):
+class StableDiffusion(TextConditionedBase):
     """A loaded base of this family."""
 
     @property

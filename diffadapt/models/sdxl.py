@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffadapt.models.text_base import EMPTY, IDS, WordBase
+from diffadapt.models.text_conditioned import EMPTY, IDS, TextConditionedBase
 
 if TYPE_CHECKING:
     from diffadapt.common.images import View
@@ -35,7 +35,7 @@ DEFAULTS = {
 TUNED = {"sdxl": {}}
 
 
-class StableDiffusionXL(WordBase):
+class StableDiffusionXL(TextConditionedBase):
     """A loaded base of this family."""
 
     @property

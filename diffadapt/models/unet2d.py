@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffadapt.models.class_base import ClassBase
+from diffadapt.models.class_conditioned import ClassConditionedBase
 
 # Values for options that were not given. What was tuned on the embedded base never reaches another base.
 DEFAULTS = {
@@ -46,7 +46,7 @@ TUNED = {
 }
 
 
-class UNet2D(ClassBase):
+class UNet2D(ClassConditionedBase):
     """A loaded base of this family, in ClassConditionalPipeline's layout. Its latents are the pixels."""
 
     is_stochastic = False
@@ -56,11 +56,11 @@ class UNet2D(ClassBase):
         """The side of its pictures in pixels."""
         return self.denoiser.config.sample_size
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], unchanged."""
         return pixels.to(self.denoiser.device, torch.float32)
 
-    def draw_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+    def sample_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
         return encoded
 
     def predict(

@@ -17,7 +17,7 @@ from diffadapt.data.examples import Example
 from diffadapt.data.stream import Stream
 from diffadapt.formats.export import parse_formats
 from diffadapt.methods import Method
-from diffadapt.models.class_base import ClassBase
+from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import Base, load_base
 from diffadapt.training import output_folder
 from diffadapt.training.base_defaults import (
@@ -125,7 +125,7 @@ def accumulation_notices(options: TrainOptions) -> list[str]:
 
 def check_conditioning(options: TrainOptions, model: Base) -> None:
     """Raises: ValueError for a base that is conditioned on classes in a script of captions."""
-    if isinstance(model, ClassBase) and not hasattr(options, "class_labels"):
+    if isinstance(model, ClassConditionedBase) and not hasattr(options, "class_labels"):
         raise ValueError(f"{model.source} is told classes, not words; use train_scripts/class_conditional.py")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 import diffadapt as da
 from diffadapt.cli.main import main
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling_columns import AdapterFile, parse_adapter
+from diffadapt.models.sampling_columns import AdapterFile, parse_adapter_spec
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_adapters_stack_and_strength_weakens(work, tmp_path):
 def test_a_strength_is_read_off_the_end_of_a_file_name(tmp_path):
     odd = tmp_path / "a:1"
     odd.touch()
-    assert parse_adapter("a.safetensors:0.5", strength=1) == AdapterFile("a.safetensors", 0.5)
-    assert parse_adapter("a.safetensors", strength=0.7) == AdapterFile("a.safetensors", 0.7)
-    assert parse_adapter(str(odd), strength=1) == AdapterFile(str(odd), 1)
+    assert parse_adapter_spec("a.safetensors:0.5", strength=1) == AdapterFile("a.safetensors", 0.5)
+    assert parse_adapter_spec("a.safetensors", strength=0.7) == AdapterFile("a.safetensors", 0.7)
+    assert parse_adapter_spec(str(odd), strength=1) == AdapterFile(str(odd), 1)
 
 
 @pytest.mark.parametrize(

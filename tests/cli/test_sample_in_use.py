@@ -13,8 +13,8 @@ from PIL import Image
 import diffadapt as da
 from diffadapt.cli.main import main
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling_columns import AdapterFile, looks_of, parse_strengths
-from diffadapt.models.sampling_options import prompts_in
+from diffadapt.models.sampling_columns import AdapterFile, make_columns, parse_strengths
+from diffadapt.models.sampling_options import read_prompts
 
 
 def adapted(base, seed=0, size=0.05):
@@ -144,7 +144,7 @@ def test_a_base_of_words_takes_no_labels(work, tmp_path, capsys):
 
 def test_several_strengths_need_an_adapter_without_its_own():
     with pytest.raises(ValueError, match="own :STRENGTH"):
-        looks_of([AdapterFile("a", 1.0)], parse_strengths("0,1"), side_by_side=False, with_base=False)
+        make_columns([AdapterFile("a", 1.0)], parse_strengths("0,1"), side_by_side=False, with_base=False)
 
 
 def test_a_single_checkpoint_file_without_its_configuration_says_what_to_do(work, tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_slicing_and_tiling_still_work(work):
 def test_prompts_in_a_file_are_lines_and_remarks(tmp_path):
     text = "\ufeffa red\u2028square\n# a remark\n\n\\#tag on white\r\n a\x85disc \n"
     (tmp_path / "prompts.txt").write_bytes(text.encode())
-    assert prompts_in(tmp_path / "prompts.txt") == ["a red square", "#tag on white", "a disc"]
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red square", "#tag on white", "a disc"]
 
 
 def test_words_of_a_prompt_that_are_not_read_are_told(work, tmp_path, capsys):

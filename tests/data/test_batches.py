@@ -14,7 +14,7 @@ from diffadapt.data.encoding import Cut
 from diffadapt.data.examples import Example, Order, folder_examples
 from diffadapt.data.trigger_words import contains_word, with_trigger
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling import Sampler
+from diffadapt.models.sampling import SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_latents_follow_the_posterior_and_the_scale_of_the_autoencoder(tmp_path,
 
 def test_missing_class_pictures_are_drawn_and_present_ones_kept(tmp_path, model):
     write_pictures(tmp_path, 2)
-    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=2, batch_size=2))
+    recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=2, batch_size=2))
     examples = class_examples(model.pipe, tmp_path, recipe, count=5, seed=0)
     assert [e.source.name for e in examples][:3] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert len(examples) == 5
@@ -112,7 +112,7 @@ def test_links_folders_and_other_files_among_class_images_are_told(tmp_path, mod
     (folder / "a.psd").write_bytes(b"")
     elsewhere = write_pictures(tmp_path / "elsewhere", 1)
     (folder / "b.png").symlink_to(elsewhere / "picture-0.png")
-    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=1, batch_size=2))
+    recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=1, batch_size=2))
     with pytest.raises(ValueError, match="--follow_links"):
         class_examples(model.pipe, folder, recipe, count=3, seed=0)
     planned = planned_class_examples(folder, recipe, count=3, side=32, follow_links=True)
@@ -125,7 +125,7 @@ def test_links_folders_and_other_files_among_class_images_are_told(tmp_path, mod
 
 def test_a_file_as_the_folder_of_class_images_is_refused(tmp_path, model):
     file = write_pictures(tmp_path, 1) / "picture-0.png"
-    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=1, batch_size=2))
+    recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=1, batch_size=2))
     with pytest.raises(ValueError, match=r"picture-0\.png' is a file; give a folder"):
         class_examples(model.pipe, file, recipe, count=1, seed=0)
     with pytest.raises(ValueError, match=r"picture-0\.png' is a file; give a folder"):
@@ -147,7 +147,7 @@ def test_a_class_picture_is_whole_or_not_there(tmp_path, model, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", killed)
-    recipe = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=1, batch_size=1))
+    recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=1, batch_size=1))
     with pytest.raises(KeyboardInterrupt):
         class_examples(model.pipe, tmp_path / "class", recipe, count=1, seed=0)
     assert [path.name for path in (tmp_path / "class").iterdir()] == [RECORD]
@@ -175,7 +175,7 @@ def test_half_of_the_pictures_are_mirrored_and_encoded_as_such(tmp_path, model):
     examples = captioned(tmp_path, count=1, size=(64, 40))
     batches = make(model, examples, random_flip=True, cache_latents="memory")
     expected = [
-        model.encode_pixels(to_pixels(open_image(examples[0].source), 32, flip=flip)[None])[0]
+        model.encode_images(to_pixels(open_image(examples[0].source), 32, flip=flip)[None])[0]
         for flip in (False, True)
     ]
     found = [batches._sample(draw)[1] for draw in batches.order.draws(range(60))]
@@ -227,9 +227,9 @@ def test_latents_that_are_no_numbers_are_named_before_the_first_step_or_left_to_
     tmp_path, model, monkeypatch
 ):
     examples = captioned(tmp_path / "a", 3)
-    spoiled, encode = to_pixels(open_image(examples[1].source), 32)[None], model.encode_pixels
+    spoiled, encode = to_pixels(open_image(examples[1].source), 32)[None], model.encode_images
     monkeypatch.setattr(
-        model, "encode_pixels", lambda x: encode(x) * (float("nan") if torch.equal(x, spoiled) else 1)
+        model, "encode_images", lambda x: encode(x) * (float("nan") if torch.equal(x, spoiled) else 1)
     )
     with pytest.raises(ValueError, match=r"non-finite latents for .*picture-1"):
         make(model, examples)
@@ -366,7 +366,7 @@ def test_the_trigger_word_counts_only_as_a_word(text, word, is_held):
 
 
 def test_class_images_of_another_prompt_or_base_are_refused(tmp_path, model, capsys):
-    sampler = Sampler(num_inference_steps=1, batch_size=2)
+    sampler = SamplingConfig(num_inference_steps=1, batch_size=2)
     recipe = ClassRecipe("a dog", "a base", sampler)
     class_examples(model.pipe, tmp_path, recipe, count=2, seed=0)
     for other, message in (
@@ -377,7 +377,7 @@ def test_class_images_of_another_prompt_or_base_are_refused(tmp_path, model, cap
             class_examples(model.pipe, tmp_path, other, count=2, seed=0)
         with pytest.raises(ValueError, match=message):
             planned_class_examples(tmp_path, other, count=2, side=32)
-    settings = ClassRecipe("a dog", "a base", Sampler(num_inference_steps=2))
+    settings = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=2))
     assert len(class_examples(model.pipe, tmp_path, settings, count=2, seed=0)) == 2
     assert "with other settings" in capsys.readouterr().out
     for path in tmp_path.glob("*.png"):

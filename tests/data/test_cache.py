@@ -41,7 +41,7 @@ def same(first, second):
 def counted(monkeypatch, model):
     """How often the base encodes pictures and captions from now on."""
     calls = []
-    for name in ("encode_pixels", "encode_captions"):
+    for name in ("encode_images", "encode_captions"):
         whole = getattr(type(model), name)
         monkeypatch.setattr(type(model), name, lambda self, x, n=name, f=whole: calls.append(n) or f(self, x))
     return calls
@@ -65,13 +65,13 @@ def test_another_base_another_size_and_an_edited_picture_never_hit(tmp_path, bas
     make(bases[0], examples, **disk(tmp_path))
     calls = counted(monkeypatch, bases[0])
     make(bases[1], examples, **disk(tmp_path))
-    assert calls == ["encode_pixels", "encode_captions"]
+    assert calls == ["encode_images", "encode_captions"]
     make(bases[0], examples, resolution=16, **disk(tmp_path))
-    assert calls[2:] == ["encode_pixels"]
+    assert calls[2:] == ["encode_images"]
     write_pictures(tmp_path / "b", 2)
     (tmp_path / "b" / "picture-1.png").replace(folder / "picture-0.png")
     make(bases[0], examples, **disk(tmp_path))
-    assert calls[3:] == ["encode_pixels"]
+    assert calls[3:] == ["encode_images"]
 
 
 CHANGES = {

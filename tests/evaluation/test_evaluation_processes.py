@@ -10,7 +10,7 @@ from helpers.torchrun import run_torchrun
 
 import diffadapt as da
 from diffadapt.evaluation.record import read_record
-from diffadapt.models.open_pipeline import open_base
+from diffadapt.models.open_pipeline import open_frozen_pipeline
 
 DRAWING = ["--num_inference_steps", "2", "--num_threads", "1"]
 
@@ -19,7 +19,9 @@ DRAWING = ["--num_inference_steps", "2", "--num_threads", "1"]
 def adapter(tmp_path_factory):
     """A file that changes what the embedded base draws."""
     path = tmp_path_factory.mktemp("trained") / "cat.safetensors"
-    made = da.attach(open_base("embedded:emoji"), da.make_method("lora", rank=2), targets="attention")
+    made = da.attach(
+        open_frozen_pipeline("embedded:emoji"), da.make_method("lora", rank=2), targets="attention"
+    )
     torch.manual_seed(0)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

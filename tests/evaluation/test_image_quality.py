@@ -22,7 +22,7 @@ from diffadapt.evaluation.generate import files_of_run, labelled
 from diffadapt.evaluation.image_quality_cli import labels_of
 from diffadapt.evaluation.record import read_record
 from diffadapt.metrics.registry import METRICS
-from diffadapt.models.open_pipeline import open_base
+from diffadapt.models.open_pipeline import open_frozen_pipeline
 from diffadapt.models.sampling_columns import AdapterFile
 
 TOY = "toy_extractor:Toy"
@@ -307,7 +307,7 @@ def trained(tmp_path_factory):
     """A base and the folder of a run with two checkpoints and a final adapter, all different."""
     root = tmp_path_factory.mktemp("trained")
     base = tiny_sd_pipeline(root / "base")
-    pipe = open_base(str(base))
+    pipe = open_frozen_pipeline(str(base))
     for index, name in enumerate(("checkpoint-2", "checkpoint-10", ".")):
         adapter = da.attach(pipe, da.make_method("lora", rank=2), targets="attention", seed=index)
         torch.manual_seed(index)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from helpers.class_pipelines import CLASSES, class_pipeline, tiny_class_unet
 
 from diffadapt.models.open_pipeline import open_pipeline
-from diffadapt.models.sampling import SCHEDULERS, Sampler, Shot, draw_all
+from diffadapt.models.sampling import SCHEDULERS, ImageRequest, SamplingConfig, generate_all
 from diffadapt.pipelines import ClassConditionalPipeline
 
 
@@ -80,10 +80,12 @@ def test_a_folder_gives_the_same_images_and_names_the_null_class(pipe, folder, t
 
 
 def test_an_image_does_not_depend_on_its_batch(pipe):
-    shots = [Shot("", seed, seed % CLASSES) for seed in range(5)]
+    shots = [ImageRequest("", seed, seed % CLASSES) for seed in range(5)]
     one, many = (
-        draw_all(
-            pipe, shots, Sampler(num_inference_steps=3, guidance_scale=2.0, scheduler="ddpm", batch_size=b)
+        generate_all(
+            pipe,
+            shots,
+            SamplingConfig(num_inference_steps=3, guidance_scale=2.0, scheduler="ddpm", batch_size=b),
         )
         for b in (1, 5)
     )
@@ -92,8 +94,8 @@ def test_an_image_does_not_depend_on_its_batch(pipe):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_draws(pipe, scheduler):
-    sampler = Sampler(num_inference_steps=4, guidance_scale=2.0, scheduler=scheduler)
-    images = draw_all(pipe, [Shot("", 0, 1), Shot("", 1, 2)], sampler)
+    sampler = SamplingConfig(num_inference_steps=4, guidance_scale=2.0, scheduler=scheduler)
+    images = generate_all(pipe, [ImageRequest("", 0, 1), ImageRequest("", 1, 2)], sampler)
     assert images.shape == (2, 3, 8, 8)
     assert images.min() >= 0
     assert images.max() <= 1

@@ -9,9 +9,9 @@ from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictur
 
 from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.models import base_names
-from diffadapt.models.families import DEFAULTS, TUNED, drawing_defaults, family_of, load_base
+from diffadapt.models.families import DEFAULTS, TUNED, family_of, load_base, sampling_defaults
 from diffadapt.models.prompts import CONTEXTS, UNRELATED
-from diffadapt.models.text_base import CutCaption
+from diffadapt.models.text_conditioned import TruncatedCaption
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
     with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusion"):
         load_base("somebody/base")
-    assert drawing_defaults("somebody/base") == DEFAULTS["sd"]
+    assert sampling_defaults("somebody/base") == DEFAULTS["sd"]
 
 
 def test_a_variant_chooses_the_files_and_a_revision_goes_to_the_hub(tmp_path, place, monkeypatch):
@@ -114,7 +114,7 @@ def test_another_autoencoder_replaces_the_bases_own(place, tmp_path, source):
     assert model.is_stochastic
     assert not load_base(str(place / "sdxl")).is_stochastic
     pixels = to_pixels(open_image(list_images(write_pictures(tmp_path, 1))[0]), 32)[None]
-    assert torch.equal(model.encode_pixels(pixels), plain.encode_pixels(pixels))
+    assert torch.equal(model.encode_images(pixels), plain.encode_images(pixels))
     assert not any(parameter.requires_grad for parameter in model.pipe.vae.parameters())
 
 
@@ -146,9 +146,9 @@ def test_a_wrong_autoencoder_is_an_error(place, tmp_path):
 def test_captions_that_are_too_long_are_named_with_what_is_lost(place, family):
     model = load_base(str(place / family))  # 24 tokens, of which start and end take two; one per letter
     fits, long = "abcdefghijklmnopqrstuv", "abcdefghijk lmnopqrstuvwxyz"
-    assert model.cut_captions([fits, "a dog"]) == []
-    cut = CutCaption(long, length=26, limit=22, lost="wxyz")
-    assert model.cut_captions([long, fits, long]) == [cut]
+    assert model.truncated_captions([fits, "a dog"]) == []
+    cut = TruncatedCaption(long, length=26, limit=22, lost="wxyz")
+    assert model.truncated_captions([long, fits, long]) == [cut]
     ids = model.tokens([long])["input_ids"]
     assert torch.equal(ids, model.tokens([long.replace("wxyz", "abc")])["input_ids"])  # really lost
 
@@ -156,4 +156,4 @@ def test_captions_that_are_too_long_are_named_with_what_is_lost(place, family):
 def test_each_tokenizer_of_sdxl_has_its_own_limit(place):
     model = load_base(str(place / "sdxl"))
     model.pipe.tokenizer_2.model_max_length = 12
-    assert [cut.limit for cut in model.cut_captions(["abcdefghijklmnop"])] == [10]
+    assert [cut.limit for cut in model.truncated_captions(["abcdefghijklmnop"])] == [10]

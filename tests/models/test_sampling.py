@@ -8,7 +8,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from helpers.pipelines import tiny_sd_pipeline
 
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling import Sampler, draw, draw_all, shots
+from diffadapt.models.sampling import SamplingConfig, generate, generate_all, image_requests
 
 TOLERANCE = 2 / 255
 
@@ -20,9 +20,11 @@ def pipe(tmp_path_factory):
 
 @pytest.mark.parametrize("scheduler", [None, "ddim", "ddpm", "dpm++", "euler", "euler_a", "pndm", "unipc"])
 def test_the_same_images_in_any_batch_size(pipe, scheduler):
-    wanted = shots("a dog", 5, seed=3)
+    wanted = image_requests("a dog", 5, seed=3)
     images = [
-        draw_all(pipe, wanted, Sampler(num_inference_steps=4, scheduler=scheduler, batch_size=size))
+        generate_all(
+            pipe, wanted, SamplingConfig(num_inference_steps=4, scheduler=scheduler, batch_size=size)
+        )
         for size in (1, 2, 5)
     ]
     assert images[0].shape == (5, 3, 32, 32)
@@ -32,16 +34,18 @@ def test_the_same_images_in_any_batch_size(pipe, scheduler):
 
 
 def test_an_image_does_not_depend_on_which_others_are_drawn(pipe):
-    sampler = Sampler(num_inference_steps=4)
+    sampler = SamplingConfig(num_inference_steps=4)
     some, more = (
-        draw_all(pipe, shots("a dog", 1, seed=5), sampler),
-        draw_all(pipe, shots("a dog", 4, seed=2), sampler),
+        generate_all(pipe, image_requests("a dog", 1, seed=5), sampler),
+        generate_all(pipe, image_requests("a dog", 4, seed=2), sampler),
     )
     assert (some[0] - more[3]).abs().max() <= TOLERANCE
 
 
 def test_images_equal_those_of_the_pipeline_itself(pipe):
-    ours = draw_all(pipe, shots("a dog", 1, seed=7), Sampler(num_inference_steps=4, guidance_scale=5.0))
+    ours = generate_all(
+        pipe, image_requests("a dog", 1, seed=7), SamplingConfig(num_inference_steps=4, guidance_scale=5.0)
+    )
     theirs = pipe(
         "a dog",
         num_inference_steps=4,
@@ -54,11 +58,13 @@ def test_images_equal_those_of_the_pipeline_itself(pipe):
 
 def test_settings_reach_the_pipeline(pipe):
     own = pipe.scheduler
-    sizes = Sampler(num_inference_steps=2, height=48, width=64, negative_prompt="ugly", scheduler="euler")
-    assert [batch.shape for batch in draw(pipe, shots("a", 3), sizes)] == [(3, 3, 48, 64)]
+    sizes = SamplingConfig(
+        num_inference_steps=2, height=48, width=64, negative_prompt="ugly", scheduler="euler"
+    )
+    assert [batch.shape for batch in generate(pipe, image_requests("a", 3), sizes)] == [(3, 3, 48, 64)]
     assert pipe.scheduler is own
     plain, negative = (
-        draw_all(pipe, shots("a", 1), Sampler(num_inference_steps=2, negative_prompt=n))
+        generate_all(pipe, image_requests("a", 1), SamplingConfig(num_inference_steps=2, negative_prompt=n))
         for n in (None, "ugly cat")
     )
     assert not torch.equal(plain, negative)
@@ -66,7 +72,7 @@ def test_settings_reach_the_pipeline(pipe):
 
 def test_an_unknown_scheduler_lists_the_known(pipe):
     with pytest.raises(ValueError, match="unknown scheduler 'eular'; choose from ddim"):
-        draw_all(pipe, shots("a", 1), Sampler(scheduler="eular"))
+        generate_all(pipe, image_requests("a", 1), SamplingConfig(scheduler="eular"))
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "euler", "euler_a", "pndm", "unipc"])
@@ -75,10 +81,10 @@ def test_a_scheduler_of_another_kind_than_the_bases_is_refused(pipe, scheduler):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     try:
         with pytest.raises(ValueError, match=rf"--scheduler {re.escape(scheduler)} does not fit this base"):
-            draw_all(pipe, shots("a", 1), Sampler(scheduler=scheduler))
+            generate_all(pipe, image_requests("a", 1), SamplingConfig(scheduler=scheduler))
         pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         if scheduler in ("ddim", "euler"):
             with pytest.raises(ValueError, match="which predicts flows"):
-                draw_all(pipe, shots("a", 1), Sampler(scheduler=scheduler))
+                generate_all(pipe, image_requests("a", 1), SamplingConfig(scheduler=scheduler))
     finally:
         pipe.scheduler = own

@@ -28,10 +28,10 @@ def test_encoded_pictures_are_the_moments_of_the_autoencoder(tmp_path):
     pixels = torch.stack(
         [to_pixels(open_image(p), 32) for p in list_images(write_pictures(tmp_path / "a", 2))]
     )
-    encoded, posterior = model.encode_pixels(pixels), model.pipe.vae.encode(pixels).latent_dist
+    encoded, posterior = model.encode_images(pixels), model.pipe.vae.encode(pixels).latent_dist
     noise = torch.randn(posterior.mean.shape)
     expected = (posterior.mean + posterior.std * noise) * model.pipe.vae.config.scaling_factor
-    assert torch.allclose(model.draw_latents(encoded, noise), expected, atol=1e-6)
+    assert torch.allclose(model.sample_latents(encoded, noise), expected, atol=1e-6)
 
 
 def test_prompts_become_the_states_the_pipeline_uses(tmp_path):

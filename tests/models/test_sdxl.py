@@ -7,7 +7,7 @@ from helpers.pipelines import tiny_sdxl_pipeline, write_pictures
 
 from diffadapt.common.images import View, list_images, open_image, to_pixels
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling import Sampler, draw_all, shots
+from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def test_images_are_those_of_the_stock_pipeline(base, model):
     expected = stock(
         ["a dog"] * 2, num_inference_steps=3, guidance_scale=4.0, generator=generators, output_type="np"
     ).images
-    sampler = Sampler(num_inference_steps=3, guidance_scale=4.0)
-    ours = draw_all(model.pipe, shots("a dog", 2, seed=5), sampler)
+    sampler = SamplingConfig(num_inference_steps=3, guidance_scale=4.0)
+    ours = generate_all(model.pipe, image_requests("a dog", 2, seed=5), sampler)
     assert torch.allclose(ours, torch.from_numpy(expected).permute(0, 3, 1, 2), atol=1e-5)
 
 
@@ -124,8 +124,8 @@ def test_latents_with_statistics_per_channel_go_there_and_back(tmp_path, base):
     noise, statistics = torch.randn(moments.mean.shape), (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in statistics)
     expected = (moments.mean + moments.std * noise - mean) * vae.config.scaling_factor / std
-    assert torch.allclose(model.draw_latents(model.encode_pixels(pixels), noise), expected, atol=1e-6)
-    ours = draw_all(model.pipe, shots("a dog", 1), Sampler(num_inference_steps=2))
+    assert torch.allclose(model.sample_latents(model.encode_images(pixels), noise), expected, atol=1e-6)
+    ours = generate_all(model.pipe, image_requests("a dog", 1), SamplingConfig(num_inference_steps=2))
     generator = [torch.Generator().manual_seed(0)]
     stock = model.pipe(
         "a dog", num_inference_steps=2, guidance_scale=7.5, generator=generator, output_type="np"
@@ -137,7 +137,7 @@ def test_the_autoencoder_stays_in_float32(base):
     model = load_base(str(base), dtype=torch.bfloat16)
     assert model.pipe.vae.dtype == torch.float32
     assert model.pipe.unet.dtype == model.pipe.text_encoder_2.dtype == torch.bfloat16
-    assert model.encode_pixels(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+    assert model.encode_images(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
     conditions = {**model.encode_captions(["a"]), **model.size_conditions([View((40, 40), (0, 0), (32, 32))])}
     predicted = model.predict(model.denoiser, torch.randn(1, 4, 8, 8), torch.tensor([3]), conditions)
     assert predicted.dtype == torch.bfloat16
@@ -149,7 +149,7 @@ def test_an_autoencoder_in_fp16_that_overflows_decodes_in_float32(base):
     model.pipe.vae.half()
     model.pipe.vae.register_to_config(force_upcast=True)
     hook = model.pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    draw_all(model.pipe, shots("a dog", 1), Sampler(num_inference_steps=1))
+    generate_all(model.pipe, image_requests("a dog", 1), SamplingConfig(num_inference_steps=1))
     hook.remove()
     assert seen == [torch.float32]
     assert model.pipe.vae.dtype == torch.float16

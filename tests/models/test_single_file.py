@@ -10,7 +10,7 @@ from helpers.sgm_layout import write_single_file
 from safetensors.torch import load_file, save_file
 
 from diffadapt.models.families import family_of, load_base
-from diffadapt.models.sampling import Sampler, draw_all, shots
+from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 
 FOLDERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
 
@@ -39,7 +39,10 @@ def test_a_single_file_is_the_base_of_its_folder(bases, family):
         file.encode_captions(["a dog"])["encoder_hidden_states"],
         folder.encode_captions(["a dog"])["encoder_hidden_states"],
     )
-    images = [draw_all(m.pipe, shots("a dog", 1), Sampler(num_inference_steps=2)) for m in (folder, file)]
+    images = [
+        generate_all(m.pipe, image_requests("a dog", 1), SamplingConfig(num_inference_steps=2))
+        for m in (folder, file)
+    ]
     assert torch.equal(*images)
 
 

@@ -17,7 +17,7 @@ from diffadapt.assets import ROOT, embedded, names
 from diffadapt.data.hub_tables import labelled_table, open_table
 from diffadapt.metrics.digit_classifier import class_agreement, load_digit_classifier
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling import Sampler, Shot, draw_all
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
 from diffadapt.training.report.held_out import pixels_of
 
 
@@ -198,8 +198,10 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
 def test_the_digits_base_draws_the_digit_that_is_asked_for():
     base = load_base("embedded:digits")
     assert (base.family, base.resolution, base.num_classes, base.null_class) == ("digits", 16, 10, 10)
-    shots = [Shot("", seed, seed % 10) for seed in range(60)]
-    drawn = draw_all(base.pipe, shots, Sampler(num_inference_steps=10, guidance_scale=2.0, batch_size=60))
+    shots = [ImageRequest("", seed, seed % 10) for seed in range(60)]
+    drawn = generate_all(
+        base.pipe, shots, SamplingConfig(num_inference_steps=10, guidance_scale=2.0, batch_size=60)
+    )
     labels = torch.tensor([shot.label for shot in shots])
     assert class_agreement(load_digit_classifier()(drawn)["logits"], labels) > 0.8
     assert (drawn.amax(dim=1) - drawn.amin(dim=1)).mean() > 0.1  # colours, not greys

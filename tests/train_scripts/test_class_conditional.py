@@ -21,7 +21,7 @@ from diffadapt.data.examples import Example
 from diffadapt.data.hub_tables import labelled_table, open_table
 from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.models.open_pipeline import open_pipeline
-from diffadapt.models.sampling import Sampler, Shot, draw_all
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
 from diffadapt.training.report.class_mapping import matched_by_name
 from diffadapt.training.report.classes import ClassReport, at_most, class_shots, figures
 from diffadapt.training.report.held_out import pixels_of
@@ -232,8 +232,8 @@ def test_sample_draws_classes_as_the_pipeline_does(base, tmp_path, capsys):
     command = ["sample", "--adapter", str(tmp_path / "a.safetensors"), *options]
     assert diffadapt([*command, "--class_labels", "0,2", "--out", str(tmp_path / "drawn")]) == 0
     files = sorted((tmp_path / "drawn").glob("0*.png"))
-    shots = [Shot("", seed, label) for label in (0, 2) for seed in (0, 1)]
-    expected = draw_all(pipe, shots, Sampler(num_inference_steps=3, guidance_scale=2.0))
+    shots = [ImageRequest("", seed, label) for label in (0, 2) for seed in (0, 1)]
+    expected = generate_all(pipe, shots, SamplingConfig(num_inference_steps=3, guidance_scale=2.0))
     drawn = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
     assert (drawn - (expected * 255).round()).abs().max() <= 1
     assert diffadapt([*command, "--class_labels", "0,3", "--out", str(tmp_path / "wrong")]) == 2

@@ -14,13 +14,13 @@ from diffadapt.common.images import View
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
-from diffadapt.models.sampling import Sampler, draw_all, shots
+from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 from diffadapt.training.checkpoint import state
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
 
 WRITERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
-SAMPLER = Sampler(num_inference_steps=2)
+SAMPLER = SamplingConfig(num_inference_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +154,10 @@ def test_4_steps_equal_2_and_a_resume_of_2_and_the_file_gives_the_images(folders
 
     file = state.save_adapter(whole, tmp_path)
     fresh = load_base(str(folders[family])).pipe
-    plain = draw_all(fresh, shots("a sks dog", 2), SAMPLER)
+    plain = generate_all(fresh, image_requests("a sks dog", 2), SAMPLER)
     da.load(fresh, file)
-    images = draw_all(fresh, shots("a sks dog", 2), SAMPLER)
-    assert torch.equal(images, draw_all(trained.pipe, shots("a sks dog", 2), SAMPLER))
+    images = generate_all(fresh, image_requests("a sks dog", 2), SAMPLER)
+    assert torch.equal(images, generate_all(trained.pipe, image_requests("a sks dog", 2), SAMPLER))
     assert not torch.equal(images, plain)
     report = da.export(whole.adapter, tmp_path / "kohya.safetensors", "kohya")
     assert {"ComfyUI", "A1111", "LyCORIS"} <= set(report.accepted_by)

@@ -19,7 +19,7 @@ from torchvision.utils import save_image
 
 from diffadapt.metrics.digit_classifier import class_agreement, load_digit_classifier
 from diffadapt.metrics.frechet import fid
-from diffadapt.models.sampling import Sampler, Shot, draw_all
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
 from diffadapt.pipelines import ClassConditionalPipeline
 
 CLASSES, SIDE = 10, 16
@@ -44,8 +44,10 @@ def pictures(
     pipe: ClassConditionalPipeline, count: int, steps: int, guidance: float
 ) -> tuple[Tensor, Tensor]:
     """`count` pictures, the classes in turn, seeds from 0, with their labels."""
-    shots = [Shot(str(n % CLASSES), n, n % CLASSES) for n in range(count)]
-    made = draw_all(pipe, shots, Sampler(num_inference_steps=steps, guidance_scale=guidance, batch_size=100))
+    shots = [ImageRequest(str(n % CLASSES), n, n % CLASSES) for n in range(count)]
+    made = generate_all(
+        pipe, shots, SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, batch_size=100)
+    )
     return made, torch.tensor([shot.label for shot in shots])
 
 

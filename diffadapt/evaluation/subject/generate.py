@@ -16,9 +16,9 @@ from diffadapt.common.precision import Precision, sampling_precision
 from diffadapt.evaluation.generated_files import draw_files
 from diffadapt.evaluation.sets.image_files import FilePicture
 from diffadapt.evaluation.subject.subjects import Subject, SubjectImages
-from diffadapt.models.families import drawing_defaults
-from diffadapt.models.open_pipeline import open_base
-from diffadapt.models.sampling import Sampler, Shot
+from diffadapt.models.families import sampling_defaults
+from diffadapt.models.open_pipeline import open_frozen_pipeline
+from diffadapt.models.sampling import ImageRequest, SamplingConfig
 
 BASE = "base"  # label of the images without an adapter
 ADAPTERS = "adapters"  # label of those with each subject's own
@@ -59,23 +59,27 @@ class Drawing:
     def precision(self) -> Precision:
         return sampling_precision(self.mixed_precision, PartialState().device)
 
-    def sampler(self) -> Sampler:
-        defaults = drawing_defaults(self.base)
+    def sampler(self) -> SamplingConfig:
+        defaults = sampling_defaults(self.base)
         steps = (
             defaults["num_inference_steps"] if self.num_inference_steps is None else self.num_inference_steps
         )
         guidance = defaults["guidance_scale"] if self.guidance_scale is None else self.guidance_scale
-        return Sampler(
+        return SamplingConfig(
             num_inference_steps=steps,
             guidance_scale=guidance,
             batch_size=self.batch_size,
             autocast=self.precision.dtype,
         )
 
-    def shots(self, subject: Subject, place: int) -> list[Shot]:
+    def shots(self, subject: Subject, place: int) -> list[ImageRequest]:
         """All images of the subject at that place in the list, prompt by prompt."""
         first = self.seed + place * self.samples
-        return [Shot(p, first + s) for p in subject.prompts(self.unique_token) for s in range(self.samples)]
+        return [
+            ImageRequest(p, first + s)
+            for p in subject.prompts(self.unique_token)
+            for s in range(self.samples)
+        ]
 
 
 def draw_subjects(
@@ -88,7 +92,7 @@ def draw_subjects(
     state, sampler = PartialState(), drawing.sampler()
     for notice in drawing.precision.notices:
         state.print(notice)
-    pipe = open_base(drawing.base, device=state.device)
+    pipe = open_frozen_pipeline(drawing.base, device=state.device)
     labels = [*([BASE] if with_base else []), *([ADAPTERS] if adapters else [])]
     found: Sets = {}
     total = sum(len(drawing.shots(s, 0)) for s in subjects) * len(labels)
@@ -111,7 +115,7 @@ def draw_subjects(
 def _draw(
     drawing: Drawing,
     pipe: DiffusionPipeline,
-    sampler: Sampler,
+    sampler: SamplingConfig,
     subject: Subject,
     place: int,
     folder: Path,

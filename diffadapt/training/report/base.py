@@ -27,8 +27,8 @@ from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
 from diffadapt.models.base_names import is_embedded
 from diffadapt.models.families import DEFAULTS
-from diffadapt.models.sampling import Sampler, Shot, draw
-from diffadapt.models.text_base import cut_prompts
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
+from diffadapt.models.text_conditioned import truncated_prompts
 from diffadapt.training.checkpoint.state import save_adapter
 from diffadapt.training.loop import Trainer
 from diffadapt.training.parsing import write_config
@@ -53,7 +53,7 @@ class Report(ABC):
     def __init__(self, setup: Setup):
         self.model, self.options, self._started = setup.model, setup.options, setup.started
         options = setup.options
-        self.sampler = Sampler(
+        self.sampler = SamplingConfig(
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             batch_size=options.sample_batch_size,
@@ -61,7 +61,7 @@ class Report(ABC):
             width=options.resolution,
             autocast=runtime.autocast_dtype(setup.accelerator),
         )
-        self.shots: dict[str, list[Shot]] = {}
+        self.shots: dict[str, list[ImageRequest]] = {}
         self.pictures: dict[str, Pictures] = {}
         self.failures: list[str] = []  # what went wrong beside the result itself
         self.export_note: str | None = None  # why the default format will not be written
@@ -101,7 +101,7 @@ class Report(ABC):
     def cut_prompts(self) -> dict[str, str]:
         """For the summary: which words of the prompts that are drawn the base does not read."""
         prompts = [shot.prompt for some in self.shots.values() for shot in some if shot.label is None]
-        cuts = cut_prompts(self.model.pipe, prompts) if self.options.num_validation_images else []
+        cuts = truncated_prompts(self.model.pipe, prompts) if self.options.num_validation_images else []
         return {"prompts": describe_cuts(cuts)} if cuts else {}
 
     def details(self) -> dict[str, object]:
@@ -112,7 +112,7 @@ class Report(ABC):
         """Within the context the model is as before training."""
         return disabled(self.model.pipe)
 
-    def validation_shots(self) -> list[Shot]:
+    def validation_shots(self) -> list[ImageRequest]:
         """What is drawn in between: as many as `--num_validation_images`, of every kind in turn."""
         kinds = [some for some in self.shots.values() if some]
         mixed = [some[i] for i in range(max(map(len, kinds), default=0)) for some in kinds if i < len(some)]
@@ -243,10 +243,10 @@ class Report(ABC):
             parts + [f"--mixed_precision {options.mixed_precision}"] * bool(self.sampler.autocast)
         )
 
-    def _draw(self, wanted: Sequence[Shot], label: str) -> Tensor:
+    def _draw(self, wanted: Sequence[ImageRequest], label: str) -> Tensor:
         images = []
         with tqdm(desc=label, total=len(wanted), leave=False) as bar:
-            for batch in draw(self.model.pipe, wanted, self.sampler):
+            for batch in generate(self.model.pipe, wanted, self.sampler):
                 images.append(batch)
                 bar.update(len(batch))
         return torch.cat(images)

@@ -11,7 +11,7 @@ from diffadapt.data.examples import Example
 from diffadapt.methods import Method
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.parse_method import with_class_table
-from diffadapt.models.class_base import ClassBase
+from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import Base
 from diffadapt.training.base_defaults import build_method
 from diffadapt.training.options import TrainOptions
@@ -34,7 +34,7 @@ def with_new_table(options: Kind, model: Base, names: Sequence[str]) -> Kind:
 
     Raises: ValueError for a base that is told words, or a method that cannot have a table beside it.
     """
-    if not isinstance(model, ClassBase):
+    if not isinstance(model, ClassConditionedBase):
         raise ValueError(f"{model.source} is told words, not classes; use train_scripts/style_transfer.py")
     too_many = options.class_labels is None and len(names) > model.num_classes
     if new_table(build_method(options)) or not (options.new_class_table or too_many):
@@ -45,7 +45,7 @@ def with_new_table(options: Kind, model: Base, names: Sequence[str]) -> Kind:
     )
 
 
-def labels_of(model: ClassBase, names: Sequence[str], class_labels: str | None) -> list[int]:
+def labels_of(model: ClassConditionedBase, names: Sequence[str], class_labels: str | None) -> list[int]:
     """The row of the class table in use for each class of the data.
 
     Raises: ValueError when the labels do not fit the data or the table.
@@ -93,7 +93,7 @@ def matched_by_name(
     return [dataclasses.replace(example, caption=number_of[names[example.caption]]) for example in examples]
 
 
-def table_note(model: ClassBase, rows: Sequence[int]) -> str:
+def table_note(model: ClassConditionedBase, rows: Sequence[int]) -> str:
     """For the summary: which class table is used, and the rows the data's classes have in it."""
     table = model.class_table
     which = f"{model.source}'s table" if table.new_classes is None else "a new table of the adapter"

@@ -17,7 +17,7 @@ from diffadapt.metrics.digit_classifier import NAME as DIGITS
 from diffadapt.metrics.digit_classifier import class_agreement
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
-from diffadapt.models.sampling import Shot
+from diffadapt.models.sampling import ImageRequest
 from diffadapt.training.report.base import Figures, Pictures, Report
 from diffadapt.training.report.class_mapping import class_names, new_table, table_note
 from diffadapt.training.report.held_out import HeldOutLoss, pixels_of
@@ -28,7 +28,7 @@ SHOWN_CLASSES, SHOWN_EACH = 10, 3  # columns and rows of each block of the grid
 LOSS_ROUNDS = 4  # noises and timesteps per picture in the held-out loss
 
 
-def class_shots(rows: Sequence[int], names: Sequence[str], *, count: int, seed: int) -> list[Shot]:
+def class_shots(rows: Sequence[int], names: Sequence[str], *, count: int, seed: int) -> list[ImageRequest]:
     """`count` pictures, the classes in turn, each with its own seed.
 
     Args:
@@ -36,7 +36,7 @@ def class_shots(rows: Sequence[int], names: Sequence[str], *, count: int, seed: 
         names: of the data's classes.
     """
     turns = [index % len(rows) for index in range(count)]
-    return [Shot(f"class {names[k]}", seed + index, rows[k]) for index, k in enumerate(turns)]
+    return [ImageRequest(f"class {names[k]}", seed + index, rows[k]) for index, k in enumerate(turns)]
 
 
 def at_most(examples: Sequence[Example], count: int) -> list[Example]:

@@ -13,7 +13,7 @@ from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
 from diffadapt.metrics.similarity import paired_similarity
-from diffadapt.models.sampling import Shot, shots
+from diffadapt.models.sampling import ImageRequest, image_requests
 from diffadapt.training.report.base import Figures, Pictures, Report
 from diffadapt.training.report.held_out import HeldOutLoss, pixels_of
 from diffadapt.training.setup import Setup
@@ -66,9 +66,9 @@ class StyleReport(Report):
         count, prompt = options.num_validation_images, options.validation_prompt
         self.shown = [] if prompt else self._shown(count)
         captions = [with_trigger(e.caption, options.trigger_word) for e in self.shown]
-        self.shots = {"captions": [Shot(c, options.seed + i) for i, c in enumerate(captions)]}
+        self.shots = {"captions": [ImageRequest(c, options.seed + i) for i, c in enumerate(captions)]}
         if prompt:
-            self.shots = {"captions": shots(prompt, count, seed=options.seed)}
+            self.shots = {"captions": image_requests(prompt, count, seed=options.seed)}
         self._accelerator, self._losses = setup.accelerator, {}
 
     def begin(self) -> None:

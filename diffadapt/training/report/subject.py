@@ -14,7 +14,7 @@ from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
 from diffadapt.models.base_names import resolve
 from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
-from diffadapt.models.sampling import Shot, shots
+from diffadapt.models.sampling import ImageRequest, image_requests
 from diffadapt.training.report.base import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
 from diffadapt.training.start_command import start_command
@@ -24,20 +24,22 @@ SHOWN_SUBJECTS, SHOWN_CONTEXTS = 9, 10  # pictures per block of the grid
 
 def showing(
     family: str, instance_prompt: str, *, count: int, validation_prompt: str | None, seed: int, measured: bool
-) -> dict[str, list[Shot]]:
+) -> dict[str, list[ImageRequest]]:
     """The shots of a run by kind: of the subject, in new contexts, and of unrelated things.
 
     Unrelated prompts, and all ten contexts, are there only when figures are made of them.
     """
     if validation_prompt is not None:
-        context_shots = shots(validation_prompt, count, seed=seed)
+        context_shots = image_requests(validation_prompt, count, seed=seed)
     else:
         prompts = contexts(family, instance_prompt)
         prompts = prompts if measured else prompts[:count]
-        context_shots = [Shot(prompt, seed + i) for i, prompt in enumerate(prompts)]
-    unrelated = [Shot(prompt, seed + i) for i, prompt in enumerate(UNRELATED[family])] if measured else []
+        context_shots = [ImageRequest(prompt, seed + i) for i, prompt in enumerate(prompts)]
+    unrelated = (
+        [ImageRequest(prompt, seed + i) for i, prompt in enumerate(UNRELATED[family])] if measured else []
+    )
     return {
-        "subject": shots(instance_prompt, count, seed=seed),
+        "subject": image_requests(instance_prompt, count, seed=seed),
         "contexts": context_shots,
         "unrelated": unrelated,
     }

@@ -18,7 +18,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")  # of a pipeline
 
 
 @dataclass(frozen=True)
-class CutCaption:
+class TruncatedCaption:
     """A caption that is longer than a tokenizer takes."""
 
     caption: str
@@ -28,7 +28,7 @@ class CutCaption:
 
 
 @dataclass
-class WordBase(LatentBase, ABC):
+class TextConditionedBase(LatentBase, ABC):
     """A base that is told captions. Its text encoders are asked once, or, when they are trained, in every
     step: then what is kept of a caption are its token ids."""
 
@@ -83,17 +83,17 @@ class WordBase(LatentBase, ABC):
             tokens[MASK + suffix] = found.attention_mask
         return tokens
 
-    def cut_captions(self, captions: Sequence[str]) -> list[CutCaption]:
+    def truncated_captions(self, captions: Sequence[str]) -> list[TruncatedCaption]:
         """The distinct captions of which the end is not read, and what is lost of each."""
-        found = [cut_caption(tok, text) for text in dict.fromkeys(captions) for tok in self.tokenizers]
+        found = [truncated_caption(tok, text) for text in dict.fromkeys(captions) for tok in self.tokenizers]
         return list(dict.fromkeys(cut for cut in found if cut is not None))
 
 
-def cut_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[CutCaption]:
+def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[TruncatedCaption]:
     """The distinct prompts of which a pipeline does not read the end; none where it has no tokenizers."""
     tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
     cuts = [
-        cut_caption(tokenizer, prompt)
+        truncated_caption(tokenizer, prompt)
         for prompt in dict.fromkeys(prompts)
         for tokenizer in tokenizers
         if tokenizer is not None
@@ -101,10 +101,10 @@ def cut_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[CutCapt
     return list(dict.fromkeys(cut for cut in cuts if cut is not None))
 
 
-def cut_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> CutCaption | None:
+def truncated_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> TruncatedCaption | None:
     """What a tokenizer cuts off; None when the whole caption fits."""
     ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
     room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
     if len(ids) <= room:
         return None
-    return CutCaption(caption, len(ids), room, tokenizer.decode(ids[room:]).strip())
+    return TruncatedCaption(caption, len(ids), room, tokenizer.decode(ids[room:]).strip())

@@ -14,7 +14,7 @@ from diffadapt.models.latent_base import LatentBase
 
 
 @dataclass
-class ClassBase(LatentBase, ABC):
+class ClassConditionedBase(LatentBase, ABC):
     """A base that is told the number of a class: a row of its class table."""
 
     @property
