@@ -94,7 +94,7 @@ def unique_labels(paths: Sequence[str]) -> dict[str, str]:
 def load_dense(pipe: object, path: str) -> Adapter:
     """Raises: ValueError for a file of another method."""
     dense = da.load(pipe, path, name="dense fine-tune")
-    if "full" not in [part.name for part in dense.method.parts]:
+    if "full" not in [part.name for part in dense.method.members]:
         raise ValueError(f"--dense {path} is of method {dense.method}; a dense fine-tune is of method full")
     return dense
 

@@ -64,10 +64,10 @@ def choose_sites(
     found: list[Found] = []
     for root, module in roots.items():
         if root.startswith("text_encoder"):
-            chosen = find_sites(module, text_encoder_targets, f"{root}.", also=method.also)
+            chosen = find_sites(module, text_encoder_targets, f"{root}.", also=method.extra_targets)
             found += _useful(chosen, root, roots, text_encoder_targets)
         else:
-            found += find_sites(module, targets, f"{root}." if root else "", also=method.also)
+            found += find_sites(module, targets, f"{root}." if root else "", also=method.extra_targets)
     return roots, found
 
 

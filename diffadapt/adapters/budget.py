@@ -111,7 +111,12 @@ def fit_budget(
             f"{method} has {least:,} parameters at every rank; leave out the budget or its own rank"
         )
     plans = plan_parts(make_method(method, rank=1, **options), sites)
-    falls = {rank for plan in plans for site in plan.sites for rank in plan.methods[0].falls(site)}
+    falls = {
+        rank
+        for plan in plans
+        for site in plan.sites
+        for rank in plan.methods[0].ranks_where_count_drops(site)
+    }
     return make_method(method, rank=_largest_within(count, falls, budget), **options)
 
 

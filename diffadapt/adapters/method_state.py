@@ -44,11 +44,13 @@ class PartPlan:
 
     def trained(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the trained tensors by name in a file: ``label/site/tensor``, ``label//shared``."""
-        return self._named([method.trained(site) for method, site in self._pairs()])
+        return self._named([method.trained_tensors(site) for method, site in self._pairs()])
 
     def stored(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors in a file: the trained ones, and those kept without training."""
-        return self._named([method.trained(site) | method.stored(site) for method, site in self._pairs()])
+        return self._named(
+            [method.trained_tensors(site) | method.frozen_tensors(site) for method, site in self._pairs()]
+        )
 
     def _pairs(self) -> list[tuple[Method, Site]]:
         return list(zip(self.methods, self.sites, strict=True))
@@ -59,7 +61,7 @@ class PartPlan:
             for site, shapes in zip(self.sites, own, strict=True)
             for key, shape in shapes.items()
         }
-        shared = self.methods[0].shared(self.sites)
+        shared = self.methods[0].shared_tensors(self.sites)
         return named | {f"{self.label}//{key}": shape for key, shape in shared.items()}
 
     def counts(self) -> dict[str, int]:
@@ -80,10 +82,10 @@ def plan_parts(
     part finds no site, or no part has a rank.
     """
     ranks, plans = ranks or {}, []
-    if ranks and not any(hasattr(part, "rank") for part in method.parts):
+    if ranks and not any(hasattr(part, "rank") for part in method.members):
         raise ValueError(f"{method} has no rank, so there is none to choose for {next(iter(ranks))}")
-    for number, part in enumerate(method.parts):
-        indices = tuple(i for i, site in enumerate(sites) if part.serves(site))
+    for number, part in enumerate(method.members):
+        indices = tuple(i for i, site in enumerate(sites) if part.supports(site))
         if not indices:
             kinds = ", ".join(sorted(part.kinds))
             raise ValueError(f"{part.name} changes {kinds} layers, and the targets choose none of them")
@@ -96,7 +98,7 @@ def plan_parts(
             )
         own = ranks if hasattr(part, "rank") else {}
         methods = tuple(replace(part, rank=own[s.name]) if s.name in own else part for s in chosen)
-        label = part.name if len(method.parts) == 1 else f"{number}.{part.name}"
+        label = part.name if len(method.members) == 1 else f"{number}.{part.name}"
         plans.append(PartPlan(label, indices, chosen, methods))
     return plans
 
@@ -119,16 +121,18 @@ class Part(nn.Module):
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         options = {"dtype": dtype, "device": first.device}
         self.tensors = nn.ModuleList(
-            _parameters(method.trained(site), method.stored(site), options)
+            _parameters(method.trained_tensors(site), method.frozen_tensors(site), options)
             for method, site in zip(self.methods, self.sites, strict=True)
         )
-        self.shared = _parameters(method.shared(self.sites), {}, options)
+        self.shared = _parameters(method.shared_tensors(self.sites), {}, options)
         self.constants = nn.Module()
         for key, constant in method.constants(self.sites, seed).items():
             constant = constant.to(**options) if constant.is_floating_point() else constant.to(first.device)
             self.constants.register_buffer(key, constant, persistent=False)
-        self.lent = [method.lent(site) for method, site in zip(self.methods, self.sites, strict=True)]
-        self.layout = method.layout(self.sites)
+        self.shared_tensor_names = [
+            method.shared_tensor_names(site) for method, site in zip(self.methods, self.sites, strict=True)
+        ]
+        self.change_plan = method.plan_changes(self.sites)
 
     @property
     def device(self) -> torch.device:
@@ -143,10 +147,10 @@ class Part(nn.Module):
         """Give the tensors their starting values: a function of the seed, the label and the site's name."""
         if bases[0].device.type == "meta":
             return
-        self.methods[0].start_shared(self.sites, bases, dict(self.shared.items()), self.seed)
+        self.methods[0].init_shared_tensors(self.sites, bases, dict(self.shared.items()), self.seed)
         for index, (site, base) in enumerate(zip(self.sites, bases, strict=True)):
             generator = named_generator(self.seed, self.label, site.name)
-            self.methods[index].start(site, self._lend(index), base, generator)
+            self.methods[index].init_tensors(site, self._lend(index), base, generator)
 
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
         """What the part does to one site; ``in_forward``: as part of a forward of the model, for backward."""
@@ -217,7 +221,10 @@ class Part(nn.Module):
         magnitudes, whose zeros are no start."""
         owned = [(self.methods[0], self.shared), *zip(self.methods, self.tensors, strict=True)]
         return [
-            tensor for method, tensors in owned for key, tensor in tensors.items() if not method.decays(key)
+            tensor
+            for method, tensors in owned
+            for key, tensor in tensors.items()
+            if not method.has_weight_decay(key)
         ]
 
     def named(self) -> dict[str, Tensor]:
@@ -237,14 +244,14 @@ class Part(nn.Module):
     def _lend(self, index: int) -> dict[str, Tensor]:
         """A site's own tensors and those it shares, by the names its method uses."""
         lent = dict(self.tensors[index].items())
-        for key, name in self.lent[index].items():
+        for key, name in self.shared_tensor_names[index].items():
             lent[key] = self.shared[name] if name in self.shared else getattr(self.constants, name)
         return lent
 
     def _prepared_now(self) -> Sequence[Expression]:
         tensors = dict(self.shared.items()) | dict(self.constants.named_buffers())
         with without_autocast(self.device.type):
-            return self.methods[0].prepare(self.layout, tensors)
+            return self.methods[0].compute_changes(self.change_plan, tensors)
 
     def _for_forward(self) -> Sequence[Expression]:
         """The prepared changes of the forward that runs, or runs again in backward."""

@@ -61,7 +61,7 @@ def as_text(method: Method, table: ParameterTable) -> str:
 
 def as_json(method: Method, table: ParameterTable) -> str:
     blocks = [{"name": name, "layers": layers, "parameters": values} for name, layers, values in table.blocks]
-    parts = [{"name": part.name, "options": dataclasses.asdict(part)} for part in method.parts]
+    parts = [{"name": part.name, "options": dataclasses.asdict(part)} for part in method.members]
     record = {
         "method": parts,
         "blocks": blocks,

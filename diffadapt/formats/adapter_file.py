@@ -48,7 +48,7 @@ def save(
     config = {
         "name": adapter.name,
         "seed": adapter.seed,
-        "method": [{"name": part.name, "options": part.settings} for part in adapter.method.parts],
+        "method": [{"name": part.name, "options": part.settings} for part in adapter.method.members],
         "sites": [_describe(site, adapter) for site in adapter.sites],
         "base": {"name": base, **values},
     }

@@ -24,15 +24,15 @@ class Method:
         name: the registered name.
         kinds: the kinds of layers it can change.
         learning_rate: recommended rate for AdamW, used when none is given.
-        grouped: whether the changes of all sites are computed together, by ``prepare``.
-        also: target presets the method changes besides those it is given.
+        grouped: whether the changes of all sites are computed together, by ``compute_changes``.
+        extra_targets: target presets the method changes besides those it is given.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv"})
     learning_rate: ClassVar[float]
     grouped: ClassVar[bool] = False
-    also: ClassVar[tuple[str, ...]] = ()
+    extra_targets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -45,7 +45,7 @@ class Method:
                 raise ValueError(f"{self.name}: {field.name} must be {field.type}, got {value!r}")
 
     @property
-    def parts(self) -> tuple[Method, ...]:
+    def members(self) -> tuple[Method, ...]:
         """The methods this one combines; itself alone unless made with ``+``."""
         return (self,)
 
@@ -64,27 +64,27 @@ class Method:
         options = ", ".join(f"{key}={value}" for key, value in self.config.items())
         return f"{self.name}({options})" if options else self.name
 
-    def serves(self, site: Site) -> bool:
+    def supports(self, site: Site) -> bool:
         """Whether the method changes a layer like this one."""
         return site.kind in self.kinds
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         """Names and shapes of a site's trained tensors. Raises ValueError for a site it cannot change."""
         raise TypeError(f"{type(self).__name__} does not define trained()")
 
-    def falls(self, site: Site) -> tuple[int, ...]:
+    def ranks_where_count_drops(self, site: Site) -> tuple[int, ...]:
         """The ranks at which a site's number of trained values may be lower than at the rank before."""
         return ()
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         """Whether weight decay may pull the trained tensor ``key`` towards zero: zeros are no change."""
         return True
 
-    def stored(self, site: Site) -> Shapes:
+    def frozen_tensors(self, site: Site) -> Shapes:
         """Further tensors a site keeps in the file without training them."""
         return {}
 
-    def shared(self, sites: Sequence[Site]) -> Shapes:
+    def shared_tensors(self, sites: Sequence[Site]) -> Shapes:
         """Names and shapes of the tensors trained once for several sites."""
         return {}
 
@@ -92,25 +92,25 @@ class Method:
         """Frozen random tensors (float64, on the CPU), regenerated from the seed and never stored."""
         return {}
 
-    def lent(self, site: Site) -> dict[str, str]:
+    def shared_tensor_names(self, site: Site) -> dict[str, str]:
         """The shared tensors and constants a site's ``update`` receives: its name for each -> their name."""
         return {}
 
-    def start_shared(
+    def init_shared_tensors(
         self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
     ) -> None:
         """Fill the shared tensors, which arrive as zeros."""
 
-    def layout(self, sites: Sequence[Site]) -> object:
-        """What ``prepare`` needs to know of the sites' shapes, worked out once."""
+    def plan_changes(self, sites: Sequence[Site]) -> object:
+        """What ``compute_changes`` needs to know of the sites' shapes, worked out once."""
         return sites
 
-    def prepare(self, layout: object, tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
+    def compute_changes(self, plan: object, tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
         """The change of every site, computed together once per forward of the model; ``update`` gets it as
         ``change``. None for methods whose sites do not depend on each other."""
         return None
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         """Fill the tensors, which arrive as zeros, so that the layer's output does not change."""

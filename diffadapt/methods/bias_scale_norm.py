@@ -22,10 +22,10 @@ class BitFit(Method):
     name: ClassVar[str] = "bitfit"
     learning_rate: ClassVar[float] = 1e-3
 
-    def serves(self, site: Site) -> bool:
-        return super().serves(site) and site.has_bias
+    def supports(self, site: Site) -> bool:
+        return super().supports(site) and site.has_bias
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"bias": (site.out,)}
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
@@ -42,13 +42,13 @@ class Gamma(Method):
     name: ClassVar[str] = "gamma"
     learning_rate: ClassVar[float] = 1e-3
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"gamma": (site.out,)}
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return False
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         tensors["gamma"].fill_(1)
@@ -66,10 +66,10 @@ class Norms(Method):
     learning_rate: ClassVar[float] = 1e-3
 
     @property
-    def also(self) -> tuple[str, ...]:
+    def extra_targets(self) -> tuple[str, ...]:
         return ("norm",)
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"weight": site.shape} | ({"bias": site.shape} if site.has_bias else {})
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:

@@ -41,28 +41,28 @@ class ClassEmbedding(Method):
             raise ValueError(f"{self.name}: classes must be at least 1, got {self.classes}")
 
     @property
-    def also(self) -> tuple[str, ...]:
+    def extra_targets(self) -> tuple[str, ...]:
         return ("class_embedding",)
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {}
 
-    def shared(self, sites: Sequence[Site]) -> Shapes:
-        return {self.lent(site)["table"]: self._table(site) for site in sites}
+    def shared_tensors(self, sites: Sequence[Site]) -> Shapes:
+        return {self.shared_tensor_names(site)["table"]: self._table(site) for site in sites}
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return False
 
-    def lent(self, site: Site) -> dict[str, str]:
+    def shared_tensor_names(self, site: Site) -> dict[str, str]:
         rows, dim = self._table(site)
         return {"table": f"table_{rows}x{dim}"}
 
-    def start_shared(
+    def init_shared_tensors(
         self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
     ) -> None:
         filled: dict[str, str] = {}
         for site, base in zip(sites, bases, strict=True):
-            name = self.lent(site)["table"]
+            name = self.shared_tensor_names(site)["table"]
             start = base.to(tensors[name].dtype)
             if self.classes is not None:
                 start = resized(start, len(tensors[name]), null_class=self.null_class)

@@ -17,16 +17,12 @@ class Combined(Method):
     members: tuple[Method, ...] = ()
 
     @property
-    def parts(self) -> tuple[Method, ...]:
-        return self.members
-
-    @property
     def learning_rate(self) -> float:
         return min(part.learning_rate for part in self.members)
 
     @property
-    def also(self) -> tuple[str, ...]:
-        return tuple(preset for part in self.members for preset in part.also)
+    def extra_targets(self) -> tuple[str, ...]:
+        return tuple(preset for part in self.members for preset in part.extra_targets)
 
     def __str__(self) -> str:
         return "+".join(str(part) for part in self.members)

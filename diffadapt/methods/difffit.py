@@ -44,37 +44,37 @@ class DiffFit(ClassEmbedding):
             raise ValueError(f"difffit: classes={self.classes} needs class_embedding, which is off")
 
     @property
-    def also(self) -> tuple[str, ...]:
+    def extra_targets(self) -> tuple[str, ...]:
         return ("norm",) * self.norms + ("class_embedding",) * self.class_embedding
 
-    def serves(self, site: Site) -> bool:
+    def supports(self, site: Site) -> bool:
         wanted = {"norm": self.norms, "embedding": self.class_embedding}
-        return super().serves(site) and wanted.get(site.kind, self.gamma or self.beta)
+        return super().supports(site) and wanted.get(site.kind, self.gamma or self.beta)
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         if site.kind == "norm":
-            return Norms().trained(site)
+            return Norms().trained_tensors(site)
         if site.kind == "embedding":
             return {}
         chosen = {"gamma": self.gamma, "beta": self.beta}
         return {key: (site.out,) for key, wanted in chosen.items() if wanted}
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return key != "gamma" and not key.startswith("table_")
 
-    def shared(self, sites: Sequence[Site]) -> Shapes:
-        return super().shared([site for site in sites if site.kind == "embedding"])
+    def shared_tensors(self, sites: Sequence[Site]) -> Shapes:
+        return super().shared_tensors([site for site in sites if site.kind == "embedding"])
 
-    def lent(self, site: Site) -> dict[str, str]:
-        return super().lent(site) if site.kind == "embedding" else {}
+    def shared_tensor_names(self, site: Site) -> dict[str, str]:
+        return super().shared_tensor_names(site) if site.kind == "embedding" else {}
 
-    def start_shared(
+    def init_shared_tensors(
         self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
     ) -> None:
         tables = [(s, base) for s, base in zip(sites, bases, strict=True) if s.kind == "embedding"]
-        super().start_shared([s for s, _ in tables], [base for _, base in tables], tensors, seed)
+        super().init_shared_tensors([s for s, _ in tables], [base for _, base in tables], tensors, seed)
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         if "gamma" in tensors:

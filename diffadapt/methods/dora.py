@@ -29,16 +29,16 @@ class DoRA(LoRA):
 
     recompute: bool = False  # make the product again in backward: less memory, one product more
 
-    def trained(self, site: Site) -> Shapes:
-        return super().trained(site) | {"magnitude": (site.out,)}
+    def trained_tensors(self, site: Site) -> Shapes:
+        return super().trained_tensors(site) | {"magnitude": (site.out,)}
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return key != "magnitude"
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
-        super().start(site, tensors, base, generator)
+        super().init_tensors(site, tensors, base, generator)
         tensors["magnitude"].copy_(base.flatten(1).to(tensors["magnitude"].dtype).norm(dim=1))
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:

@@ -45,7 +45,7 @@ class FLoRA(RankedMethod):
                 check_rank(option, getattr(self, option))
         check_choice("init", self.init, ("orthonormal", "gaussian"))
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         r_in, r_out = self.rank_in or self.rank, self.rank_out or self.rank
         kernel_ranks = tuple(min(self.kernel_rank, size) for size in site.kernel)
         axes = zip(site.kernel, kernel_ranks, strict=True)
@@ -56,7 +56,7 @@ class FLoRA(RankedMethod):
             **{f"kernel_{axis}": shape for axis, shape in enumerate(axes)},
         }
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         for factor, tensor in tensors.items():

@@ -22,7 +22,7 @@ class Full(Method):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
     learning_rate: ClassVar[float] = 1e-5
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"weight": site.shape} | ({"bias": site.bias_shape} if site.has_bias else {})
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:

@@ -49,10 +49,10 @@ class Imported(Method):
         counts = Counter(own["form"] for own in self.forms.values())
         return f"imported({', '.join(f'{form}: {count}' for form, count in sorted(counts.items()))})"
 
-    def serves(self, site: Site) -> bool:
+    def supports(self, site: Site) -> bool:
         return bare_path(site.name) in self.forms
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         own = self._own(site)
         try:
             shapes = {key: tuple(map(int, shape)) for key, shape in own["shapes"].items()}
@@ -64,7 +64,7 @@ class Imported(Method):
             ) from error
         return shapes
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return key not in MAGNITUDES
 
     def update(self, site: Site, tensors: Tensors, base: Tensor) -> Update:

@@ -55,23 +55,23 @@ class LieRA(RankedMethod):
                 f"{self.conv_reshape} would have no effect; leave it out, or take inner=lora or dora"
             )
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         if self.inner in ("pissa", "flora"):
-            return self._inner().trained(site)
+            return self._inner().trained_tensors(site)
         magnitude = {"magnitude": (site.out,)} if self.inner == "dora" else {}
         return factor_shapes(site, self.rank, self.conv_reshape) | magnitude
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return self.inner != "pissa" and key != "magnitude"
 
-    def stored(self, site: Site) -> Shapes:
-        return self._inner().stored(site) if self.inner == "pissa" else {}
+    def frozen_tensors(self, site: Site) -> Shapes:
+        return self._inner().frozen_tensors(site) if self.inner == "pissa" else {}
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         if self.inner in ("pissa", "flora"):
-            self._inner().start(site, tensors, base, generator)
+            self._inner().init_tensors(site, tensors, base, generator)
             return
         draw_uniform(tensors["down"], 1 / math.sqrt(tensors["down"].shape[1]), generator)
         if self.inner == "dora":

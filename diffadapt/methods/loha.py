@@ -27,11 +27,11 @@ class LoHa(RankedMethod):
     name: ClassVar[str] = "loha"
     learning_rate: ClassVar[float] = 5e-4
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         up, down = (site.out, self.rank), (self.rank, site.fan_in)
         return {"up_1": up, "down_1": down, "up_2": up, "down_2": down}
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         for key, std in (("up_1", 0.1), ("down_1", 1.0), ("down_2", 1.0)):

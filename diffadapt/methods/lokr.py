@@ -38,17 +38,17 @@ class LoKr(RankedMethod):
         if self.factor != -1 and self.factor < 1:
             raise ValueError(f"factor must be -1 or at least 1, got {self.factor}")
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         (a, c), (b, d) = self._split(site.out), self._split(site.channels_in)
         kernel = math.prod(site.kernel)
         if self.rank < _least_dense(c, d):
             return {"left": (a, b), "up": (c, self.rank), "down": (self.rank, d * kernel)}
         return {"left": (a, b), "right": (c, d * kernel)}
 
-    def falls(self, site: Site) -> tuple[int, ...]:
+    def ranks_where_count_drops(self, site: Site) -> tuple[int, ...]:
         return (_least_dense(self._split(site.out)[1], self._split(site.channels_in)[1]),)
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         for key in ("left", "down"):

@@ -39,10 +39,10 @@ class LoRA(RankedMethod):
     def alpha_divisor(self) -> float:
         return math.sqrt(self.rank) if self.rank_stabilized else self.rank
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return factor_shapes(site, self.rank, self.conv_reshape)
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         fan_in = tensors["down"].shape[1]

@@ -103,7 +103,7 @@ class MoRA(Method):
         side = int((per_rank * self.rank) ** 0.5 + 0.5)
         return max(2, side // 2 * 2) if self.type == 6 else side
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"square": (self.side(site), self.side(site))}
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:

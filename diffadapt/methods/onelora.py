@@ -34,7 +34,7 @@ class OneLoRA(Method):
         super().__post_init__()
         check_choice("compression", self.compression, ("sum", "random"))
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"vector": (site.out,)}
 
     def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ class OneLoRA(Method):
             for n in widths
         }
 
-    def lent(self, site: Site) -> dict[str, str]:
+    def shared_tensor_names(self, site: Site) -> dict[str, str]:
         return {"weights": f"weights_{site.fan_in}"} if self.compression == "random" else {}
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:

@@ -34,16 +34,16 @@ class PiSSA(Method):
         super().__post_init__()
         check_rank("rank", self.rank)
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
 
-    def stored(self, site: Site) -> Shapes:
-        return {f"start_{key}": shape for key, shape in self.trained(site).items()}
+    def frozen_tensors(self, site: Site) -> Shapes:
+        return {f"start_{key}": shape for key, shape in self.trained_tensors(site).items()}
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return False  # zeros would take the start out of the weight
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         left, values, right = torch.linalg.svd(base.flatten(1).double(), full_matrices=False)

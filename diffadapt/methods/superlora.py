@@ -76,31 +76,33 @@ class SuperLoRA(RankedMethod):
                 shown = option if option == "reshape=False" else f"kron_factors={value}"
                 raise ValueError(f"superlora: {shown} needs tensor_order=2, got {self.tensor_order}")
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {}  # all is shared
 
-    def shared(self, sites: Sequence[Site]) -> Shapes:
-        return {key: shape for plan in self.layout(sites).groups for key, shape in plan.trained.items()}
+    def shared_tensors(self, sites: Sequence[Site]) -> Shapes:
+        return {key: shape for plan in self.plan_changes(sites).groups for key, shape in plan.trained.items()}
 
     def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
         return {
-            key: value for plan in self.layout(sites).groups for key, value in plan.constants(seed).items()
+            key: value
+            for plan in self.plan_changes(sites).groups
+            for key, value in plan.constants(seed).items()
         }
 
-    def start_shared(
+    def init_shared_tensors(
         self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
     ) -> None:
-        for plan in self.layout(sites).groups:
+        for plan in self.plan_changes(sites).groups:
             plan.start(tensors, seed)
 
-    def layout(self, sites: Sequence[Site]) -> Layout:
+    def plan_changes(self, sites: Sequence[Site]) -> Layout:
         groups = group_sites(sites, self.groups)
         return plan_groups(sites, groups, [self._fold(group, sites) for group in groups], self.projection)
 
-    def prepare(self, layout: Layout, tensors: Mapping[str, Tensor]) -> list[Expression]:
-        return layout.changes(tensors)
+    def compute_changes(self, plan: Layout, tensors: Mapping[str, Tensor]) -> list[Expression]:
+        return plan.changes(tensors)
 
-    def decays(self, key: str) -> bool:
+    def has_weight_decay(self, key: str) -> bool:
         return not self.projection.startswith("nonlinear")  # the output of the start is subtracted
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:

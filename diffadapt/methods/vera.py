@@ -42,24 +42,24 @@ class VeRA(Method):
                 f"vera: rank must be at most {MOST_ROWS}, as frozen matrices of it are drawn, got {self.rank}"
             )
 
-    def trained(self, site: Site) -> Shapes:
+    def trained_tensors(self, site: Site) -> Shapes:
         return {"out_scale": (site.out,), "rank_scale": (self.rank,)}
 
     def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
         drawn: dict[str, Tensor] = {}
         for site in sites:
             shapes = {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
-            for key, name in self.lent(site).items():
+            for key, name in self.shared_tensor_names(site).items():
                 if name not in drawn:
                     drawn[name] = torch.empty(shapes[key], dtype=torch.float64, device="cpu")
                     fan_in = drawn[name].shape[1]
                     draw_uniform(drawn[name], math.sqrt(6 / fan_in), named_generator(seed, self.name, name))
         return drawn
 
-    def lent(self, site: Site) -> dict[str, str]:
+    def shared_tensor_names(self, site: Site) -> dict[str, str]:
         return {key: f"{key}_{site.out}x{site.fan_in}" for key in ("up", "down")}
 
-    def start(
+    def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         tensors["rank_scale"].fill_(self.d_init)

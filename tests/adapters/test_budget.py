@@ -76,7 +76,7 @@ def test_no_larger_rank_fits_where_parameters_do_not_grow_with_the_rank(method):
         ]
         for budget in sorted({count + change for count in counts for change in (0, 1)})[::3]:
             chosen = fit_budget(model, method, "linear+conv", budget=budget)
-            rank = next(part.rank for part in chosen.parts if hasattr(part, "rank"))
+            rank = next(part.rank for part in chosen.members if hasattr(part, "rank"))
             largest = max(rank for rank in range(1, 43) if counts[rank - 1] <= budget)
             if largest < 42:
                 assert rank == largest
@@ -95,7 +95,7 @@ def test_the_rank_of_a_kronecker_factor_ends_at_its_sides():
 
 def test_options_and_parts_keep_their_place():
     method = fit_budget(denoiser(), "1lora+flora(kernel_rank=1)", "conv", budget=1000, scale=4.0)
-    one, flora = method.parts
+    one, flora = method.members
     assert (one.name, flora.kernel_rank, flora.scale) == ("1lora", 1, 4.0)
     assert 1 < flora.rank < 20
     assert total(method, "conv") <= 1000
@@ -132,7 +132,7 @@ def test_a_table_says_what_attaching_trains(name):
     assert table.percent == pytest.approx(100 * table.total / table.base)
     adapter = da.attach(model, method, targets)
     assert adapter.num_parameters == table.total
-    if len(method.parts) == 1:
+    if len(method.members) == 1:
         assert sum(sites for _, sites, _ in table.blocks) == len(adapter.sites)
 
 

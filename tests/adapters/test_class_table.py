@@ -135,5 +135,5 @@ def test_the_table_becomes_part_of_the_adapters_name(name, expected):
     assert da.make_method(expected)
     without = with_class_table(name, 7, null_class=False)
     assert without == expected.replace("classes=7", "classes=7,null_class=false")
-    tables = [part for part in da.make_method(without).parts if getattr(part, "classes", None)]
+    tables = [part for part in da.make_method(without).members if getattr(part, "classes", None)]
     assert [(part.classes, part.null_class) for part in tables] == [(7, False)]

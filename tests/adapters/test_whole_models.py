@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import diffadapt as da
 
-KINDS = [set().union(*(part.kinds for part in case.method.parts)) for case in CASES]
+KINDS = [set().union(*(part.kinds for part in case.method.members)) for case in CASES]
 LINEAR = [case for case, kinds in zip(CASES, KINDS, strict=True) if "linear" in kinds]
 everywhere = pytest.mark.parametrize("case", CASES, ids=str)
 on_linear = pytest.mark.parametrize("case", LINEAR, ids=str)
 
 
 def targets(case):
-    return "+".join(sorted(set().union(*(part.kinds for part in case.method.parts))))
+    return "+".join(sorted(set().union(*(part.kinds for part in case.method.members))))
 
 
 def gradients(adapter, loss):

@@ -22,7 +22,7 @@ from diffadapt.adapters.fingerprint import fingerprint
 
 def targets(case):
     """Layers of the tiny model that the method changes, whatever their kind."""
-    kinds = set().union(*(part.kinds for part in case.method.parts))
+    kinds = set().union(*(part.kinds for part in case.method.members))
     presets = {"linear": "linear", "conv": "conv", "norm": "norm", "embedding": "embedding"}
     return "+".join(preset for kind, preset in presets.items() if kind in kinds)
 

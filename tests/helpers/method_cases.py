@@ -67,12 +67,12 @@ class Case:
     def changes(self, kind: LayerKind) -> bool:
         """Whether every part of the method says it can change such a layer."""
         site = _site(kind)
-        if not all(site.kind in part.kinds and part.serves(site) for part in self.method.parts):
+        if not all(site.kind in part.kinds and part.supports(site) for part in self.method.members):
             return False
         try:
-            for part in self.method.parts:
-                part.trained(site)
-                part.shared([site])
+            for part in self.method.members:
+                part.trained_tensors(site)
+                part.shared_tensors([site])
         except ValueError:
             return False
         return True

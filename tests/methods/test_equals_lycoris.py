@@ -87,6 +87,6 @@ def test_lokr_splits_every_width_as_lycoris_does():
         method = da.LoKr(rank=1, factor=factor)
         for width in range(1, 400):
             small, large = factorization(width, factor)
-            shapes = method.trained(Site("layer", "linear", (width, width)))
+            shapes = method.trained_tensors(Site("layer", "linear", (width, width)))
             assert shapes["left"] == (small, small)
             assert shapes.get("right", (large, large)) == (large, large)

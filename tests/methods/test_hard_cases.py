@@ -130,7 +130,7 @@ def test_a_combination_adds_the_changes_of_its_parts_to_the_frozen_weight():
 
 def test_options_belong_to_the_part_that_names_them():
     method = da.make_method("1lora+lora(rank=4, alpha=8)+flora(kernel_rank=1)", rank=3)
-    one, lora, flora = method.parts
+    one, lora, flora = method.members
     assert (one.name, lora.rank, lora.alpha, flora.rank, flora.kernel_rank) == ("1lora", 4, 8, 3, 1)
     with pytest.raises(ValueError, match="no option 'kernal_rank'; did you mean kernel_rank"):
         da.make_method("lora+flora(kernal_rank=1)")

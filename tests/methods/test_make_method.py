@@ -54,7 +54,7 @@ def test_a_description_becomes_a_method(spec, options, expected):
 
 def test_options_reach_every_part_that_has_them_and_does_not_set_them():
     method = da.make_method("flora+lora(rank=4)", rank=8, kernel_rank=1)
-    assert method.parts == (da.FLoRA(rank=8, kernel_rank=1), da.LoRA(rank=4))
+    assert method.members == (da.FLoRA(rank=8, kernel_rank=1), da.LoRA(rank=4))
 
 
 def test_a_combination_learns_at_the_smallest_rate_of_its_parts():
@@ -66,7 +66,7 @@ def test_a_combination_learns_at_the_smallest_rate_of_its_parts():
 def test_a_method_survives_its_own_description_and_its_json(spec):
     method = da.make_method(spec)
     assert da.make_method(str(method)) == method
-    parts = [{"name": part.name, "options": part.config} for part in method.parts]
+    parts = [{"name": part.name, "options": part.config} for part in method.members]
     assert read_method(json.loads(json.dumps(parts))) == method
 
 

@@ -102,7 +102,7 @@ def test_options_of_the_adapter_that_contradict_each_other_are_errors(given, mes
 
 def test_a_part_that_does_not_set_it_takes_the_rank():
     method = build_method(TrainOptions(**BASE, adapter="lora(rank=3)+flora", rank=8))
-    assert [part.rank for part in method.parts] == [3, 8]
+    assert [part.rank for part in method.members] == [3, 8]
 
 
 @pytest.mark.parametrize("adapter", ["1lora", "bitfit", "full", "1lora+norms", "peft:LOHA"])

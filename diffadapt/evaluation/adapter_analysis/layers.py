@@ -130,7 +130,7 @@ def configured_rank(adapter: Adapter, site: Site) -> int:
     """The rank the adapter's method has at a site; 8 for methods without one."""
     if site.name in adapter.ranks:
         return adapter.ranks[site.name]
-    ranks = [getattr(part, "rank", None) for part in adapter.method.parts if part.serves(site)]
+    ranks = [getattr(part, "rank", None) for part in adapter.method.members if part.supports(site)]
     return next((rank for rank in ranks if rank), RANK)
 
 

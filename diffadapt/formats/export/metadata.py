@@ -34,7 +34,7 @@ def metadata_of(
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The header: ``modelspec.*``, ``ss_*`` and ``sshs_*`` keys, and ``diffadapt.*`` with all we know."""
-    method = [{"name": part.name, "options": part.config} for part in adapter.method.parts]
+    method = [{"name": part.name, "options": part.config} for part in adapter.method.members]
     header = dict(extra or {})
     header |= {
         "format": "pt",

@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound=TrainOptions)
 
 def new_table(method: Method) -> ClassEmbedding | None:
     """The part of a method that has a table for a new set of classes."""
-    return next((part for part in method.parts if getattr(part, "classes", None) is not None), None)
+    return next((part for part in method.members if getattr(part, "classes", None) is not None), None)
 
 
 def with_new_table(options: Kind, model: Base, names: Sequence[str]) -> Kind:
