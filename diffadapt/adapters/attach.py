@@ -15,7 +15,7 @@ from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
 from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.adapters.method_state import Part, PartPlan, plan_parts
 from diffadapt.adapters.peft_bridge import attach_peft
-from diffadapt.adapters.targets import Found, assign_ranks, find_sites
+from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites
 from diffadapt.methods import Method
 from diffadapt.methods.peft_config import PeftMethod
 
@@ -56,24 +56,26 @@ def attach(
 
 def choose_sites(
     model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None = None
-) -> tuple[dict[str, nn.Module], list[Found]]:
+) -> tuple[dict[str, nn.Module], list[TargetSite]]:
     """The models by component name, and the layers that ``attach`` with these arguments would choose."""
     if not isinstance(method, Method):
         raise TypeError(f"expected a method, got {method!r}; make one with da.make_method({str(method)!r})")
     roots = components(model, text_encoder_targets is not None)
-    found: list[Found] = []
+    found: list[TargetSite] = []
     for root, module in roots.items():
         if root.startswith("text_encoder"):
-            chosen = find_sites(module, text_encoder_targets, f"{root}.", also=method.extra_targets)
+            chosen = find_sites(module, text_encoder_targets, f"{root}.", extra_presets=method.extra_targets)
             found += _useful(chosen, root, roots, text_encoder_targets)
         else:
-            found += find_sites(module, targets, f"{root}." if root else "", also=method.extra_targets)
+            found += find_sites(
+                module, targets, f"{root}." if root else "", extra_presets=method.extra_targets
+            )
     return roots, found
 
 
 def _useful(
-    chosen: Sequence[Found], root: str, roots: Mapping[str, nn.Module], targets: Targets
-) -> list[Found]:
+    chosen: Sequence[TargetSite], root: str, roots: Mapping[str, nn.Module], targets: Targets
+) -> list[TargetSite]:
     """Of a text encoder's layers those that have an effect, and that other programs know.
 
     Stable Diffusion XL reads the states of its first encoder before the last layer, so nothing behind gets a
@@ -101,7 +103,7 @@ def _useful(
 def attach_sites(
     roots: dict[str, nn.Module],
     method: Method,
-    found: Sequence[Found],
+    found: Sequence[TargetSite],
     *,
     name: str,
     seed: int,
@@ -217,7 +219,7 @@ def _home(root: nn.Module) -> object | None:
     return None if home is None else home()
 
 
-def _check_all_served(method: Method, found: Sequence[Found], plans: Sequence[PartPlan]) -> None:
+def _check_all_served(method: Method, found: Sequence[TargetSite], plans: Sequence[PartPlan]) -> None:
     served = {index for plan in plans for index in plan.indices}
     for index, choice in enumerate(found):
         if choice.by_name and index not in served:
@@ -226,7 +228,7 @@ def _check_all_served(method: Method, found: Sequence[Found], plans: Sequence[Pa
 
 
 def _swap(
-    adapter: Adapter, plans: Sequence[PartPlan], found: Sequence[Found], records: Sequence[Record]
+    adapter: Adapter, plans: Sequence[PartPlan], found: Sequence[TargetSite], records: Sequence[Record]
 ) -> None:
     entries: list[list[Entry]] = [[] for _ in found]
     for plan, part in zip(plans, adapter.parts, strict=True):

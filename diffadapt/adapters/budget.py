@@ -10,7 +10,7 @@ from diffadapt.adapters.attach import Targets, choose_sites
 from diffadapt.adapters.method_state import PartPlan, plan_parts
 from diffadapt.adapters.targets import assign_ranks
 from diffadapt.methods import Method
-from diffadapt.methods.parse_method import make_method, options_of
+from diffadapt.methods.parse_method import make_method, option_names
 from diffadapt.methods.peft_config import PREFIX as PEFT
 
 _MOST = 2**20  # no rank above this is tried
@@ -88,7 +88,7 @@ def fit_budget(
 
     Raises: ValueError when the method has no rank, or when rank 1 does not fit.
     """
-    if method.startswith(PEFT) or "rank" not in options_of(method):
+    if method.startswith(PEFT) or "rank" not in option_names(method):
         raise ValueError(f"{method} has no rank to choose, so a budget does not apply to it")
     _, found = choose_sites(model, make_method(method, **options), targets, text_encoder_targets)
     sites = [choice.site for choice in found]

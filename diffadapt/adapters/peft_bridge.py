@@ -17,7 +17,7 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.fused_projections import FusingRefused
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Entry, Record
 from diffadapt.adapters.peft_check import check_merge, check_storable, smallest_of_each_kind
-from diffadapt.adapters.targets import Found
+from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import wide
 from diffadapt.algebra.expressions import Dense
 from diffadapt.algebra.update import Update
@@ -119,7 +119,7 @@ class Wrapped:
 def attach_peft(
     roots: Mapping[str, nn.Module],
     method: PeftMethod,
-    found: Sequence[Found],
+    found: Sequence[TargetSite],
     *,
     name: str,
     seed: int,
@@ -165,7 +165,9 @@ def filling(tensors: Mapping[str, Tensor], path: object) -> Callable[[Adapter], 
     return fill
 
 
-def _wrap(adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, found: Sequence[Found]) -> None:
+def _wrap(
+    adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, found: Sequence[TargetSite]
+) -> None:
     """Let PEFT wrap the layers of one model, and put its wrappers under our records."""
     from peft import get_peft_model
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.fused_projections import check_not_fused
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL
 from diffadapt.common.suggestions import near
-from diffadapt.methods.site import Kind, Site, is_class_table
+from diffadapt.methods.site import LayerKind, Site, is_class_table
 
 _PROJECTIONS = {
     "qv": ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "proj_q", "proj_v"),
@@ -46,7 +46,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Found:
+class TargetSite:
     """A layer chosen by targets, all layers that share its weight, and whether a glob named it on purpose."""
 
     site: Site
@@ -55,19 +55,19 @@ class Found:
 
 
 def find_sites(
-    model: nn.Module, targets: str | Sequence[str], prefix: str = "", *, also: Sequence[str] = ()
-) -> list[Found]:
+    model: nn.Module, targets: str | Sequence[str], prefix: str = "", *, extra_presets: Sequence[str] = ()
+) -> list[TargetSite]:
     """The layers of ``model`` that ``targets`` choose, in the model's order; a shared weight is one site.
 
     ``targets`` are presets or globs on module names, joined with ``+`` or as a sequence; ``!glob`` excludes.
-    ``also`` are presets added where they match. A name without wildcards also matches as the end of another.
+    ``extra_presets`` are added where they match. A name without wildcards matches also as the end of another.
 
     Raises: ValueError for a target that matches nothing, TypeError for a layer that cannot be adapted.
     """
     tokens = _tokens(targets)
-    layers = dict(weighted_layers(model))
+    layers = dict(layers_with_weight(model))
     chosen: dict[str, bool] = {}
-    for token in (*tokens, *also):
+    for token in (*tokens, *extra_presets):
         if token.startswith("!"):
             continue
         matched = [name for name, layer in layers.items() if _matches(token, name, layer)]
@@ -83,36 +83,36 @@ def find_sites(
                 raise ValueError(f"exclusion {token!r} matches no layer{near(token[1:], layers)}")
             for name in excluded:
                 chosen.pop(name, None)
-    return choose(model, chosen, prefix)
+    return sites_by_name(model, chosen, prefix)
 
 
-def choose(model: nn.Module, names: Mapping[str, bool], prefix: str = "") -> list[Found]:
+def sites_by_name(model: nn.Module, names: Mapping[str, bool], prefix: str = "") -> list[TargetSite]:
     """The layers of ``model`` with these names, in the model's order; layers sharing a weight are one site.
 
     ``names`` says for each whether it was named on purpose. Raises ValueError for a name that is not there.
     """
-    layers = dict(weighted_layers(model))
+    layers = dict(layers_with_weight(model))
     for name in names:
         if name not in layers:
             raise ValueError(f"the model has no layer {name!r} with a weight{near(name, layers)}")
     shared: dict[int, list[nn.Module]] = {}
     for layer in layers.values():
         shared.setdefault(id(layer.weight), []).append(layer)
-    found: dict[int, Found] = {}
+    found: dict[int, TargetSite] = {}
     for name, layer in layers.items():
         if name in names and id(layer.weight) not in found:
             check_not_fused(model, name)
             same = shared[id(layer.weight)]
-            site = describe(prefix + name, layer)
+            site = site_of_layer(prefix + name, layer)
             if any(_kind(other) != site.kind for other in same):
                 raise TypeError(
                     f"{name} shares its weight with a layer of another kind; exclude it with '!{name}'"
                 )
-            found[id(layer.weight)] = Found(site, tuple(same), names[name])
+            found[id(layer.weight)] = TargetSite(site, tuple(same), names[name])
     return list(found.values())
 
 
-def describe(name: str, layer: nn.Module) -> Site:
+def site_of_layer(name: str, layer: nn.Module) -> Site:
     """The site of a layer. Raises TypeError for an unknown exact type, ValueError for a hooked forward."""
     if type(layer) not in ADAPTED and type(layer) not in ORIGINAL:
         raise TypeError(
@@ -166,14 +166,14 @@ def _tokens(targets: str | Sequence[str]) -> list[str]:
     return tokens
 
 
-def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers_with_weight(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every layer that holds a weight of its own, whether it can be adapted or not."""
     for name, layer in model.named_modules():
         if isinstance(getattr(layer, "weight", None), nn.Parameter):
             yield name, layer
 
 
-def _kind(layer: nn.Module) -> Kind | None:
+def _kind(layer: nn.Module) -> LayerKind | None:
     if isinstance(layer, nn.Linear):
         return "linear"
     if isinstance(layer, _CONV_TYPES):

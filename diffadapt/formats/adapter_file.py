@@ -15,7 +15,7 @@ from diffadapt.adapters.attach import attach_sites, components
 from diffadapt.adapters.fingerprint import fingerprints
 from diffadapt.adapters.layers import Record
 from diffadapt.adapters.peft_bridge import filling
-from diffadapt.adapters.targets import Found
+from diffadapt.adapters.targets import TargetSite
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.safetensors_file import check_numbers, checksums, read_header, read_tensors
 from diffadapt.formats.adapter_header import Configuration, read_configuration
@@ -100,7 +100,7 @@ def load(
 
 def _checked_filling(
     method: Method,
-    found: Sequence[Found],
+    found: Sequence[TargetSite],
     ranks: Mapping[str, int],
     names: Sequence[str],
     tensors: Mapping[str, Tensor],
@@ -117,7 +117,9 @@ def _checked_filling(
     return filling(tensors, path)
 
 
-def _check_base(config: Configuration, found: Sequence[Found], path: str | Path, *, strict: bool) -> None:
+def _check_base(
+    config: Configuration, found: Sequence[TargetSite], path: str | Path, *, strict: bool
+) -> None:
     """Warns, or raises ValueError, where the layers are not those of the base in the file."""
     records = [getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found]
     if not config.base_values.isdisjoint(fingerprints(records).values()):

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from diffadapt.adapters.method_state import plan_parts
-from diffadapt.adapters.targets import Found, choose
+from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.safetensors_file import check_numbers
 from diffadapt.common.suggestions import near
 from diffadapt.formats.adapter_header import StoredSite
@@ -19,7 +19,7 @@ from diffadapt.methods import Method
 
 def match_sites(
     roots: Mapping[str, nn.Module], stored: Sequence[StoredSite], path: str | Path
-) -> tuple[list[Found], dict[str, int], list[str]]:
+) -> tuple[list[TargetSite], dict[str, int], list[str]]:
     """The model's layers for the stored sites in order, the ranks by new name, and the stored names.
 
     Raises: ValueError naming the first site that the model does not have, or has with another shape.
@@ -28,12 +28,12 @@ def match_sites(
     (component, name), count = places.most_common(1)[0] if places else (("", ""), 0)
     if count > 1:
         raise ValueError(f"{path} lists the layer {name!r} {count} times")
-    found: dict[tuple[str, str], Found] = {}
+    found: dict[tuple[str, str], TargetSite] = {}
     for component in dict.fromkeys(component for component, *_ in stored):
         root = _root_for(component, roots, path)
         wanted = {name: True for own, name, *_ in stored if own == component}
         try:
-            chosen = choose(roots[root], wanted, f"{root}." if root else "")
+            chosen = sites_by_name(roots[root], wanted, f"{root}." if root else "")
         except ValueError as error:
             raise ValueError(f"{path} is of another architecture: {error}") from error
         prefix = len(root) + 1 if root else 0
@@ -60,7 +60,7 @@ def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) 
 
 
 def expected_tensors(
-    method: Method, found: Sequence[Found], ranks: Mapping[str, int], names: Sequence[str]
+    method: Method, found: Sequence[TargetSite], ranks: Mapping[str, int], names: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors the file should hold, by their names in it."""
     sites = [replace(choice.site, name=name) for choice, name in zip(found, names, strict=True)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.update import Expression, Update
-from diffadapt.methods.site import Kind, Site
+from diffadapt.methods.site import LayerKind, Site
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,7 +29,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv"})
     learning_rate: ClassVar[float]
     grouped: ClassVar[bool] = False
     extra_targets: ClassVar[tuple[str, ...]] = ()

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffadapt.algebra.expressions import Dense
 from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.site import Kind, Site
+from diffadapt.methods.site import LayerKind, Site
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Norms(Method):
     """Weights and biases of every LayerNorm and GroupNorm, whatever the targets. Parameters: 2 a channel."""
 
     name: ClassVar[str] = "norms"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"norm"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"norm"})
     learning_rate: ClassVar[float] = 1e-3
 
     @property

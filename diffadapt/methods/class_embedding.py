@@ -13,7 +13,7 @@ from diffadapt.algebra.class_table_rows import NewRows, resized
 from diffadapt.algebra.expressions import Replace
 from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.site import Kind, Site, is_class_table
+from diffadapt.methods.site import LayerKind, Site, is_class_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ClassEmbedding(Method):
     """
 
     name: ClassVar[str] = "class_embedding"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"embedding"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"embedding"})
     learning_rate: ClassVar[float] = 1e-3
 
     classes: int | None = field(default=None, kw_only=True)  # of a new set; None: the base's rows

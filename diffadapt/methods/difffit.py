@@ -13,7 +13,7 @@ from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.bias_scale_norm import Norms
 from diffadapt.methods.class_embedding import ClassEmbedding
-from diffadapt.methods.site import Kind, Site
+from diffadapt.methods.site import LayerKind, Site
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DiffFit(ClassEmbedding):
     """
 
     name: ClassVar[str] = "difffit"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "norm", "embedding"})
     learning_rate: ClassVar[float] = 1e-3
 
     gamma: bool = True  # a factor per output, starting at 1

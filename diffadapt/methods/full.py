@@ -11,7 +11,7 @@ from torch import Tensor
 from diffadapt.algebra.expressions import Dense
 from diffadapt.algebra.update import Update
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.site import Kind, Site
+from diffadapt.methods.site import LayerKind, Site
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Full(Method):
     """``W' = W + weight``, ``b' = b + bias``, both free and starting at zero. Parameters: the layer's own."""
 
     name: ClassVar[str] = "full"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "norm", "embedding"})
     learning_rate: ClassVar[float] = 1e-5
 
     def trained_tensors(self, site: Site) -> Shapes:

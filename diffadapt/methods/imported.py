@@ -15,7 +15,7 @@ from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.dora import rescale
 from diffadapt.methods.imported_forms import FORMS, Tensors
 from diffadapt.methods.ranked import check_multiplier
-from diffadapt.methods.site import Kind, Site
+from diffadapt.methods.site import LayerKind, Site
 
 MAGNITUDES = ("magnitude", "input_magnitude", "base_magnitude")
 
@@ -30,7 +30,7 @@ class Imported(Method):
     """
 
     name: ClassVar[str] = "imported"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "norm", "embedding"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "norm", "embedding"})
     learning_rate: ClassVar[float] = 1e-4
 
     forms: dict  # path -> {"form": name, "multiplier": number, "shapes": {tensor: shape}}

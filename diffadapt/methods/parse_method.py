@@ -9,7 +9,7 @@ from diffadapt.common.suggestions import near
 from diffadapt.methods import METHODS, READABLE, Combined, Method
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.peft_config import PREFIX as PEFT
-from diffadapt.methods.peft_config import parse_peft, peft_method
+from diffadapt.methods.peft_config import make_peft_method, parse_peft_spec
 from diffadapt.methods.peft_limits import check_options
 
 
@@ -20,8 +20,8 @@ def make_method(name: str, **options) -> Method:
     Raises ValueError for an unknown name or option, naming the nearest known one.
     """
     if name.startswith(PEFT):
-        kind, own = parse_peft(name)
-        return peft_method(kind, own, options)
+        kind, own = parse_peft_spec(name)
+        return make_peft_method(kind, own, options)
     specs = [_parse(part) for part in split_outside_brackets(name, "+")]
     known = {field.name for spec, _ in specs for field in fields(METHODS[spec])}
     for option in options:
@@ -31,16 +31,16 @@ def make_method(name: str, **options) -> Method:
     return parts[0] if len(parts) == 1 else Combined(members=parts)
 
 
-def is_set_by_itself(name: str, option: str) -> bool:
+def sets_option(name: str, option: str) -> bool:
     """Whether every part of ``name`` that has the option sets it, as ``lora(rank=3)`` sets ``rank``."""
     if name.startswith(PEFT):
-        return option in parse_peft(name)[1]
+        return option in parse_peft_spec(name)[1]
     specs = [_parse(part) for part in split_outside_brackets(name, "+")]
     having = [own for kind, own in specs if option in {field.name for field in fields(METHODS[kind])}]
     return bool(having) and all(option in own for own in having)
 
 
-def options_of(name: str) -> set[str]:
+def option_names(name: str) -> set[str]:
     """The options that the parts of a registered name or combination have."""
     specs = [_parse(part) for part in split_outside_brackets(name, "+")]
     return {field.name for kind, _ in specs for field in fields(METHODS[kind])}
@@ -57,7 +57,7 @@ def read_method(parts: object) -> Method:
             raise ValueError(f"expected a name and options, got {part!r}")
         if name.startswith(PEFT) and len(parts) == 1:
             check_options(name, options)
-            return peft_method(name.removeprefix(PEFT), options, {})
+            return make_peft_method(name.removeprefix(PEFT), options, {})
         if name not in READABLE:
             raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
         known = {field.name for field in fields(READABLE[name])}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diffadapt.common.suggestions import near
 from diffadapt.methods.base import Method
-from diffadapt.methods.site import Kind
+from diffadapt.methods.site import LayerKind
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -25,7 +25,7 @@ class PeftMethod(Method):
     While attached, the layers are PEFT's wrappers; everything else is as with our own methods.
     """
 
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding", "norm"})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "embedding", "norm"})
     learning_rate: ClassVar[float] = 5e-4
 
     type: str = "LORA"
@@ -55,7 +55,7 @@ class PeftMethod(Method):
             raise ValueError(f"{self.name}: {error}") from error
 
 
-def parse_peft(text: str) -> tuple[str, dict]:
+def parse_peft_spec(text: str) -> tuple[str, dict]:
     """Type and options of ``peft:OFT(r=4, coft=true)``; values are Python literals or bare words."""
     try:
         call = ast.parse(text.removeprefix(PREFIX).strip(), mode="eval").body
@@ -74,7 +74,7 @@ def _literal(node: ast.expr) -> object:
     return ast.literal_eval(node)
 
 
-def peft_method(kind: str, options: dict, given: dict) -> PeftMethod:
+def make_peft_method(kind: str, options: dict, given: dict) -> PeftMethod:
     """A method from a type, the options of its text and those given by name; ``rank`` is PEFT's ``r``.
 
     Raises: ValueError for an unknown type or option, naming near ones.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["linear", "conv", "embedding", "norm"]
+LayerKind = Literal["linear", "conv", "embedding", "norm"]
 
 _CLASS_TABLES = (  # how modules that hold one name it
     "class_embedding",
@@ -29,7 +29,7 @@ class Site:
     """
 
     name: str
-    kind: Kind
+    kind: LayerKind
     shape: tuple[int, ...]
     groups: int = 1
     has_bias: bool = False

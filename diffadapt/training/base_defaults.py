@@ -10,7 +10,7 @@ from diffadapt.adapters.budget import fit_budget, parse_budget, size_notices
 from diffadapt.common.number_ranges import require_seed
 from diffadapt.common.runtime import launcher_accumulation
 from diffadapt.methods import Method
-from diffadapt.methods.parse_method import is_set_by_itself, make_method
+from diffadapt.methods.parse_method import make_method, sets_option
 from diffadapt.models.families import DEFAULTS, TUNED, family_of
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import pairs
@@ -124,7 +124,7 @@ def fitted(options: TrainOptions, method: Method, model: object) -> Method:
     if options.param_budget is None:
         return method
     given = _method_options(options)
-    if "rank" in given or is_set_by_itself(options.adapter, "rank"):
+    if "rank" in given or sets_option(options.adapter, "rank"):
         raise ValueError("--param_budget chooses the rank; leave --rank out, or set it to none")
     return fit_budget(
         model,
@@ -185,7 +185,7 @@ def _method_options(options: TrainOptions) -> dict[str, object]:
         other = f"--adapter_options {name}={further[name]}"
         raise ValueError(f"--{name} {chosen[name]} and {other} exclude each other; give one of them")
     for name, value in {**chosen, **further}.items():
-        if is_set_by_itself(options.adapter, name):
+        if sets_option(options.adapter, name):
             raise ValueError(
                 f"{name} {value} has no effect: --adapter {options.adapter!r} sets {name} itself; "
                 "give one of them"

@@ -12,7 +12,7 @@ from helpers.layer_kinds import KINDS, MAIN, LayerKind
 from torch import Tensor, nn
 
 import diffadapt as da
-from diffadapt.adapters.targets import describe
+from diffadapt.adapters.targets import site_of_layer
 from diffadapt.algebra.combined_weight import wide
 from diffadapt.methods.site import Site
 
@@ -84,7 +84,7 @@ class Case:
 @functools.cache
 def _site(kind: LayerKind) -> Site:
     with torch.device("meta"):
-        return describe("layer", kind.make())
+        return site_of_layer("layer", kind.make())
 
 
 def _default(name: str) -> list[dict]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.adapters.targets import choose
+from diffadapt.adapters.targets import sites_by_name
 from diffadapt.algebra.expressions import Dense, EntrywiseProduct, FeatureSum, HadamardPair, Kron
 from diffadapt.algebra.factored import Derived
 from diffadapt.algebra.update import LowRank, Tucker
@@ -144,7 +144,7 @@ def _open_foreign(files: Sequence[Foreign], strengths: Sequence[float]) -> Opene
     adapters = []
     for number, (file, strength) in enumerate(zip(files, strengths, strict=True)):
         placed = {("", layer.replace(".", "/")): form for layer, form in file.forms.items()}
-        found = choose(model, {path: True for _, path in placed})
+        found = sites_by_name(model, {path: True for _, path in placed})
         forms = fitted(placed, found)
         adapters.append(attach_forms({"": model}, forms, found, name=f"adapter-{number}"))
         adapters[-1].strength = strength

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import detach
 from diffadapt.adapters.layers import Entry, Record
-from diffadapt.adapters.targets import Found
+from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import changed_weight, effective_bias, longest, start_weight
 from diffadapt.algebra.factored import Derived
 from diffadapt.algebra.update import LowRank, Tucker
@@ -91,7 +91,7 @@ def replaced(adapters: Sequence[Adapter], forms: Mapping[str, Form], *, name: st
     for adapter in adapters:
         roots |= adapter.roots
         for site in adapter.sites:
-            found[site.name] = Found(site, tuple(adapter.records[site.name].layers), True)
+            found[site.name] = TargetSite(site, tuple(adapter.records[site.name].layers), True)
     for adapter in adapters:
         detach(adapter)
     return attach_forms(roots, forms, [found[site] for site in forms], name=name)

@@ -14,7 +14,7 @@ from diffadapt.algebra.combined_weight import changed_weight, longest, start_wei
 from diffadapt.algebra.expressions import Dense
 from diffadapt.algebra.update import LowRank
 from diffadapt.formats.export.export_form import Form, added, form_of, rows_scaled
-from diffadapt.methods.site import Kind
+from diffadapt.methods.site import LayerKind
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Change:
 
     component: str
     path: str
-    kind: Kind
+    kind: LayerKind
     layer: nn.Module
     record: Record
     entries: list[Entry]

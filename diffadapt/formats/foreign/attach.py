@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
 from diffadapt.adapters.layers import Record
-from diffadapt.adapters.targets import Found, choose
+from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.suggestions import few
 from diffadapt.formats.foreign.layer_names import Names, Place, remedy
 from diffadapt.formats.foreign.open import Foreign
@@ -29,7 +29,7 @@ def attach_foreign(model: object, foreign: Foreign, *, name: str, strength: floa
         choice
         for root, module in roots.items()
         if (wanted := {path: True for own, path in placed if own == root})
-        for choice in choose(module, wanted, f"{root}." if root else "")
+        for choice in sites_by_name(module, wanted, f"{root}." if root else "")
     ]
     try:
         forms = fitted(placed, found)
@@ -41,7 +41,7 @@ def attach_foreign(model: object, foreign: Foreign, *, name: str, strength: floa
 
 
 def attach_forms(
-    roots: Mapping[str, nn.Module], forms: Mapping[str, Form], found: Sequence[Found], *, name: str
+    roots: Mapping[str, nn.Module], forms: Mapping[str, Form], found: Sequence[TargetSite], *, name: str
 ) -> Adapter:
     """An ``imported`` adapter with these forms by site name."""
     layout = {
@@ -58,7 +58,7 @@ def attach_forms(
     return attach_sites(chosen, Imported(layout), found, name=name, seed=0, ranks={}, fill=fill)
 
 
-def fitted(placed: Mapping[Place, Form], found: Sequence[Found]) -> dict[str, Form]:
+def fitted(placed: Mapping[Place, Form], found: Sequence[TargetSite]) -> dict[str, Form]:
     """The forms by the names of sites, in the shapes of their layers."""
     by_name = {f"{root}.{path}" if root else path: form for (root, path), form in placed.items()}
     forms: dict[str, Form] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from diffadapt.adapters.targets import weighted_layers
+from diffadapt.adapters.targets import layers_with_weight
 from diffadapt.formats.sgm_names import ANY, sgm_path
 
 Place = tuple[str, str]  # component and path of a layer
@@ -41,7 +41,7 @@ class Names:
     def __init__(self, roots: Mapping[str, nn.Module]):
         self.places: dict[str, Place] = {}
         for root, module in roots.items():
-            paths = [path for path, _ in weighted_layers(module)]
+            paths = [path for path, _ in layers_with_weight(module)]
             resnets = len({path.split(".")[3] for path in paths if path.startswith("down_blocks.0.resnets.")})
             for path in paths:
                 for name in _names(root, path, resnets):
