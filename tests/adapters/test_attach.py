@@ -185,7 +185,7 @@ def test_an_unknown_site_is_named_with_near_ones():
 def test_a_method_that_fails_to_start_leaves_no_trace(monkeypatch):
     model = denoiser()
     before = state(model)
-    monkeypatch.setattr(da.LoRA, "start", lambda *_: 1 / 0)
+    monkeypatch.setattr(da.LoRA, "init_tensors", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         da.attach(model, da.LoRA(rank=2), "conv")
     assert state(model) == before
