@@ -36,6 +36,11 @@ def test_the_wheel_holds_every_module_and_the_scripts_alone(wheel):
     assert modules == package | scripts
 
 
+def test_type_checkers_are_told_that_the_package_is_annotated(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "diffadapt/py.typed" in archive.namelist()
+
+
 def test_an_installed_script_starts_anywhere_and_names_its_module(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
