@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 
 from diffadapt.common.atomic_files import check_writable_folder, write_atomically
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.common.strict_json import to_json
 from diffadapt.evaluation.report.compared_runs import COSTS, Run, points, read_runs
 from diffadapt.evaluation.report.comparison import Difference, compare
@@ -167,4 +167,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

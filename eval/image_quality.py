@@ -22,7 +22,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from diffadapt.common.atomic_files import write_utf8
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation import image_quality_cli
 from diffadapt.evaluation.evaluate_sets import (
     Outcome,
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     image_quality_cli.add_options(parser)
     arguments = parser.parse_args(argv)
-    return run(lambda: verify() if arguments.verify else evaluate(arguments))
+    return run_command(lambda: verify() if arguments.verify else evaluate(arguments))
 
 
 def verify() -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from diffadapt.common.atomic_files import check_writable_folder
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.common.number_ranges import require_at_least, require_seed
 from diffadapt.evaluation.evaluate_sets import begin
 from diffadapt.evaluation.features.extractors import (
@@ -185,4 +185,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

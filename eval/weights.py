@@ -19,9 +19,9 @@ import weights_plots
 import diffadapt as da
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.common.atomic_files import check_writable_folder, write_atomically
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.common.number_ranges import require_at_least, require_seed
-from diffadapt.common.runtime import quiet
+from diffadapt.common.runtime import silence_libraries
 from diffadapt.common.strict_json import to_json
 from diffadapt.evaluation.adapter_analysis import LayerFigures, analyse
 from diffadapt.evaluation.report.plots import save_plot
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     check_writable_folder(arguments.output)
     require_at_least(arguments, {"k": 1, "rank": 1, "directions": 1, "seed": 0})
     require_seed(arguments.seed)
-    quiet()
+    silence_libraries()
     labels = unique_labels(arguments.adapters)
     base = arguments.base or base_named_in(arguments.adapters)
     pipe = open_pipeline(base)
@@ -148,4 +148,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

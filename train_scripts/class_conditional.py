@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.data.examples import Example
 from diffadapt.data.folders import class_folders
 from diffadapt.data.hub_tables import labelled_table, open_table
@@ -137,4 +137,4 @@ def renumbered(examples: Sequence[Example], rows: Sequence[int]) -> list[Example
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import ClassRecipe, class_examples, planned_class_examples
 from diffadapt.data.folders import instance_folder
@@ -99,4 +99,4 @@ def prior_weight(options: Options) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.data.buckets import Buckets, bucket_sizes, size_step
 from diffadapt.data.examples import Example
 from diffadapt.data.folders import captioned_folder
@@ -134,4 +134,4 @@ def buckets(setup: Setup[Options]) -> Buckets | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from diffadapt.adapters.layers import Entry, Record
 from diffadapt.adapters.merge import folded, refold
 from diffadapt.adapters.method_state import Part
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.methods import Method
 from diffadapt.methods.site import Site
 
@@ -104,7 +104,7 @@ class Adapter(nn.Module):
     def _record(self, site: str | Site) -> Record:
         name = site if isinstance(site, str) else site.name
         if name not in self.records:
-            raise ValueError(f"adapter {self.name!r} has no site {name!r}{near(name, self.records)}")
+            raise ValueError(f"adapter {self.name!r} has no site {name!r}{did_you_mean(name, self.records)}")
         return self.records[name]
 
     def entries(self, record: Record) -> list[Entry]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.fused_projections import check_not_fused
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.methods.site import LayerKind, Site, is_class_table
 
 _PROJECTIONS = {
@@ -73,14 +73,14 @@ def find_sites(
         matched = [name for name, layer in layers.items() if _matches(token, name, layer)]
         if not matched and token in tokens:
             others = [name for name in (*PRESETS, *layers) if name != token]
-            raise ValueError(f"target {token!r} matches no layer{near(token, others)}")
+            raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, others)}")
         for name in matched:
             chosen[name] = chosen.get(name, False) or token not in PRESETS
     for token in tokens:
         if token.startswith("!"):
             excluded = [name for name in layers if _name_matches(token[1:], name)]
             if not excluded:
-                raise ValueError(f"exclusion {token!r} matches no layer{near(token[1:], layers)}")
+                raise ValueError(f"exclusion {token!r} matches no layer{did_you_mean(token[1:], layers)}")
             for name in excluded:
                 chosen.pop(name, None)
     return sites_by_name(model, chosen, prefix)
@@ -94,7 +94,7 @@ def sites_by_name(model: nn.Module, names: Mapping[str, bool], prefix: str = "")
     layers = dict(layers_with_weight(model))
     for name in names:
         if name not in layers:
-            raise ValueError(f"the model has no layer {name!r} with a weight{near(name, layers)}")
+            raise ValueError(f"the model has no layer {name!r} with a weight{did_you_mean(name, layers)}")
     shared: dict[int, list[nn.Module]] = {}
     for layer in layers.values():
         shared.setdefault(id(layer.weight), []).append(layer)
@@ -150,7 +150,7 @@ def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str
         matched = [site.name for site in sites if _name_matches(pattern, site.name)]
         if not matched:
             raise ValueError(
-                f"rank pattern {pattern!r} matches no site{near(pattern, [s.name for s in sites])}"
+                f"rank pattern {pattern!r} matches no site{did_you_mean(pattern, [s.name for s in sites])}"
             )
         ranks.update(dict.fromkeys(matched, rank))
     return ranks

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 
 ROOT = Path(__file__).parent
 
@@ -22,4 +22,4 @@ def embedded(name: str) -> Path:
     known = names()
     if name in known:
         return ROOT / name
-    raise ValueError(f"nothing called {name!r} is embedded{near(name, known)}")
+    raise ValueError(f"nothing called {name!r} is embedded{did_you_mean(name, known)}")

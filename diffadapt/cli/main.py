@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import diffadapt as da
 from diffadapt.cli import combine, export, extract, params, resize
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.models.sampling_options import add_sampling_options
 
 
@@ -26,7 +26,7 @@ class Command:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `diffadapt`. Returns the exit code; 2 for mistakes of the user."""
     arguments = _parser().parse_args(argv)
-    return run(lambda: COMMANDS[arguments.command].run(arguments))
+    return run_command(lambda: COMMANDS[arguments.command].run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,9 +82,9 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_sample(arguments: argparse.Namespace) -> int:
     from diffadapt.cli.sample import sample  # imports diffusers, which takes seconds
-    from diffadapt.common.runtime import quiet
+    from diffadapt.common.runtime import silence_libraries
 
-    quiet()
+    silence_libraries()
     folder = sample(arguments, command=shlex.join(["diffadapt", *sys.argv[1:]]))
     count = len(json.loads((folder / "sample.json").read_text(encoding="utf-8"))["images"])
     print(f"{count} images in {folder}, all on {folder / 'sheet.png'}")

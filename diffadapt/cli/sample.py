@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.common.contact_sheet import Panel, grid, to_pictures
-from diffadapt.common.notices import notify
+from diffadapt.common.contact_sheet import Panel, make_contact_sheet, to_pil_images
+from diffadapt.common.messages import notify
 from diffadapt.common.number_ranges import require_seed
 from diffadapt.common.precision import sampling_precision
-from diffadapt.common.runtime import use_cores
+from diffadapt.common.runtime import set_cpu_threads
 from diffadapt.data.summary import describe_cuts
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.base_names import is_embedded
@@ -51,7 +51,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     looks = make_columns(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
     wanted = requested_images(arguments, [file.path for file in files])
     base = arguments.base or base_named_in([file.path for file in files])
-    use_cores(arguments.num_threads)
+    set_cpu_threads(arguments.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
@@ -134,7 +134,7 @@ def _write_images(
                 adapter.strength = strength
             pictures = []
             for images in generate(pipe, wanted, sampler):
-                pictures += to_pictures(images)
+                pictures += to_pil_images(images)
                 bar.update(len(images))
             for shot, picture in zip(wanted, pictures, strict=True):
                 name = f"{len(records):03d}-seed{shot.seed}.png"
@@ -146,5 +146,5 @@ def _write_images(
     title += wanted[0].prompt if len({shot.prompt for shot in wanted}) == 1 else "samples"
     note = f"{base}, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
     rows = [panels[start : start + 4] for start in range(0, len(panels), 4)]
-    grid(rows, title=title, note=note).save(folder / "sheet.png")
+    make_contact_sheet(rows, title=title, note=note).save(folder / "sheet.png")
     return records

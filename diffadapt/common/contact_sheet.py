@@ -23,13 +23,13 @@ class Panel:
     captions: Sequence[str] = ()
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
+def to_pil_images(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> 8-bit pictures."""
     values = (images * 255).round().to("cpu").byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.ascontiguousarray(value)) for value in values]
 
 
-def grid(rows: Sequence[Sequence[Panel]], *, title: str, note: str = "") -> Image.Image:
+def make_contact_sheet(rows: Sequence[Sequence[Panel]], *, title: str, note: str = "") -> Image.Image:
     """Panels side by side in rows, under a title and a smaller note.
 
     Small pictures are enlarged by whole factors without smoothing: one sees the pixels that were made.

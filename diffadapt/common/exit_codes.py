@@ -11,7 +11,7 @@ from diffadapt.common.launcher import end_with_launcher
 DEBUG = "DIFFADAPT_DEBUG"  # environment variable: show the traceback as well
 
 
-def run(main: Callable[[], int]) -> int:
+def run_command(main: Callable[[], int]) -> int:
     """Runs a command, and ends with the launcher of the process. Returns its exit code."""
     end_with_launcher()
     for stream in (sys.stdout, sys.stderr):

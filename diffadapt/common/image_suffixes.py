@@ -43,7 +43,7 @@ def image_endings() -> frozenset[str]:
     return frozenset(endings)
 
 
-EXTENSIONS = image_endings()
+IMAGE_SUFFIXES = image_endings()
 
 
 def describe_unused(
@@ -88,13 +88,13 @@ def without(files: Sequence[Path], used: Collection[Path]) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS | HEIF
+    return path.suffix.lower() in IMAGE_SUFFIXES | HEIF
 
 
 def _remedies() -> dict[str, str]:
     remedies = dict.fromkeys(ARCHIVES, "unpack it first")
-    if not HEIF <= EXTENSIONS:
+    if not HEIF <= IMAGE_SUFFIXES:
         remedies |= dict.fromkeys(HEIF, "to read them: pip install pillow-heif")
-    if ".avif" not in EXTENSIONS:
+    if ".avif" not in IMAGE_SUFFIXES:
         remedies[".avif"] = "to read them: a newer Pillow"
     return remedies

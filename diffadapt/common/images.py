@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.common.color_profiles import UnusableProfile, convert_to_srgb
-from diffadapt.common.image_suffixes import EXTENSIONS, describe_unused
-from diffadapt.common.notices import notify
-from diffadapt.common.symlinks import leads_out, visible_files
+from diffadapt.common.image_suffixes import IMAGE_SUFFIXES, describe_unused
+from diffadapt.common.messages import indented_list, notify
+from diffadapt.common.symlinks import escapes_root, visible_files
 
 MAX_PIXELS = 357_913_940  # of one image; Pillow takes more for a decompression bomb
 MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
@@ -52,12 +52,12 @@ class StoredImage:
         return self.name
 
 
-class UndrawnImage(StoredImage):
+class PlannedImage(StoredImage):
     """Stands for a picture that the base would draw before training."""
 
 
 @dataclass(frozen=True)
-class View:
+class CropGeometry:
     """Which part of a picture is trained on: (height, width) and (top, left) in pixels."""
 
     original_size: tuple[int, int]  # of the upright picture
@@ -79,16 +79,16 @@ def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bo
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds your pictures")
     files, outside = visible_files(folder, recursive=recursive, follow_links=follow_links)
-    paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not follow_links:
-        outside += [path for path in paths if leads_out(path, folder)]
+        outside += [path for path in paths if escapes_root(path, folder)]
     if outside:
         raise ValueError(
             f"links out of {str(folder)!r}; copy the files instead, or give --follow_links:\n"
-            f"{listed([str(path) for path in outside])}"
+            f"{indented_list([str(path) for path in outside])}"
         )
     if not paths:
-        kinds = " ".join(sorted(EXTENSIONS))
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
         folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
         others = describe_unused(files, [] if recursive else folders)
         raise ValueError(
@@ -98,34 +98,28 @@ def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bo
     return paths
 
 
-def listed(lines: Sequence[str], *, most: int = 20) -> str:
-    """One line each for a message, the first `most` of them."""
-    rest = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join(f"  {line}" for line in [*lines[:most], *rest])
-
-
 def open_image(source: str | ImageSource) -> Image.Image:
     """One image as upright 8-bit RGB; transparency becomes white, an animation its first frame.
 
     Numbers are taken as stored, without a look at the color profile, as programs that score images do;
-    `color_managed` reads them for training.
+    `to_srgb` reads them for training.
 
     Raises: ValueError for an image above MAX_PIXELS (before it is unpacked) or MAX_ASPECT, and for a format
     that needs a package; for damaged files whatever Pillow raises.
     """
-    with opened(source) as image:
+    with open_undecoded(source) as image:
         return _over_white(_upright(image))
 
 
-def color_managed(image: Image.Image) -> Image.Image:
-    """What `open_image` gives for an image from `opened`, with the colors of its profile converted to sRGB.
+def to_srgb(image: Image.Image) -> Image.Image:
+    """An image from `open_undecoded` as upright 8-bit RGB in sRGB, over white.
 
     A profile that cannot be used is ignored; `check_images` tells of it.
     """
     return _managed(image)[0]
 
 
-def opened(source: str | ImageSource) -> Image.Image:
+def open_undecoded(source: str | ImageSource) -> Image.Image:
     """An image of one of the readable formats that is not unpacked yet.
 
     Pillow's other readers, of which one starts a program, never see the file.
@@ -166,7 +160,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of a JPEG from `opened` once it is turned as EXIF says.
+    """(width, height) of a JPEG from `open_undecoded` once it is turned as EXIF says.
 
     Of other formats the decoded image knows it: Pillow turns a TIFF file by itself.
     """
@@ -185,7 +179,7 @@ def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
     sizes, problems, ignored = [], [], []
     for source in tqdm(sources, desc="checking images", disable=len(sources) < MANY):
         try:
-            with opened(source) as image:
+            with open_undecoded(source) as image:
                 size = None
                 if image.format in JPEGS:
                     size = upright_size(image)
@@ -199,9 +193,9 @@ def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
             ignored.append(f"{source}: {profile_problem}")
     if problems:
         count = f"{len(problems)} of {len(sources)}"
-        raise ValueError(f"{count} pictures cannot be read; remove or repair:\n{listed(problems)}")
+        raise ValueError(f"{count} pictures cannot be read; remove or repair:\n{indented_list(problems)}")
     if ignored:
-        notify(f"color profiles that are ignored, the colors are taken as sRGB:\n{listed(ignored)}")
+        notify(f"color profiles that are ignored, the colors are taken as sRGB:\n{indented_list(ignored)}")
     return sizes
 
 
@@ -238,13 +232,13 @@ def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[i
     return max(size[1], round(image_size[0] * scale)), max(size[0], round(image_size[1] * scale))
 
 
-def view_of(
+def crop_geometry(
     image_size: tuple[int, int],
     size: tuple[int, int],
     *,
     crop: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
-) -> View:
+) -> CropGeometry:
     """What `to_pixels` cuts from a picture of `image_size` (width, height), in numbers.
 
     A mirrored part has its corner where it lies in the mirrored picture, as in diffusers' SDXL scripts,
@@ -254,7 +248,7 @@ def view_of(
     left, top = _corner(scaled, (height, width), crop)
     if flip:
         left = scaled[0] - width - left
-    return View(original_size=image_size[::-1], crop=(top, left), size=(height, width))
+    return CropGeometry(original_size=image_size[::-1], crop=(top, left), size=(height, width))
 
 
 def _check_size(size: tuple[int, int]) -> None:

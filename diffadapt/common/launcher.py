@@ -32,7 +32,7 @@ def launcher_pid() -> int | None:
 LAUNCHER = launcher_pid()  # asked for before the slow imports: it may die while they last
 
 
-def launcher_was_asked_for_threads() -> bool:
+def launcher_sets_thread_count() -> bool:
     """Whether OMP_NUM_THREADS or --num_cpu_threads_per_process was given to the launcher; False if unknown.
 
     A launcher exports OMP_NUM_THREADS=1 to what it starts where nobody gave it (Linux alone tells).

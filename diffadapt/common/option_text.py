@@ -17,7 +17,7 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def literal(text: str) -> object:
+def parse_literal(text: str) -> object:
     """A number, list, true, false or none; anything else is a bare word, such as gaussian."""
     try:
         return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)

@@ -69,7 +69,9 @@ def choose_precision(option: str | None, device: torch.device, *, preferred: str
     Raises:
         ValueError: for a precision that the device does not have.
     """
-    return decide(_machine(device), option, os.environ.get("ACCELERATE_MIXED_PRECISION"), preferred=preferred)
+    return resolve_precision(
+        _machine(device), option, os.environ.get("ACCELERATE_MIXED_PRECISION"), preferred=preferred
+    )
 
 
 def sampling_precision(option: str | None, device: torch.device) -> Precision:
@@ -84,7 +86,9 @@ def fast_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def decide(machine: Machine, option: str | None, launcher: str | None, *, preferred: str) -> Precision:
+def resolve_precision(
+    machine: Machine, option: str | None, launcher: str | None, *, preferred: str
+) -> Precision:
     """The option counts, then the launcher, then what is fast on the machine.
 
     Args:

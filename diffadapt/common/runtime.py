@@ -13,22 +13,22 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
-from diffadapt.common.launcher import SET_BY_LAUNCHERS, launcher_was_asked_for_threads
+from diffadapt.common.launcher import SET_BY_LAUNCHERS, launcher_sets_thread_count
 from diffadapt.common.precision import DTYPES
 
 
-def start(
+def make_accelerator(
     *,
     mixed_precision: str,
     num_threads: int | None,
     trackers: Sequence[str] = (),
     logging_dir: str | None = None,
-    patience: timedelta | None = None,
+    timeout: timedelta | None = None,
 ) -> Accelerator:
     """An accelerator that uses the machine: on a CPU all idle cores, unless told otherwise.
 
     Args:
-        patience: how long processes wait for each other before the run is given up; None: torch's default.
+        timeout: how long processes wait for each other before the run is given up; None: torch's default.
     """
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -36,14 +36,14 @@ def start(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(trackers) or None,
         project_dir=logging_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)] if patience is not None else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if timeout is not None else None,
     )
-    use_cores(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    set_cpu_threads(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return accelerator
 
 
 def expected_device() -> torch.device:
-    """The device that `start` will use, without an index."""
+    """The device that `make_accelerator` will use, without an index."""
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if use_cpu or not torch.accelerator.is_available():
         return torch.device("cpu")
@@ -79,7 +79,7 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     return DTYPES.get(accelerator.mixed_precision)
 
 
-def use_cores(num_threads: int | None = None, *, processes: int = 1) -> None:
+def set_cpu_threads(num_threads: int | None = None, *, processes: int = 1) -> None:
     """Set torch's threads: as asked for, else one per core that nobody uses.
 
     OpenMP's threads wait for each other at full load: two of them on a machine whose other core is busy take
@@ -106,7 +106,7 @@ def _threads_are_set() -> bool:
     is_launched = any(name in os.environ for name in SET_BY_LAUNCHERS)
     if not is_launched or threads != "1":
         return True
-    return launcher_was_asked_for_threads()
+    return launcher_sets_thread_count()
 
 
 def busy_cores(seconds: float = 0.2) -> float:
@@ -141,7 +141,7 @@ def _idle_and_total_ticks() -> dict[int, tuple[int, int]]:
     return ticks
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """No loading bars and notices from the libraries; their warnings stay."""
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-PRECISIONS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -33,11 +33,11 @@ def read_header(path: Path) -> dict[str, str]:
         return {}
 
 
-def check_numbers(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises ValueError naming the first tensor that holds anything but finite floating-point numbers."""
     for key, tensor in tensors.items():
-        if tensor.dtype not in PRECISIONS:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISIONS)
+        if tensor.dtype not in FLOAT_DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
             raise ValueError(f"{path}: {key} is of type {tensor.dtype}; adapters are {known}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {key} holds values that are not finite numbers")
@@ -46,12 +46,12 @@ def check_numbers(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 def checksums(tensors: Mapping[str, Tensor], configuration: str) -> dict[str, str]:
     """What a file's header says of the rest of the file, so that no damage goes unseen."""
     return {
-        "sha256": digest(tensors),
+        "sha256": hash_tensors(tensors),
         "adapter_sha256": hashlib.sha256(configuration.encode("utf-8", "surrogatepass")).hexdigest(),
     }
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     hasher = hashlib.sha256()
     for key in sorted(tensors):

@@ -23,7 +23,7 @@ def to_json(content: object) -> str:
     return json.dumps(_without_constants(content), indent=1, allow_nan=False) + "\n"
 
 
-def number(value: object) -> float | int | None:
+def parse_number(value: object) -> float | int | None:
     """A number as `to_json` wrote it; None stays None.
 
     Raises: ValueError for anything else.

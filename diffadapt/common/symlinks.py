@@ -32,7 +32,7 @@ def link_root(folder: str | Path) -> Path:
     return folder
 
 
-def leads_out(path: Path, folder: str | Path) -> bool:
+def escapes_root(path: Path, folder: str | Path) -> bool:
     """Whether a path in a folder is a link, or stands behind one, that leaves the folder's root."""
     return not is_inside(path, folder) and not is_inside(path, link_root(folder))
 
@@ -64,7 +64,7 @@ def visible_files(
             target = path.resolve()
             if not recursive or target in ancestors:  # a link to a folder above it would never end
                 continue
-            if follow_links or not leads_out(path, folder):
+            if follow_links or not escapes_root(path, folder):
                 collect(path, (*ancestors, target))
             else:
                 refused.append(path)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffadapt.common.images import ImageSource, View, check_images, listed
+from diffadapt.common.images import CropGeometry, ImageSource, check_images
 from diffadapt.common.keyed_random import integer, normal, uniform
+from diffadapt.common.messages import indented_list
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import open_cache
 from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
@@ -145,7 +146,7 @@ class Batches:
         """The files of these samples, for messages."""
         return [str(example.source) for example in self.examples(positions)]
 
-    def _sample(self, draw: Draw) -> tuple[Example, Tensor, View]:
+    def _sample(self, draw: Draw) -> tuple[Example, Tensor, CropGeometry]:
         """Example, encoded picture and view; streaming takes another sample for an unreadable picture."""
         used = draw
         for _ in range(MOST_UNREADABLE):
@@ -250,7 +251,7 @@ class Batches:
         missing = [str(e.source) for e in examples if e.caption == ""]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(examples)} pictures have no caption:\n{listed(missing)}"
+                f"{len(missing)} of {len(examples)} pictures have no caption:\n{indented_list(missing)}"
             )
         captions = [with_trigger(e.caption, self.trigger_word) for e in examples]
         if encode:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.common.safetensors_file import digest, read_tensors
+from diffadapt.common.safetensors_file import hash_tensors, read_tensors
 
 FORMAT = 2  # of entries; a change in how pictures are read or scaled must raise it
 KINDS = ("memory", "disk", "none")
@@ -67,14 +67,14 @@ class DiskCache:
         except (ValueError, FileNotFoundError) as error:
             tqdm.write(f"cache: {error}; it is made again")
             return None
-        if header.get("key") != key or header.get("sha256") != digest(entry):
+        if header.get("key") != key or header.get("sha256") != hash_tensors(entry):
             tqdm.write(f"cache: {path} holds other bytes than were written; it is made again")
             return None
         return entry
 
     def put(self, key: str, entry: Entry) -> None:
         entry = {name: value.detach().cpu().contiguous() for name, value in entry.items()}
-        header = {"key": key, "sha256": digest(entry)}
+        header = {"key": key, "sha256": hash_tensors(entry)}
         write_atomically(self._path(key), lambda path: save_file(entry, path, metadata=header))
 
     def _path(self, key: str) -> Path:
@@ -108,7 +108,7 @@ def fingerprint(*parts: object) -> str:
         hasher.update(f"{type(part).__name__}|{_settings(part)}|".encode())
         if isinstance(part, nn.Module):
             weights = {name: value.detach().cpu() for name, value in part.state_dict().items()}
-            hasher.update(digest(weights).encode())
+            hasher.update(hash_tensors(weights).encode())
         if isinstance(part, PreTrainedTokenizerBase):
             hasher.update(_words(part).encode())
     return hasher.hexdigest()

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffadapt.common.atomic_files import read_text
-from diffadapt.common.images import listed
-from diffadapt.common.symlinks import leads_out
+from diffadapt.common.messages import indented_list
+from diffadapt.common.symlinks import escapes_root
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when no column is named
 CAPTION_ENDINGS = (".txt", ".caption")  # of files beside images, in any case
@@ -86,7 +86,7 @@ class CaptionFiles:
         Raises: ValueError for two files that say different things, one that is not UTF-8, and links out of
             the folder.
         """
-        outside = [path for path in self.beside(image) if leads_out(path, self._folder)]
+        outside = [path for path in self.beside(image) if escapes_root(path, self._folder)]
         if outside and not self._follow_links:
             raise ValueError(
                 f"{outside[0]} is a link out of {str(self._folder)!r}; copy the file, or give --follow_links"
@@ -95,7 +95,7 @@ class CaptionFiles:
         captions = set(texts.values()) - {""}
         if len(captions) > 1:
             names = [f"{path}: {text[:80]!r}" for path, text in texts.items()]
-            raise ValueError(f"{image} has two captions; remove one of the files:\n{listed(names)}")
+            raise ValueError(f"{image} has two captions; remove one of the files:\n{indented_list(names)}")
         return captions.pop() if captions else ""
 
 

@@ -15,10 +15,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffadapt.common.atomic_files import check_writable_folder, write_atomically
-from diffadapt.common.contact_sheet import to_pictures
-from diffadapt.common.image_suffixes import EXTENSIONS, without
-from diffadapt.common.images import UndrawnImage
-from diffadapt.common.notices import notify
+from diffadapt.common.contact_sheet import to_pil_images
+from diffadapt.common.image_suffixes import IMAGE_SUFFIXES, without
+from diffadapt.common.images import PlannedImage
+from diffadapt.common.messages import notify
 from diffadapt.common.symlinks import visible_files
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.data.folders import folders_in, notify_unused
@@ -71,7 +71,7 @@ def class_examples(
     for images in generate(
         pipe, [ImageRequest(recipe.prompt, seed + number) for number in numbers], recipe.sampler
     ):
-        for picture in to_pictures(images):
+        for picture in to_pil_images(images):
             write_atomically(next(files), partial(picture.save, format="png"))
     return folder_examples(folder, recipe.prompt, follow_links=follow_links)[:count]
 
@@ -88,7 +88,7 @@ def planned_class_examples(
     _check_record(folder, recipe, is_filled=missing > 0)
     present = _present_examples(folder, recipe, follow_links)[:count]
     Image.new("RGB", (side, side), "grey").save(grey, "png")
-    undrawn = Example(UndrawnImage("a class picture that is not drawn yet", grey.getvalue()), recipe.prompt)
+    undrawn = Example(PlannedImage("a class picture that is not drawn yet", grey.getvalue()), recipe.prompt)
     return present + [undrawn] * missing
 
 
@@ -166,7 +166,7 @@ def _present(folder: Path) -> set[str]:
     if not folder.is_dir():
         return set()
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    return {path.stem for path in visible if path.suffix.lower() in EXTENSIONS}
+    return {path.stem for path in visible if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def _missing(folder: Path, count: int) -> list[int]:

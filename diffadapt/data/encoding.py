@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffadapt.common.images import ImageSource, View, to_pixels, view_of
+from diffadapt.common.images import CropGeometry, ImageSource, crop_geometry, to_pixels
 from diffadapt.data.cache import DiskCache, Entry, MemoryCache, fingerprint, key_of
 from diffadapt.data.scaled_images import ScaledImages
 from diffadapt.models.families import Base
@@ -67,7 +67,7 @@ class EncodedPictures:
                     "another autoencoder with --pretrained_vae_model_name_or_path"
                 )
 
-    def get(self, source: ImageSource, cut: Cut) -> tuple[Tensor, View]:
+    def get(self, source: ImageSource, cut: Cut) -> tuple[Tensor, CropGeometry]:
         """What `Base.encode_images` gives for one picture (without the batch), and its view."""
         key = None if self.cache is None else self._key(source, cut)
         entry = self.cache.get(key) if key else None
@@ -76,7 +76,7 @@ class EncodedPictures:
             if key and entry["encoded"].isfinite().all():  # the loss tells the others: step and picture
                 self.cache.put(key, entry)
         height, width = entry["original_size"].tolist()
-        return entry["encoded"], view_of((width, height), cut.size, crop=cut.crop, flip=cut.flip)
+        return entry["encoded"], crop_geometry((width, height), cut.size, crop=cut.crop, flip=cut.flip)
 
     def read_ahead(self, cuts: Sequence[tuple[ImageSource, Cut]]) -> None:
         """Begins to read images that `get` will encode, while other work goes on."""

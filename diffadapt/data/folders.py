@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffadapt.common.image_suffixes import (
-    EXTENSIONS,
+    IMAGE_SUFFIXES,
     describe_unused,
     folders_with_images,
     without,
 )
-from diffadapt.common.images import list_images, listed
-from diffadapt.common.notices import notify
-from diffadapt.common.suggestions import few
-from diffadapt.common.symlinks import leads_out, visible_files
+from diffadapt.common.images import list_images
+from diffadapt.common.messages import indented_list, notify, shorten_list
+from diffadapt.common.symlinks import escapes_root, visible_files
 from diffadapt.data.captions import CAPTION_ENDINGS, CaptionFiles
 from diffadapt.data.examples import Example
 from diffadapt.data.metadata import METADATA, metadata_in, normal, read_metadata_captions
@@ -59,7 +58,7 @@ def captioned_folder(
     captions = _captions(folder, files, images, **columns, **how)
     missing = [path for path in images if not captions.of[path]]
     if missing:
-        names = listed([str(path) for path in missing])
+        names = indented_list([str(path) for path in missing])
         remedy = _caption_remedy(missing[0], metadata_in(files))
         raise ValueError(f"{len(missing)} of {len(images)} pictures have no caption; {remedy}:\n{names}")
     notify_unused(folder, without(files, [*images, *captions.files]))
@@ -113,11 +112,11 @@ def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[li
     names = [path.name for path in folders_in(folder)]
     if not names:
         raise ValueError(f"no class folders in {str(folder)!r}; expected one folder of pictures per class")
-    outside = [str(folder / name) for name in names if leads_out(folder / name, folder)]
+    outside = [str(folder / name) for name in names if escapes_root(folder / name, folder)]
     if outside and not follow_links:
         raise ValueError(
             f"links out of {str(folder)!r}; copy the folders instead, or give --follow_links:\n"
-            f"{listed(outside)}"
+            f"{indented_list(outside)}"
         )
     if all(name.isdecimal() for name in names):
         names.sort(key=int)  # 2 before 10
@@ -222,7 +221,7 @@ def _is_in_repeated_folders(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     files, _ = visible_files(folder)
-    if any(path.suffix.lower() in EXTENSIONS for path in files):
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         return False
     holders = folders_with_images(folders_in(folder))
     return bool(holders) and all(REPEATS.fullmatch(path.name) for path in holders)
@@ -234,7 +233,7 @@ def _notify_unrepeated(folder: Path, examples: Sequence[Example]) -> None:
     numbered = sorted(name for name in places if REPEATS.fullmatch(name) and (folder / name).is_dir())
     if numbered:
         notify(
-            f"nothing is repeated as {few(numbered)} of {str(folder)!r} may mean: "
+            f"nothing is repeated as {shorten_list(numbered)} of {str(folder)!r} may mean: "
             "not all images lie in folders whose names begin with a number of repeats"
         )
 

@@ -14,8 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Iterable
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffadapt.common.images import StoredImage
-from diffadapt.common.notices import notify
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import notify, shorten_list
 from diffadapt.common.symlinks import is_inside, link_root
 from diffadapt.data.captions import caption_text, choose_caption_column
 from diffadapt.data.examples import Example
@@ -181,7 +180,9 @@ def _classes(labels: Sequence[object], column: str, name: str) -> tuple[list[str
     names = [str(label) for label in distinct]
     number_of = {label: number for number, label in enumerate(distinct)}
     if distinct != list(range(len(distinct))):
-        notify(f"labels of {name}: {few(names)} are its classes 0 to {len(names) - 1}, in this order")
+        notify(
+            f"labels of {name}: {shorten_list(names)} are its classes 0 to {len(names) - 1}, in this order"
+        )
     return names, [number_of[label] for label in labels]
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from diffadapt.common.atomic_files import read_text, text_lines
-from diffadapt.common.images import listed
-from diffadapt.common.symlinks import leads_out
+from diffadapt.common.messages import indented_list
+from diffadapt.common.symlinks import escapes_root
 from diffadapt.data.captions import caption_text, choose_caption_column, composed
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that is there is read
@@ -68,7 +68,7 @@ def read_metadata_captions(
         with_other_columns: the usual names will do where the columns asked for are not there.
     Raises: ValueError that names file and line of all that cannot be used.
     """
-    if not follow_links and leads_out(metadata, root):
+    if not follow_links and escapes_root(metadata, root):
         raise ValueError(f"{metadata} is a link out of {str(root)!r}; copy the file, or give --follow_links")
     rows, columns = _table(metadata)
     if with_other_columns:
@@ -94,7 +94,7 @@ def read_metadata_captions(
             continue
         image = _image(name, metadata.parent, by_name)
         problem = _problem_of_name(name, image, metadata.parent, by_name)
-        if not problem and not follow_links and leads_out(image, root):
+        if not problem and not follow_links and escapes_root(image, root):
             problem = f"{name} is outside of the folder; copy the file, or give --follow_links"
         if problem:
             problems.append(f"line {line}: {problem}")
@@ -111,7 +111,9 @@ def read_metadata_captions(
         captions[image] = caption
         line_of[image] = line
     if problems:
-        raise ValueError(f"{metadata} has {len(problems)} rows that cannot be used:\n{listed(problems)}")
+        raise ValueError(
+            f"{metadata} has {len(problems)} rows that cannot be used:\n{indented_list(problems)}"
+        )
     return MetadataCaptions(captions, lists)
 
 

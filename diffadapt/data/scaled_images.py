@@ -10,10 +10,10 @@ from torch import Tensor
 from diffadapt.common.images import (
     JPEGS,
     ImageSource,
-    color_managed,
     covering_size,
-    opened,
+    open_undecoded,
     to_pixels,
+    to_srgb,
     upright_size,
 )
 
@@ -45,13 +45,13 @@ def read_scaled(source: ImageSource, size: Size) -> ScaledImage:
     A large JPEG is decoded at 1/2, 1/4 or 1/8, the smallest of them that has at least SPARE times the width
     and height that it is scaled to.
     """
-    with opened(source) as image:
+    with open_undecoded(source) as image:
         if image.format in JPEGS:
             original_size = upright_size(image)
             _reduce(image, original_size, size)
-            managed = color_managed(image)
+            managed = to_srgb(image)
         else:
-            managed = color_managed(image)
+            managed = to_srgb(image)
             original_size = managed.size
     scaled = covering_size(original_size, size)
     if managed.size != scaled:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffadapt.common.images import ImageSource, UndrawnImage, listed
+from diffadapt.common.images import ImageSource, PlannedImage
+from diffadapt.common.messages import indented_list
 from diffadapt.data.cache import DiskCache
 from diffadapt.data.stream import Stream
 from diffadapt.models.text_conditioned import TruncatedCaption
@@ -42,7 +43,7 @@ def size_notes(
     """
     enlarged, cropped = [], []
     for source, (width, height), (target_height, target_width) in zip(sources, sizes, targets, strict=True):
-        if isinstance(source, UndrawnImage):
+        if isinstance(source, PlannedImage):
             continue
         scale = max(target_width / width, target_height / height)
         share_outside = 1 - target_width * target_height / (scale**2 * width * height)
@@ -66,14 +67,14 @@ def size_notes(
 def describe_cuts(cuts: Sequence[TruncatedCaption]) -> str:
     """Which words of captions or prompts are not read."""
     lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens, {c.limit} are read)" for c in cuts]
-    return f"too long for the tokenizer, so not read:\n{listed(lost, most=5)}"
+    return f"too long for the tokenizer, so not read:\n{indented_list(lost, limit=5)}"
 
 
 def _found(batches: Batches) -> str:
     order = batches.order
     if isinstance(order, Stream):
         return f"a stream, shuffled in blocks of {order.buffer}"
-    undrawn = sum(isinstance(example.source, UndrawnImage) for example in order.classes)
+    undrawn = sum(isinstance(example.source, PlannedImage) for example in order.classes)
     classes = f", {len(order.classes)} class pictures" if order.classes else ""
     classes += f" ({undrawn} of them still to be drawn by the base)" if undrawn else ""
     distinct = len({id(example.source) for example in order.examples})

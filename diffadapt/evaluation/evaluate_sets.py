@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from diffadapt.common.runtime import quiet, start
+from diffadapt.common.runtime import make_accelerator, silence_libraries
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.features.cache import FeatureCache, identity_of
 from diffadapt.evaluation.features.extraction import extract
@@ -339,8 +339,8 @@ def begin(num_threads: int | None) -> torch.device:
 
     Returns this process's device.
     """
-    quiet()
+    silence_libraries()
     warnings.filterwarnings("ignore", module="torch|transformers|diffusers")
     torch.backends.cudnn.deterministic = True  # else cuDNN chooses kernels by their speed
     torch.backends.cudnn.benchmark = False
-    return start(mixed_precision="no", num_threads=num_threads, patience=PATIENCE).device
+    return make_accelerator(mixed_precision="no", num_threads=num_threads, timeout=PATIENCE).device

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from diffadapt.common.contact_sheet import to_pictures
+from diffadapt.common.contact_sheet import to_pil_images
 from diffadapt.evaluation.features.extraction import advance
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 
@@ -34,7 +34,7 @@ def draw_files(
     mine = [index for start in starts for index in range(start, min(start + size, len(wanted)))]
     done = iter(mine)
     for images in generate(pipe, [wanted[index] for index in mine], sampler):
-        for picture in to_pictures(images):
+        for picture in to_pil_images(images):
             picture.save(paths[next(done)])
         advance(bar, len(images))
     state.wait_for_everyone()

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from diffadapt.common.atomic_files import check_writable_folder
+from diffadapt.common.messages import did_you_mean
 from diffadapt.common.number_ranges import require_at_least, require_seed
-from diffadapt.common.suggestions import near
 from diffadapt.evaluation import protocols
 from diffadapt.evaluation.evaluate_sets import REFERENCE, Reading
 from diffadapt.evaluation.features.cache import default_folder
@@ -208,7 +208,7 @@ def _metric_option(text: str) -> tuple[str, str, object]:
     if not equals or not dot:
         raise ValueError(f"--metric_options takes METRIC.OPTION=VALUE, as precision_recall.k=5, got {text!r}")
     if key not in METRICS:
-        raise ValueError(f"--metric_options {text}: unknown metric {key!r}{near(key, METRICS)}")
+        raise ValueError(f"--metric_options {text}: unknown metric {key!r}{did_you_mean(key, METRICS)}")
     parsed = yaml.safe_load(value)
     check_options(key, {option: parsed}, METRICS[key].options)
     return key, option, parsed

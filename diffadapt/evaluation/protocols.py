@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ PROTOCOLS = {
 def protocol(name: str) -> Protocol:
     """Raises: ValueError for an unknown name."""
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}{near(name, PROTOCOLS)}")
+        raise ValueError(f"unknown protocol {name!r}{did_you_mean(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.common.strict_json import number, to_json
+from diffadapt.common.strict_json import parse_number, to_json
 from diffadapt.metrics.intervals import Interval
 
 SCHEMA = "diffadapt-evaluation-1"
@@ -211,13 +211,13 @@ def differences(first: Score, second: Score) -> list[str]:
 def _score(values: dict) -> Score:
     interval = values.pop("interval")
     if interval is not None:
-        interval = Interval(number(interval["low"]), number(interval["high"]), interval["method"])
-    numbers = {name: number(values[name]) for name in ("value", "floor")}
+        interval = Interval(parse_number(interval["low"]), parse_number(interval["high"]), interval["method"])
+    numbers = {name: parse_number(values[name]) for name in ("value", "floor")}
     return _built(Score, {**values, **numbers, "interval": interval})
 
 
 def _image_row(values: dict) -> ImageRow:
-    figures = {name: number(value) for name, value in values["values"].items()}
+    figures = {name: parse_number(value) for name, value in values["values"].items()}
     return _built(ImageRow, {**values, "values": figures})
 
 

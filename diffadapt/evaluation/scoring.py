@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.record import ImageRow, Score
 from diffadapt.evaluation.scored_set import Material
@@ -55,7 +55,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in METRICS and name != ALL:
-            raise ValueError(f"unknown metric {name!r}{near(name, [*METRICS, ALL])}")
+            raise ValueError(f"unknown metric {name!r}{did_you_mean(name, [*METRICS, ALL])}")
     if not names:
         raise ValueError("--metrics names no metric; give some with commas, or all")
     return () if ALL in names else names

@@ -17,7 +17,7 @@ from diffadapt.adapters.layers import Record
 from diffadapt.adapters.peft_bridge import filling
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.common.safetensors_file import check_numbers, checksums, read_header, read_tensors
+from diffadapt.common.safetensors_file import check_finite, checksums, read_header, read_tensors
 from diffadapt.formats.adapter_header import Configuration, read_configuration
 from diffadapt.formats.adapter_layout import check_tensors, expected_tensors, match_sites
 from diffadapt.formats.foreign import attach_foreign, open_foreign
@@ -113,7 +113,7 @@ def _checked_filling(
         return _filling(expected, tensors)
     widest = max(sum(choice.site.shape) for choice in found)
     check_sizes(method.name, method.options, widest, sum(tensor.numel() for tensor in tensors.values()))
-    check_numbers(tensors, path)
+    check_finite(tensors, path)
     return filling(tensors, path)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.method_state import plan_parts
 from diffadapt.adapters.targets import TargetSite, sites_by_name
-from diffadapt.common.safetensors_file import check_numbers
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
+from diffadapt.common.safetensors_file import check_finite
 from diffadapt.formats.adapter_header import StoredSite
 from diffadapt.methods import Method
 
@@ -78,10 +78,10 @@ def check_tensors(
     """Raises ValueError naming the first tensor that is missing, of another shape, too many or not finite."""
     for key, shape in expected.items():
         if key not in tensors:
-            raise ValueError(f"{path} lacks the tensor {key!r}{near(key, tensors)}")
+            raise ValueError(f"{path} lacks the tensor {key!r}{did_you_mean(key, tensors)}")
         if tuple(tensors[key].shape) != shape:
             raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}")
     for key in tensors:
         if key not in expected:
             raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
-    check_numbers(tensors, path)
+    check_finite(tensors, path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from diffadapt.common.option_text import literal, split_outside_brackets
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
+from diffadapt.common.option_text import parse_literal, split_outside_brackets
 from diffadapt.methods import METHODS, READABLE, Combined, Method
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.peft_config import PREFIX as PEFT
@@ -26,7 +26,7 @@ def make_method(name: str, **options) -> Method:
     known = {field.name for spec, _ in specs for field in fields(METHODS[spec])}
     for option in options:
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{near(option, known)}")
+            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
     parts = tuple(_build(spec, own, options) for spec, own in specs)
     return parts[0] if len(parts) == 1 else Combined(members=parts)
 
@@ -59,11 +59,11 @@ def read_method(parts: object) -> Method:
             check_options(name, options)
             return make_peft_method(name.removeprefix(PEFT), options, {})
         if name not in READABLE:
-            raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
+            raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
         known = {field.name for field in fields(READABLE[name])}
         for option in options:
             if option not in known:
-                raise ValueError(f"{name} has no option {option!r}{near(str(option), known)}")
+                raise ValueError(f"{name} has no option {option!r}{did_you_mean(str(option), known)}")
         methods.append(_build(name, options, {}))
     return methods[0] if len(methods) == 1 else Combined(members=tuple(methods))
 
@@ -91,7 +91,7 @@ def _parse(part: str) -> tuple[str, dict]:
     name, bracket, inside = part.partition("(")
     name = name.strip()
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{near(name, METHODS)}")
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     if not bracket:
         return name, {}
     if not inside.endswith(")"):
@@ -100,8 +100,8 @@ def _parse(part: str) -> tuple[str, dict]:
     for item in filter(None, split_outside_brackets(inside[:-1], ",")):
         option, equals, text = (piece.strip() for piece in item.partition("="))
         if not equals or option not in known:
-            raise ValueError(f"{name} has no option {option!r}{near(option, known)}")
-        options[option] = literal(text)
+            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
+        options[option] = parse_literal(text)
     return name, options
 
 

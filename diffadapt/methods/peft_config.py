@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.methods.base import Method
 from diffadapt.methods.site import LayerKind
 
@@ -85,7 +85,7 @@ def make_peft_method(kind: str, options: dict, given: dict) -> PeftMethod:
     }
     for option in own:
         if option not in known:
-            raise ValueError(f"{PREFIX}{kind} has no option {option!r}{near(option, known)}")
+            raise ValueError(f"{PREFIX}{kind} has no option {option!r}{did_you_mean(option, known)}")
     method = PeftMethod(kind.upper(), own)
     method.configuration("none")
     return method
@@ -99,5 +99,5 @@ def config_class(kind: str) -> type[PeftConfig]:
         raise ImportError(f"{PREFIX}{kind} needs PEFT; install it with: pip install peft") from error
     types = {str(getattr(key, "value", key)): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if kind not in types:
-        raise ValueError(f"PEFT has no type {kind!r}{near(kind, types)}")
+        raise ValueError(f"PEFT has no type {kind!r}{did_you_mean(kind, types)}")
     return types[kind]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 
 SEEDS = 2**32 - 1  # the largest seed of numpy's RandomState
 
@@ -54,7 +54,7 @@ def check_options(metric: str, options: Mapping[str, object], defaults: Mapping[
     """Raises: ValueError for an option the metric lacks, with the nearest, and a value out of its range."""
     for name, value in options.items():
         if name not in defaults:
-            known = near(name, defaults) if defaults else "; it has none"
+            known = did_you_mean(name, defaults) if defaults else "; it has none"
             raise ValueError(f"{metric} has no option {name!r}{known}")
         if not RULES[name].allows(value):
             raise ValueError(f"{metric}.{name}={value!r}: expected {RULES[name]}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 
 PRESETS = ("tf1", "clean", "torchmetrics", "bilinear", "pil", "none")
 CROP = "crop-"
@@ -60,7 +60,7 @@ def check_preset(preset: str, side: int) -> None:
         return
     shorter = preset.removeprefix(CROP)
     if not preset.startswith(CROP) or not shorter.isdecimal():
-        raise ValueError(f"unknown resize preset {preset!r}{near(preset, [*PRESETS, f'{CROP}SIZE'])}")
+        raise ValueError(f"unknown resize preset {preset!r}{did_you_mean(preset, [*PRESETS, f'{CROP}SIZE'])}")
     if int(shorter) < side:
         raise ValueError(
             f"resize {preset}: the shorter side would be {shorter}, below the {side} pixels that the network "

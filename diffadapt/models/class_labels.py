@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.formats.adapter_file import read_metadata
 
 
@@ -24,6 +24,6 @@ def parse_class_labels(text: str, classes: Mapping[int, str]) -> list[int]:
     items = [item.strip() for item in text.split(",")]
     for item in items:
         if not item.isdecimal() and item not in by_name:
-            names = near(item, by_name) if by_name else ""
+            names = did_you_mean(item, by_name) if by_name else ""
             raise ValueError(f"--class_labels are numbers with commas, such as 0,3,7, got {text!r}{names}")
     return [int(item) if item.isdecimal() else by_name[item] for item in items]

@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffadapt.common.images import View
+    from diffadapt.common.images import CropGeometry
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LatentBase:
         spread = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))  # bounds of DiagonalGaussianDistribution
         return to_denoiser(self.pipe.vae, mean + spread * noise)
 
-    def size_conditions(self, views: Sequence["View"]) -> dict[str, Tensor]:
+    def size_conditions(self, views: Sequence["CropGeometry"]) -> dict[str, Tensor]:
         """What the denoiser is told about sizes and crops: nothing, unless a family says otherwise."""
         return {}
 

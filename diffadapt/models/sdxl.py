@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from diffadapt.models.text_conditioned import EMPTY, IDS, TextConditionedBase
 
 if TYPE_CHECKING:
-    from diffadapt.common.images import View
+    from diffadapt.common.images import CropGeometry
 
 DEFAULTS = {
     "sdxl": {
@@ -63,7 +63,7 @@ class StableDiffusionXL(TextConditionedBase):
             made = {k: v.masked_fill(empty.view(-1, *(1,) * (v.dim() - 1)), 0.0) for k, v in made.items()}
         return made
 
-    def size_conditions(self, views: Sequence[View]) -> dict[str, Tensor]:
+    def size_conditions(self, views: Sequence[CropGeometry]) -> dict[str, Tensor]:
         """``time_ids`` (B, 6): each picture's height and width as it was, top and left of the cut, and the
         height and width it has now, in pixels."""
         rows = [(*view.original_size, *view.crop, *view.size) for view in views]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import shorten_list
 
 
 def check_precision(adapter: Adapter) -> None:
@@ -15,8 +15,8 @@ def check_precision(adapter: Adapter) -> None:
     if wrong:
         kind = _trained(adapter)[wrong[0]].dtype
         raise TypeError(
-            f"{len(wrong)} trained tensors are {kind} and would lose small updates: {few(wrong)}; keep them "
-            "in float32 and use --mixed_precision for the activations"
+            f"{len(wrong)} trained tensors are {kind} and would lose small updates: {shorten_list(wrong)}; "
+            "keep them in float32 and use --mixed_precision for the activations"
         )
 
 
@@ -45,8 +45,8 @@ class GradientWatch:
         if self._moved and self._silent:
             raise ValueError(
                 f"no gradient reaches {len(self._silent)} of {len(self._parameters)} trained tensors in two "
-                f"steps: {few(sorted(self._silent))}; leave these layers out of --targets (as A+!GLOB), or "
-                "report it when they should learn"
+                f"steps: {shorten_list(sorted(self._silent))}; leave these layers out of --targets "
+                "(as A+!GLOB), or report it when they should learn"
             )
         self.is_done = self._moved
         self._moved = self._moved or rate > 0

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.param_groups import RateGroup
 from diffadapt.training.parsing import pairs
@@ -62,7 +62,7 @@ def _find(name: str) -> type[torch.optim.Optimizer]:
     del known["Optimizer"]  # the base class
     by_lower = {own.lower(): own for own in known}
     if name.lower() not in by_lower:
-        raise ValueError(f"unknown optimizer {name!r}{near(name.lower(), [*OTHERS, *by_lower])}")
+        raise ValueError(f"unknown optimizer {name!r}{did_you_mean(name.lower(), [*OTHERS, *by_lower])}")
     own = by_lower[name.lower()]
     if own in UNFIT:
         raise ValueError(f"--optimizer {own} {UNFIT[own]}; take another, as adamw")

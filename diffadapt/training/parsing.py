@@ -19,8 +19,8 @@ from typing import TypeVar
 import yaml
 
 from diffadapt.common.atomic_files import read_text, write_atomically
-from diffadapt.common.option_text import literal, split_outside_brackets
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
+from diffadapt.common.option_text import parse_literal, split_outside_brackets
 from diffadapt.models.base_names import is_embedded
 from diffadapt.training.options import TrainOptions
 
@@ -82,7 +82,7 @@ def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
     names = [field.name for field in fields(kind)]
     for name in values:
         if name not in names:
-            raise ValueError(f"unknown option {name!r} in {path}{near(str(name), names)}")
+            raise ValueError(f"unknown option {name!r} in {path}{did_you_mean(str(name), names)}")
     hints, choices = typing.get_type_hints(kind), {f.name: f.metadata["choices"] for f in fields(kind)}
     for name, value in values.items():
         if value is False and "no" in (choices[name] or ()):
@@ -139,7 +139,7 @@ def pairs(text: str | None, option: str) -> dict[str, object]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
             raise ValueError(f"{option} takes name=value,name=value; got {part!r}")
-        found[name] = literal(value)
+        found[name] = parse_literal(value)
     return found
 
 

@@ -62,7 +62,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
     Raises: ValueError or OSError with the remedy.
     """
     started = time.perf_counter()
-    runtime.quiet()
+    runtime.silence_libraries()
     check_ranges(options)
     parse_formats(options.export_formats)
     check_effects(options, base_family(options))
@@ -77,7 +77,7 @@ def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None
         options.mixed_precision, runtime.expected_device(), preferred=preferred_precision(options)
     )
     options = replace(options, mixed_precision=precision.name)
-    accelerator = runtime.start(
+    accelerator = runtime.make_accelerator(
         mixed_precision=precision.name,
         num_threads=options.num_threads,
         trackers=trackers,

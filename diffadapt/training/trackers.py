@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 
 # What is imported and what is installed; a name that is not here is imported and installed under itself.
 PACKAGES = {"comet_ml": ("comet_ml", "comet-ml"), "dvclive": ("dvclive", "dvclive")}
@@ -28,7 +28,9 @@ def check_trackers(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"unknown tracker {name!r} in --report_to{near(name, LOGGER_TYPE_TO_CLASS)}")
+            raise ValueError(
+                f"unknown tracker {name!r} in --report_to{did_you_mean(name, LOGGER_TYPE_TO_CLASS)}"
+            )
         module, package = PACKAGES.get(name, (name, name))
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"--report_to {name} needs a package: pip install {package}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from demo_runs import mean_and_deviation, run
 
 import diffadapt as da
-from diffadapt.common.runtime import quiet
+from diffadapt.common.runtime import silence_libraries
 from diffadapt.models.families import DEFAULTS, load_base
 
 COLUMNS = {  # figure -> heading
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo_table"))
     parser.add_argument("--output", type=Path, default=Path("docs/dreambooth_demo.md"))
     arguments = parser.parse_args()
-    quiet()
+    silence_libraries()
     base, targets, rows = load_base("embedded:emoji"), DEFAULTS["emoji"]["targets"], []
     for adapter in arguments.adapters:
         rank = da.fit_budget(base.pipe, adapter, targets, budget=arguments.budget).rank

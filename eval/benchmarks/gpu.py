@@ -132,7 +132,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, records: dict) -> None:
     """Measure the chosen parts into ``records``, which is written after every row."""
     warnings.filterwarnings("ignore")
-    runtime.quiet()
+    runtime.silence_libraries()
     deadline = time.monotonic() + 60 * arguments.minutes
     device = torch.device(arguments.device)
     records["machine"] = machine(device)

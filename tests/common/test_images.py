@@ -11,10 +11,10 @@ from PIL import EpsImagePlugin, Image
 from diffadapt.common.images import (
     StoredImage,
     check_images,
+    crop_geometry,
     list_images,
     open_image,
     to_pixels,
-    view_of,
 )
 
 
@@ -172,7 +172,7 @@ def test_a_view_says_what_was_cut(size, crop):
     values[..., 0], values[..., 1] = np.arange(width), np.arange(height)[:, None]
     target = (height // 2, width // 2) if min(size) > 32 else (min(size), min(size))
     for flip in (False, True):
-        view = view_of(size, target, crop=crop, flip=flip)
+        view = crop_geometry(size, target, crop=crop, flip=flip)
         assert view.original_size == (height, width)
         assert view.size == target
         source = values[:, ::-1] if flip else values

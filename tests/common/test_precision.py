@@ -8,7 +8,7 @@ from helpers.scripts import runner
 import diffadapt as da
 from diffadapt.cli.main import main as diffadapt
 from diffadapt.common import precision
-from diffadapt.common.precision import Machine, cpu_has_bf16, decide, sampling_precision
+from diffadapt.common.precision import Machine, cpu_has_bf16, resolve_precision, sampling_precision
 from diffadapt.models.families import DEFAULTS, load_base
 
 OLD_CPU = Machine("cpu", has_bf16=False)
@@ -34,7 +34,7 @@ APPLE = Machine("mps", has_bf16=True)
 )
 def test_what_is_preferred_is_used_where_it_is_fast(machine, preferred, name):
     for launcher in (None, "no"):  # "no" is what accelerate launch exports where nobody chose
-        choice = decide(machine, None, launcher, preferred=preferred)
+        choice = resolve_precision(machine, None, launcher, preferred=preferred)
         assert choice.name == name
         assert choice.reason
         assert choice.notices == ()
@@ -42,17 +42,17 @@ def test_what_is_preferred_is_used_where_it_is_fast(machine, preferred, name):
 
 @pytest.mark.parametrize("name", ["no", "fp16", "bf16"])
 def test_an_option_is_obeyed(name):
-    assert decide(NEW_GPU, name, None, preferred="no").name == name
+    assert resolve_precision(NEW_GPU, name, None, preferred="no").name == name
 
 
 def test_the_launcher_counts_where_no_option_is_given():
-    assert decide(NEW_CPU, None, "bf16", preferred="no").name == "bf16"
-    assert decide(NEW_GPU, None, "fp16", preferred="bf16").name == "fp16"
-    assert "accelerate launch" in decide(NEW_CPU, None, "bf16", preferred="no").reason
+    assert resolve_precision(NEW_CPU, None, "bf16", preferred="no").name == "bf16"
+    assert resolve_precision(NEW_GPU, None, "fp16", preferred="bf16").name == "fp16"
+    assert "accelerate launch" in resolve_precision(NEW_CPU, None, "bf16", preferred="no").reason
 
 
 def test_an_option_against_the_launcher_wins_with_a_notice():
-    choice = decide(NEW_CPU, "no", "bf16", preferred="bf16")
+    choice = resolve_precision(NEW_CPU, "no", "bf16", preferred="bf16")
     assert choice.name == "no"
     assert choice.notices == ("--mixed_precision no is used, not the bf16 of accelerate launch",)
 
@@ -62,24 +62,24 @@ def test_an_option_against_the_launcher_wins_with_a_notice():
     [("bf16", None, "--mixed_precision"), (None, "bf16", "accelerate launch --mixed_precision")],
 )
 def test_bf16_where_it_is_slow_is_obeyed_with_its_factor(option, launcher, source):
-    choice = decide(OLD_CPU, option, launcher, preferred="no")
+    choice = resolve_precision(OLD_CPU, option, launcher, preferred="no")
     assert choice.name == "bf16"
     (notice,) = choice.notices
     assert notice.startswith(f"{source} bf16: ")
     assert "10 times as long" in notice
-    (notice,) = decide(OLD_GPU, option, launcher, preferred="no").notices
+    (notice,) = resolve_precision(OLD_GPU, option, launcher, preferred="no").notices
     assert "--mixed_precision fp16 is faster" in notice
 
 
 @pytest.mark.parametrize(("option", "launcher"), [("fp16", None), (None, "fp16")])
 def test_fp16_on_a_cpu_is_refused(option, launcher):
     with pytest.raises(ValueError, match="fp16 needs a GPU; on a CPU use bf16 or no"):
-        decide(NEW_CPU, option, launcher, preferred="no")
+        resolve_precision(NEW_CPU, option, launcher, preferred="no")
 
 
 def test_a_precision_of_the_launcher_that_is_not_supported_is_refused():
     with pytest.raises(ValueError, match="fp8 is not supported; give --mixed_precision"):
-        decide(NEW_GPU, None, "fp8", preferred="no")
+        resolve_precision(NEW_GPU, None, "fp8", preferred="no")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from diffadapt.common import launcher, runtime
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Runs `use_cores` on four cores. Returns the threads it set, None when it left them."""
+    """Runs `set_cpu_threads` on four cores. Returns the threads it set, None when it left them."""
 
     def call(environment, *, busy=0.0, **options):
         for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
@@ -24,7 +24,7 @@ def threads(monkeypatch):
         monkeypatch.setattr(torch, "set_num_threads", chosen.append)
         monkeypatch.setattr(runtime, "available_cores", lambda: 4)
         monkeypatch.setattr(runtime, "busy_cores", lambda: busy)
-        runtime.use_cores(**options)
+        runtime.set_cpu_threads(**options)
         return chosen[0] if chosen else None
 
     return call

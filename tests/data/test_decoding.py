@@ -13,18 +13,18 @@ from diffadapt.common import images
 from diffadapt.common.images import (
     StoredImage,
     check_images,
-    color_managed,
     open_image,
-    opened,
+    open_undecoded,
     readable_formats,
+    to_srgb,
 )
 
 HEIC_HEADER = b"\0\0\0\x18ftypheic" + bytes(100)
 
 
 def managed(source):
-    with opened(source) as image:
-        return color_managed(image)
+    with open_undecoded(source) as image:
+        return to_srgb(image)
 
 
 def saved(path, image, **options):

@@ -8,7 +8,7 @@ import subject
 from helpers.image_files import write_images
 from helpers.prompts_file import FILE
 
-from diffadapt.common.exit_codes import run
+from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation.record import read_record
 
 
@@ -24,7 +24,7 @@ def subjects(tmp_path):
 
 def evaluate(tmp_path, *arguments):
     output = tmp_path / "out"
-    return run(lambda: subject.main([*map(str, arguments), "--output", str(output)])), output
+    return run_command(lambda: subject.main([*map(str, arguments), "--output", str(output)])), output
 
 
 def test_images_made_elsewhere(tmp_path, subjects, capsys):
@@ -144,6 +144,6 @@ def test_copies_of_the_real_images_can_be_scored(tmp_path, subjects, capsys):
 def test_an_output_that_cannot_be_written_is_told_first(tmp_path, place, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
     arguments = ["--subjects", "nowhere", "--output", place.format(here=tmp_path)]
-    assert run(lambda: subject.main(arguments)) == 2
+    assert run_command(lambda: subject.main(arguments)) == 2
     error = capsys.readouterr().err
     assert "cannot be written" in error or "is a file" in error

@@ -87,7 +87,7 @@ def start(arguments: Sequence[str]) -> int:
             with open(SPOKEN, "w", encoding="utf-8") as spoken:
                 os.dup2(spoken.fileno(), sys.stdout.fileno())
                 os.dup2(spoken.fileno(), sys.stderr.fileno())
-                code = dreambooth.run(dreambooth.main)
+                code = dreambooth.run_command(dreambooth.main)
         except BaseException:
             traceback.print_exc()
         finally:

@@ -20,7 +20,7 @@ from diffadapt.training.objective import Objective
 
 
 def main(base: str, pictures: str, output: str, batch: str) -> None:
-    accelerator = runtime.start(mixed_precision="no", num_threads=1)
+    accelerator = runtime.make_accelerator(mixed_precision="no", num_threads=1)
     model = load_base(base, device=accelerator.device, dtype=torch.float64)  # rounding hides nothing
     batches = Batches(model, folder_examples(pictures, "a sks dog"), resolution=32, center_crop=True, seed=5)
     adapter = da.attach(model.pipe, da.make_method("flora", rank=4), targets="attention+conv", seed=0)

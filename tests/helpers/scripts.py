@@ -25,7 +25,7 @@ def runner(name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(*arguments: object) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        return script.run(script.main)
+        return script.run_command(script.main)
 
     return run
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from helpers.pipelines import tiny_sdxl_pipeline, write_pictures
 
-from diffadapt.common.images import View, list_images, open_image, to_pixels
+from diffadapt.common.images import CropGeometry, list_images, open_image, to_pixels
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 
@@ -46,7 +46,10 @@ def test_a_dropped_caption_is_what_sampling_uses_without_a_prompt(tmp_path, forc
 
 
 def test_sizes_are_told_as_the_stock_pipeline_tells_them(model):
-    views = [View(original_size=(480, 640), crop=(3, 16), size=(32, 24)), View((32, 32), (0, 0), (32, 32))]
+    views = [
+        CropGeometry(original_size=(480, 640), crop=(3, 16), size=(32, 24)),
+        CropGeometry((32, 32), (0, 0), (32, 32)),
+    ]
     told = model.size_conditions(views)["time_ids"]
     stock = model.pipe._get_add_time_ids((480, 640), (3, 16), (32, 24), torch.float32, 24)
     assert torch.equal(told[:1], stock)
@@ -56,7 +59,7 @@ def test_sizes_are_told_as_the_stock_pipeline_tells_them(model):
 def test_the_prediction_is_that_of_the_denoiser_called_by_hand(model):
     conditions = {
         **model.encode_captions(["a dog", "a cat"]),
-        **model.size_conditions([View((40, 40), (0, 0), (32, 32))] * 2),
+        **model.size_conditions([CropGeometry((40, 40), (0, 0), (32, 32))] * 2),
     }
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     added = {"text_embeds": conditions["text_embeds"], "time_ids": conditions["time_ids"]}
@@ -138,7 +141,10 @@ def test_the_autoencoder_stays_in_float32(base):
     assert model.pipe.vae.dtype == torch.float32
     assert model.pipe.unet.dtype == model.pipe.text_encoder_2.dtype == torch.bfloat16
     assert model.encode_images(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
-    conditions = {**model.encode_captions(["a"]), **model.size_conditions([View((40, 40), (0, 0), (32, 32))])}
+    conditions = {
+        **model.encode_captions(["a"]),
+        **model.size_conditions([CropGeometry((40, 40), (0, 0), (32, 32))]),
+    }
     predicted = model.predict(model.denoiser, torch.randn(1, 4, 8, 8), torch.tensor([3]), conditions)
     assert predicted.dtype == torch.bfloat16
 

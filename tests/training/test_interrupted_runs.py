@@ -126,13 +126,13 @@ def test_a_command_that_is_interrupted_ends_with_130_and_no_traceback(capsys):
     def main():
         raise KeyboardInterrupt
 
-    assert exit_codes.run(main) == 130
+    assert exit_codes.run_command(main) == 130
     assert capsys.readouterr().err == "stopped\n"
 
 
 def test_what_a_terminal_cannot_show_is_escaped_and_no_fault(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert exit_codes.run(lambda: print("“a cat”") or 0) == 0
+    assert exit_codes.run_command(lambda: print("“a cat”") or 0) == 0
     terminal.flush()
     assert terminal.buffer.getvalue() == b"\\u201ca cat\\u201d\n"

@@ -10,7 +10,7 @@ from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, train_option
 
 import diffadapt as da
 from diffadapt.adapters.attach import attached
-from diffadapt.common.images import View
+from diffadapt.common.images import CropGeometry
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
@@ -105,7 +105,7 @@ def test_tensors_that_serve_both_cannot_have_two_rates(folders):
 def test_the_prediction_with_token_ids_is_that_with_text_states(folders):
     for folder in folders.values():
         model, captions = load_base(str(folder)), ["a dog", ""]
-        sizes = model.size_conditions([View((40, 40), (0, 0), (32, 32))] * 2)
+        sizes = model.size_conditions([CropGeometry((40, 40), (0, 0), (32, 32))] * 2)
         noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
         states = {**model.encode_captions(captions), **sizes}
         model.train_text_encoder = True

@@ -170,14 +170,14 @@ class Failing(GeneralTracker):
 )
 def test_a_tracker_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys, call, failure):
     first, second = Failing(call), Failing(None)
-    start = runtime.start
+    start = runtime.make_accelerator
 
     def with_trackers(**given):
         accelerator = start(**given)
         accelerator.log_with = [first, second]
         return accelerator
 
-    monkeypatch.setattr(runtime, "start", with_trackers)
+    monkeypatch.setattr(runtime, "make_accelerator", with_trackers)
     base = tiny_sd_pipeline(tmp_path / "base")
     write_pictures(tmp_path / "images", 2)
     out = tmp_path / "out"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.evaluation.adapter_analysis.formulas import (
     Singular,
     alignment,
@@ -122,7 +122,7 @@ def _check_common(adapters: Mapping[str, Adapter], dense: Adapter | None) -> Non
             first = next(iter(adapter.records))
             raise ValueError(
                 f"{label} and the dense fine-tune change no weight in common: {first!r} is not among the "
-                f"{len(dense.records)} of the latter{near(first, dense.records)}"
+                f"{len(dense.records)} of the latter{did_you_mean(first, dense.records)}"
             )
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from diffadapt.common.images import listed
+from diffadapt.common.messages import indented_list
 from diffadapt.evaluation.features.cache import FeatureCache, identity_of
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.features.feature_file import SetFeatures
@@ -79,10 +79,10 @@ def extract(
     if made.skipped and not skip_bad:
         raise ValueError(
             f"{len(made.skipped)} of {len(images)} images of {images.source!r} cannot be read; repair or "
-            f"remove them, or give --skip_bad:\n{listed(made.skipped)}"
+            f"remove them, or give --skip_bad:\n{indented_list(made.skipped)}"
         )
     if not made.facts:
-        raise ValueError(f"no image of {images.source!r} can be read:\n{listed(made.skipped)}")
+        raise ValueError(f"no image of {images.source!r} can be read:\n{indented_list(made.skipped)}")
     _refuse_broken(images.source, made)
     if cache is not None and not made.skipped and PartialState().is_main_process:
         _keep(cache, made, missing)

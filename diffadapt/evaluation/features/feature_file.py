@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.common.safetensors_file import digest
+from diffadapt.common.safetensors_file import hash_tensors
 from diffadapt.evaluation.sets.image_files import Facts
 
 KEY = "evaluation"  # in the metadata
@@ -44,7 +44,7 @@ def write_features(path: Path, content: SetFeatures) -> None:
         "version": VERSION,
         "identity": dict(content.identity),
         "facts": [asdict(facts) for facts in content.facts],
-        "tensors": digest(tensors),
+        "tensors": hash_tensors(tensors),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {KEY: json.dumps(stored)}))
 
@@ -63,7 +63,7 @@ def read_features(path: Path) -> SetFeatures:
         raise ValueError(f"{path} holds no features of this program, or not all of them: {error}") from None
     if version != VERSION:
         raise ValueError(f"{path} was written by version {version!r} of the format, this is {VERSION}")
-    if digest(layers) != sha256:
+    if hash_tensors(layers) != sha256:
         raise ValueError(f"{path} is damaged: its features do not hash to what it says; make it again")
     if any(len(rows) != len(facts) for rows in layers.values()):
         raise ValueError(f"{path} is damaged: {len(facts)} images, but other numbers of rows")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffadapt.common.images import listed
+from diffadapt.common.messages import indented_list
 from diffadapt.evaluation.features.extractors.base import Extractor
 
 SHOWN = 3  # prompts named in a warning
@@ -25,5 +25,5 @@ def cut_prompts(label: str, prompts: Sequence[str], extractor: Extractor) -> lis
     return [
         f"{label}: {len(longer)} of {len(texts)} prompts are longer than the {extractor.text_length} tokens "
         f"that {extractor.name} reads; images are compared with their beginnings:\n"
-        f"{listed(longer, most=SHOWN)}"
+        f"{indented_list(longer, limit=SHOWN)}"
     ]

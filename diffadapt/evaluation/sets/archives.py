@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from diffadapt.common.images import EXTENSIONS
+from diffadapt.common.images import IMAGE_SUFFIXES
 
 MAX_MEMBER = 512 << 20  # bytes of one image file
 MAX_RATIO = 200  # unpacked against packed bytes: images hardly shrink, bombs by a thousand
@@ -79,7 +79,7 @@ def _open(path: Path) -> zipfile.ZipFile:
 def _is_image(info: zipfile.ZipInfo) -> bool:
     name = PurePosixPath(info.filename)
     hidden = name.name.startswith(".") or "__MACOSX" in name.parts
-    return not info.is_dir() and not hidden and name.suffix.lower() in EXTENSIONS
+    return not info.is_dir() and not hidden and name.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _check(path: Path, info: zipfile.ZipInfo, limit: int | None = MAX_MEMBER) -> None:

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from diffadapt.common.atomic_files import read_text
-from diffadapt.common.images import listed
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean, indented_list
 from diffadapt.common.symlinks import visible_files
 from diffadapt.data.captions import CaptionFiles, caption_text
 from diffadapt.data.metadata import captions_of_file
@@ -40,7 +39,7 @@ def with_captions(images: ImageSet, source: str, *, follow_links: bool = False) 
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(captions)} images of {images.source!r} have no caption in {source!r}:\n"
-            f"{listed(missing)}"
+            f"{indented_list(missing)}"
         )
     prompts = tuple(captions[picture.name] for picture in images.pictures)
     return replace(images, prompts=prompts)
@@ -99,5 +98,7 @@ def _matched(images: ImageSet, captions: Mapping[str, str], source: str) -> dict
         if sum(map(bool, found.values())) > sum(map(bool, best.values())):
             best = found
     if not best:
-        raise ValueError(f"{source} names none of the images of {images.source!r}{near(names[0], captions)}")
+        raise ValueError(
+            f"{source} names none of the images of {images.source!r}{did_you_mean(names[0], captions)}"
+        )
     return best

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffadapt.common.images import ImageSource, StoredImage, open_image, opened
+from diffadapt.common.images import ImageSource, StoredImage, open_image, open_undecoded
 
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -67,7 +67,7 @@ class FilePicture:
     def load(self) -> tuple[Tensor, Facts]:
         data = self.source.read_bytes()
         try:
-            image = opened(StoredImage(self.name, data))
+            image = open_undecoded(StoredImage(self.name, data))
         except UnidentifiedImageError:
             raise ValueError(f"{len(data):,} bytes that are no image") from None
         with image:

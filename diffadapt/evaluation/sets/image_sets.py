@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from diffadapt.common.images import EXTENSIONS, StoredImage, list_images
-from diffadapt.common.suggestions import near
+from diffadapt.common.images import IMAGE_SUFFIXES, StoredImage, list_images
+from diffadapt.common.messages import did_you_mean
 from diffadapt.common.symlinks import visible_files
 from diffadapt.evaluation.sets.archives import IMAGES, arrays_of, members_of
 from diffadapt.evaluation.sets.image_files import ArrayPicture, FilePicture, Picture, to_uint8
@@ -90,7 +90,9 @@ def _path_of(source: str) -> Path:
         name, _, split = source.rpartition(":")
         tables = sorted(Path(resolve(name)).glob("*.parquet"))
         if split not in [table.stem for table in tables]:
-            raise ValueError(f"{name} has no split {split!r}{near(split, [table.stem for table in tables])}")
+            raise ValueError(
+                f"{name} has no split {split!r}{did_you_mean(split, [table.stem for table in tables])}"
+            )
         return Path(resolve(name)) / f"{split}.parquet"
     return Path(resolve(source))
 
@@ -131,7 +133,9 @@ def _from_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
         no_samples = []
     pictures = [FilePicture(name, path) for name, path in names.items() if name not in no_samples]
     files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
-    others = [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in EXTENSIONS]
+    others = [
+        path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES
+    ]
     ignored = tuple(f"{name}: not an image file" for name in others)
     kind = "embedded" if is_embedded(source) else "folder"
     return ImageSet(source, kind, pictures, ignored, no_samples=tuple(no_samples))
@@ -208,7 +212,7 @@ def _from_dataset(source: str, dataset: object, column: str | None) -> ImageSet:
     images = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
     column = column or (images[0] if images else "")
     if column not in images:
-        raise ValueError(f"{source} has no image column {column!r}{near(column, images)}")
+        raise ValueError(f"{source} has no image column {column!r}{did_you_mean(column, images)}")
     stored = dataset.cast_column(column, datasets.Image(decode=False))
     return _checked(ImageSet(source, "datasets", _Rows(stored, column)))
 

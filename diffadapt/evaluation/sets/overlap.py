@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffadapt.common.images import listed
+from diffadapt.common.messages import indented_list
 from diffadapt.evaluation.sets.image_files import Facts
 
 NEAR_BITS = 2  # of 64 bits of a difference hash, in images that look the same
@@ -68,7 +68,7 @@ def check_sets(
         (lookalikes(generated, real), "look like a reference image, mirrored or not (difference hash)"),
     ):
         if pairs:
-            named = listed([f"{a} = {b}" for a, b in pairs], most=SHOWN)
+            named = indented_list([f"{a} = {b}" for a, b in pairs], limit=SHOWN)
             warnings.append(f"{label}: {len(pairs)} of {len(generated)} images {what}:\n{named}")
     return [*warnings, *_stored_differently(generated, real, label)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from diffadapt.common.images import listed
+from diffadapt.common.messages import indented_list
 from diffadapt.evaluation.sets.image_files import Facts
 from diffadapt.evaluation.sets.image_sets import ImageSet
 
@@ -19,7 +19,7 @@ def left_out(label: str, images: ImageSet) -> list[str]:
         return []
     return [
         f"{label}: {len(images.no_samples)} images are not scored, as their names say that they are an "
-        f"overview or an input; rename them to score them:\n{listed(images.no_samples, most=SHOWN)}"
+        f"overview or an input; rename them to score them:\n{indented_list(images.no_samples, limit=SHOWN)}"
     ]
 
 
@@ -36,7 +36,7 @@ def strangers(label: str, facts: Sequence[Facts]) -> list[str]:
         return []
     return [
         f"{label}: {len(others)} of {len(facts)} images are not of {usual[0]}x{usual[1]} pixels as the "
-        f"others; do they belong to the set?\n{listed(others, most=SHOWN)}"
+        f"others; do they belong to the set?\n{indented_list(others, limit=SHOWN)}"
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffadapt.common.atomic_files import read_text, text_lines
 from diffadapt.common.images import list_images
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.evaluation.sets.image_files import FilePicture, Picture
 from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.models.base_names import resolve
@@ -108,7 +108,7 @@ def open_subjects(
     for name in chosen:
         if name not in prompts.classes:
             raise ValueError(
-                f"subject {name!r} has no class in the prompts file{near(name, prompts.classes)}"
+                f"subject {name!r} has no class in the prompts file{did_you_mean(name, prompts.classes)}"
             )
         class_name = prompts.classes[name]
         real = _real_images(name, folder / name, follow_links)

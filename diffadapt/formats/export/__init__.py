@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.formats.adapter_file import read_metadata
 from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.checks import (
@@ -135,7 +135,9 @@ def parse_formats(formats: str | None) -> list[str]:
         )
     for name in names:
         if name not in FORMATS:
-            raise ValueError(f"--export_formats: unknown format {name!r}{near(name, [*FORMATS, 'none'])}")
+            raise ValueError(
+                f"--export_formats: unknown format {name!r}{did_you_mean(name, [*FORMATS, 'none'])}"
+            )
     return names
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.formats.export.changes import Change, changes_of
 from diffadapt.formats.export.report import ExportReport
 
@@ -16,9 +16,9 @@ KINDS = ("kohya", "diffusers", "merged")
 def check_arguments(to: str, dtype: str, rank: int | None) -> None:
     """Raises ValueError naming the first argument that will not do."""
     if to not in KINDS:
-        raise ValueError(f"cannot export to {to!r}{near(to, KINDS)}")
+        raise ValueError(f"cannot export to {to!r}{did_you_mean(to, KINDS)}")
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
+        raise ValueError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
     if rank is not None and to != "diffusers":

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import pipeline_of
 from diffadapt.algebra.update import LowRank
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import shorten_list
 from diffadapt.formats.emulators.peft import geometry_refusal
 from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.export_form import full_rank, low_rank, nearest, nothing
@@ -168,4 +168,4 @@ def _check_layers(changes: list[Change]) -> None:
 
 
 def _listed(changes: list[Change]) -> str:
-    return few([change.name for change in changes], most=3)
+    return shorten_list([change.name for change in changes], limit=3)

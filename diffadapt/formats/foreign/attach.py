@@ -10,7 +10,7 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
 from diffadapt.adapters.layers import Record
 from diffadapt.adapters.targets import TargetSite, sites_by_name
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import shorten_list
 from diffadapt.formats.foreign.layer_names import Names, Place, remedy
 from diffadapt.formats.foreign.open import Foreign
 from diffadapt.formats.foreign.stored_change import Form, fit
@@ -83,7 +83,7 @@ def _place(foreign: Foreign, roots: Mapping[str, nn.Module]) -> dict[Place, Form
             placed[place] = form
     if missing:
         raise ValueError(
-            f"{foreign.path} changes layers that this model does not have: {few(sorted(missing))}"
+            f"{foreign.path} changes layers that this model does not have: {shorten_list(sorted(missing))}"
             f"{remedy(missing)}"
         )
     return placed

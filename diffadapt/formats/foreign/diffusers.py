@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import shorten_list
 from diffadapt.formats.foreign.keys import by_layer, unsupported
 from diffadapt.formats.foreign.peft import config_rule
 from diffadapt.formats.foreign.stored_change import Form, form_of, kohya_rule
@@ -43,7 +43,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     if kinds := unsupported(left):
         raise ValueError(f"{path} holds {kinds}")
     if left:
-        raise ValueError(f"{path} has keys of no known kind of adapter: {few(sorted(left))}")
+        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten_list(sorted(left))}")
     return forms
 
 

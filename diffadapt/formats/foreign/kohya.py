@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import shorten_list
 from diffadapt.formats.foreign.keys import by_layer, unsupported
 from diffadapt.formats.foreign.stored_change import Form, form_of, kohya_rule
 
@@ -34,6 +34,6 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     if left or not forms:
         raise ValueError(
             f"{path} is not a diffadapt file, and not wholly LoRA, LoCon, LoHa, LoKr, DoRA, full or norms: "
-            f"{'keys left: ' + few(sorted(left)) if left else 'it holds no tensors'}"
+            f"{'keys left: ' + shorten_list(sorted(left)) if left else 'it holds no tensors'}"
         )
     return forms

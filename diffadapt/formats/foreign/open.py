@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffadapt.common.safetensors_file import check_numbers, digest, read_tensors
+from diffadapt.common.safetensors_file import check_finite, hash_tensors, read_tensors
 from diffadapt.formats.foreign import diffusers, kohya, peft
 from diffadapt.formats.foreign.stored_change import Form
 
@@ -61,7 +61,7 @@ def open_foreign(path: str | Path) -> Foreign:
     path = Path(path)
     file, config = _choose(path)
     header, tensors = read_tensors(file)
-    check_numbers(tensors, file)
+    check_finite(tensors, file)
     try:
         if config is not None:
             family, forms = "peft", peft.read(tensors, config, file)
@@ -73,7 +73,7 @@ def open_foreign(path: str | Path) -> Foreign:
         if str(file.parent) in str(error):  # names the file, or the configuration beside it
             raise
         raise ValueError(f"{file}: {error}") from error
-    return Foreign(file, family, forms, header, digest(tensors))
+    return Foreign(file, family, forms, header, hash_tensors(tensors))
 
 
 def _choose(path: Path) -> tuple[Path, Path | None]:

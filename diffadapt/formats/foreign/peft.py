@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffadapt.common.suggestions import few
+from diffadapt.common.messages import shorten_list
 from diffadapt.formats.foreign.keys import by_layer
 from diffadapt.formats.foreign.stored_change import Form, Rule, form_of
 
@@ -56,7 +56,7 @@ def read(tensors: Mapping[str, Tensor], config_path: Path, path: Path) -> dict[s
         if config["peft_type"] == "VERA":
             forms[layer] = replace(forms[layer], cut=True)
     if left:
-        raise ValueError(f"{path} has keys of no known kind of adapter: {few(sorted(left))}")
+        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten_list(sorted(left))}")
     return forms
 
 

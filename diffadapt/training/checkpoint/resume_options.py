@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.training.checkpoint.data_record import data_changes, is_compared
 
 FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
@@ -129,7 +129,7 @@ def _accepted(options: Mapping[str, object]) -> set[str]:
         if name in FIXED_OPTIONS:
             raise ValueError(f"--accept_changes {name}: it has another form of state; start anew")
         if name not in possible:
-            raise ValueError(f"--accept_changes: no option {name!r}{near(name, possible)}")
+            raise ValueError(f"--accept_changes: no option {name!r}{did_you_mean(name, possible)}")
     return names
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from diffadapt.common.safetensors_file import PRECISIONS, digest
+from diffadapt.common.safetensors_file import FLOAT_DTYPES, hash_tensors
 
 
 def state_digest(content: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
     """A SHA-256 over the JSON of a state and its tensors."""
-    return hashlib.sha256((json.dumps(content) + digest(tensors)).encode()).hexdigest()
+    return hashlib.sha256((json.dumps(content) + hash_tensors(tensors)).encode()).hexdigest()
 
 
 def check_state(saved: object, own: Mapping[str, object]) -> None:
@@ -54,7 +54,7 @@ def check_like(saved: object, own: object, name: str) -> None:
     if isinstance(own, torch.Tensor):
         same = same and (saved.shape, saved.dtype) == (own.shape, own.dtype)
         whole = not saved.is_floating_point() and not saved.is_complex() if same else False
-        same = same and (whole or (saved.dtype in PRECISIONS and bool(saved.isfinite().all())))
+        same = same and (whole or (saved.dtype in FLOAT_DTYPES and bool(saved.isfinite().all())))
     elif isinstance(own, dict):
         same = same and saved.keys() == own.keys()
     elif isinstance(own, list | tuple):

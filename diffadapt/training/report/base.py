@@ -20,7 +20,7 @@ import diffadapt as da
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled
 from diffadapt.common import runtime
-from diffadapt.common.contact_sheet import Panel, grid, to_pictures
+from diffadapt.common.contact_sheet import Panel, make_contact_sheet, to_pil_images
 from diffadapt.data.summary import describe_cuts
 from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
@@ -130,11 +130,13 @@ class Report(ABC):
         """
         wanted = self.validation_shots()
         images = self._draw(wanted, f"pictures of {folder.name}")
-        pictures = to_pictures(images)
+        pictures = to_pil_images(images)
         for index, (shot, picture) in enumerate(zip(wanted, pictures, strict=True)):
             picture.save(folder / f"{index:03d}-seed{shot.seed}.png")
         captions = [shot.prompt for shot in wanted]
-        sheet = grid([[Panel(folder.name, pictures, 4, captions)]], title=self._title(), note="")
+        sheet = make_contact_sheet(
+            [[Panel(folder.name, pictures, 4, captions)]], title=self._title(), note=""
+        )
         sheet.save(folder / "sheet.png")
         return images
 
@@ -258,7 +260,7 @@ class Report(ABC):
         folder = Path(self.options.output_dir) / "samples" / when
         folder.mkdir(parents=True, exist_ok=True)
         for kind, images in self.pictures[when].items():
-            for index, picture in enumerate(to_pictures(images)):
+            for index, picture in enumerate(to_pil_images(images)):
                 picture.save(folder / f"{kind}-{index:02d}.png")
 
     def _title(self, adapter: Adapter | None = None) -> str:
@@ -271,4 +273,4 @@ class Report(ABC):
         note = f"{self.data_note()}, {steps} steps, {count:,} trained parameters"
         if is_embedded(self.options.pretrained_model_name_or_path):
             note += " · a small base shipped for demonstration; for real pictures name a real base"
-        return grid(self.panels(), title=self._title(adapter), note=note)
+        return make_contact_sheet(self.panels(), title=self._title(adapter), note=note)

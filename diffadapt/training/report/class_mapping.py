@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.data.examples import Example
 from diffadapt.methods import Method
 from diffadapt.methods.class_embedding import ClassEmbedding
@@ -88,7 +88,7 @@ def matched_by_name(
         if names[number] not in number_of:
             raise ValueError(
                 f"--held_out has class {names[number]!r}, which the training data does not have"
-                f"{near(names[number], number_of)}"
+                f"{did_you_mean(names[number], number_of)}"
             )
     return [dataclasses.replace(example, caption=number_of[names[example.caption]]) for example in examples]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.adapters.attach import attach, detach
-from diffadapt.common.contact_sheet import Panel, to_pictures
+from diffadapt.common.contact_sheet import Panel, to_pil_images
 from diffadapt.common.keyed_random import permutation
 from diffadapt.data.examples import Example
 from diffadapt.evaluation.features.extractors import Extractor, load_extractor
@@ -157,7 +157,7 @@ class ClassReport(Report):
             drawn = self.pictures[when]["classes"]
             turns = range(0, min(len(drawn), SHOWN_EACH * len(self.rows)), len(self.rows))
             blocks[when] = torch.cat([drawn[turn : turn + shown] for turn in turns])
-        return [[Panel(heading, to_pictures(block), shown)] for heading, block in blocks.items()]
+        return [[Panel(heading, to_pil_images(block), shown)] for heading, block in blocks.items()]
 
     def subject(self) -> str:
         return self.options.dataset_name or self.options.train_data_dir

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffadapt.common.contact_sheet import Panel, to_pictures
+from diffadapt.common.contact_sheet import Panel, to_pil_images
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
 from diffadapt.data.trigger_words import with_trigger
@@ -104,9 +104,9 @@ class StyleReport(Report):
             few = f", the {len(chosen)} of {len(drawn)} captions that the base draws best"
             heading = f"real, {kind}" + (few if len(chosen) < len(drawn) and self.options.extractor else "")
             real = pixels_of([self.shown[i] for i in chosen], self.options.resolution)
-            row.append(Panel(heading, to_pictures(real), COLUMNS, captions))
+            row.append(Panel(heading, to_pil_images(real), COLUMNS, captions))
         for when in ("before", "after"):
-            row.append(Panel(when, to_pictures(self.pictures[when]["captions"][chosen]), COLUMNS, captions))
+            row.append(Panel(when, to_pil_images(self.pictures[when]["captions"][chosen]), COLUMNS, captions))
         return [row]
 
     def chosen(self) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffadapt.common.contact_sheet import Panel, to_pictures
+from diffadapt.common.contact_sheet import Panel, to_pil_images
 from diffadapt.data.folders import subject_images
 from diffadapt.data.scaled_images import training_pixels
 from diffadapt.metrics.features import ClipFeatures
@@ -117,11 +117,11 @@ class SubjectReport(Report):
         """The real subject | before | after, below them new contexts before | after."""
         prompt = self.shots["subject"][0].prompt
         captions = [shot.prompt for shot in self.shots["contexts"][:SHOWN_CONTEXTS]]
-        top, below = [Panel("the real subject", to_pictures(self._real()[:SHOWN_SUBJECTS]), 3)], []
+        top, below = [Panel("the real subject", to_pil_images(self._real()[:SHOWN_SUBJECTS]), 3)], []
         for when in ("before", "after"):
             drawn, elsewhere = (self.pictures[when][kind] for kind in ("subject", "contexts"))
-            top.append(Panel(f"{when}: “{prompt}”", to_pictures(drawn[:SHOWN_SUBJECTS]), 3))
-            pictures, columns = to_pictures(elsewhere[:SHOWN_CONTEXTS]), min(5, len(captions))
+            top.append(Panel(f"{when}: “{prompt}”", to_pil_images(drawn[:SHOWN_SUBJECTS]), 3))
+            pictures, columns = to_pil_images(elsewhere[:SHOWN_CONTEXTS]), min(5, len(captions))
             below.append(Panel(f"new contexts, {when}", pictures, columns, captions))
         return [top, below]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffadapt.common.suggestions import near
+from diffadapt.common.messages import did_you_mean
 from diffadapt.evaluation.features import weight_files
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.features.extractors.convolutional import LPIPS, inception, lpips, vgg16
@@ -49,7 +49,7 @@ def weights_by_extractor(pairs: Sequence[str]) -> dict[str, Path]:
         kind, _, model = full.partition(":")
         if full not in weight_files.FILES and not (kind in DEFAULT_MODELS and model):
             known = [*weight_files.FILES, *DEFAULT_MODELS, *(f"{kind}:MODEL" for kind in DEFAULT_MODELS)]
-            raise ValueError(f"--weights {name}={path}: {name!r} takes no weights{near(name, known)}")
+            raise ValueError(f"--weights {name}={path}: {name!r} takes no weights{did_you_mean(name, known)}")
         found[full] = path
     return found
 
@@ -116,7 +116,7 @@ def _of_model(
     if model and kind != "embedded" and importlib.util.find_spec(kind.partition(".")[0]) is not None:
         return custom(name, **options)
     known = [*NAMES, *(f"{kind}:MODEL" for kind in DEFAULT_MODELS), "module:Class"]
-    raise ValueError(f"unknown extractor {name!r}{near(name, known)}")
+    raise ValueError(f"unknown extractor {name!r}{did_you_mean(name, known)}")
 
 
 def _of_weight_file(

@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from diffadapt.common.safetensors_file import digest
+from diffadapt.common.safetensors_file import hash_tensors
 from diffadapt.evaluation.features.extractors.base import Extractor, frozen, standardise
 from diffadapt.evaluation.features.weight_files import read_state_dict
 
@@ -148,7 +148,7 @@ def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, devi
 
     return Extractor(
         f"lpips:{kind}",
-        f"{sha256} and {digest(stored)}",
+        f"{sha256} and {hash_tensors(stored)}",
         LPIPS_SIDE,
         preset or "clean",
         ("lpips",),

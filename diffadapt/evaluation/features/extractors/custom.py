@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from diffadapt.common.safetensors_file import digest
+from diffadapt.common.safetensors_file import hash_tensors
 from diffadapt.evaluation.features.extractors.base import Extractor, frozen
 
 CONTRACT = (
@@ -61,5 +61,5 @@ def source_sha256(kind: type, made: object) -> str:
     source = inspect.getsourcefile(kind)
     hasher = hashlib.sha256(Path(source).read_bytes() if source else kind.__qualname__.encode())
     if isinstance(made, nn.Module):
-        hasher.update(digest(made.state_dict()).encode())
+        hasher.update(hash_tensors(made.state_dict()).encode())
     return hasher.hexdigest()

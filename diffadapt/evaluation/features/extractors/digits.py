@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffadapt.common.safetensors_file import digest
+from diffadapt.common.safetensors_file import hash_tensors
 from diffadapt.evaluation.features.extractors.base import Extractor, frozen
 from diffadapt.metrics.digit_classifier import NAME, load_digit_classifier
 
@@ -16,5 +16,5 @@ def digits(*, preset: str | None, device: str) -> Extractor:
     def network(pixels: Tensor) -> dict[str, Tensor]:
         return classifier((pixels / 255).to(device))
 
-    sha256, layers = digest(classifier.state_dict()), ("pool", "logits")
+    sha256, layers = hash_tensors(classifier.state_dict()), ("pool", "logits")
     return Extractor(NAME, sha256, classifier.side, preset or "clean", layers, "pool", network, "logits")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from diffadapt.common.safetensors_file import digest
+from diffadapt.common.safetensors_file import hash_tensors
 from diffadapt.evaluation.features.extractors.base import Extractor, frozen, standardise
 from diffadapt.metrics.features import load_clip
 
@@ -37,7 +37,7 @@ def clip(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
         embedding = model.embed(pixels / 255)
         return {"image": normalize(embedding, dim=-1), "embedding": embedding}
 
-    sha256, layer = digest(model.model.state_dict()), "image"
+    sha256, layer = hash_tensors(model.model.state_dict()), "image"
     resize = preset or f"crop-{side}"
     roles = {"raw": "embedding"}
     return Extractor(
@@ -80,7 +80,7 @@ def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
         token = model(pixel_values=images).last_hidden_state[:, 0]
         return {RAW: token, unit: normalize(token, dim=-1)}
 
-    sha256, resize = digest(model.state_dict()), f"crop-{round(side * LARGER / SMALLER)}"
+    sha256, resize = hash_tensors(model.state_dict()), f"crop-{round(side * LARGER / SMALLER)}"
     roles = {"unit": unit}
     return Extractor(name, sha256, side, preset or resize, (RAW, unit), RAW, network, roles=roles)
 
