@@ -89,7 +89,7 @@ def test_a_closed_terminal_is_noted_and_nohup_stays_ignored():
 
 LOSES_ITS_OUTPUT = """
 import os, signal, sys
-from diffadapt.training.stop import StopRequest
+from diffadapt.training.signals import StopRequest
 from accelerate import Accelerator
 
 with StopRequest() as stop:
