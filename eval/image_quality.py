@@ -25,13 +25,13 @@ from diffadapt.common.atomic_files import write_utf8
 from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation import image_quality_cli
 from diffadapt.evaluation.evaluate_sets import (
-    Outcome,
-    begin,
+    EvaluationOutput,
     check_counts,
     check_places,
     evaluate_sets,
     open_generated,
     open_reference,
+    setup_evaluation,
 )
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.preference import METRIC, load_preference
@@ -70,7 +70,7 @@ def verify() -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Generates what is to be generated, scores everything, writes the four files. Returns the exit code."""
     image_quality_cli.check_numbers(arguments)
-    device = begin(arguments.num_threads)
+    device = setup_evaluation(arguments.num_threads)
     image_quality_cli.fill_demo(arguments)
     image_quality_cli.check_places(arguments)
     files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
@@ -79,7 +79,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.base = arguments.base or base_named_in([parse_adapter_spec(file).path for file in files])
     elif is_drawing and arguments.base is None:
         raise ValueError("--with_base without adapters needs --base, the model that draws")
-    plan, reading = image_quality_cli.plan_of(arguments), image_quality_cli.reading_of(arguments)
+    plan, read_options = (
+        image_quality_cli.plan_from(arguments),
+        image_quality_cli.read_options_from(arguments),
+    )
     with PartialState().local_main_process_first():  # which fetches what is missing
         is_alone = arguments.preference is not None and plan.metrics == (METRIC,)
         extractors = [] if is_alone else image_quality_cli.extractors_of(arguments, str(device))
@@ -90,8 +93,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         plan = replace(plan, metrics=tuple(key for key in plan.metrics if key != METRIC))
     given: dict[str, ImageSet | Path] = {}
     for label, name in image_quality_cli.labels_of(arguments.generated).items():
-        given[label] = captioned(open_generated(name, reading), arguments)
-    reference = None if arguments.reference is None else open_reference(arguments.reference, reading)
+        given[label] = captioned(open_generated(name, read_options), arguments)
+    reference = None if arguments.reference is None else open_reference(arguments.reference, read_options)
     with_prompts = is_drawing or arguments.captions or any(map(has_prompts, arguments.generated))
     check_plan(
         plan,
@@ -101,7 +104,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         only_statistics=isinstance(reference, Path) and reference.suffix == ".npz",
         has_train=arguments.train is not None,
     )
-    check_places(given, reference, reading)
+    check_places(given, reference, read_options)
     check_counts(plan, extractors, given, reference)
     if is_drawing:
         check_drawing(arguments, files, plan, extractors, reference)
@@ -112,12 +115,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
             sets |= draw_sets(arguments, files, Path(folder))
         for label, source in given.items():
             sets[f"{label}-files" if label in sets else label] = source
-        outcome = evaluate_sets(
+        output = evaluate_sets(
             sets,
             reference,
             extractors,
             plan,
-            reading=reading,
+            read_options=read_options,
             protocol=arguments.protocol,
             train=arguments.train,
             preference=preference,
@@ -126,9 +129,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 "demo": image_quality_cli.is_demo(arguments),
             },
         )
-        if outcome is None:
+        if output is None:
             return 0
-        problems = write_outcome(outcome, OutputFiles.of(arguments.output))
+        problems = write_outcome(output, OutputFiles.of(arguments.output))
     return report(problems)
 
 
@@ -152,13 +155,13 @@ def check_drawing(
     check_counts(plan, extractors, {expected.source: expected}, reference)
 
 
-def write_outcome(outcome: Outcome, places: OutputFiles) -> list[str]:
+def write_outcome(output: EvaluationOutput, places: OutputFiles) -> list[str]:
     """Writes the scores first, the page last. Returns what could not be computed or made."""
-    record = outcome.record
+    record = output.record
     record.write(places.json)
     write_utf8(places.markdown, tables.report(record))
     write_utf8(places.csv, tables.per_image_csv(record))
-    problems = [*outcome.failures, *write_page(record, places.page, outcome.picture)]
+    problems = [*output.failures, *write_page(record, places.page, output.load_image)]
     print(tables.markdown(record, width=tables.WIDTH))
     print(f"{places.json} with .md, .csv and .html beside it")
     return problems

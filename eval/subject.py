@@ -22,7 +22,7 @@ from accelerate import PartialState
 from diffadapt.common.atomic_files import check_writable_folder
 from diffadapt.common.exit_codes import run_command
 from diffadapt.common.number_ranges import require_at_least, require_seed
-from diffadapt.evaluation.evaluate_sets import begin
+from diffadapt.evaluation.evaluate_sets import setup_evaluation
 from diffadapt.evaluation.features.extractors import (
     EMBEDDED,
     Extractor,
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     require_at_least(arguments, MINIMUM_VALUES)
     require_seed(arguments.seed)
-    device = begin(arguments.num_threads)
+    device = setup_evaluation(arguments.num_threads)
     places = OutputFiles.of(Path(arguments.output) / "subject.json")
     check_writable_folder(arguments.output)
     places.check()

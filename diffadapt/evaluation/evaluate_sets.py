@@ -30,11 +30,11 @@ from diffadapt.evaluation.features.prompt_lengths import cut_prompts
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.run_facts import run_facts, versions
 from diffadapt.evaluation.scored_set import (
-    Material,
+    ScoredSet,
     has_statistics,
-    is_material_file,
-    of_file,
-    of_images,
+    holds_features,
+    scored_set_from_file,
+    scored_set_from_images,
     with_statistics,
 )
 from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
@@ -47,7 +47,7 @@ PATIENCE = timedelta(days=1)  # of the processes that wait while the first one s
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How images are read.
 
     Attributes:
@@ -71,16 +71,16 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluationOutput:
     """What an evaluation gave.
 
     Attributes:
-        picture: `picture(label, name)` of the images that the record names, for pages.
+        load_image: (label of a set, name) -> the image, of the images that the record names.
         failures: what should have been computed and was not, "what: why".
     """
 
     record: EvaluationRecord
-    picture: Callable[[str, str], Image.Image]
+    load_image: Callable[[str, str], Image.Image]
     failures: tuple[str, ...] = ()
 
 
@@ -91,7 +91,7 @@ class _Result:
     failed: dict[str, str] = field(default_factory=dict)
     rows: list[ImageRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    materials: dict[str, Material] = field(default_factory=dict)
+    scored_sets: dict[str, ScoredSet] = field(default_factory=dict)
 
 
 def evaluate_sets(
@@ -100,12 +100,12 @@ def evaluate_sets(
     extractors: Sequence[Extractor],
     plan: Plan,
     *,
-    reading: Reading,
+    read_options: ReadOptions,
     protocol: str | None = None,
     settings: Mapping[str, object] | None = None,
     train: str | ImageSet | None = None,
     preference: Preference | None = None,
-) -> Outcome | None:
+) -> EvaluationOutput | None:
     """Scores every generated set against one reference. None on all but the main process.
 
     Args:
@@ -115,38 +115,38 @@ def evaluate_sets(
         preference: gives a number for each image and prompt.
 
     A set that cannot be read or scored, and a metric that cannot be computed, cost themselves alone; they
-    stand in `Outcome.failures`.
+    stand in `EvaluationOutput.failures`.
 
     Raises: what `open_set`, `check_sizes` and the reading of the reference raise; with a single generated
         set, what its reading raises.
     """
     start, result = time.perf_counter(), _Result()
-    opened = {label: open_generated(source, reading) for label, source in generated.items()}
-    opened_reference = None if reference is None else open_reference(reference, reading)
+    opened = {label: open_generated(source, read_options) for label, source in generated.items()}
+    opened_reference = None if reference is None else open_reference(reference, read_options)
     check_counts(plan, extractors, opened, opened_reference)
     real = None
     for label, source in {**opened, REFERENCE: opened_reference}.items():
         if isinstance(source, ImageSet):
             result.warnings += remarks.left_out(label, source)
     if opened_reference is not None:
-        cache = FeatureCache(reading.cache)
-        real = _material(REFERENCE, opened_reference, extractors, reading, role="real", cache=cache)
+        cache = FeatureCache(read_options.cache)
+        real = _material(REFERENCE, opened_reference, extractors, read_options, role="real", cache=cache)
         if real is not None:
-            result.materials[REFERENCE] = real
+            result.scored_sets[REFERENCE] = real
             result.warnings += _remarks(REFERENCE, real)
     training = None
     if train is not None:
-        cache = FeatureCache(reading.cache)
-        images = open_reference(train, reading)
-        training = _material("training images", images, extractors, reading, role="real", cache=cache)
+        cache = FeatureCache(read_options.cache)
+        images = open_reference(train, read_options)
+        training = _material("training images", images, extractors, read_options, role="real", cache=cache)
     for label, source in opened.items():
         try:
-            own = _material(label, source, extractors, reading, role="generated", cache=None)
+            own = _material(label, source, extractors, read_options, role="generated", cache=None)
             if own is not None:
-                _score(label, own, real, training, extractors, plan, reading, protocol, result)
+                _score(label, own, real, training, extractors, plan, read_options, protocol, result)
                 if preference is not None:
                     _add_preference(label, own, preference, plan, result)
-                result.materials[label] = replace(own, inputs={})  # features are needed no more
+                result.scored_sets[label] = replace(own, feature_sets={})  # features are needed no more
         except (ValueError, OSError, FloatingPointError) as error:
             if len(opened) == 1:
                 raise
@@ -157,38 +157,45 @@ def evaluate_sets(
         return None
     if training is not None:
         settings = {**(settings or {}), "train": _in_words(training)}
-    facts = {**(settings or {}), "protocol": protocol, "batch_size": reading.batch_size, **run_facts(start)}
+    facts = {
+        **(settings or {}),
+        "protocol": protocol,
+        "batch_size": read_options.batch_size,
+        **run_facts(start),
+    }
     used = [*extractors, *([preference.extractor] if preference is not None else [])]
     record = _record(result, used, plan, facts)
-    return Outcome(record, lambda label, name: result.materials[label].picture(name), _failures(result))
+    return EvaluationOutput(
+        record, lambda label, name: result.scored_sets[label].load_image(name), _failures(result)
+    )
 
 
-def open_reference(source: str | ImageSet | Path, reading: Reading) -> ImageSet | Path:
+def open_reference(source: str | ImageSet | Path, read_options: ReadOptions) -> ImageSet | Path:
     """The images a name stands for; the path of a file of features or statistics."""
     if not isinstance(source, str):
         return source
-    if is_material_file(source):
+    if holds_features(source):
         return Path(source)
-    return open_set(source, download=reading.download, follow_links=reading.follow_links)
+    return open_set(source, download=read_options.download, follow_links=read_options.follow_links)
 
 
-def open_generated(source: str | ImageSet | Path, reading: Reading) -> ImageSet | Path:
+def open_generated(source: str | ImageSet | Path, read_options: ReadOptions) -> ImageSet | Path:
     """The same for a set to score, of which the images or their features are needed.
 
     Raises: ValueError for a file that holds statistics alone.
     """
-    if isinstance(source, str) and Path(source).suffix == ".npz" and is_material_file(source):
+    if isinstance(source, str) and Path(source).suffix == ".npz" and holds_features(source):
         raise ValueError(
             f"{source!r} holds statistics of images, which serve as a --reference alone; give the images"
         )
-    return open_reference(source, reading)
+    return open_reference(source, read_options)
 
 
 def check_places(
-    generated: Mapping[str, ImageSet | Path], reference: ImageSet | Path | None, reading: Reading
+    generated: Mapping[str, ImageSet | Path], reference: ImageSet | Path | None, read_options: ReadOptions
 ) -> None:
-    """Raises: ValueError for a set that is its own reference, unless `reading.allow_overlap`."""
-    if reference is None or reading.allow_overlap:
+    """Raises: ValueError for a set that is its own reference, unless `read_options.allow_overlap`."""
+    if reference is None or read_options.allow_overlap:
         return
     for label, source in generated.items():
         if _place_of(source) == _place_of(reference):
@@ -224,17 +231,17 @@ def _failures(result: _Result) -> tuple[str, ...]:
     """What is missing, set by set; a set without any score is one, whatever was refused by the rules."""
     lines = [f"{what}: {why}" for what, why in result.failed.items()]
     scored = {score.generated for score in result.scores}
-    empty = [label for label in result.materials if label != REFERENCE and label not in scored]
+    empty = [label for label in result.scored_sets if label != REFERENCE and label not in scored]
     return (*lines, *(f"{label}: no score could be computed" for label in empty))
 
 
-def _in_words(material: Material) -> dict[str, object]:
+def _in_words(scored_set: ScoredSet) -> dict[str, object]:
     """Source, number and fingerprint of a set."""
-    summary = material.summary
+    summary = scored_set.summary
     return {"source": summary.source, "count": summary.count, "fingerprint": summary.fingerprint}
 
 
-def _add_preference(label: str, own: Material, preference: Preference, plan: Plan, result: _Result) -> None:
+def _add_preference(label: str, own: ScoredSet, preference: Preference, plan: Plan, result: _Result) -> None:
     scored, numbers = score_preference(label, own, preference, plan)
     result.scores += scored.scores
     result.failed |= scored.failed
@@ -248,7 +255,7 @@ def _record(
 ) -> EvaluationRecord:
     return EvaluationRecord(
         scores=tuple(result.scores),
-        sets={label: material.summary for label, material in result.materials.items()},
+        sets={label: scored_set.summary for label, scored_set in result.scored_sets.items()},
         extractors=tuple(extractor.summary for extractor in extractors),
         seeds={"metrics": plan.seed},
         versions=versions(),
@@ -263,54 +270,61 @@ def _material(
     label: str,
     source: ImageSet | Path,
     extractors: Sequence[Extractor],
-    reading: Reading,
+    read_options: ReadOptions,
     *,
     role: str,
     cache: FeatureCache | None,
-) -> Material | None:
+) -> ScoredSet | None:
     """A set's features and facts. None on all but the main process, which scores."""
     if isinstance(source, Path):
-        return of_file(source, extractors, role=role) if PartialState().is_main_process else None
+        return scored_set_from_file(source, extractors, role=role) if PartialState().is_main_process else None
     images = source
     made = extract(
-        images, extractors, batch_size=reading.batch_size, skip_bad=reading.skip_bad, cache=cache, title=label
+        images,
+        extractors,
+        batch_size=read_options.batch_size,
+        skip_bad=read_options.skip_bad,
+        cache=cache,
+        title=label,
     )
     if not PartialState().is_main_process:
         return None
-    material = of_images(images, made, extractors, role=role)
+    scored_set = scored_set_from_images(images, made, extractors, role=role)
     if role == "real" and has_statistics(images.source):
-        material = with_statistics(material, Path(images.source))
-    if reading.save_features is None:
-        return material
+        scored_set = with_statistics(scored_set, Path(images.source))
+    if read_options.save_features is None:
+        return scored_set
     for extractor in (e for e in extractors if e.perceptual is None):
         content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.facts)
-        write_features(reading.save_features / label / file_name(extractor.name), content)
-    folder = os.path.relpath(reading.save_features / label, reading.record_folder)
-    return replace(material, summary=replace(material.summary, features=folder))
+        write_features(read_options.save_features / label / file_name(extractor.name), content)
+    folder = os.path.relpath(read_options.save_features / label, read_options.record_folder)
+    return replace(scored_set, summary=replace(scored_set.summary, features=folder))
 
 
 def _score(
     label: str,
-    own: Material,
-    real: Material | None,
-    training: Material | None,
+    own: ScoredSet,
+    real: ScoredSet | None,
+    training: ScoredSet | None,
     extractors: Sequence[Extractor],
     plan: Plan,
-    reading: Reading,
+    read_options: ReadOptions,
     protocol: str | None,
     result: _Result,
 ) -> None:
     result.warnings += _remarks(label, own)
     result.warnings += overlap.check_repeats(own.facts, label=label)
     if real is not None and own.facts and real.facts:
-        found = overlap.check_sets(own.facts, real.facts, label=label, allow_overlap=reading.allow_overlap)
+        found = overlap.check_sets(
+            own.facts, real.facts, label=label, allow_overlap=read_options.allow_overlap
+        )
         result.warnings += found
     if protocol is not None:
         counts = {"n_generated": own.summary.count, "n_real": real.summary.count if real else 0}
         result.warnings += protocols.shortfall(protocols.protocol(protocol), protocol, **counts)
     for extractor in extractors:
-        inputs = own.inputs.get(extractor.name)
-        if inputs is not None and "texts" in inputs.roles:
+        features = own.feature_sets.get(extractor.name)
+        if features is not None and "texts" in features.roles:
             result.warnings += cut_prompts(label, own.prompts, extractor)
         its_plan = plan_for(extractor, extractors, plan)
         if its_plan is None:
@@ -320,21 +334,21 @@ def _score(
         result.refused |= scored.refused
         result.failed |= scored.failed
     showing = next((e for e in extractors if e.features is not None), None)
-    if showing is not None and own.picture is not None:
+    if showing is not None and own.load_image is not None:
         try:
             result.rows += image_rows(label, own, real, showing)
         except (ValueError, RuntimeError) as error:  # the scores stay
             result.failed[f"{label}: figures of each image"] = str(error)
 
 
-def _remarks(label: str, material: Material) -> list[str]:
+def _remarks(label: str, scored_set: ScoredSet) -> list[str]:
     return [
-        *remarks.strangers(label, material.facts),
-        *remarks.converted(label, material.facts),
+        *remarks.strangers(label, scored_set.facts),
+        *remarks.converted(label, scored_set.facts),
     ]
 
 
-def begin(num_threads: int | None) -> torch.device:
+def setup_evaluation(num_threads: int | None) -> torch.device:
     """The surroundings of an evaluation: all processes, quiet libraries, the same numbers in every run.
 
     Returns this process's device.

@@ -12,7 +12,7 @@ from diffadapt.common.atomic_files import check_writable_folder
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.number_ranges import require_at_least, require_seed
 from diffadapt.evaluation import protocols
-from diffadapt.evaluation.evaluate_sets import REFERENCE, Reading
+from diffadapt.evaluation.evaluate_sets import REFERENCE, ReadOptions
 from diffadapt.evaluation.features.cache import default_folder
 from diffadapt.evaluation.features.extractors import (
     NAMES,
@@ -157,7 +157,7 @@ def is_demo(arguments: argparse.Namespace) -> bool:
     return all(is_embedded(str(name)) for name in [*sets, *bases])
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
+def plan_from(arguments: argparse.Namespace) -> Plan:
     """Raises: ValueError for unknown metrics and options."""
     chosen = protocols.PROTOCOLS.get(arguments.protocol)
     metrics = parse_metrics(arguments.metrics)
@@ -173,9 +173,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def reading_of(arguments: argparse.Namespace) -> Reading:
+def read_options_from(arguments: argparse.Namespace) -> ReadOptions:
     """How images are read."""
-    return Reading(
+    return ReadOptions(
         arguments.feature_batch_size,
         arguments.skip_bad,
         None if arguments.no_cache else Path(arguments.cache_dir or default_folder()),

@@ -1,4 +1,4 @@
-"""What is known of a set once its images are features: the inputs of metrics, its summary, its facts."""
+"""An image set ready to be scored: its features by extractor, its summary, facts of its images."""
 
 from __future__ import annotations
 
@@ -19,47 +19,49 @@ from diffadapt.evaluation.features.weight_files import sha256_of
 from diffadapt.evaluation.record import SetSummary
 from diffadapt.evaluation.sets.image_files import Facts
 from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.frechet_statistics import read_all_statistics
 
 
 @dataclass(frozen=True)
-class Material:
+class ScoredSet:
     """A set ready to be scored.
 
     Attributes:
-        inputs: extractor name -> what metrics read.
+        feature_sets: extractor name -> what metrics read.
         facts: of the images in the order of the rows; () for statistics.
-        picture: image name -> the image; None where only features are at hand.
+        load_image: image name -> the image; None where only features are at hand.
     """
 
     summary: SetSummary
-    inputs: Mapping[str, Inputs]
+    feature_sets: Mapping[str, FeatureSet]
     facts: tuple[Facts, ...]
-    picture: Callable[[str], Image.Image] | None
+    load_image: Callable[[str], Image.Image] | None
     prompts: tuple[str, ...] = ()
 
 
-def of_images(images: ImageSet, made: Extracted, extractors: Sequence[Extractor], *, role: str) -> Material:
+def scored_set_from_images(
+    images: ImageSet, made: Extracted, extractors: Sequence[Extractor], *, role: str
+) -> ScoredSet:
     """The material of extracted images; texts and groups come from the prompts of drawn ones.
 
     Images of class labels are grouped by class, but "class 3" is no text to compare an image with.
     """
     prompts, has_words = _prompts_of(images, made.facts), "labels" not in images.made
     known = [e for e in extractors if e.name in made.features]
-    inputs = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in known}
+    feature_sets = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in known}
     by_name = {picture.name: picture for picture in images.pictures}
 
-    def picture(name: str) -> Image.Image:
+    def load_image(name: str) -> Image.Image:
         pixels, _ = by_name[name].load()
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     skipped = (*images.ignored, *made.skipped)
     summary = _summary(role, images.source, images.kind, made.facts, skipped, images.made)
-    return Material(summary, inputs, made.facts, picture, prompts)
+    return ScoredSet(summary, feature_sets, made.facts, load_image, prompts)
 
 
-def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Material:
+def scored_set_from_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> ScoredSet:
     """Saved features (.safetensors) or published statistics (.npz with mu and sigma).
 
     Raises: ValueError when the features are not those of the only extractor, naming what differs.
@@ -67,8 +69,8 @@ def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Materi
     if path.suffix == ".npz":
         statistics = read_all_statistics(path)
         summary = SetSummary(role, str(path), "statistics", statistics["statistics"].n or 0, sha256_of(path))
-        inputs = {e.name: Inputs({}, statistics=statistics) for e in extractors}
-        return Material(summary, inputs, (), None)
+        feature_sets = {e.name: FeatureSet({}, statistics=statistics) for e in extractors}
+        return ScoredSet(summary, feature_sets, (), None)
     content = read_features(path)
     for extractor in extractors:
         wanted = identity_of(extractor)
@@ -81,22 +83,24 @@ def of_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> Materi
             raise ValueError(
                 f"{path} holds features made otherwise than by {extractor.name!r}: {'; '.join(other)}"
             )
-    inputs = {e.name: _inputs(e, content.layers) for e in extractors}
+    feature_sets = {e.name: _inputs(e, content.layers) for e in extractors}
     summary = _summary(role, str(path), "features", content.facts, (), {})
-    return Material(summary, inputs, content.facts, None)
+    return ScoredSet(summary, feature_sets, content.facts, None)
 
 
-def with_statistics(material: Material, path: Path) -> Material:
+def with_statistics(scored_set: ScoredSet, path: Path) -> ScoredSet:
     """A reference batch as ADM publishes it: images, and Frechet statistics of the whole set they are from.
 
     The Frechet distances of Inception are taken of the statistics, everything else of the images.
     """
     statistics = read_all_statistics(path)
-    inputs = dict(material.inputs)
-    if "inception" in inputs:
-        inputs["inception"] = Inputs(inputs["inception"].features, statistics=statistics)
-    both = fingerprint([material.summary.fingerprint, sha256_of(path)])
-    return replace(material, summary=replace(material.summary, fingerprint=both), inputs=inputs)
+    feature_sets = dict(scored_set.feature_sets)
+    if "inception" in feature_sets:
+        feature_sets["inception"] = FeatureSet(feature_sets["inception"].features, statistics=statistics)
+    both = fingerprint([scored_set.summary.fingerprint, sha256_of(path)])
+    return replace(
+        scored_set, summary=replace(scored_set.summary, fingerprint=both), feature_sets=feature_sets
+    )
 
 
 def has_statistics(source: object) -> bool:
@@ -109,7 +113,7 @@ def has_statistics(source: object) -> bool:
     return {"arr_0", "mu", "sigma"} <= set(names_of(path))
 
 
-def is_material_file(source: str) -> bool:
+def holds_features(source: str) -> bool:
     """Whether a name stands for saved features or statistics rather than images."""
     path = Path(source)
     if path.suffix == ".safetensors" and path.is_file():
@@ -124,7 +128,7 @@ def is_material_file(source: str) -> bool:
 
 def _inputs(
     extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str] = (), has_words: bool = False
-) -> Inputs:
+) -> FeatureSet:
     roles = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
     roles |= extractor.roles
     found = {role: layers[layer] for role, layer in roles.items() if layer in layers}
@@ -134,7 +138,7 @@ def _inputs(
         if extractor.texts is not None and has_words:
             rows = extractor.texts(list(order)).cpu()
             found["texts"] = rows[found["groups"]]
-    return Inputs(found)
+    return FeatureSet(found)
 
 
 def _prompts_of(images: ImageSet, facts: Sequence[Facts]) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from diffadapt.common.messages import did_you_mean
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.record import ImageRow, Score
-from diffadapt.evaluation.scored_set import Material
+from diffadapt.evaluation.scored_set import ScoredSet
 from diffadapt.metrics.copying import nearest_images
 from diffadapt.metrics.evaluate import Evaluation, evaluate
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.manifold import realism
 from diffadapt.metrics.naming import score_name
 from diffadapt.metrics.registry import METRICS, Metric
@@ -119,7 +119,7 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
 
 
 @dataclass
-class Scored:
+class ScoringResult:
     """What came of one set under one extractor.
 
     Attributes:
@@ -140,18 +140,18 @@ def with_layers(extractor: Extractor, plan: Plan) -> Extractor:
 
 def score_set(
     label: str,
-    generated: Material,
-    real: Material | None,
+    generated: ScoredSet,
+    real: ScoredSet | None,
     extractor: Extractor,
     plan: Plan,
-    train: Material | None = None,
-) -> Scored:
+    train: ScoredSet | None = None,
+) -> ScoringResult:
     """All scores of one set under one extractor. A metric that cannot be computed costs itself alone."""
-    own = generated.inputs.get(extractor.name)
-    reference = real and real.inputs.get(extractor.name)
-    training = train and train.inputs.get(extractor.name)
+    own = generated.feature_sets.get(extractor.name)
+    reference = real and real.feature_sets.get(extractor.name)
+    training = train and train.feature_sets.get(extractor.name)
     is_named = bool(plan.metrics)
-    scored = Scored()
+    scored = ScoringResult()
     for key in plan.metrics or METRICS:
         metric = METRICS[key]
         name = f"{label}: {_name(metric.scores[0], metric, extractor)}"
@@ -175,10 +175,10 @@ def score_set(
 
 
 def image_rows(
-    label: str, generated: Material, real: Material | None, extractor: Extractor
+    label: str, generated: ScoredSet, real: ScoredSet | None, extractor: Extractor
 ) -> list[ImageRow]:
     """Figures of each image: likeness to its text, realism, and the nearest reference image."""
-    own, reference = generated.inputs[extractor.name], real and real.inputs[extractor.name]
+    own, reference = generated.feature_sets[extractor.name], real and real.feature_sets[extractor.name]
     values: dict[str, Tensor] = {}
     nearest: list[str | None] = [None] * len(generated.facts)
     if "features" in own.roles and "texts" in own.roles:
@@ -188,7 +188,7 @@ def image_rows(
             values["realism"] = realism(real=reference["features"], generated=own["features"], k=REALISM_K)
         found = nearest_images(generated=own["unit"], training=reference["unit"])
         values["nearest_similarity"] = found.similarity
-        if real.picture is not None:
+        if real.load_image is not None:
             nearest = [real.facts[row].name for row in found.index.tolist()]
     seeds = generated.summary.made.get("seeds") or [None] * len(nearest)
     figures = {name: column.tolist() for name, column in values.items()}
@@ -213,8 +213,8 @@ def kind_of(extractor: Extractor) -> str:
 
 
 def _scores(
-    label: str, metric: Metric, own: Inputs, reference: Inputs | None, training: Inputs | None,
-    extractor: Extractor, plan: Plan, real: Material | None, train: Material | None,
+    label: str, metric: Metric, own: FeatureSet, reference: FeatureSet | None, training: FeatureSet | None,
+    extractor: Extractor, plan: Plan, real: ScoredSet | None, train: ScoredSet | None,
 ) -> list[Score]:  # fmt: skip
     options = dict(plan.options.get(metric.key, {}))
     network = _squared_distance if extractor.perceptual else None
@@ -258,8 +258,8 @@ def _identity(
     result: Evaluation,
     extractor: Extractor,
     plan: Plan,
-    real: Material | None,
-    train: Material | None,
+    real: ScoredSet | None,
+    train: ScoredSet | None,
 ) -> dict[str, object]:
     """The fields of `record.IDENTITY`, but for the score's own name."""
     is_paired = bool(metric.real)
@@ -284,9 +284,9 @@ def _identity(
 def _applies(
     metric: Metric,
     extractor: Extractor,
-    own: Inputs,
-    reference: Inputs | None,
-    training: Inputs | None,
+    own: FeatureSet,
+    reference: FeatureSet | None,
+    training: FeatureSet | None,
     *,
     is_named: bool,
 ) -> bool:
@@ -321,7 +321,7 @@ def gives(metric: Metric, extractor: Extractor) -> bool:
 
 
 def _unread_roles(
-    metric: Metric, own: Inputs | None, reference: Inputs | None, training: Inputs | None
+    metric: Metric, own: FeatureSet | None, reference: FeatureSet | None, training: FeatureSet | None
 ) -> str:
     """Why a metric that was asked for by name has nothing to read."""
     if own is None:

@@ -5,7 +5,7 @@ from diffadapt.metrics.clip import clip_score
 from diffadapt.metrics.copying import copy_rate, nearest_images
 from diffadapt.metrics.diversity import lpips_diversity
 from diffadapt.metrics.evaluate import Evaluation, evaluate
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.frechet import Statistics, fid, fid_infinity
 from diffadapt.metrics.frechet_statistics import read_statistics
 from diffadapt.metrics.inception_score import inception_score, is_gap
@@ -19,10 +19,13 @@ from diffadapt.metrics.registry import METRICS
 from diffadapt.metrics.sample_size import TooFewImages
 from diffadapt.metrics.vendi import vendi
 
+Inputs = FeatureSet  # its earlier name
+
 __all__ = [
     "METRICS",
     "Estimate",
     "Evaluation",
+    "FeatureSet",
     "Inputs",
     "Interval",
     "Statistics",

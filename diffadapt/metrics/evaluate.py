@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from diffadapt.metrics.bindings import Job
+from diffadapt.metrics.bindings import MetricCall
 from diffadapt.metrics.diversity import Distance
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.intervals import Estimate
 from diffadapt.metrics.metric import Metric
 from diffadapt.metrics.metric_options import check_options
@@ -55,9 +55,9 @@ class Evaluation:
 def evaluate(
     key: str,
     *,
-    generated: Inputs,
-    real: Inputs | None = None,
-    train: Inputs | None = None,
+    generated: FeatureSet,
+    real: FeatureSet | None = None,
+    train: FeatureSet | None = None,
     seed: int = 0,
     allow_small: bool = False,
     intervals: bool = True,
@@ -93,10 +93,10 @@ def evaluate(
     if metric.real:
         generated, real, more = _sized(metric, generated, real, equalise, seed)
         notes += more
-    job = Job(generated, real, options, seed, network, train)
-    estimates, more = _estimates(metric, job) if intervals else (_bare(metric.value(job)), ())
+    call = MetricCall(generated, real, options, seed, network, train)
+    estimates, more = _estimates(metric, call) if intervals else (_bare(metric.value(call)), ())
     notes += more
-    found = _floor(metric, job, reference) if floor and reference is not None else None
+    found = _floor(metric, call, reference) if floor and reference is not None else None
     if isinstance(found, str):
         notes += (found,)
         found = None
@@ -116,16 +116,16 @@ def _bare(values: tuple[float, ...]) -> tuple[Estimate, ...]:
     return tuple(Estimate(value) for value in values)
 
 
-def _estimates(metric: Metric, job: Job) -> tuple[tuple[Estimate, ...], tuple[str, ...]]:
+def _estimates(metric: Metric, call: MetricCall) -> tuple[tuple[Estimate, ...], tuple[str, ...]]:
     """Values with intervals; where the intervals fail the values alone, and a note why."""
     try:
-        return metric.estimate(job), ()
+        return metric.estimate(call), ()
     except ValueError as error:
-        return _bare(metric.value(job)), (f"no interval: {error}",)
+        return _bare(metric.value(call)), (f"no interval: {error}",)
 
 
 def real_floor(
-    key: str, *, real: Inputs, n: int, seed: int = 0, network: Distance | None = None, **options: object
+    key: str, *, real: FeatureSet, n: int, seed: int = 0, network: Distance | None = None, **options: object
 ) -> tuple[dict[str, float] | None, int | None]:
     """What real images get in the place of `n` generated ones, scored against all of the reference.
 
@@ -134,18 +134,19 @@ def real_floor(
     """
     metric = _metric(key)
     generated = real.sample(min(n, real.n), seed)
-    found = _floor(metric, Job(generated, real, _complete(metric, options), seed, network), real)
+    found = _floor(metric, MetricCall(generated, real, _complete(metric, options), seed, network), real)
     if found is None or isinstance(found, str):
         return None, None
     return dict(found.values), found.n
 
 
-def _floor(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
+def _floor(metric: Metric, call: MetricCall, reference: FeatureSet) -> Floor | str | None:
     """The floor; a note where real images cannot give one at the sizes of the score; None where there is
     none.
 
     Args:
-        job: of the score, its real images cut to one size with the generated ones where the metric asks that.
+        call: of the score, its real images cut to one size with the generated ones where the metric asks
+            that.
         reference: all real images.
     """
     if metric.floor == "" or reference.n is None:
@@ -153,23 +154,23 @@ def _floor(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
     if callable(metric.floor):
         return Floor(dict(zip(metric.scores, metric.floor(reference), strict=True)), reference.n)
     if metric.floor in ("self", "self_any"):
-        return _floor_of_one_set(metric, job, reference)
-    return _floor_of_two_parts(metric, job, reference)
+        return _floor_of_one_set(metric, call, reference)
+    return _floor_of_two_parts(metric, call, reference)
 
 
-def _floor_of_one_set(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
+def _floor_of_one_set(metric: Metric, call: MetricCall, reference: FeatureSet) -> Floor | str | None:
     """The metric of real images alone, as many as were generated."""
     if not set(metric.generated) <= set(reference.roles):
         return None
-    if metric.floor == "self" and reference.n < job.generated.n:
-        return f"no floor: it would take {job.generated.n} real images, there are {reference.n}"
-    sample = reference.sample(min(reference.n, job.generated.n), job.seed)
-    values = metric.value(replace(job, generated=sample))
-    note = f"floor of {sample.n} real images" if sample.n < job.generated.n else ""
+    if metric.floor == "self" and reference.n < call.generated.n:
+        return f"no floor: it would take {call.generated.n} real images, there are {reference.n}"
+    sample = reference.sample(min(reference.n, call.generated.n), call.seed)
+    values = metric.value(replace(call, generated=sample))
+    note = f"floor of {sample.n} real images" if sample.n < call.generated.n else ""
     return Floor(dict(zip(metric.scores, values, strict=True)), sample.n, note=note)
 
 
-def _floor_of_two_parts(metric: Metric, job: Job, reference: Inputs) -> Floor | str | None:
+def _floor_of_two_parts(metric: Metric, call: MetricCall, reference: FeatureSet) -> Floor | str | None:
     """The metric between two disjoint random parts of the reference.
 
     A part of n real images takes the place of n generated ones, the rest that of the reference. Where the
@@ -177,7 +178,7 @@ def _floor_of_two_parts(metric: Metric, job: Job, reference: Inputs) -> Floor | 
     """
     if any(reference.is_imported(role) for role in metric.real):
         return "no floor: the images behind the published statistics are not at hand"
-    n_generated, n_real = job.generated.n, job.real.n
+    n_generated, n_real = call.generated.n, call.real.n
     if metric.floor == "sizes":
         n, m = n_generated, n_real
         if n + m > reference.n:
@@ -187,9 +188,9 @@ def _floor_of_two_parts(metric: Metric, job: Job, reference: Inputs) -> Floor | 
     else:
         n = min(n_generated, reference.n // 2)
         m = reference.n - n
-    first, second = reference.parts(n, m, job.seed)
+    first, second = reference.parts(n, m, call.seed)
     try:
-        values = metric.value(replace(job, generated=first, real=second))
+        values = metric.value(replace(call, generated=first, real=second))
     except ValueError as error:  # parts too small for the metric: subsets of 1000 of a reference of 1500
         return f"no floor: {error}"
     note = f"floor of {n} against {m} other real images"
@@ -211,7 +212,7 @@ def _complete(metric: Metric, options: Mapping[str, object]) -> dict[str, object
     return {**metric.options, **options}
 
 
-def _require_roles(metric: Metric, sets: Mapping[str, Inputs | None]) -> None:
+def _require_roles(metric: Metric, sets: Mapping[str, FeatureSet | None]) -> None:
     """Raises: ValueError for a set or a role that the metric reads and that is not there."""
     if metric.real and sets["real"] is None:
         raise ValueError(f"{metric.key} compares with real images; give a reference")
@@ -226,9 +227,9 @@ def _require_roles(metric: Metric, sets: Mapping[str, Inputs | None]) -> None:
 
 def _check_sizes(
     metric: Metric,
-    generated: Inputs,
-    real: Inputs | None,
-    train: Inputs | None,
+    generated: FeatureSet,
+    real: FeatureSet | None,
+    train: FeatureSet | None,
     options: Mapping[str, object],
     allow_small: bool,
 ) -> tuple[str, ...]:
@@ -250,8 +251,8 @@ def _check_sizes(
 
 
 def _sized(
-    metric: Metric, generated: Inputs, real: Inputs, equalise: bool, seed: int
-) -> tuple[Inputs, Inputs, tuple[str, ...]]:
+    metric: Metric, generated: FeatureSet, real: FeatureSet, equalise: bool, seed: int
+) -> tuple[FeatureSet, FeatureSet, tuple[str, ...]]:
     if not metric.equal_n:
         return generated, real, ()
     n, n_real, note = common_size(metric.key, generated.n, real.n, equalise=equalise)

@@ -32,7 +32,7 @@ STATISTICS = {  # role of Frechet statistics -> role of the features they are of
 NEIGHBOURS = 5  # distances kept per image: radii for every k up to this
 
 
-class Inputs:
+class FeatureSet:
     """What metrics read of one set. Keep the reference's for all generated sets: what it derives is reused.
 
     Args:
@@ -59,12 +59,12 @@ class Inputs:
         self.features = dict(features)
         self._imported = dict(statistics or {})
         self._statistics: dict[str, Statistics] = {}
-        self._samples: dict[tuple[int, int], Inputs] = {}
+        self._samples: dict[tuple[int, int], FeatureSet] = {}
         self._neighbours: dict[int, Tensor] = {}
-        self._discrepancy: tuple[Inputs, tuple[float, float]] | None = None
+        self._discrepancy: tuple[FeatureSet, tuple[float, float]] | None = None
 
     @classmethod
-    def of_statistics(cls, statistics: Statistics) -> Inputs:
+    def of_statistics(cls, statistics: Statistics) -> FeatureSet:
         """A reference of which only the Frechet statistics are known."""
         return cls({}, statistics={"statistics": statistics})
 
@@ -113,18 +113,18 @@ class Inputs:
             self._neighbours[depth] = neighbour_distances(self["features"], depth)
         return self._neighbours[depth]
 
-    def discrepancy(self, generated: Inputs) -> tuple[float, float]:
+    def discrepancy(self, generated: FeatureSet) -> tuple[float, float]:
         """What `kernel.discrepancy` gives between the features of both; kept for the last generated set."""
         if self._discrepancy is None or self._discrepancy[0] is not generated:
             found = discrepancy(real=self["features"], generated=generated["features"])
             self._discrepancy = generated, found
         return self._discrepancy[1]
 
-    def rows(self, rows: Tensor) -> Inputs:
+    def rows(self, rows: Tensor) -> FeatureSet:
         """The set of some of the images."""
-        return Inputs({role: tensor[rows] for role, tensor in self.features.items()})
+        return FeatureSet({role: tensor[rows] for role, tensor in self.features.items()})
 
-    def sample(self, n: int, seed: int) -> Inputs:
+    def sample(self, n: int, seed: int) -> FeatureSet:
         """n images drawn without replacement; the same object for the same draw."""
         if n == self.n:
             return self
@@ -133,7 +133,7 @@ class Inputs:
             self._samples[n, seed] = self.rows(torch.from_numpy(drawn))
         return self._samples[n, seed]
 
-    def parts(self, n: int, m: int, seed: int) -> tuple[Inputs, Inputs]:
+    def parts(self, n: int, m: int, seed: int) -> tuple[FeatureSet, FeatureSet]:
         """Two disjoint random samples, of n and of m images."""
         order = torch.from_numpy(np.random.default_rng(seed).permutation(self.n))
         return self.rows(order[:n]), self.rows(order[n : n + m])

@@ -19,7 +19,7 @@ SPATIAL = "_s"  # ends the names of ADM's statistics for sFID
 
 
 def read_all_statistics(path: str | Path) -> dict[str, Statistics]:
-    """Statistics for FID and, where stored, for sFID, by their roles in `metrics.inputs.STATISTICS`."""
+    """Statistics for FID and, where stored, for sFID, by their roles in `metrics.feature_set.STATISTICS`."""
     found = {"statistics": read_statistics(path)}
     with np.load(path, allow_pickle=False) as content:
         has_spatial = f"mu{SPATIAL}" in content

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffadapt.metrics.bindings import Job
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.metrics.bindings import MetricCall
+from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.intervals import Estimate
 
 Minimum = Callable[[int, Mapping[str, object]], int]  # (width of the features, options) -> images
@@ -22,7 +22,7 @@ class Metric:
     Attributes:
         key: its name on the command line.
         scores: the numbers it gives; "precision_recall" gives two.
-        generated, real: roles it reads of each set (see `Inputs`); no `real` when it needs no reference.
+        generated, real: roles it reads of each set (see `FeatureSet`); no `real` when it needs no reference.
         better: "lower" or "higher".
         value: the scores, in order.
         estimate: the scores with intervals, in order.
@@ -50,16 +50,16 @@ class Metric:
     generated: tuple[str, ...]
     real: tuple[str, ...]
     better: str
-    value: Callable[[Job], tuple[float, ...]]
-    estimate: Callable[[Job], tuple[Estimate, ...]]
+    value: Callable[[MetricCall], tuple[float, ...]]
+    estimate: Callable[[MetricCall], tuple[Estimate, ...]]
     minimum: Minimum
     minimum_real: Minimum | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     extractor: str = "inception"
     equal_n: bool = False
-    floor: str | Callable[[Inputs], tuple[float, ...]] = "halves"
+    floor: str | Callable[[FeatureSet], tuple[float, ...]] = "halves"
     bias: Bias | None = None
     train: tuple[str, ...] = ()
-    per_image: Callable[[Job], Tensor] | None = None
+    per_image: Callable[[MetricCall], Tensor] | None = None
     is_extra: bool = False
     version: str = "1"

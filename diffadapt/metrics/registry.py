@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from diffadapt.metrics import bindings, frechet
-from diffadapt.metrics.bindings import Job
+from diffadapt.metrics.bindings import MetricCall
 from diffadapt.metrics.inception_score import (
     inception_score,
     inception_score_with_interval,
@@ -20,13 +20,13 @@ from diffadapt.metrics.similarity import ceiling_similarity
 from diffadapt.metrics.vendi import vendi, vendi_with_interval
 
 
-def _single(estimate: Callable[[Job], Estimate]) -> dict:
+def _single(estimate: Callable[[MetricCall], Estimate]) -> dict:
     """`value` and `estimate` of a metric whose interval costs nothing more than its value."""
-    return {"value": lambda job: (estimate(job).value,), "estimate": lambda job: (estimate(job),)}
+    return {"value": lambda call: (estimate(call).value,), "estimate": lambda call: (estimate(call),)}
 
 
-def _several(estimate: Callable[[Job], tuple[Estimate, ...]]) -> dict:
-    return {"value": lambda job: tuple(found.value for found in estimate(job)), "estimate": estimate}
+def _several(estimate: Callable[[MetricCall], tuple[Estimate, ...]]) -> dict:
+    return {"value": lambda call: tuple(found.value for found in estimate(call)), "estimate": estimate}
 
 
 _FEATURES = {"generated": ("features",), "real": ("features",)}
@@ -62,8 +62,8 @@ def _frechet(key: str, role: str, *, extractor: str) -> Metric:
         (role,),
         (name,),
         "lower",
-        value=lambda job: (frechet.fid(**bindings.statistics(job, name)),),
-        estimate=lambda job: (frechet.fid_with_interval(**bindings.statistics(job, name), seed=job.seed),),
+        value=lambda call: (frechet.fid(**bindings.statistics(call, name)),),
+        estimate=lambda call: (frechet.fid_with_interval(**bindings.statistics(call, name), seed=call.seed),),
         minimum=_twice_the_width,
         extractor=extractor,
         bias=_bias_of_both,
@@ -78,8 +78,8 @@ _ALL = (
         _ONE,
         ("statistics",),
         "lower",
-        value=lambda job: (frechet.fid(**bindings.statistics(job)),),
-        estimate=lambda job: (frechet.fid_with_interval(**bindings.statistics(job), seed=job.seed),),
+        value=lambda call: (frechet.fid(**bindings.statistics(call)),),
+        estimate=lambda call: (frechet.fid_with_interval(**bindings.statistics(call), seed=call.seed),),
         minimum=_twice_the_width,
         bias=_bias_of_both,
     ),
@@ -91,8 +91,10 @@ _ALL = (
         _ONE,
         ("statistics",),
         "lower",
-        value=lambda job: (frechet.fid_infinity(**bindings.statistics(job), seed=job.seed),),
-        estimate=lambda job: (frechet.fid_infinity_with_interval(**bindings.statistics(job), seed=job.seed),),
+        value=lambda call: (frechet.fid_infinity(**bindings.statistics(call), seed=call.seed),),
+        estimate=lambda call: (
+            frechet.fid_infinity_with_interval(**bindings.statistics(call), seed=call.seed),
+        ),
         minimum=_twice_the_width,
         bias=_bias_of_reference,
     ),
@@ -111,8 +113,8 @@ _ALL = (
         minimum=lambda width, options: options["size"],
         options={"subsets": 100, "size": 1000, "seed": 2020},
         **_FEATURES,
-        value=lambda job: (kid_subsets(**bindings.pair(job)),),
-        estimate=lambda job: (bindings.kid_subsets(job),),
+        value=lambda call: (kid_subsets(**bindings.pair(call)),),
+        estimate=lambda call: (bindings.kid_subsets(call),),
     ),
     Metric(
         "cmmd",
@@ -123,7 +125,7 @@ _ALL = (
         minimum=_at_least(500),
         extractor="clip",
         bias=_bias_of_both,
-        **_single(lambda job: cmmd_with_interval(**bindings.units(job))),
+        **_single(lambda call: cmmd_with_interval(**bindings.units(call))),
     ),
     Metric(
         "inception_score",
@@ -131,8 +133,8 @@ _ALL = (
         ("logits",),
         (),
         "higher",
-        value=lambda job: (inception_score(**bindings.logits(job))[0],),
-        estimate=lambda job: (inception_score_with_interval(**bindings.logits(job)),),
+        value=lambda call: (inception_score(**bindings.logits(call))[0],),
+        estimate=lambda call: (inception_score_with_interval(**bindings.logits(call)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         floor="self",
@@ -143,8 +145,8 @@ _ALL = (
         ("logits",),
         ("logits",),
         "lower",
-        value=lambda job: (is_gap(**bindings.both_logits(job)),),
-        estimate=lambda job: (is_gap_with_interval(**bindings.both_logits(job)),),
+        value=lambda call: (is_gap(**bindings.both_logits(call)),),
+        estimate=lambda call: (is_gap_with_interval(**bindings.both_logits(call)),),
         minimum=lambda width, options: 500 * options["splits"],
         options={"splits": 10, "seed": 2020},
         equal_n=True,
@@ -178,8 +180,8 @@ _ALL = (
         "msid",
         ("msid",),
         better="lower",
-        value=lambda job: (msid(**bindings.pair(job), seed=job.seed),),
-        estimate=lambda job: (msid_with_interval(**bindings.pair(job), seed=job.seed),),
+        value=lambda call: (msid(**bindings.pair(call), seed=call.seed),),
+        estimate=lambda call: (msid_with_interval(**bindings.pair(call), seed=call.seed),),
         minimum=_at_least(2000),
         options={"k": 5},
         equal_n=True,
@@ -192,8 +194,8 @@ _ALL = (
         _UNIT,
         (),
         "higher",
-        value=lambda job: (vendi(features=job.generated["unit"]),),
-        estimate=lambda job: (vendi_with_interval(features=job.generated["unit"], seed=job.seed),),
+        value=lambda call: (vendi(features=call.generated["unit"]),),
+        estimate=lambda call: (vendi_with_interval(features=call.generated["unit"], seed=call.seed),),
         minimum=_at_least(100),
         floor="self",
     ),

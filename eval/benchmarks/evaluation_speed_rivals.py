@@ -15,7 +15,7 @@ from PIL import Image
 from diffadapt.evaluation.features.extraction import extract
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.extractors.convolutional import Inception, inception, vgg16
-from diffadapt.evaluation.scored_set import of_images
+from diffadapt.evaluation.scored_set import scored_set_from_images
 from diffadapt.evaluation.scoring import Plan, score_set
 from diffadapt.evaluation.sets.image_sets import open_set
 
@@ -96,7 +96,7 @@ def ours(setup: Setup, manifold: str) -> dict[str, float]:
     for folder, role in ((setup.generated, "generated"), (setup.real, "real")):
         images = open_set(folder)
         made = extract(images, extractors, batch_size=BATCH, title=role)
-        materials.append(of_images(images, made, extractors, role=role))
+        materials.append(scored_set_from_images(images, made, extractors, role=role))
     options = {"kid_subsets": {"size": setup.subset}}
     found = {}
     for name, metrics in plans.items():

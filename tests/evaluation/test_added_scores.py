@@ -131,7 +131,7 @@ def evaluate_raising(tmp_path, *arguments):
     import argparse
 
     parser = argparse.ArgumentParser()
-    image_quality.options.add_options(parser)
+    image_quality.image_quality_cli.add_options(parser)
     output = str(tmp_path / "out" / "scores.json")
     return image_quality.evaluate(
         parser.parse_args([*map(str, arguments), "--allow_small", "--output", output])

@@ -72,7 +72,7 @@ def test_native_lpips_leaves_other_resizes_alone(monkeypatch):
 )
 def test_options_of_metrics_are_checked_where_they_are_read(text, message):
     with pytest.raises(ValueError, match=message):
-        image_quality_cli.plan_of(parse("--metric_options", text))
+        image_quality_cli.plan_from(parse("--metric_options", text))
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,20 @@ def test_protocols_of_papers_name_their_networks(name, extractor, preset, metric
     monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: (name, given["preset"]))
     arguments = parse("--generated", "out", "--protocol", name)
     assert image_quality_cli.extractors_of(arguments, "cpu") == [(extractor, preset)]
-    plan = image_quality_cli.plan_of(arguments)
+    plan = image_quality_cli.plan_from(arguments)
     assert metric in plan.metrics
     if name == "dgm":
         assert plan.options == {"precision_recall": {"k": 5}, "density_coverage": {"k": 5}}
 
 
 def test_a_protocol_sets_metrics_and_neighbours_and_the_command_line_wins():
-    plan = image_quality_cli.plan_of(parse("--protocol", "piq"))
+    plan = image_quality_cli.plan_from(parse("--protocol", "piq"))
     assert plan.metrics == ("is_gap", "fid", "kid", "msid", "precision_recall")
     assert plan.options["precision_recall"] == {"k": 5}
-    assert image_quality_cli.plan_of(parse("--protocol", "adm")).options["precision_recall"] == {"k": 3}
+    assert image_quality_cli.plan_from(parse("--protocol", "adm")).options["precision_recall"] == {"k": 3}
     other = parse("--protocol", "piq", "--metrics", "fid", "--metric_options", "precision_recall.k=7")
-    assert image_quality_cli.plan_of(other).metrics == ("fid",)
-    assert image_quality_cli.plan_of(other).options["precision_recall"] == {"k": 7}
+    assert image_quality_cli.plan_from(other).metrics == ("fid",)
+    assert image_quality_cli.plan_from(other).options["precision_recall"] == {"k": 7}
     assert all(key in METRICS for key in image_quality_cli.protocols.PROTOCOLS["piq"].metrics)
 
 
@@ -111,7 +111,7 @@ def test_reading_and_plan_take_their_options(tmp_path):
         "--cache_dir", str(tmp_path), "--save_features", "features", "--output", "out/scores.json",
         "--download",
     )  # fmt: skip
-    plan, reading = image_quality_cli.plan_of(given), image_quality_cli.reading_of(given)
+    plan, reading = image_quality_cli.plan_from(given), image_quality_cli.read_options_from(given)
     assert (plan.seed, plan.allow_small, plan.intervals) == (3, True, False)
     assert (reading.skip_bad, reading.allow_overlap, reading.download) == (True, True, True)
     assert (reading.cache, str(reading.save_features), str(reading.record_folder)) == (
@@ -119,7 +119,7 @@ def test_reading_and_plan_take_their_options(tmp_path):
         "features",
         "out",
     )
-    assert image_quality_cli.reading_of(parse("--no_cache")).cache is None
+    assert image_quality_cli.read_options_from(parse("--no_cache")).cache is None
 
 
 def test_the_demonstration_is_two_disjoint_embedded_sets_and_never_mixes_with_own_data():

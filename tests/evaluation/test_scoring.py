@@ -9,7 +9,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from toy_extractor import Toy
 
 from diffadapt.evaluation import protocols
-from diffadapt.evaluation.evaluate_sets import Reading, evaluate_sets
+from diffadapt.evaluation.evaluate_sets import ReadOptions, evaluate_sets
 from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.evaluation.record import IDENTITY, differences
 from diffadapt.evaluation.scoring import Plan, check_plan, parse_metrics, plan_for
@@ -32,9 +32,11 @@ def folders(tmp_path_factory):
     }
 
 
-def scored(generated, real, plan=SMALL, reading=None, extractor=TOY, **options):
+def scored(generated, real, plan=SMALL, read_options=None, extractor=TOY, **options):
     extractors = [load_extractor(name) for name in extractor.split(",")]
-    return evaluate_sets(generated, real, extractors, plan, reading=reading or Reading(), **options).record
+    return evaluate_sets(
+        generated, real, extractors, plan, read_options=read_options or ReadOptions(), **options
+    ).record
 
 
 def features(folder):
@@ -110,7 +112,7 @@ def test_identities_hold_all_fields_and_change_with_what_changes_numbers(record,
         None,
         [load_extractor(TOY, preset="tf1")],
         Plan(("vendi",), allow_small=True),
-        reading=Reading(),
+        read_options=ReadOptions(),
     ).record
     named = {line.partition(":")[0] for line in differences(first[f"vendi[{TOY}]"], preset.scores[0])}
     assert named == {"preset"}
@@ -133,7 +135,7 @@ def test_rows_name_the_nearest_reference_image(record, folders):
 
 
 def test_saved_features_score_as_the_images_do(record, folders, tmp_path):
-    reading = Reading(save_features=tmp_path, record_folder=tmp_path / "records")
+    reading = ReadOptions(save_features=tmp_path, record_folder=tmp_path / "records")
     kept = scored({"a": folders["a"]}, folders["real"], Plan(("fid",)), reading)
     assert kept.sets["a"].features == "../a"
     file = str(tmp_path / "reference" / "toy_extractor-Toy.safetensors")
@@ -210,7 +212,7 @@ def test_lpips_diversity_is_of_the_images_of_one_prompt(folders):
     pictures = open_set(folders["a"]).pictures[:4]
     images = ImageSet("a", "adapter", pictures, prompts=("x", "y", "x", "y"))
     lpips = load_extractor("lpips:squeeze", smoke=True)
-    found = evaluate_sets({"a": images}, None, [lpips], SMALL, reading=Reading()).record
+    found = evaluate_sets({"a": images}, None, [lpips], SMALL, read_options=ReadOptions()).record
     rows = [lpips(picture.load()[0][None])["lpips"][0].double() for picture in pictures]
     pairs = [(rows[0] - rows[2]).square().sum(), (rows[1] - rows[3]).square().sum()]
     (score,) = found.scores

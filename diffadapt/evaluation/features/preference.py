@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.features.extractors.custom import source_sha256
 from diffadapt.evaluation.record import ImageRow
-from diffadapt.evaluation.scored_set import Material
-from diffadapt.evaluation.scoring import Plan, Scored, score_set
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.evaluation.scored_set import ScoredSet
+from diffadapt.evaluation.scoring import Plan, ScoringResult, score_set
+from diffadapt.metrics.feature_set import FeatureSet
 
 METRIC = "preference"
 BATCH = 16  # images handed over at a time
@@ -41,21 +41,21 @@ class Preference:
     sha256: str
     model: Callable[[list[Image.Image], list[str]], Sequence[float] | Tensor]
 
-    def values(self, material: Material) -> Tensor:
+    def values(self, scored_set: ScoredSet) -> Tensor:
         """One number per image of a set that knows its prompts, (N,) float64.
 
         Raises: ValueError when the set has no prompts, or the model does not keep the contract.
         """
-        if not material.prompts or material.picture is None:
+        if not scored_set.prompts or scored_set.load_image is None:
             raise ValueError(
                 f"{self.name} needs the images and their prompts: give --captions, or score a folder that "
                 "`diffadapt sample` wrote"
             )
         parts = []
-        for start in range(0, len(material.facts), BATCH):
-            names = [facts.name for facts in material.facts[start : start + BATCH]]
-            images = [material.picture(name).convert("RGB") for name in names]
-            prompts = list(material.prompts[start : start + BATCH])
+        for start in range(0, len(scored_set.facts), BATCH):
+            names = [facts.name for facts in scored_set.facts[start : start + BATCH]]
+            images = [scored_set.load_image(name).convert("RGB") for name in names]
+            prompts = list(scored_set.prompts[start : start + BATCH])
             with torch.inference_mode():
                 numbers = torch.as_tensor(self.model(images, prompts)).double().cpu().flatten()
             if len(numbers) != len(names):
@@ -66,7 +66,7 @@ class Preference:
         values = torch.cat(parts)
         broken = (~values.isfinite()).nonzero().flatten().tolist()
         if broken:
-            raise ValueError(f"{self.name} gave NaN or infinity for {material.facts[broken[0]].name}")
+            raise ValueError(f"{self.name} gave NaN or infinity for {scored_set.facts[broken[0]].name}")
         return values
 
     @property
@@ -99,27 +99,29 @@ def load_preference(name: str) -> Preference:
 
 
 def score_preference(
-    label: str, material: Material, preference: Preference, plan: Plan
-) -> tuple[Scored, dict[str, float]]:
+    label: str, scored_set: ScoredSet, preference: Preference, plan: Plan
+) -> tuple[ScoringResult, dict[str, float]]:
     """The mean with its interval over prompts, and the number of each image by its name."""
-    values = preference.values(material)
-    order = {prompt: index for index, prompt in enumerate(dict.fromkeys(material.prompts))}
-    groups = torch.tensor([order[prompt] for prompt in material.prompts])
-    inputs = {preference.name: Inputs({METRIC: values[:, None], "groups": groups})}
+    values = preference.values(scored_set)
+    order = {prompt: index for index, prompt in enumerate(dict.fromkeys(scored_set.prompts))}
+    groups = torch.tensor([order[prompt] for prompt in scored_set.prompts])
+    feature_sets = {preference.name: FeatureSet({METRIC: values[:, None], "groups": groups})}
     its_plan = replace(plan, metrics=(METRIC,))
-    scored = score_set(label, replace(material, inputs=inputs), None, preference.extractor, its_plan)
-    names = (facts.name for facts in material.facts)
+    scored = score_set(
+        label, replace(scored_set, feature_sets=feature_sets), None, preference.extractor, its_plan
+    )
+    names = (facts.name for facts in scored_set.facts)
     return scored, dict(zip(names, values.tolist(), strict=True))
 
 
 def with_preference(
-    rows: Sequence[ImageRow], material: Material, label: str, numbers: dict[str, float]
+    rows: Sequence[ImageRow], scored_set: ScoredSet, label: str, numbers: dict[str, float]
 ) -> list:
     """The rows of a set's images with the number of each; new rows where there are none."""
     if not rows:
-        seeds = material.summary.made.get("seeds") or [None] * len(material.facts)
+        seeds = scored_set.summary.made.get("seeds") or [None] * len(scored_set.facts)
         rows = [
             ImageRow(label, facts.name, prompt=prompt, seed=seed)
-            for facts, prompt, seed in zip(material.facts, material.prompts, seeds, strict=True)
+            for facts, prompt, seed in zip(scored_set.facts, scored_set.prompts, seeds, strict=True)
         ]
     return [replace(row, values={**row.values, METRIC: numbers[row.name]}) for row in rows]

@@ -15,9 +15,9 @@ from torch import Tensor
 from diffadapt.evaluation.features.feature_file import file_name, read_features
 from diffadapt.evaluation.record import ImageRow, Score, differences
 from diffadapt.evaluation.report.compared_runs import Run
-from diffadapt.metrics.bindings import Job
+from diffadapt.metrics.bindings import MetricCall
 from diffadapt.metrics.evaluate import evaluate
-from diffadapt.metrics.feature_set import Inputs
+from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.intervals import (
     Interval,
     Z,
@@ -195,8 +195,8 @@ class _PairedScore:
     metric: Metric
     score: Score
     options: dict[str, object]
-    sides: tuple[Inputs, Inputs]
-    real: Inputs | None
+    sides: tuple[FeatureSet, FeatureSet]
+    real: FeatureSet | None
     pairs: list
 
     @classmethod
@@ -219,7 +219,9 @@ class _PairedScore:
         """
         over, clusters = _clusters(self.pairs)
         if self.metric.per_image is not None:
-            first, other = (self.metric.per_image(Job(side, self.real, self.options)) for side in self.sides)
+            first, other = (
+                self.metric.per_image(MetricCall(side, self.real, self.options)) for side in self.sides
+            )
             return _interval_of_changes(other - first, self.pairs)
         if self.metric.key == "kid" and clusters is None:
             first, other = (side["features"] for side in self.sides)
@@ -247,11 +249,13 @@ class _PairedScore:
         return found[1] - found[0]
 
 
-def _features(run: Run, label: str, score: Score) -> Inputs | None:
+def _features(run: Run, label: str, score: Score) -> FeatureSet | None:
     folder = run.record.sets[label].features if label in run.record.sets else None
     if folder is None or score.metric not in METRICS:
         return None
     path = run.path.parent / folder / file_name(score.identity["extractor"])
     if not path.is_file():
         return None
-    return Inputs({METRICS[score.metric].generated[0]: read_features(path).layers[score.identity["layer"]]})
+    return FeatureSet(
+        {METRICS[score.metric].generated[0]: read_features(path).layers[score.identity["layer"]]}
+    )

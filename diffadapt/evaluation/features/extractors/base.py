@@ -30,8 +30,8 @@ class Extractor:
         texts: captions -> (N, D) in the space of `features`; None without a text encoder.
         text_length: tokens that the text encoder reads.
         count_tokens: texts -> tokens of each, before anything is cut off.
-        roles: further roles of `metrics.inputs.ROLES` -> the layer that serves them; a layer that is not in
-            `layers` is made only when asked for.
+        roles: further roles of `metrics.feature_set.ROLES` -> the layer that serves them; a layer that is
+            not in `layers` is made only when asked for.
         smoke: random weights; nothing made with them is a score.
     """
 
