@@ -14,10 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.algebra.adapted_product import Term, branch_sum, rescaled_product, scaled_channels
-from diffadapt.algebra.combined_weight import changed_weight, effective_bias, longest, wide
-from diffadapt.algebra.layer_maps import LinearMap, conv_map
-from diffadapt.algebra.update import LayerMap, Update
+from diffadapt.algebra.autograd import Term, branch_sum, rescaled_product, scaled_channels
+from diffadapt.algebra.combined_weight import (
+    changed_weight,
+    effective_bias,
+    largest_class_table,
+    to_compute_dtype,
+)
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.layer_maps import LayerMap, LinearMap, conv_map
 
 
 class Owner(Protocol):
@@ -209,7 +214,7 @@ def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[
     """The change of one entry as a term of the sum; none where only rows or biases change."""
     if update.delta is None:
         return []
-    change, inputs = update.delta.within(x.dtype), entry.owner.dropped(x, entry.index)
+    change, inputs = update.delta.for_dtype(x.dtype), entry.owner.dropped(x, entry.index)
     return [(change, coefficient * update.multiplier, inputs)]
 
 
@@ -227,13 +232,15 @@ def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
     """The whole changed weight, for layers whose weight is small beside their activations."""
     record, base = layer._diffadapt, layer._diffadapt.base()
     updates = record.updates(entries)
-    if longest(base, updates) is None and layer.weight.shape == base.shape:
-        return changed_weight(wide(base), updates, resident=layer.weight)
-    return changed_weight(wide(base), record.updates(record.entries))  # merged rows stand elsewhere
+    if largest_class_table(base, updates) is None and layer.weight.shape == base.shape:
+        return changed_weight(to_compute_dtype(base), updates, resident=layer.weight)
+    return changed_weight(
+        to_compute_dtype(base), record.updates(record.entries)
+    )  # merged rows stand elsewhere
 
 
 def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
     record = layer._diffadapt
     base, updates = record.base(), record.updates(entries)
     bias = effective_bias(record.base_bias(layer), layer.bias, updates)
-    return None if bias is None else bias.to(wide(base).dtype)
+    return None if bias is None else bias.to(to_compute_dtype(base).dtype)

@@ -15,7 +15,7 @@ from diffadapt.algebra.combined_weight import (
     changed_weight,
     effective_bias,
     start_weight,
-    wide,
+    to_compute_dtype,
 )
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def refold(adapter: Adapter) -> float:
 def folded(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, list[Tensor | None]]:
     """``W + sum_i t_i (W'_i - W)`` over the entries, and each layer's bias, in the adapter's precision."""
     updates = record.updates(entries)
-    weight = changed_weight(wide(record.base()), updates)
+    weight = changed_weight(to_compute_dtype(record.base()), updates)
     bases = [record.base_bias(layer) for layer in record.layers]
-    biases = [None if bias is None else wide(bias) for bias in bases]
+    biases = [None if bias is None else to_compute_dtype(bias) for bias in bases]
     return weight, [effective_bias(bias, bias, updates) for bias in biases]
 
 
@@ -82,7 +82,7 @@ def _refold(record: Record) -> tuple[float, float]:
         return 0.0, 0.0
     start = record.original
     if start.shape != weight.shape:
-        start = start_weight(wide(start), record.updates(merged))
+        start = start_weight(to_compute_dtype(start), record.updates(merged))
     rounding, change = weight - first.weight, weight - start
     return rounding.square().sum().item(), change.square().sum().item()
 

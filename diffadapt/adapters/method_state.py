@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffadapt.algebra.expression import Expression, Update
 from diffadapt.algebra.layer_maps import without_autocast
 from diffadapt.algebra.recomputation import (
     Forward,
@@ -20,7 +21,6 @@ from diffadapt.algebra.recomputation import (
     next_node,
     node_of_recomputation,
 )
-from diffadapt.algebra.update import Expression, Update
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.random_init import named_generator
 from diffadapt.methods.site import Site

@@ -18,9 +18,9 @@ from diffadapt.adapters.fused_projections import FusingRefused
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Entry, Record
 from diffadapt.adapters.peft_check import check_merge, check_storable, smallest_of_each_kind
 from diffadapt.adapters.targets import TargetSite
-from diffadapt.algebra.combined_weight import wide
-from diffadapt.algebra.expressions import Dense
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.combined_weight import to_compute_dtype
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import Dense
 from diffadapt.methods.peft_config import PeftMethod
 from diffadapt.methods.site import Site
 
@@ -63,17 +63,17 @@ class PeftPart(nn.Module):
         wrapper, bias = self.copy_of(index, base), self.records[index].base_bias()
         wrapper.merge(adapter_names=[self.adapter_name])
         merged = wrapper.get_base_layer()  # another layer than before where PEFT trains a copy, as of norms
-        change = None if bias is None else wide(merged.bias.detach()) - wide(bias)
-        return Update(Dense(wide(merged.weight.detach()) - wide(base)), bias=change)
+        change = None if bias is None else to_compute_dtype(merged.bias.detach()) - to_compute_dtype(bias)
+        return Update(Dense(to_compute_dtype(merged.weight.detach()) - to_compute_dtype(base)), bias=change)
 
     def copy_of(self, index: int, base: Tensor) -> nn.Module:
         """PEFT's layer again, around a base layer with the weight ``base``, wide."""
         layer, record = self.layers[index], self.records[index]
         wrapper = copy.deepcopy(layer, {id(record): record, id(self): self})  # a hook of it names this part
         inner, bias = wrapper.get_base_layer(), record.base_bias()
-        inner.weight = nn.Parameter(wide(base).clone(), requires_grad=False)
+        inner.weight = nn.Parameter(to_compute_dtype(base).clone(), requires_grad=False)
         if bias is not None:
-            inner.bias = nn.Parameter(wide(bias).clone(), requires_grad=False)
+            inner.bias = nn.Parameter(to_compute_dtype(bias).clone(), requires_grad=False)
         return wrapper
 
     def without_decay(self) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.update import Expression
+from diffadapt.algebra.expression import Expression
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NewRows(Expression):
         """Rows of the changed weight."""
         return max(len(self.table), len(self.weight))
 
-    def origin(self, weight: Tensor) -> Tensor:
+    def base_weight(self, weight: Tensor) -> Tensor:
         return resized(weight, self.rows, null_class=self.null_class)
 
     def matrix(self) -> Tensor:

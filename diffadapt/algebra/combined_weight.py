@@ -8,39 +8,41 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.class_table_rows import NewRows, padded
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
 
 HALF = (torch.bfloat16, torch.float16)
 Weighted = Sequence[tuple[float, Update]]  # strengths and changes
 
 
 def changed_weight(base: Tensor, updates: Weighted, *, resident: Tensor | None = None) -> Tensor:
-    """The changed weight for the frozen ``base``; of class tables that grow, with the rows of the longest.
+    """The changed weight for the frozen ``base``; of class tables that grow, with the rows of the largest.
 
     Args:
         resident: what the changes are added to where no table grows; the base by default.
     """
     updates = [(strength, update) for strength, update in updates if strength != 0]
-    grown = longest(base, updates)
+    grown = largest_class_table(base, updates)
     if grown is None:
         total = base if resident is None else resident
         for strength, update in updates:
             total = total + strength * (update.weight(base) - base)
         return total
-    total = grown.origin(base)
+    total = grown.base_weight(base)
     for strength, update in updates:
-        change = padded(update.weight(base) - update.origin(base), grown.rows, null_class=grown.null_class)
+        change = padded(
+            update.weight(base) - update.base_weight(base), grown.rows, null_class=grown.null_class
+        )
         total = total + strength * change
     return total
 
 
 def start_weight(base: Tensor, updates: Weighted) -> Tensor:
-    """What those changes are added to: the base, with the rows of the longest class table as they start."""
-    grown = longest(base, updates)
-    return base if grown is None else grown.origin(base)
+    """What those changes are added to: the base, with the rows of the largest class table as they start."""
+    grown = largest_class_table(base, updates)
+    return base if grown is None else grown.base_weight(base)
 
 
-def longest(base: Tensor, updates: Weighted) -> NewRows | None:
+def largest_class_table(base: Tensor, updates: Weighted) -> NewRows | None:
     """Of the changes that act, the class table with most rows; None where none has more than the base."""
     most, rows = None, len(base)
     for strength, update in updates:
@@ -62,6 +64,6 @@ def effective_bias(base: Tensor | None, resident: Tensor | None, updates: Weight
     return total
 
 
-def wide(weight: Tensor) -> Tensor:
+def to_compute_dtype(weight: Tensor) -> Tensor:
     """The weight in the precision adapters compute in: float32, or float64 for a float64 base."""
     return weight.float() if weight.dtype in HALF else weight

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
-    from diffadapt.algebra.update import Expression
+    from diffadapt.algebra.expression import Expression
 
 _MOST_SEEDS = 4096  # between a forward and its backward
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.update import Expression, Update
+from diffadapt.algebra.expression import Expression, Update
 from diffadapt.methods.site import LayerKind, Site
 
 Shapes = dict[str, tuple[int, ...]]

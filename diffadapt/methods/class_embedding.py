@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.class_table_rows import NewRows, resized
-from diffadapt.algebra.expressions import Replace
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import Replacement
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.site import LayerKind, Site, is_class_table
 
@@ -76,7 +76,7 @@ class ClassEmbedding(Method):
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         if self.classes is None:
-            return Update(Replace(base, tensors["table"]))
+            return Update(Replacement(base, tensors["table"]))
         return Update(NewRows(base, tensors["table"], self.null_class))
 
     def _table(self, site: Site) -> tuple[int, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffadapt.algebra.expressions import Folded
-from diffadapt.algebra.update import Expression, LowRank
+from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.full_rank import ReshapedLowRank
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.site import Site
 
@@ -35,5 +36,5 @@ def low_rank(site: Site, up: Tensor, down: Tensor) -> Expression:
     return (
         product
         if up.shape[0] == site.out and down.shape[1] == site.fan_in
-        else Folded(product, (site.out, site.fan_in))
+        else ReshapedLowRank(product, (site.out, site.fan_in))
     )

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.bias_scale_norm import Norms
 from diffadapt.methods.class_embedding import ClassEmbedding

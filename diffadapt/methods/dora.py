@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.update import LowRank, Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.lora import LoRA
 from diffadapt.methods.site import Site

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.factored import Cored, CoredTucker
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.low_rank import LowRankWithCore, TuckerWithKernelFactors
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.random_init import draw_normal, draw_orthonormal
 from diffadapt.methods.ranked import RankedMethod, check_choice, check_rank
@@ -71,6 +71,6 @@ class FLoRA(RankedMethod):
         # core: G, up: A over outputs, down: B^T over inputs, kernel_0, kernel_1: C, D
         core, up, down = tensors["core"], tensors["up"], tensors["down"]
         if site.kind == "linear":
-            return Update(Cored(up, core, down), self.multiplier)
+            return Update(LowRankWithCore(up, core, down), self.multiplier)
         kernels = [tensors[f"kernel_{axis}"] for axis in range(len(site.kernel))]
-        return Update(CoredTucker(up, core, down, *kernels), self.multiplier)
+        return Update(TuckerWithKernelFactors(up, core, down, *kernels), self.multiplier)

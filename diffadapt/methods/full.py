@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffadapt.algebra.expressions import Dense
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import Dense
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.site import LayerKind, Site
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expressions import ColumnScaled
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import ColumnScaled
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.dora import rescale
 from diffadapt.methods.imported_forms import FORMS, Tensors

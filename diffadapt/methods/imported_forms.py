@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from diffadapt.algebra.expressions import Dense, EntrywiseProduct, HadamardPair, Kron
-from diffadapt.algebra.update import Expression, LowRank, Tucker
+from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.full_rank import Dense, EntrywiseProduct, Kron, LowRankHadamard
+from diffadapt.algebra.low_rank import LowRank, Tucker
 
 Tensors = Mapping[str, Tensor]
 
@@ -26,7 +27,7 @@ def _half(tensors: Tensors, number: int) -> LowRank | Tucker:
 
 def _entrywise(first: LowRank | Tucker, second: LowRank | Tucker) -> Expression:
     plain = isinstance(first, LowRank) and isinstance(second, LowRank)
-    return HadamardPair(first, second) if plain else EntrywiseProduct(first, second)
+    return LowRankHadamard(first, second) if plain else EntrywiseProduct(first, second)
 
 
 def _kron(tensors: Tensors) -> Kron:

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expressions import Hadamard
-from diffadapt.algebra.factored import SinceStart
-from diffadapt.algebra.update import Expression, Scaled, Update
+from diffadapt.algebra.expression import Expression, Update
+from diffadapt.algebra.full_rank import RelativeChange, Scaled
+from diffadapt.algebra.low_rank import LowRankDifference
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
 from diffadapt.methods.dora import rescale
@@ -80,7 +80,7 @@ class LieRA(RankedMethod):
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         element = self._element(site, tensors, base)
         element = element if self.multiplier == 1 else Scaled(element, self.multiplier)
-        change = Hadamard(base, element, exponential=self.order == "exp")
+        change = RelativeChange(base, element, exponential=self.order == "exp")
         if self.inner != "dora":
             return Update(change)
         with torch.no_grad():
@@ -89,7 +89,7 @@ class LieRA(RankedMethod):
 
     def _element(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Expression:
         if self.inner == "pissa":
-            return SinceStart(**tensors)
+            return LowRankDifference(**tensors)
         if self.inner == "flora":
             return self._inner().update(site, tensors, base).delta
         return low_rank(site, tensors["up"], tensors["down"])

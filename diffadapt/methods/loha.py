@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expressions import HadamardPair
-from diffadapt.algebra.update import LowRank, Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import LowRankHadamard
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.random_init import draw_normal
 from diffadapt.methods.ranked import RankedMethod
@@ -40,4 +41,4 @@ class LoHa(RankedMethod):
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         first = LowRank(tensors["up_1"], tensors["down_1"])
         second = LowRank(tensors["up_2"], tensors["down_2"])
-        return Update(HadamardPair(first, second), self.multiplier)
+        return Update(LowRankHadamard(first, second), self.multiplier)

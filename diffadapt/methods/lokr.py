@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expressions import Dense, Kron
-from diffadapt.algebra.update import LowRank, Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import Dense, Kron
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.random_init import draw_uniform
 from diffadapt.methods.ranked import RankedMethod

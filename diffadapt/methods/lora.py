@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
 from diffadapt.methods.random_init import draw_uniform

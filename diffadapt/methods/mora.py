@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.algebra.layer_maps import LinearMap
-from diffadapt.algebra.update import Expression, LayerMap, Update
+from diffadapt.algebra.expression import Expression, Update
+from diffadapt.algebra.layer_maps import LayerMap, LinearMap
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.ranked import check_choice, check_rank
 from diffadapt.methods.site import Site
@@ -34,10 +34,10 @@ class SquareBetween(Expression):
         grad_blocks = self._expand_adjoint(grad.T, blocks.shape[-2])
         return (torch.einsum("inr,ins->rs", grad_blocks, blocks),)
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
+    def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
         if not isinstance(layer, LinearMap):
             return None
-        return self._expand(layer.product(self._compress(x), self.square.to(x.dtype)))
+        return self._expand(layer.apply(self._compress(x), self.square.to(x.dtype)))
 
     def _eye(self) -> Tensor:
         return torch.eye(self.fan_in, dtype=self.square.dtype, device=self.square.device)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expressions import FeatureSum
-from diffadapt.algebra.update import LowRank, Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.low_rank import FeatureSum, LowRank
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.random_init import named_generator
 from diffadapt.methods.ranked import check_choice

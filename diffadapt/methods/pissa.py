@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.factored import SinceStart
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.low_rank import LowRankDifference
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.ranked import check_rank
 from diffadapt.methods.site import Site
@@ -55,4 +55,4 @@ class PiSSA(Method):
             tensors[key][:used] = (root[:, None] * right[:used]).to(tensors[key].dtype)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        return Update(SinceStart(**tensors))
+        return Update(LowRankDifference(**tensors))

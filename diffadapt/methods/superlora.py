@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffadapt.algebra.update import Expression, Update
+from diffadapt.algebra.expression import Expression, Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.grouped.fastfood import PROJECTIONS
 from diffadapt.methods.grouped.folds import Fold

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.factored import ScaledFactors
-from diffadapt.algebra.update import Update
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.low_rank import ScaledFactors
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.random_init import draw_uniform, named_generator
 from diffadapt.methods.ranked import check_rank

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import diffadapt as da
 from diffadapt.adapters.targets import site_of_layer
-from diffadapt.algebra.combined_weight import wide
+from diffadapt.algebra.combined_weight import to_compute_dtype
 from diffadapt.methods.site import Site
 
 OPTIONS: dict[str, list[dict]] = {  # the first on every kind of layer, the others on a few
@@ -165,13 +165,13 @@ def plain(bare: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def changed(adapter: da.Adapter) -> tuple[Tensor, Tensor | None]:
     """The adapted weight and bias of a model with one site, as functions autograd can differentiate."""
     (record,) = adapter.records.values()
-    base, base_bias = wide(record.base()), record.base_bias()
-    weight, bias = base, None if base_bias is None else wide(base_bias)
+    base, base_bias = to_compute_dtype(record.base()), record.base_bias()
+    weight, bias = base, None if base_bias is None else to_compute_dtype(base_bias)
     for entry in adapter.entries(record):
         update = entry.owner.update(entry.index, record.base())
         weight = weight + adapter.strength * (update.weight(base) - base)
         if update.bias is not None or (update.changes_bias() and base_bias is not None):
-            start = base.new_zeros(base.shape[0]) if base_bias is None else wide(base_bias)
+            start = base.new_zeros(base.shape[0]) if base_bias is None else to_compute_dtype(base_bias)
             change = adapter.strength * (update.bias_vector(start) - start)
             bias = change if bias is None else bias + change
     return weight, bias

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffadapt as da
 from diffadapt.algebra.layer_maps import LinearMap
-from diffadapt.algebra.update import LowRank
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.grouped.fastfood import draw_projection
 
 VARIANTS = [
@@ -363,7 +363,7 @@ def test_a_cut_between_two_rows_keeps_the_factored_forward():
     train(adapter)
     middle = adapter.parts[0].update(1, model[1].weight).delta
     x = torch.randn(3, 16, dtype=torch.float64)
-    fast = middle.product(LinearMap(), x, (16, 16))
+    fast = middle.apply(LinearMap(), x, (16, 16))
     torch.testing.assert_close(fast, x @ middle.matrix().T)
 
 

@@ -17,9 +17,8 @@ from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.targets import sites_by_name
-from diffadapt.algebra.expressions import Dense, EntrywiseProduct, FeatureSum, HadamardPair, Kron
-from diffadapt.algebra.factored import Derived
-from diffadapt.algebra.update import LowRank, Tucker
+from diffadapt.algebra.full_rank import Dense, EntrywiseProduct, Kron, LowRankHadamard
+from diffadapt.algebra.low_rank import FeatureSum, LowRank, Reparametrized, Tucker
 from diffadapt.common.safetensors_file import read_header
 from diffadapt.formats.adapter_file import is_own, load, read_metadata, save
 from diffadapt.formats.adapter_header import read_configuration
@@ -32,7 +31,7 @@ from diffadapt.methods.imported import MAGNITUDES
 from diffadapt.methods.parse_method import read_method
 from diffadapt.methods.peft_config import PeftMethod
 
-_INDEPENDENT = (LowRank, Tucker, HadamardPair, EntrywiseProduct, Kron, FeatureSum, Derived)
+_INDEPENDENT = (LowRank, Tucker, LowRankHadamard, EntrywiseProduct, Kron, FeatureSum, Reparametrized)
 _LARGEST = 2**28  # values of a layer's weight: a small file can name any shape
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

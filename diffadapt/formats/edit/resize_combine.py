@@ -11,9 +11,13 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import detach
 from diffadapt.adapters.layers import Entry, Record
 from diffadapt.adapters.targets import TargetSite
-from diffadapt.algebra.combined_weight import changed_weight, effective_bias, longest, start_weight
-from diffadapt.algebra.factored import Derived
-from diffadapt.algebra.update import LowRank, Tucker
+from diffadapt.algebra.combined_weight import (
+    changed_weight,
+    effective_bias,
+    largest_class_table,
+    start_weight,
+)
+from diffadapt.algebra.low_rank import LowRank, Reparametrized, Tucker
 from diffadapt.formats.export.export_form import low_rank
 from diffadapt.formats.foreign.attach import attach_forms
 from diffadapt.formats.foreign.stored_change import Form
@@ -112,7 +116,7 @@ def weight_change(record: Record, entries: Sequence[Entry]) -> Tensor:
     Where a class table grows, ``W`` is ``started_weight``.
     """
     wide, updates = record.base().double(), record.updates(entries)
-    if longest(wide, updates) is not None:
+    if largest_class_table(wide, updates) is not None:
         return (changed_weight(wide, updates) - start_weight(wide, updates)).cpu()
     return sum(strength * (update.weight(wide) - wide) for strength, update in updates).cpu()
 
@@ -149,7 +153,7 @@ def _check_rows(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for site in (site for site in adapter.sites if site.kind == "embedding"):
             record = adapter.records[site.name]
-            if longest(record.base(), record.updates(adapter.entries(record))) is not None:
+            if largest_class_table(record.base(), record.updates(adapter.entries(record))) is not None:
                 raise ValueError(
                     f"{adapter.method}: its class table has more rows than {site.name} of the base, which no "
                     "difference of weights can hold; keep the adapter as it is"
@@ -161,7 +165,7 @@ def _factors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor] 
     ups, downs = [], []
     for entry in entries:
         update = entry.owner.update(entry.index, record.base())
-        delta = update.delta.plain() if isinstance(update.delta, Derived) else update.delta
+        delta = update.delta.as_low_rank() if isinstance(update.delta, Reparametrized) else update.delta
         delta = low_rank(delta) if isinstance(delta, Tucker) else delta
         if update.scale is not None or not (delta is None or isinstance(delta, LowRank)):
             return None

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffadapt.algebra.update import LowRank
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.formats.export.diffusers import COMPONENTS, component_config, factor_keys
 from diffadapt.formats.export.export_form import full_rank, nothing

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.layers import Entry, Record
 from diffadapt.adapters.merge import folded
-from diffadapt.algebra.combined_weight import changed_weight, longest, start_weight
-from diffadapt.algebra.expressions import Dense
-from diffadapt.algebra.update import LowRank
+from diffadapt.algebra.combined_weight import changed_weight, largest_class_table, start_weight
+from diffadapt.algebra.full_rank import Dense
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.formats.export.export_form import Form, added, form_of, rows_scaled
 from diffadapt.methods.site import LayerKind
 
@@ -143,7 +143,7 @@ def _combined(record: Record, entries: list[Entry]) -> tuple[Form | None, Tensor
     """``W + sum_i t_i (s_i (W + d_i) - W)`` as ``scale * (W + form)``: the rows of W gain the factor
     ``1 + sum_i t_i (s_i - 1)``, and every change is divided by it."""
     base, updates = record.base(), record.updates(entries)
-    if longest(base, updates) is not None:
+    if largest_class_table(base, updates) is not None:
         wide = base.double()
         return Dense((changed_weight(wide, updates) - start_weight(wide, updates)).flatten(1)), None
     scales = [(t, update.scale.double()) for t, update in updates if update.scale is not None]

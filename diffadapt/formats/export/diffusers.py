@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import pipeline_of
-from diffadapt.algebra.update import LowRank
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.common.messages import shorten_list
 from diffadapt.formats.emulators.peft import geometry_refusal
 from diffadapt.formats.export.changes import Change

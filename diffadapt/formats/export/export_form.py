@@ -1,6 +1,6 @@
 """The few factored forms other programs can read, and how every expression becomes one of them.
 
-A form is a ``LowRank``, ``Tucker``, ``HadamardPair``, ``Kron`` or ``Dense``, in float64, multiplier folded.
+A form is a ``LowRank``, ``Tucker``, ``LowRankHadamard``, ``Kron`` or ``Dense`` in float64, multiplier folded.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.class_table_rows import NewRows
-from diffadapt.algebra.expressions import (
+from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.full_rank import (
     ColumnScaled,
     Dense,
-    FeatureSum,
-    Folded,
-    Hadamard,
-    HadamardPair,
     Kron,
-    Replace,
+    LowRankHadamard,
+    RelativeChange,
+    Replacement,
+    ReshapedLowRank,
+    Scaled,
+    Sum,
 )
-from diffadapt.algebra.factored import Derived
-from diffadapt.algebra.update import Expression, LowRank, Scaled, Sum, Tucker
+from diffadapt.algebra.low_rank import FeatureSum, LowRank, Reparametrized, Tucker
 from diffadapt.methods.mora import SquareBetween
 
-Form = LowRank | Tucker | HadamardPair | Kron | Dense
+Form = LowRank | Tucker | LowRankHadamard | Kron | Dense
 
 # Singular values below this share of the largest are rounding: factors are float32.
 RANK_TOLERANCE = 1e-7
@@ -37,24 +38,24 @@ def form_of(expression: Expression, factor: float, base_shape: torch.Size) -> Fo
         first, second = (form_of(part, factor, base_shape) for part in (expression.first, expression.second))
         return added(first, second)
     wide = expression.with_tensors([tensor.detach().double() for tensor in expression.tensors()])
-    if isinstance(wide, Derived):
-        wide = wide.plain()
+    if isinstance(wide, Reparametrized):
+        wide = wide.as_low_rank()
     if isinstance(wide, LowRank | Tucker):
         return type(wide)(factor * wide.up, *wide.tensors()[1:])
     if isinstance(wide, FeatureSum):
         return LowRank(factor * wide.vector[:, None], wide.vector.new_ones(1, wide.fan_in))
-    if isinstance(wide, HadamardPair):
+    if isinstance(wide, LowRankHadamard):
         first, second = low_rank(wide.first), low_rank(wide.second)
-        return HadamardPair(LowRank(factor * first.up, first.down), second)
+        return LowRankHadamard(LowRank(factor * first.up, first.down), second)
     if isinstance(wide, Kron):
         right = wide.right if isinstance(wide.right, Dense) else low_rank(wide.right)
         return Kron(factor * wide.left, right)
-    if isinstance(wide, Folded) and isinstance(wide.inner, LowRank):
+    if isinstance(wide, ReshapedLowRank) and isinstance(wide.inner, LowRank):
         return _unfolded(wide.inner, wide.shape, factor)
     if isinstance(wide, SquareBetween) and not wide.rotated:
         return _repeated(wide, factor)
     matrix = factor * wide.matrix()
-    if isinstance(wide, Dense | Hadamard | ColumnScaled | Replace | NewRows):
+    if isinstance(wide, Dense | RelativeChange | ColumnScaled | Replacement | NewRows):
         return Dense(matrix)
     return _thinned(matrix)
 
@@ -73,8 +74,8 @@ def rows_scaled(form: Form, rows: Tensor) -> Form:
     """The form with every row multiplied by an entry of ``rows (out,)``."""
     if isinstance(form, LowRank | Tucker):
         return type(form)(rows[:, None] * form.up, *form.tensors()[1:])
-    if isinstance(form, HadamardPair):
-        return HadamardPair(LowRank(rows[:, None] * form.first.up, form.first.down), form.second)
+    if isinstance(form, LowRankHadamard):
+        return LowRankHadamard(LowRank(rows[:, None] * form.first.up, form.first.down), form.second)
     if isinstance(form, Kron):
         return rows_scaled(low_rank(form), rows)
     return Dense(rows[:, None] * form.matrix())
@@ -89,7 +90,7 @@ def low_rank(form: Form) -> LowRank | None:
         return form
     if isinstance(form, Tucker):
         product = LowRank(form.up, torch.einsum("ab...,bi->ai...", form.core, form.down).flatten(1))
-    elif isinstance(form, HadamardPair):
+    elif isinstance(form, LowRankHadamard):
         (u1, d1), (u2, d2) = form.first.tensors(), form.second.tensors()
         up = (u1[:, :, None] * u2[:, None, :]).flatten(1)  # rows of the Khatri-Rao product
         product = LowRank(up, (d1[:, None, :] * d2[None, :, :]).flatten(0, 1))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.algebra.expressions import Dense, HadamardPair, Kron
-from diffadapt.algebra.update import LowRank, Tucker
+from diffadapt.algebra.full_rank import Dense, Kron, LowRankHadamard
+from diffadapt.algebra.low_rank import LowRank, Tucker
 from diffadapt.formats.emulators.lycoris import split_read_from
 from diffadapt.formats.export.changes import Change, per_row
 from diffadapt.formats.export.export_form import full_rank, low_rank, nothing
@@ -70,7 +70,7 @@ def _factors(change: Change) -> dict[str, Tensor]:
         return _lora(form, shape)
     if isinstance(form, Tucker):
         return _tucker(form)
-    if isinstance(form, HadamardPair):
+    if isinstance(form, LowRankHadamard):
         return _loha(form)
     if isinstance(form, Kron):
         return _lokr(form, change)
@@ -104,7 +104,7 @@ def _tucker(form: Tucker) -> dict[str, Tensor]:
     }
 
 
-def _loha(form: HadamardPair) -> dict[str, Tensor]:
+def _loha(form: LowRankHadamard) -> dict[str, Tensor]:
     return {
         "hada_w1_a": form.first.up,
         "hada_w1_b": form.first.down,

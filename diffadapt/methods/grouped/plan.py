@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffadapt.algebra.expressions import Dense, Kron
-from diffadapt.algebra.update import Expression, LowRank
+from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.full_rank import Dense, Kron
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.grouped.fastfood import draw_projection, padded_size, project
 from diffadapt.methods.grouped.folds import Fold

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.algebra.update import Expression, LayerMap
+from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.layer_maps import LayerMap
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class Joined(Expression):
         second = second.reshape(part_shape(second.numel(), self.shape[1]))
         return *self.first.vjp(first), *self.second.vjp(second)
 
-    def product(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
+    def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
         above, inside_a_row = divmod(self.border, self.shape[1])
         if inside_a_row or getattr(layer, "groups", 1) > 1:
             return None
-        first = self.first.product(layer, x, (above, *shape[1:]))
-        second = None if first is None else self.second.product(layer, x, (shape[0] - above, *shape[1:]))
+        first = self.first.apply(layer, x, (above, *shape[1:]))
+        second = None if first is None else self.second.apply(layer, x, (shape[0] - above, *shape[1:]))
         return None if second is None else torch.cat([first, second], layer.channel_dim)
 
 

@@ -4,10 +4,31 @@ import pytest
 import torch
 from helpers.method_cases import close
 
-from diffadapt.algebra import expressions, factored
 from diffadapt.algebra.class_table_rows import NewRows
+from diffadapt.algebra.expression import Expression, Update
+from diffadapt.algebra.full_rank import (
+    ColumnScaled,
+    Dense,
+    EntrywiseProduct,
+    Kron,
+    LowRankHadamard,
+    RelativeChange,
+    Replacement,
+    ReshapedLowRank,
+    Scaled,
+    Sum,
+)
 from diffadapt.algebra.layer_maps import ConvMap, LinearMap
-from diffadapt.algebra.update import Expression, LowRank, Scaled, Sum, Tucker, Update
+from diffadapt.algebra.low_rank import (
+    FeatureSum,
+    LowRank,
+    LowRankDifference,
+    LowRankWithCore,
+    Reparametrized,
+    ScaledFactors,
+    Tucker,
+    TuckerWithKernelFactors,
+)
 from diffadapt.methods.grouped import slices
 
 
@@ -25,28 +46,28 @@ EXPRESSIONS = {
     "tucker-without-kernel": lambda: Tucker(rand(6, 3), rand(3, 2), rand(2, 8)),
     "scaled": lambda: Scaled(low_rank(), -1.5),
     "sum": lambda: Sum(low_rank(), Scaled(low_rank(rank=1), 2.0)),
-    "cored": lambda: factored.Cored(rand(6, 3), rand(3, 2), rand(2, 8)),
-    "cored-tall": lambda: factored.Cored(rand(9, 3), rand(3, 2), rand(2, 8)),
-    "cored-tucker": lambda: factored.CoredTucker(
+    "cored": lambda: LowRankWithCore(rand(6, 3), rand(3, 2), rand(2, 8)),
+    "cored-tall": lambda: LowRankWithCore(rand(9, 3), rand(3, 2), rand(2, 8)),
+    "cored-tucker": lambda: TuckerWithKernelFactors(
         rand(6, 3), rand(3, 2, 2, 1), rand(2, 4), rand(3, 2), rand(2, 1)
     ),
-    "scaled-factors": lambda: factored.ScaledFactors(rand(6, 2), rand(2, 8), rand(6), rand(2)),
-    "since-start": lambda: factored.SinceStart(rand(6, 2), rand(2, 8), rand(6, 2), rand(2, 8)),
-    "dense": lambda: expressions.Dense(rand(6, 2, 2, 2)),
-    "replace": lambda: expressions.Replace(rand(6, 8), rand(6, 8)),
+    "scaled-factors": lambda: ScaledFactors(rand(6, 2), rand(2, 8), rand(6), rand(2)),
+    "since-start": lambda: LowRankDifference(rand(6, 2), rand(2, 8), rand(6, 2), rand(2, 8)),
+    "dense": lambda: Dense(rand(6, 2, 2, 2)),
+    "replace": lambda: Replacement(rand(6, 8), rand(6, 8)),
     "fewer-rows": lambda: NewRows(rand(6, 8), rand(4, 8), null_class=True),
     "more-rows": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=True),
     "more-rows-without-null": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=False),
-    "folded": lambda: expressions.Folded(low_rank(4, 12), (6, 8)),
-    "hadamard": lambda: expressions.Hadamard(rand(6, 2, 2, 2), low_rank()),
-    "hadamard-exponential": lambda: expressions.Hadamard(rand(6, 8), low_rank(), True),
-    "column-scaled": lambda: expressions.ColumnScaled(rand(6, 2, 2, 2), low_rank(), rand(8), 1.5),
-    "entrywise-product": lambda: expressions.EntrywiseProduct(low_rank(), Sum(low_rank(), low_rank())),
-    "hadamard-pair": lambda: expressions.HadamardPair(low_rank(), low_rank(rank=3)),
-    "kron": lambda: expressions.Kron(rand(2, 4), low_rank(3, 2)),
-    "kron-of-kron": lambda: expressions.Kron(rand(2, 2), expressions.Kron(rand(1, 2), low_rank(3, 2))),
-    "feature-sum": lambda: expressions.FeatureSum(rand(6), 8),
-    "feature-sum-in-shares": lambda: expressions.FeatureSum(rand(6), 8, 0.25),
+    "folded": lambda: ReshapedLowRank(low_rank(4, 12), (6, 8)),
+    "hadamard": lambda: RelativeChange(rand(6, 2, 2, 2), low_rank()),
+    "hadamard-exponential": lambda: RelativeChange(rand(6, 8), low_rank(), True),
+    "column-scaled": lambda: ColumnScaled(rand(6, 2, 2, 2), low_rank(), rand(8), 1.5),
+    "entrywise-product": lambda: EntrywiseProduct(low_rank(), Sum(low_rank(), low_rank())),
+    "hadamard-pair": lambda: LowRankHadamard(low_rank(), low_rank(rank=3)),
+    "kron": lambda: Kron(rand(2, 4), low_rank(3, 2)),
+    "kron-of-kron": lambda: Kron(rand(2, 2), Kron(rand(1, 2), low_rank(3, 2))),
+    "feature-sum": lambda: FeatureSum(rand(6), 8),
+    "feature-sum-in-shares": lambda: FeatureSum(rand(6), 8, 0.25),
     "kron-rows": lambda: slices.KronRows(rand(6, 2), low_rank(6, 4)),
     "slice": lambda: slices.Slice(low_rank(4, 16), 4, 16, 15, 7, (6, 8)),
     "joined-between-rows": lambda: slices.Joined(low_rank(2), low_rank(4), 16, (6, 8)),
@@ -81,7 +102,7 @@ def test_every_expression_defined_beside_the_algebra_is_tried_here():
         is_grouped = sub.__module__.startswith("diffadapt.methods.grouped.")
         if is_grouped or not sub.__module__.startswith(tried_with_their_methods):
             beside_the_algebra.append(sub)
-    shared = set(beside_the_algebra) - {factored.Derived}
+    shared = set(beside_the_algebra) - {Reparametrized}
     assert shared == tried
 
 
@@ -120,7 +141,7 @@ CONVOLVING = {"tucker", "tucker-without-kernel", "cored-tucker"}
 @pytest.mark.parametrize("name", sorted(EXPRESSIONS.keys() - CONVOLVING))
 def test_the_product_equals_a_linear_layer_with_the_matrix(name):
     expression, x = EXPRESSIONS[name](), rand(3, 2, 8)
-    product = expression.product(LinearMap(), x, tuple(expression.matrix().shape))
+    product = expression.apply(LinearMap(), x, tuple(expression.matrix().shape))
     if product is not None:
         close(product, x @ expression.matrix().T, 1e-12)
 
@@ -128,10 +149,10 @@ def test_the_product_equals_a_linear_layer_with_the_matrix(name):
 CONVOLUTIONS = {
     "low-rank": (lambda groups: low_rank(8, 8 // groups * 6), 2),
     "tucker": (lambda groups: Tucker(rand(8, 2), rand(2, 2, 3, 2), rand(2, 8 // groups)), 2),
-    "kron": (lambda groups: expressions.Kron(rand(4, 2), low_rank(2, 4 // groups * 6)), 1),
-    "hadamard-pair": (lambda groups: expressions.HadamardPair(low_rank(8, 48, 1), low_rank(8, 48, 1)), 1),
-    "feature-sum": (lambda groups: expressions.FeatureSum(rand(8), 8 // groups * 6), 2),
-    "feature-sum-in-shares": (lambda groups: expressions.FeatureSum(rand(8), 8 // groups * 6, 0.25), 2),
+    "kron": (lambda groups: Kron(rand(4, 2), low_rank(2, 4 // groups * 6)), 1),
+    "hadamard-pair": (lambda groups: LowRankHadamard(low_rank(8, 48, 1), low_rank(8, 48, 1)), 1),
+    "feature-sum": (lambda groups: FeatureSum(rand(8), 8 // groups * 6), 2),
+    "feature-sum-in-shares": (lambda groups: FeatureSum(rand(8), 8 // groups * 6, 0.25), 2),
 }
 
 
@@ -145,8 +166,8 @@ def test_the_product_equals_a_convolution_with_the_matrix(make, groups, stride):
     expression, x = make(groups), rand(2, 8, 7, 6)
     layer = ConvMap((stride, 1), (1, 2), (1, 2), groups)
     shape = (8, 8 // groups, 3, 2)
-    product = expression.product(layer, x, shape)
-    expected = layer.product(x, expression.matrix().reshape(shape))
+    product = expression.apply(layer, x, shape)
+    expected = layer.apply(x, expression.matrix().reshape(shape))
     if product is not None:
         close(product, expected, 1e-12)
     assert product is not None or groups > 1
@@ -154,9 +175,9 @@ def test_the_product_equals_a_convolution_with_the_matrix(make, groups, stride):
 
 def test_the_product_is_left_to_the_matrix_where_that_is_cheaper():
     depthwise = ConvMap((1, 1), (1, 1), (1, 1), 8)
-    assert low_rank(8, 9, 4).product(depthwise, rand(1, 8, 5, 5), (8, 1, 3, 3)) is None
+    assert low_rank(8, 9, 4).apply(depthwise, rand(1, 8, 5, 5), (8, 1, 3, 3)) is None
     assert (
-        Tucker(rand(8, 4), rand(4, 4, 3, 3), rand(4, 1)).product(depthwise, rand(1, 8, 5, 5), (8, 1, 3, 3))
+        Tucker(rand(8, 4), rand(4, 4, 3, 3), rand(4, 1)).apply(depthwise, rand(1, 8, 5, 5), (8, 1, 3, 3))
         is None
     )
 
@@ -188,11 +209,11 @@ def test_a_tucker_matrix_is_the_einsum_of_its_factors():
 
 def test_a_kron_matrix_is_torchs():
     left, right = rand(2, 3), low_rank(4, 5)
-    close(expressions.Kron(left, right).matrix(), torch.kron(left, right.matrix()), 1e-13)
+    close(Kron(left, right).matrix(), torch.kron(left, right.matrix()), 1e-13)
 
 
 def test_a_small_relative_change_keeps_float32s_accuracy():
     # exp(1e-5) - 1 taken as a difference would be off by 1e-3 of itself
     factor = LowRank(torch.full((1, 1), 1e-5), torch.ones(1, 1))
-    change = expressions.Hadamard(torch.full((1, 1), 3.0), factor, exponential=True).matrix().item()
+    change = RelativeChange(torch.full((1, 1), 3.0), factor, exponential=True).matrix().item()
     assert change == pytest.approx(3 * 1.000005e-5, rel=1e-6)

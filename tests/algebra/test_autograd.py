@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from helpers.method_cases import close
 
-from diffadapt.algebra.adapted_product import branch_sum, weight_space_product
-from diffadapt.algebra.expressions import Dense, Hadamard
+from diffadapt.algebra.autograd import branch_sum, weight_space_product
+from diffadapt.algebra.full_rank import Dense, RelativeChange
 from diffadapt.algebra.layer_maps import ConvMap, LinearMap, conv_map
-from diffadapt.algebra.update import LowRank
+from diffadapt.algebra.low_rank import LowRank
 
 
 def rand(*shape):
@@ -47,7 +47,7 @@ def test_a_convolution_product_and_its_gradients_equal_autograd(groups):
 def test_dense_and_factored_branches_add_up_with_their_coefficients():
     x, weight, bias = rand(3, 5), rand(4, 5), rand(4)
     factored, dense = LowRank(rand(4, 2), rand(2, 5)), Dense(rand(4, 5))
-    relative = Hadamard(weight, LowRank(rand(4, 1), rand(1, 5)))
+    relative = RelativeChange(weight, LowRank(rand(4, 1), rand(1, 5)))
     terms = [(factored, 2.0, x), (dense, -0.5, x), (relative, 1.0, x)]
     total = weight + 2 * factored.matrix() - 0.5 * dense.value + relative.matrix()
     close(branch_sum(LinearMap(), x, weight, bias, terms), F.linear(x, total, bias), 1e-12)
@@ -100,7 +100,7 @@ def test_conv_map_reads_a_layers_geometry(options):
     layer = torch.nn.Conv2d(4, 6, (3, 2), **options)
     x = torch.randn(2, 4, 7, 8)
     layer_map, padded = conv_map(layer, x)
-    close(layer_map.product(padded, layer.weight, layer.bias), layer(x), 1e-6)
+    close(layer_map.apply(padded, layer.weight, layer.bias), layer(x), 1e-6)
 
 
 def close_or_empty(value, expected):

@@ -1,17 +1,50 @@
-"""More expressions of the algebra: changes relative to the weight, Kronecker products, feature sums."""
+"""Expressions of any rank: whole matrices, multiples and sums, entrywise and Kronecker products."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.chain_steps import ChannelSum, Mix, Shared, Step
-from diffadapt.algebra.layer_maps import LinearMap
-from diffadapt.algebra.update import Expression, LayerMap, LowRank, pointwise_weight
+from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.layer_maps import ChainStep, ChannelGroups, GroupMix, LayerMap
+from diffadapt.algebra.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class Scaled(Expression):
+    """``factor`` times an inner expression."""
+
+    inner: Expression
+    factor: float
+
+    def matrix(self) -> Tensor:
+        return self.factor * self.inner.matrix()
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return torch.add(weight, self.inner.matrix(), alpha=self.factor)
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if own is None else self.factor * own for own in self.inner.vjp(grad))
+
+
+@dataclass(frozen=True)
+class Sum(Expression):
+    """``first + second``."""
+
+    first: Expression
+    second: Expression
+
+    def matrix(self) -> Tensor:
+        return self.first.matrix() + self.second.matrix()
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return self.second.added_to(self.first.added_to(weight))
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *self.first.vjp(grad), *self.second.vjp(grad)
 
 
 @dataclass(frozen=True)
@@ -28,7 +61,7 @@ class Dense(Expression):
 
 
 @dataclass(frozen=True)
-class Replace(Expression):
+class Replacement(Expression):
     """A whole new ``table`` in the place of ``weight``: their difference."""
 
     weight: Tensor
@@ -42,7 +75,7 @@ class Replace(Expression):
 
 
 @dataclass(frozen=True)
-class Folded(Expression):
+class ReshapedLowRank(Expression):
     """A low-rank matrix of another shape, read row by row into ``shape (out, fan_in)``."""
 
     inner: LowRank
@@ -56,7 +89,7 @@ class Folded(Expression):
 
 
 @dataclass(frozen=True)
-class Hadamard(Expression):
+class RelativeChange(Expression):
     """``weight * factor``, or ``weight * (exp(factor) - 1)``: a change relative to each entry."""
 
     weight: Tensor
@@ -117,7 +150,7 @@ class EntrywiseProduct(Expression):
 
 
 @dataclass(frozen=True)
-class HadamardPair(EntrywiseProduct):
+class LowRankHadamard(EntrywiseProduct):
     """The entrywise product of two low-rank matrices (LoHa)."""
 
     first: LowRank
@@ -128,13 +161,13 @@ class HadamardPair(EntrywiseProduct):
         folded = layer.groups == 1 or rank * (layer.groups * fan_in + shape[0]) < shape[0] * fan_in
         return folded and 4 * rank < min(shape[0], fan_in)
 
-    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
         # rows of the Khatri-Rao product: (u1 v1) o (u2 v2) = (u1 o u2)(v1 o v2) over all pairs of ranks
         up = (self.first.up[:, :, None] * self.second.up[:, None, :]).flatten(1)
         down = (self.first.down[:, None, :] * self.second.down[None, :, :]).flatten(0, 1)
         return LowRank(up, down).steps(layer, shape)
 
-    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         ranks = self.first.up.shape[1], self.second.up.shape[1]
         up, down = grads[1].reshape(-1, *ranks), grads[0].reshape(*ranks, -1)
         return (
@@ -165,59 +198,17 @@ class Kron(Expression):
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
         return layer.groups == 1
 
-    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
         rows, columns = self.left.shape
         block = (shape[0] // rows, shape[1] // columns, *shape[2:])
-        inner = (Step(layer, self.right.matrix().reshape(block)),)
+        inner = (ChainStep(layer, self.right.matrix().reshape(block)),)
         if self.right.is_thin(layer, block):
             inner = self.right.steps(layer, block)
-        shared = [Step(Shared(step.map, columns), step.weight, step.trained) for step in inner]
-        return *shared, Step(Mix(layer.channel_dim), self.left)
+        shared = [ChainStep(ChannelGroups(step.map, columns), step.weight, step.trained) for step in inner]
+        return *shared, ChainStep(GroupMix(layer.channel_dim), self.left)
 
-    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         *inner, left = grads
         if len(inner) > 1:
-            return left, *self.right.steps_vjp(inner)
+            return left, *self.right.steps_backward(inner)
         return left, *self.right.vjp(inner[0].flatten(1))
-
-
-@dataclass(frozen=True)
-class FeatureSum(Expression):
-    """The sum over an output's receptive field times ``vector (out,)``: keeps the sum, never ``x``.
-
-    ``share``: what the steps multiply the sum by, and divide the vector by.
-    """
-
-    vector: Tensor
-    fan_in: int
-    share: float = 1.0
-
-    def matrix(self) -> Tensor:
-        return self.vector[:, None].expand(-1, self.fan_in)
-
-    def vjp(self, grad: Tensor) -> tuple[Tensor]:
-        return (grad.sum(1),)
-
-    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        return True
-
-    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[Step]:
-        groups, column = layer.groups, self.vector[:, None]
-        if self.share != 1:
-            column = column / self.share
-        total = Step(ChannelSum(layer.channel_dim, groups, self.share), trained=False)
-        if isinstance(layer, LinearMap):
-            return total, Step(layer, column)
-        window = Step(layer, column.new_ones(groups, 1, *shape[2:]), trained=False)
-        return total, window, Step(layer.pointwise(groups), pointwise_weight(column, layer))
-
-    def steps_vjp(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        grad = grads[-1].reshape(self.vector.shape)
-        return (grad if self.share == 1 else grad / self.share,)
-
-    def within(self, dtype: torch.dtype) -> FeatureSum:
-        """In float16 thousands of features would add up to more than 65,504, the largest number there."""
-        if dtype != torch.float16:
-            return self
-        bits = math.ceil(math.log2(self.fan_in) / 2)  # half of what keeps any sum in range: vectors have one
-        return FeatureSum(self.vector, self.fan_in, 2.0**-bits)
