@@ -1,10 +1,19 @@
-"""Adapt a class-conditional model (UNet2DModel or DiT) to other pictures or classes, with any adapter.
+"""Class-conditional fine-tuning: adapt a UNet2DModel or DiT to new images or classes, with any adapter.
+
+The demonstration on the embedded 16-pixel base, SuperLoRA's experiment in small: a base model that knows
+colourful printed digits learns handwriting (no downloads, a minute or two on a CPU):
 
     accelerate launch --config_file accelerate_config.yaml train_scripts/class_conditional.py \\
         --adapter superlora
 
-Without a base and without data it is SuperLoRA's experiment in small (arXiv 2403.11887): a base that knows
-colourful printed digits learns handwriting. A demonstration, on the embedded 16-pixel base.
+Your own classes, one folder of images each, on DiT:
+
+    accelerate launch --config_file accelerate_config.yaml train_scripts/class_conditional.py \\
+        --adapter "lora(rank=16)" --pretrained_model_name_or_path facebook/DiT-XL-2-256 \\
+        --train_data_dir CLASS_FOLDERS --new_class_table --output_dir runs/classes
+
+Papers: SuperLoRA, arXiv 2403.11887; DiT, Peebles and Xie 2022, arXiv 2212.09748; classifier-free guidance, Ho
+and Salimans 2022, arXiv 2207.12598.
 """
 
 import dataclasses
@@ -47,34 +56,48 @@ Data = tuple[list[Example], list[str]]  # examples with class numbers, and the n
 
 @dataclass(frozen=True)
 class Options(TrainOptions):
-    """Options of this script."""
+    """Images and classes"""
 
-    output_dir: str = option("runs/class_conditional", "where everything is written")
-    adapter: str = option("superlora", "method, as flora or flora(rank=8); `diffadapt methods` lists them")
-    export_formats: str | None = option(
-        "none", "also written for other programs: diffusers (DiT), merged, A,B or none"
+    output_dir: str = option("runs/class_conditional", "folder for checkpoints, images and the final adapter")
+    adapter: str = option(
+        "superlora", "adapter method, such as flora or flora(rank=8); `diffadapt methods` lists all methods"
     )
-    train_data_dir: str | None = option(None, "folder with one folder of pictures per class")
-    dataset_name: str | None = option(None, "instead: a data set on the hub, saved, or as files in a folder")
-    dataset_config_name: str | None = option(None, "its configuration, as cropped_digits of svhn")
-    split: str = option("train", "which split of that data set is trained on")
-    image_column: str | None = option(None, "its column of pictures; default: the first one")
-    label_column: str | None = option(None, "its column of classes, as numbers or names; default: label")
+    export_formats: str | None = option(
+        "none",
+        "also export the adapter for other programs, comma-separated: diffusers (DiT only), merged, or none",
+    )
+    train_data_dir: str | None = option(None, "folder with one folder of images per class")
+    dataset_name: str | None = option(
+        None, "instead of --train_data_dir: data set on the hub, or folder of a saved one or of its files"
+    )
+    dataset_config_name: str | None = option(
+        None, "configuration of the data set, such as cropped_digits of svhn"
+    )
+    split: str = option("train", "split of the data set to train on")
+    image_column: str | None = option(None, "column with the images (default: the first column of images)")
+    label_column: str | None = option(None, "column with the classes, as numbers or names (default: label)")
     held_out: str | None = option(
-        None, "what the figures are made of: a split of the data set, or a folder of class folders"
+        None,
+        "held-out images for the loss and the metrics: split of the data set, or folder of class folders "
+        "(default: training images)",
     )
     class_labels: str | None = option(
-        None, "the class table's row for each class of the data, as 207,360; default: 0,1,2,..."
+        None,
+        "row of the class table to train for each class of the data, such as 207,360 (default: 0,1,2,...)",
     )
     new_class_table: bool = option(
-        False, "train a class table of the data's own size; without it, when the base has too few classes"
+        False,
+        "train a new class table with one row per class of the data; always done if the base model has too "
+        "few classes",
     )
-    label_dropout: float = option(0.1, "share of pictures told no class, for classifier-free guidance")
-    max_held_out_samples: int = option(2000, "measure on at most so many of those pictures")
+    label_dropout: float = option(
+        0.1, "fraction of samples trained without their class, for classifier-free guidance"
+    )
+    max_held_out_samples: int = option(2000, "evaluate on at most N held-out images, chosen at random")
 
 
 def main() -> int:
-    """One run from options to pictures. Returns the exit code."""
+    """Trains an adapter and returns the exit code."""
     options = parse(Options, description=__doc__.splitlines()[0])
     data = "train_data_dir" if options.train_data_dir else "dataset_name"
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)

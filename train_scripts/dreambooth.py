@@ -1,8 +1,20 @@
-"""DreamBooth: teach a Stable Diffusion model one subject from a few pictures, with any adapter.
+"""DreamBooth: teach a Stable Diffusion model one subject from a few images, with any adapter.
+
+The demonstration on the embedded 64-pixel base (no downloads):
 
     accelerate launch --config_file accelerate_config.yaml train_scripts/dreambooth.py --adapter flora
 
-Without a base and without data it is a demonstration on the embedded 64-pixel base. Method: arXiv 2208.12242.
+Your own images on Stable Diffusion:
+
+    accelerate launch --config_file accelerate_config.yaml train_scripts/dreambooth.py --adapter flora \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --instance_data_dir IMAGES --instance_prompt "a photo of sks dog" --output_dir runs/dog
+
+With prior preservation, which keeps other dogs as they are:
+
+    ... --with_prior_preservation --class_prompt "a photo of a dog"
+
+Paper: DreamBooth, Ruiz et al. 2022, arXiv 2208.12242.
 """
 
 import sys
@@ -36,25 +48,34 @@ FULL_COMMAND = (
 
 @dataclass(frozen=True)
 class Options(TrainOptions):
-    """Options of this script."""
+    """DreamBooth"""
 
-    output_dir: str = option("runs/dreambooth", "where everything is written")
-    instance_data_dir: str | None = option(None, "folder of pictures of the subject")
-    instance_prompt: str | None = option(None, "what they show, with a rare word: a photo of sks dog")
+    output_dir: str = option("runs/dreambooth", "folder for checkpoints, images and the final adapter")
+    instance_data_dir: str | None = option(None, "folder of images of the subject")
+    instance_prompt: str | None = option(
+        None, 'prompt for these images, with a rare word that identifies the subject: "a photo of sks dog"'
+    )
     instance_captions: bool = option(
-        False, "tell each picture its own caption, from metadata or a .txt file; without one, the prompt"
+        False,
+        "use each image's own caption from a metadata or .txt file; --instance_prompt where there is none",
     )
-    class_prompt: str | None = option(None, "the same without the rare word: a photo of a dog")
-    class_data_dir: str | None = option(None, "folder of class pictures; the base draws missing ones")
+    class_prompt: str | None = option(
+        None, 'the same prompt without the identifier, for class images: "a photo of a dog"'
+    )
+    class_data_dir: str | None = option(
+        None,
+        "folder of class images; missing ones are generated with the base model (default: "
+        "OUTPUT_DIR/class_images)",
+    )
     with_prior_preservation: bool = option(
-        False, "train on class pictures too, so that they stay as they are"
+        False, "also train on class images, so that the model does not forget the class"
     )
-    prior_loss_weight: float = option(1.0, "weight of their loss")
-    num_class_images: int = option(100, "how many class pictures there should be")
+    prior_loss_weight: float = option(1.0, "weight of the prior-preservation loss")
+    num_class_images: int = option(100, "number of class images for prior preservation")
 
 
 def main() -> int:
-    """One run from options to pictures. Returns the exit code."""
+    """Trains an adapter and returns the exit code."""
     options = parse(Options, description=__doc__.splitlines()[0])
     options = choose_base(options, DEMO, data="instance_data_dir", command=FULL_COMMAND)
     if options.with_prior_preservation and not options.class_prompt:

@@ -1,8 +1,18 @@
-"""Style transfer: teach a Stable Diffusion model the look of captioned pictures, with any adapter.
+"""Text-to-image fine-tuning: teach a Stable Diffusion model the style of captioned images, with any adapter.
+
+The demonstration on the embedded 64-pixel base, which learns the Fluent 3D style (no downloads):
 
     accelerate launch --config_file accelerate_config.yaml train_scripts/style_transfer.py --adapter flora
 
-Without a base and without data it is a demonstration: the embedded 64-pixel base learns the Fluent 3D style.
+Your own captioned images, or a data set on the hub, on Stable Diffusion:
+
+    accelerate launch --config_file accelerate_config.yaml train_scripts/style_transfer.py --adapter flora \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --train_data_dir CAPTIONED_IMAGES --output_dir runs/style
+
+    ... --dataset_name USER/NAME --caption_column text
+
+Paper: latent diffusion models, Rombach et al. 2022, arXiv 2112.10752.
 """
 
 import sys
@@ -38,34 +48,47 @@ FULL_COMMAND = (
 
 @dataclass(frozen=True)
 class Options(TrainOptions):
-    """Options of this script."""
+    """Captioned images"""
 
-    output_dir: str = option("runs/style", "where everything is written")
+    output_dir: str = option("runs/style", "folder for checkpoints, images and the final adapter")
     train_data_dir: str | None = option(
-        None, "folder of pictures with metadata.jsonl, metadata.csv, or a .txt file beside each"
+        None,
+        "folder of images with captions in metadata.jsonl, metadata.csv or a .txt file per image",
     )
-    dataset_name: str | None = option(None, "instead: a data set on the hub, or the folder of a saved one")
-    dataset_config_name: str | None = option(None, "configuration of that data set")
-    split: str = option("train", "which split of that data set is trained on")
+    dataset_name: str | None = option(
+        None, "instead of --train_data_dir: data set on the hub, or folder of a saved one"
+    )
+    dataset_config_name: str | None = option(None, "configuration of the data set")
+    split: str = option("train", "split of the data set to train on")
     image_column: str | None = option(
-        None, "column of pictures; default: file_name, or the first of pictures"
+        None, "column with the images (default: file_name, or the first column of images)"
     )
-    caption_column: str | None = option(None, "column of captions; default: text, caption or prompt")
-    max_train_samples: int | None = option(None, "use only the first so many pictures")
+    caption_column: str | None = option(
+        None, "column with the captions (default: text, caption or prompt, whichever exists)"
+    )
+    max_train_samples: int | None = option(None, "train on the first N images only (default: all)")
     validation_data_dir: str | None = option(
-        None, "captioned pictures that are not trained on: figures and pictures are made of them"
+        None, "folder of held-out captioned images, used for metrics and for images before and after training"
     )
-    trigger_word: str | None = option(None, "a rare word put before every caption, to call the style by")
-    caption_dropout: float = option(0.0, "share of samples told an empty caption, for guidance")
+    trigger_word: str | None = option(
+        None, "word to prepend to every caption, which later invokes the style in prompts"
+    )
+    caption_dropout: float = option(
+        0.0, "fraction of samples trained with an empty caption, for classifier-free guidance"
+    )
     aspect_ratio_buckets: str | None = option(
-        None, 'pictures keep their shape: auto, or sizes in pixels as "512,512;640,384" (height,width)'
+        None,
+        "train at several sizes that keep the images' aspect ratios: auto, or a list of HEIGHT,WIDTH in "
+        'pixels such as "512,512;640,384" (default: square crops)',
     )
-    streaming: bool = option(False, "for sets larger than memory: read, check and encode pictures when used")
-    shuffle_buffer: int = option(1000, "samples of a streamed data set that are held and shuffled together")
+    streaming: bool = option(
+        False, "read, check and encode images when they are needed, for data sets larger than memory"
+    )
+    shuffle_buffer: int = option(1000, "number of samples in the shuffle buffer of a streamed data set")
 
 
 def main() -> int:
-    """One run from options to pictures. Returns the exit code."""
+    """Trains an adapter and returns the exit code."""
     options = parse(Options, description=__doc__.splitlines()[0])
     data = "dataset_name" if options.dataset_name else "train_data_dir"
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TypeVar
 
 from diffadapt.adapters.budget import fit_budget, parse_budget, size_notices
 from diffadapt.common.number_ranges import require_seed
@@ -12,10 +11,9 @@ from diffadapt.common.runtime import launcher_accumulation
 from diffadapt.methods import Method
 from diffadapt.methods.parse_method import make_method, sets_option
 from diffadapt.models.families import DEFAULTS, TUNED, family_of
-from diffadapt.training.options import TrainOptions
-from diffadapt.training.parsing import pairs
+from diffadapt.training.options import OptionsT, TrainOptions
+from diffadapt.training.parsing import parse_pairs
 
-Kind = TypeVar("Kind", bound=TrainOptions)
 OWN_RATE = {"prodigy": 1.0}  # optimizers that estimate the rate: what they are given is a factor
 
 SHARES = ("caption_dropout", "label_dropout", "ema_decay", "adam_beta1", "adam_beta2")
@@ -58,14 +56,14 @@ LEAST = {  # the smallest values that make sense
 MAY_BE_INFINITE = ("max_grad_norm", "snr_gamma")  # nothing is clipped; all timesteps weigh the same
 
 
-def filled(options: Kind, defaults: Mapping[str, object]) -> Kind:
+def filled(options: OptionsT, defaults: Mapping[str, object]) -> OptionsT:
     """Options with the given defaults in the places left None."""
     names = {field.name for field in fields(options)}
     missing = {k: v for k, v in defaults.items() if k in names and getattr(options, k) is None}
     return dataclasses.replace(options, **missing)
 
 
-def choose_base(options: Kind, demo: Mapping[str, object], *, data: str, command: str) -> Kind:
+def choose_base(options: OptionsT, demo: Mapping[str, object], *, data: str, command: str) -> OptionsT:
     """The embedded demonstration when neither a base nor data is named, then the defaults of the base.
 
     Args:
@@ -180,7 +178,7 @@ def _tuned(options: TrainOptions, method: Method) -> Mapping[str, float]:
 def _method_options(options: TrainOptions) -> dict[str, object]:
     named = {name: getattr(options, name) for name in ("rank", "alpha", "scale")}
     chosen = {name: value for name, value in named.items() if value is not None}
-    further = pairs(options.adapter_options, "--adapter_options")
+    further = parse_pairs(options.adapter_options, "--adapter_options")
     for name in sorted({*chosen} & {*further}):
         other = f"--adapter_options {name}={further[name]}"
         raise ValueError(f"--{name} {chosen[name]} and {other} exclude each other; give one of them")

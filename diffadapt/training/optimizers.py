@@ -12,7 +12,7 @@ from torch import nn
 from diffadapt.common.messages import did_you_mean
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.param_groups import RateGroup
-from diffadapt.training.parsing import pairs
+from diffadapt.training.parsing import parse_pairs
 
 # Those that are not torch's: (module, class, package to install)
 OTHERS = {
@@ -40,7 +40,7 @@ def make_optimizer(
         }
     else:
         _refuse_adam_options(kind.__name__, options)
-    arguments |= pairs(options.optimizer_options, "--optimizer_options")
+    arguments |= parse_pairs(options.optimizer_options, "--optimizer_options")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints its settings
             return kind(parameters, **arguments)

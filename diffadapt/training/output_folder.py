@@ -5,18 +5,16 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from diffadapt.data.class_images import images_in
 from diffadapt.data.hub_tables import SAVED
 from diffadapt.formats.export import FORMATS
 from diffadapt.models.base_names import is_embedded, resolve
 from diffadapt.training.checkpoint.checkpoint_files import checkpoints, find, run_of
-from diffadapt.training.options import TrainOptions
+from diffadapt.training.options import OptionsT, TrainOptions
 from diffadapt.training.parsing import write_config
 from diffadapt.training.start_command import this_command
 
-Kind = TypeVar("Kind", bound=TrainOptions)
 DATA_FOLDERS = (
     "instance_data_dir",
     "class_data_dir",
@@ -33,7 +31,7 @@ RESULTS = ("adapter.safetensors", *EXPORTS, "run.json", "README.md", "grid.png")
 PROGRESS = ("config.yaml", "log.jsonl", "samples/before", "samples/after", "logs/diffadapt")
 
 
-def settled(options: Kind) -> tuple[Kind, list[str]]:
+def settled(options: OptionsT) -> tuple[OptionsT, list[str]]:
     """The options with an output folder that this run may use, and what a person is told about it.
 
     A script's default folder is numbered: where it holds a run, a new one goes into a folder beside it.

@@ -1,7 +1,7 @@
 """Options from the command line and YAML files, and back into a file.
 
-Values come from, in rising order: the dataclass, the base family's defaults (for fields left None, see
-`defaults`), `--config`, the command line.
+Values come from, in rising order: the dataclass, the defaults of the base model's family (for fields left
+None, see `base_defaults`), `--config`, the command line.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TypeVar
 
 import yaml
 
@@ -22,21 +21,42 @@ from diffadapt.common.atomic_files import read_text, write_atomically
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.option_text import parse_literal, split_outside_brackets
 from diffadapt.models.base_names import is_embedded
-from diffadapt.training.options import TrainOptions
+from diffadapt.training.options import OptionsT, TrainOptions, option_group
 
-PATHS = (  # options that name files or folders
-    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "output_dir", "cache_dir"),
-    *("resume_from_checkpoint", "logging_dir", "extractor", "config", "instance_data_dir"),
-    *("class_data_dir", "train_data_dir", "validation_data_dir", "dataset_name", "held_out"),
+PATH_OPTIONS = (  # options that name files or folders: a leading ~ is the home folder
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "output_dir",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "extractor",
+    "config",
+    "instance_data_dir",
+    "class_data_dir",
+    "train_data_dir",
+    "validation_data_dir",
+    "dataset_name",
+    "held_out",
 )
+START_OPTIONS = (  # belong to one start of a run and are not repeated with it
+    "config",
+    "resume_from_checkpoint",
+    "accept_changes",
+    "overwrite_output_dir",
+)
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 MISREAD_NUMBERS = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")  # octal, base 60
-MOST_NESTED = 8  # levels of a file of options
-Kind = TypeVar("Kind", bound=TrainOptions)
-OTHER_UNITS = {  # options of diffusers' scripts that count epochs, where steps are counted here
+MAX_YAML_DEPTH = 8  # nesting levels of a file of options
+EPILOG = (
+    "Defaults 'by base model' depend on the family of the base model; a run writes every value it used to "
+    "OUTPUT_DIR/config.yaml. Numbers can be reset to 'not given' with none, as in --rank none."
+)
+EPOCH_OPTIONS = {  # options of diffusers' scripts that count epochs, where steps are counted here
     "num_train_epochs": "--max_train_steps",
     "validation_epochs": "--validation_steps",
 }
-ELSEWHERE = {  # options of diffusers' scripts that have another name here
+DIFFUSERS_ALIASES = {  # options of diffusers' scripts that have another name here
     "use_8bit_adam": "--optimizer adamw8bit",
     "lora_layers": "--targets",
     "lora_alpha": "--alpha",
@@ -51,27 +71,40 @@ ELSEWHERE = {  # options of diffusers' scripts that have another name here
 }
 
 
-def parse(kind: type[Kind], argv: list[str] | None = None, *, description: str = "") -> Kind:
-    """Options from the command line and its `--config` file.
+def parse(options_class: type[OptionsT], argv: list[str] | None = None, *, description: str = "") -> OptionsT:
+    """Reads the options of a script from the command line and its `--config` file.
 
-    Raises: ValueError for an unknown option, or a value of the wrong type in the file.
+    Args:
+        argv: the command line without the program; None: that of this process.
+        description: first paragraph of `--help`.
+
+    Raises:
+        ValueError: for an unknown option, or a value of the wrong type in the file.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for field in fields(kind):
-        _add(parser, kind, field)
+    parser = _make_parser(options_class, description)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(_unknown(unknown[0], [field.name for field in fields(kind)]))
-    given = {name: _expanded(name, value) for name, value in vars(known).items()}
-    stored = read_config(kind, given["config"]) if given.get("config") else {}
-    return kind(**{**stored, **given})
+        names = [field.name for field in fields(options_class)]
+        raise ValueError(_unknown_option_message(unknown[0], names))
+    values = {}
+    for name, value in vars(known).items():
+        values[name] = _expand_home(name, value)
+    if values.get("config"):
+        file_values = read_config(options_class, values["config"])
+        values = {**file_values, **values}
+    return options_class(**values)
 
 
-def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
-    """The values of a YAML file, converted to the types of the options."""
+def read_config(options_class: type[OptionsT], path: str | Path) -> dict[str, object]:
+    """Reads a YAML file and converts its values to the types of the options.
+
+    Raises:
+        FileNotFoundError: for a file that cannot be read.
+        ValueError: for other text than YAML, an unknown option, or a value that an option does not take.
+    """
     try:
         text = read_text(path)
-        _check_flat(text)
+        _check_yaml(text)
         values = yaml.safe_load(text)
     except OSError as error:
         raise FileNotFoundError(f"cannot read the config file {str(path)!r}: {error.strerror}") from None
@@ -79,30 +112,139 @@ def read_config(kind: type[Kind], path: str | Path) -> dict[str, object]:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold lines of the form 'option: value'")
-    names = [field.name for field in fields(kind)]
+    options = {field.name: field for field in fields(options_class)}
     for name in values:
-        if name not in names:
-            raise ValueError(f"unknown option {name!r} in {path}{did_you_mean(str(name), names)}")
-    hints, choices = typing.get_type_hints(kind), {f.name: f.metadata["choices"] for f in fields(kind)}
+        if name not in options:
+            raise ValueError(f"unknown option {name!r} in {path}{did_you_mean(str(name), options)}")
+    hints = typing.get_type_hints(options_class)
+    converted = {}
     for name, value in values.items():
-        if value is False and "no" in (choices[name] or ()):
-            values[name] = value = "no"  # YAML 1.1 reads the word as false
-        if choices[name] is not None and value is not None and value not in choices[name]:
-            raise ValueError(f"{name} in {path} must be one of {', '.join(choices[name])}, got {value!r}")
-    converted = {name: _converted(name, hints[name], value, path) for name, value in values.items()}
-    return {name: _expanded(name, value) for name, value in converted.items()}
+        choices = options[name].metadata["choices"]
+        if choices is not None:
+            value = _check_choice(name, value, choices, path)
+        converted[name] = _expand_home(name, _convert(name, hints[name], value, path))
+    return converted
 
 
-def _expanded(name: str, value: object) -> object:
+def write_config(options: TrainOptions, folder: str | Path, *, heading: str = "") -> None:
+    """Writes folder/config.yaml: every option as used, in a form that `--config` takes.
+
+    Args:
+        heading: comment lines before the options.
+    """
+    values = dataclasses.asdict(options)
+    for name in START_OPTIONS:
+        del values[name]
+    demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
+    text = heading + demo + yaml.safe_dump(values, sort_keys=False)
+    write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def parse_pairs(text: str | None, option: str) -> dict[str, object]:
+    """Parses `a=1,b=[2,3],c=word` into a dictionary.
+
+    Args:
+        option: the option that holds the text, for messages.
+
+    Raises:
+        ValueError: naming the option, for any other text.
+    """
+    values: dict[str, object] = {}
+    for pair in split_outside_brackets(text or "", ","):
+        if not pair:
+            continue
+        name, equals, value = pair.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise ValueError(f"{option} takes name=value,name=value; got {pair!r}")
+        values[name] = parse_literal(value.strip())
+    return values
+
+
+def _make_parser(options_class: type[TrainOptions], description: str) -> argparse.ArgumentParser:
+    """The command line of an options class, its options in the groups of `options`."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--OPTION VALUE ...]", description=description, epilog=EPILOG, allow_abbrev=False
+    )
+    # Groups are shown in the order of their creation: that of the script itself comes first.
+    own_heading = option_group(options_class, fields(options_class)[-1].name)
+    groups = {own_heading: parser.add_argument_group(own_heading)}
+    for field in fields(options_class):
+        heading = option_group(options_class, field.name)
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        _add_option(groups[heading], options_class, field)
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, options_class: type, field: dataclasses.Field) -> None:
+    hint = typing.get_type_hints(options_class)[field.name]
+    value_type = _value_type(hint)
+    help_text = field.metadata["help"].replace("%", "%%")
+    if not any(field.default is empty for empty in (None, False, MISSING)):
+        help_text += f" (default: {field.default})"
+    # An option that is not given must not hide the value of the config file.
+    settings = {"default": argparse.SUPPRESS, "help": help_text}
+    if value_type is bool:
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **settings)
+        return
+    choices = field.metadata["choices"]
+    convert = value_type
+    if value_type in (int, float) and isinstance(hint, types.UnionType):
+        convert = _number_or_none(value_type)
+    elif field.name == "param_budget":
+        convert = _text_or_none
+    if choices is None:
+        settings["metavar"] = "PATH" if field.name in PATH_OPTIONS else METAVARS[value_type]
+    group.add_argument(f"--{field.name}", type=convert, choices=choices, **settings)
+
+
+def _number_or_none(number_type: type[int] | type[float]) -> Callable[[str], int | float | None]:
+    """A converter for optional numbers, in which `none` takes back what a file of options sets."""
+
+    def convert(text: str) -> int | float | None:
+        return None if text.lower() == "none" else number_type(text)
+
+    convert.__name__ = number_type.__name__  # argparse names it in its message
+    return convert
+
+
+def _text_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def _unknown_option_message(argument: str, names: Sequence[str]) -> str:
+    name = argument.partition("=")[0].lstrip("-")
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no option; put values with spaces in quotes"
+    if name in EPOCH_OPTIONS:
+        return (
+            f"--{name}: a run is counted in optimizer steps here; give {EPOCH_OPTIONS[name]}: "
+            "epochs x images / (batch size x accumulation x processes)"
+        )
+    if name in DIFFUSERS_ALIASES:
+        return f"--{name} is called {DIFFUSERS_ALIASES[name]} here"
+    matches = difflib.get_close_matches(name, names, n=3)
+    suggestion = ""
+    if matches:
+        suggestion = f"; did you mean {' or '.join(f'--{match}' for match in matches)}?"
+    return f"unknown option {argument}{suggestion} (--help lists all)"
+
+
+def _expand_home(name: str, value: object) -> object:
     """A path with the home folder for its `~`; other values as they are."""
-    if name in PATHS and isinstance(value, str) and value.startswith("~"):
+    if name in PATH_OPTIONS and isinstance(value, str) and value.startswith("~"):
         return str(Path(value).expanduser())
     return value
 
 
-def _check_flat(text: str) -> None:
-    """Raises: yaml.YAMLError for aliases, for nesting no option has, which takes for ever to read, and for
-    numbers that YAML 1.1 takes for others: 010 is 8, 1:30 is 90."""
+def _check_yaml(text: str) -> None:
+    """Refuses what YAML allows and an option never needs.
+
+    Raises:
+        yaml.YAMLError: for aliases, for nesting so deep that it takes for ever to read, and for numbers that
+            YAML 1.1 takes for others (010 is 8, 1:30 is 90).
+    """
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -113,91 +255,32 @@ def _check_flat(text: str) -> None:
                 f"YAML reads {event.value} as {yaml.safe_load(event.value)}; write the number in decimal, "
                 "or a text in quotes"
             )
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MOST_NESTED:
-            raise yaml.YAMLError(f"it nests deeper than {MOST_NESTED} levels")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"it nests deeper than {MAX_YAML_DEPTH} levels")
 
 
-def write_config(options: TrainOptions, folder: str | Path, *, heading: str = "") -> None:
-    """Writes folder/config.yaml: every option as used, in a form that `--config` takes.
-
-    Args:
-        heading: comment lines before the options.
-    """
-    values = dataclasses.asdict(options)
-    for name in ("config", "resume_from_checkpoint", "accept_changes", "overwrite_output_dir"):
-        del values[name]
-    demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
-    text = heading + demo + yaml.safe_dump(values, sort_keys=False)
-    write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def pairs(text: str | None, option: str) -> dict[str, object]:
-    """`a=1,b=[2,3],c=word` as a dictionary. Raises ValueError naming the option for anything else."""
-    found: dict[str, object] = {}
-    for part in filter(None, split_outside_brackets(text or "", ",")):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not name:
-            raise ValueError(f"{option} takes name=value,name=value; got {part!r}")
-        found[name] = parse_literal(value)
-    return found
-
-
-def _unknown(argument: str, names: Sequence[str]) -> str:
-    name = argument.partition("=")[0].lstrip("-")
-    if not argument.startswith("-"):
-        return f"{argument!r} belongs to no option; put values with spaces in quotes"
-    if name in OTHER_UNITS:
-        return (
-            f"--{name}: a run is counted in optimizer steps here; give {OTHER_UNITS[name]}: "
-            "epochs x images / (batch size x accumulation x processes)"
-        )
-    if name in ELSEWHERE:
-        return f"--{name} is called {ELSEWHERE[name]} here"
-    close = difflib.get_close_matches(name, names, n=3)
-    meant = f"; did you mean {' or '.join(f'--{other}' for other in close)}?" if close else ""
-    return f"unknown option {argument}{meant} (--help lists all)"
-
-
-def _add(parser: argparse.ArgumentParser, kind: type, field: dataclasses.Field) -> None:
-    hint = typing.get_type_hints(kind)[field.name]
-    value_type = _value_type(hint)
-    default = "" if field.default in (None, MISSING) else f" (default: {field.default})"
-    settings = {"default": argparse.SUPPRESS, "help": field.metadata["help"].replace("%", "%%") + default}
-    if value_type is bool:
-        parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **settings)
-    else:
-        choices = field.metadata["choices"]
-        convert = value_type
-        if value_type in (int, float) and isinstance(hint, types.UnionType):
-            convert = _number_or_none(value_type)
-        elif field.name == "param_budget":
-            convert = _text_or_none
-        parser.add_argument(f"--{field.name}", type=convert, choices=choices, **settings)
-
-
-def _number_or_none(kind: type[int] | type[float]) -> Callable[[str], int | float | None]:
-    """What reads an optional number; `none` takes back what a file of options sets."""
-
-    def convert(text: str) -> int | float | None:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = kind.__name__  # argparse names it in its message
-    return convert
-
-
-def _text_or_none(text: str) -> str | None:
-    return None if text.lower() == "none" else text
+def _check_choice(name: str, value: object, choices: Sequence[str], path: str | Path) -> object:
+    """The value of an option with fixed choices; None is "not given"."""
+    if value is False and "no" in choices:
+        return "no"  # YAML 1.1 reads the word as false
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} in {path} must be one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
 def _value_type(hint: object) -> type:
     """`int` of `int | None`."""
     if isinstance(hint, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+        return next(member for member in typing.get_args(hint) if member is not types.NoneType)
     return hint
 
 
-def _converted(name: str, hint: object, value: object, path: str | Path) -> object:
+def _convert(name: str, hint: object, value: object, path: str | Path) -> object:
+    """A value of a YAML file in the type of its option."""
     value_type = _value_type(hint)
     if value is None and isinstance(hint, types.UnionType):
         return None

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic
 
 from accelerate import Accelerator
 
@@ -35,18 +35,16 @@ from diffadapt.training.base_defaults import (
 from diffadapt.training.loop import Trainer, prepare
 from diffadapt.training.objective import Objective
 from diffadapt.training.option_effects import check_effects
-from diffadapt.training.options import TrainOptions
+from diffadapt.training.options import OptionsT, TrainOptions
 from diffadapt.training.push_to_hub import check_hub
 from diffadapt.training.trackers import check_trackers, try_trackers
 
-Kind = TypeVar("Kind", bound=TrainOptions)
-
 
 @dataclass(frozen=True)
-class Setup(Generic[Kind]):
+class Setup(Generic[OptionsT]):
     """What a run works with, before there is data."""
 
-    options: Kind  # complete
+    options: OptionsT  # complete
     accelerator: Accelerator
     model: Base
     method: Method
@@ -54,7 +52,9 @@ class Setup(Generic[Kind]):
     precision: Precision
 
 
-def set_up(options: Kind, *, fitting: Callable[[Kind, Base], Kind] | None = None) -> Setup[Kind]:
+def set_up(
+    options: OptionsT, *, fitting: Callable[[OptionsT, Base], OptionsT] | None = None
+) -> Setup[OptionsT]:
     """Checks what can be checked, starts the accelerator, loads the base and completes the options.
 
     Args:

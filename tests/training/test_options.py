@@ -19,7 +19,7 @@ from diffadapt.training.base_defaults import (
 )
 from diffadapt.training.option_effects import check_effects
 from diffadapt.training.options import TrainOptions, option
-from diffadapt.training.parsing import ELSEWHERE, pairs, parse, read_config, write_config
+from diffadapt.training.parsing import DIFFUSERS_ALIASES, parse, parse_pairs, read_config, write_config
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ def test_the_method_takes_options_from_everywhere(base):
 
 
 def test_pairs_keep_brackets_together_and_know_numbers():
-    assert pairs("betas=(0.9, 0.99),lr=1e-4, nesterov=true ,mode=fast", "--x") == {
+    assert parse_pairs("betas=(0.9, 0.99),lr=1e-4, nesterov=true ,mode=fast", "--x") == {
         "betas": (0.9, 0.99),
         "lr": 1e-4,
         "nesterov": True,
         "mode": "fast",
     }
-    assert pairs(None, "--x") == {}
+    assert parse_pairs(None, "--x") == {}
     with pytest.raises(ValueError, match="--x takes name=value"):
-        pairs("momentum", "--x")
+        parse_pairs("momentum", "--x")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_budget_chooses_the_rank_and_excludes_another():
     assert count <= 5000
     assert method.alpha == 2.0
     larger = da.make_method("lora", rank=method.rank + 1)
-    assert da.budget.count_parameters(tiny_unet(), larger, "attention").total > 5000
+    assert da.count_parameters(tiny_unet(), larger, "attention").total > 5000
     assert fitted(Options(adapter="lora", **base), method, model) is method
     for wrong, message in (({"rank": 3}, "leave --rank out"), ({"param_budget": "lots"}, "500k or 1.5M")):
         options = Options(**{"adapter": "lora", "param_budget": "5k", **base, **wrong})
@@ -188,7 +188,7 @@ def test_options_of_text_encoders_need_the_one_that_trains_them():
 
 def test_what_is_called_otherwise_here_is_an_option_here():
     names = {field.name for field in fields(Options)}
-    for other, own in ELSEWHERE.items():
+    for other, own in DIFFUSERS_ALIASES.items():
         assert other not in names
         assert own.startswith("the environment") or own.split()[0].removeprefix("--") in names, own
 

@@ -26,7 +26,7 @@ from diffadapt.training.checkpoint.resume_options import Facts, check_continuati
 from diffadapt.training.checkpoint.state_check import check_state, state_digest
 from diffadapt.training.checkpoint.state_dict_json import pack, unpack
 from diffadapt.training.loop import Trainer
-from diffadapt.training.parsing import pairs
+from diffadapt.training.parsing import parse_pairs
 
 __all__ = ["checkpoints", "find", "restore", "save", "save_adapter", "through_file"]
 
@@ -237,7 +237,7 @@ def _use_changed_settings(
     """
     names = {setting for option in changed for setting in SETTINGS_OF.get(option, ())}
     if "optimizer_options" in changed:
-        names.update(pairs(trainer.options.optimizer_options, "--optimizer_options"))
+        names.update(parse_pairs(trainer.options.optimizer_options, "--optimizer_options"))
     for group, values in zip(trainer.optimizer.param_groups, current, strict=True):
         group.update({name: values[name] for name in names if name in values})
     scheduler = trainer.scheduler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
 
 from diffadapt.common.messages import did_you_mean
 from diffadapt.data.examples import Example
@@ -14,9 +13,7 @@ from diffadapt.methods.parse_method import with_class_table
 from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import Base
 from diffadapt.training.base_defaults import build_method
-from diffadapt.training.options import TrainOptions
-
-Kind = TypeVar("Kind", bound=TrainOptions)
+from diffadapt.training.options import OptionsT
 
 
 def new_table(method: Method) -> ClassEmbedding | None:
@@ -24,7 +21,7 @@ def new_table(method: Method) -> ClassEmbedding | None:
     return next((part for part in method.members if getattr(part, "classes", None) is not None), None)
 
 
-def with_new_table(options: Kind, model: Base, names: Sequence[str]) -> Kind:
+def with_new_table(options: OptionsT, model: Base, names: Sequence[str]) -> OptionsT:
     """Options whose adapter has a class table for the data, with `--new_class_table` or where the base has
     too few classes; an adapter that has one already, as ``class_embedding(classes=20)``, stays.
 
