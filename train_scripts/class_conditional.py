@@ -25,8 +25,8 @@ from pathlib import Path
 
 from diffadapt.common.exit_codes import run_command
 from diffadapt.data.examples import Example
-from diffadapt.data.folders import class_folders
-from diffadapt.data.hub_tables import labelled_table, open_table
+from diffadapt.data.folders import read_class_folders
+from diffadapt.data.hub_tables import open_table, read_labelled_table
 from diffadapt.models.base_names import resolve
 from diffadapt.training.base_defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
@@ -123,7 +123,7 @@ def main() -> int:
 def training_data(options: Options) -> Data:
     """The pictures of class folders, or of the data set's train split."""
     if options.dataset_name is None:
-        return class_folders(resolve(options.train_data_dir), follow_links=options.follow_links)
+        return read_class_folders(resolve(options.train_data_dir), follow_links=options.follow_links)
     if options.train_data_dir is not None:
         raise ValueError("give --train_data_dir or --dataset_name, not both")
     return split_of(options, options.split)
@@ -135,7 +135,7 @@ def held_out_data(options: Options, names: Sequence[str]) -> list[Example]:
         return []
     is_folder = options.dataset_name is None or Path(options.held_out).is_dir()
     if is_folder:
-        examples, held_out_names = class_folders(options.held_out, follow_links=options.follow_links)
+        examples, held_out_names = read_class_folders(options.held_out, follow_links=options.follow_links)
     else:
         examples, held_out_names = split_of(options, options.held_out)
     return matched_by_name(examples, held_out_names, names)
@@ -145,7 +145,7 @@ def split_of(options: Options, split: str) -> Data:
     name = resolve(options.dataset_name)
     table = open_table(name, config_name=options.dataset_config_name, split=split)
     columns = {"image_column": options.image_column, "label_column": options.label_column}
-    return labelled_table(table, name=name, **columns)
+    return read_labelled_table(table, name=name, **columns)
 
 
 def renumbered(examples: Sequence[Example], rows: Sequence[int]) -> list[Example]:

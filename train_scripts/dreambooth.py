@@ -24,7 +24,7 @@ from pathlib import Path
 from diffadapt.common.exit_codes import run_command
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import ClassRecipe, class_examples, planned_class_examples
-from diffadapt.data.folders import instance_folder
+from diffadapt.data.folders import read_instance_folder
 from diffadapt.models.base_names import resolve
 from diffadapt.training.base_defaults import choose_base
 from diffadapt.training.options import TrainOptions, option
@@ -95,7 +95,7 @@ def main() -> int:
 def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
     """The pictures of the subject and, for prior preservation, of its class."""
     options, model, classes = setup.options, setup.model, []
-    instances = instance_folder(
+    instances = read_instance_folder(
         resolve(options.instance_data_dir),
         options.instance_prompt,
         with_captions=options.instance_captions,

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffadapt.common.exit_codes import run_command
-from diffadapt.data.buckets import Buckets, bucket_sizes, size_step
+from diffadapt.data.buckets import Buckets, bucket_sizes, size_multiple
 from diffadapt.data.examples import Example
-from diffadapt.data.folders import captioned_folder
-from diffadapt.data.hub_tables import captioned_table, open_table
+from diffadapt.data.folders import read_captioned_folder
+from diffadapt.data.hub_tables import open_table, read_captioned_table
 from diffadapt.data.stream import Stream
 from diffadapt.models.base_names import resolve
 from diffadapt.training.base_defaults import choose_base
@@ -94,7 +94,7 @@ def main() -> int:
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
     examples, held_out = training_examples(options), []
     if options.validation_data_dir:
-        held_out = captioned_folder(
+        held_out = read_captioned_folder(
             resolve(options.validation_data_dir), **reading(options), with_other_columns=True
         )
     setup = set_up(options)
@@ -118,7 +118,7 @@ def main() -> int:
 def training_examples(options: Options) -> Sequence[Example] | Stream:
     """Captioned pictures from a folder or a data set."""
     if options.dataset_name is None:
-        examples = captioned_folder(resolve(options.train_data_dir), **reading(options))
+        examples = read_captioned_folder(resolve(options.train_data_dir), **reading(options))
         return examples[: options.max_train_samples]
     if options.train_data_dir is not None:
         raise ValueError("give --train_data_dir or --dataset_name, not both")
@@ -133,7 +133,7 @@ def training_examples(options: Options) -> Sequence[Example] | Stream:
         table = table.take(options.max_train_samples)
     order = {"seed": options.seed, "buffer": options.shuffle_buffer}
     columns = {"image_column": options.image_column, "caption_column": options.caption_column}
-    return captioned_table(table, name=name, **columns, **order)
+    return read_captioned_table(table, name=name, **columns, **order)
 
 
 def reading(options: Options) -> dict[str, object]:
@@ -150,7 +150,7 @@ def buckets(setup: Setup[Options]) -> Buckets | None:
     options = setup.options
     if options.aspect_ratio_buckets is None:
         return None
-    step = size_step(setup.model)
+    step = size_multiple(setup.model)
     sizes = bucket_sizes(options.aspect_ratio_buckets, resolution=options.resolution, step=step)
     samples = options.train_batch_size * options.gradient_accumulation_steps
     return Buckets(sizes, samples * setup.accelerator.num_processes)

@@ -20,7 +20,7 @@ from diffadapt.common.messages import notify
 from diffadapt.common.number_ranges import require_seed
 from diffadapt.common.precision import sampling_precision
 from diffadapt.common.runtime import set_cpu_threads
-from diffadapt.data.summary import describe_cuts
+from diffadapt.data.summary import describe_truncated_captions
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.base_names import is_embedded
 from diffadapt.models.families import sampling_defaults
@@ -87,7 +87,7 @@ def _notify_cut_prompts(
         prompts.append(sampler.negative_prompt)
     cuts = truncated_prompts(pipe, prompts)
     if cuts:
-        notify(describe_cuts(cuts))
+        notify(describe_truncated_captions(cuts))
 
 
 def _facts(

@@ -81,7 +81,7 @@ def folders_with_images(folders: Sequence[Path]) -> list[Path]:
     return holders
 
 
-def without(files: Sequence[Path], used: Collection[Path]) -> list[Path]:
+def exclude_paths(files: Sequence[Path], used: Collection[Path]) -> list[Path]:
     """The files that are not used."""
     taken = set(used)
     return [path for path in files if path not in taken]

@@ -16,12 +16,12 @@ from diffadapt.common.keyed_random import integer, normal, uniform
 from diffadapt.common.messages import indented_list
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import open_cache
-from diffadapt.data.encoding import RECENT, Cut, EncodedCaptions, EncodedPictures, UnreadablePicture
-from diffadapt.data.examples import Draw, Example, Examples, Order
-from diffadapt.data.scaled_images import MEMORY
+from diffadapt.data.encoding import RECENT, Crop, EncodedCaptions, EncodedImages, UnreadableImage
+from diffadapt.data.examples import Example, OrderedExamples, SampleIndex, ShuffledOrder
+from diffadapt.data.scaled_images import IMAGE_MEMORY
 from diffadapt.data.stream import Stream
 from diffadapt.data.summary import describe, size_notes
-from diffadapt.data.trigger_words import with_trigger
+from diffadapt.data.trigger_words import add_trigger_word
 from diffadapt.models.families import Base
 
 MOST_UNREADABLE = 100  # pictures in a row that streaming leaves out
@@ -56,7 +56,7 @@ class Batches:
         cache_dir: folder of "disk".
         buckets: sizes that take the place of the square; cuts are then the middle.
         is_streaming: pictures are neither checked nor encoded beforehand; unreadable ones are left out.
-        is_rehearsal: nothing is encoded beforehand and nothing kept, for a look at a run that is not made.
+        is_dry_run: nothing is encoded beforehand and nothing kept, for a look at a run that is not made.
     Raises: ValueError for options that exclude each other, and one that lists unreadable pictures.
     """
 
@@ -77,7 +77,7 @@ class Batches:
         cache_dir: str | None = None,
         buckets: Buckets | None = None,
         is_streaming: bool = False,
-        is_rehearsal: bool = False,
+        is_dry_run: bool = False,
     ):
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
@@ -96,12 +96,14 @@ class Batches:
         squares = bool(sizes) and all(width == height for width, height in sizes)
         self.center_crop = center_crop or squares or buckets is not None
         self.cache = open_cache(self._cache_kind(cache_latents), cache_dir)
-        used = None if is_rehearsal else self.cache
-        self.pictures = EncodedPictures(model, used, image_memory=0 if self.is_streaming else MEMORY)
-        self.captions = EncodedCaptions(model, used, recent=RECENT if self.is_streaming else None)
+        used = None if is_dry_run else self.cache
+        self.encoded_images = EncodedImages(
+            model, used, image_memory=0 if self.is_streaming else IMAGE_MEMORY
+        )
+        self.encoded_captions = EncodedCaptions(model, used, recent=RECENT if self.is_streaming else None)
         self.truncated_captions: list = []  # captions of which the base does not read the end
         if not self.is_streaming:
-            self._prepare([*examples, *classes], encode=not is_rehearsal)
+            self._prepare([*examples, *classes], encode=not is_dry_run)
 
     @property
     def description(self) -> str:
@@ -110,7 +112,7 @@ class Batches:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions of the endless stream."""
-        draws = self.order.draws(positions)
+        draws = self.order.sample_indices(positions)
         samples = [self._sample(draw) for draw in draws]  # (example, encoded, view)
         captions = [self._caption(draw, example) for draw, (example, *_) in zip(draws, samples, strict=True)]
         if self.is_streaming and not self.truncated_captions:
@@ -125,37 +127,37 @@ class Batches:
             noise=self._noise(draws, latents.shape[1:]),
             timesteps=torch.tensor([integer(self._key("timestep", d), self.timestep_count) for d in draws]),
             conditions={
-                **self.captions.rows(captions),
+                **self.encoded_captions.rows(captions),
                 **self.model.size_conditions([view for _, _, view in samples]),
             },
         )
 
     def read_ahead(self, positions: Sequence[int]) -> None:
         """Begins to read the images of these positions in the background; `batch` gives the same with it."""
-        draws = self.order.draws(positions)
+        draws = self.order.sample_indices(positions)
         examples = [self.order.example(draw) for draw in draws]
         cuts = [self._cut(draw, example) for draw, example in zip(draws, examples, strict=True)]
         sources = [example.source for example in examples]
-        self.pictures.read_ahead(list(zip(sources, cuts, strict=True)))
+        self.encoded_images.read_ahead(list(zip(sources, cuts, strict=True)))
 
     def examples(self, positions: Sequence[int]) -> list[Example]:
         """The pictures and captions of these samples."""
-        return [self._sample(draw)[0] for draw in self.order.draws(positions)]
+        return [self._sample(draw)[0] for draw in self.order.sample_indices(positions)]
 
     def names(self, positions: Sequence[int]) -> list[str]:
         """The files of these samples, for messages."""
         return [str(example.source) for example in self.examples(positions)]
 
-    def _sample(self, draw: Draw) -> tuple[Example, Tensor, CropGeometry]:
+    def _sample(self, draw: SampleIndex) -> tuple[Example, Tensor, CropGeometry]:
         """Example, encoded picture and view; streaming takes another sample for an unreadable picture."""
         used = draw
         for _ in range(MOST_UNREADABLE):
             example = self.order.example(used)
             try:
                 if example.caption == "":
-                    raise UnreadablePicture(f"{example.source} has no caption")
-                encoded, view = self.pictures.get(example.source, self._cut(draw, example))
-            except UnreadablePicture as error:
+                    raise UnreadableImage(f"{example.source} has no caption")
+                encoded, view = self.encoded_images.get(example.source, self._cut(draw, example))
+            except UnreadableImage as error:
                 if not self.is_streaming:
                     raise
                 tqdm.write(f"left out: {error}")
@@ -164,26 +166,26 @@ class Batches:
                 return example, encoded, view
         raise ValueError(f"{MOST_UNREADABLE} pictures in a row cannot be read")
 
-    def _cut(self, draw: Draw, example: Example) -> Cut:
+    def _cut(self, draw: SampleIndex, example: Example) -> Crop:
         size = self.bucket_of.get(example.source, (self.resolution, self.resolution))
         crop = (0.5, 0.5) if self.center_crop else tuple(uniform(self._key("crop", draw), 2))
-        return Cut(size, crop, self.random_flip and uniform(self._key("flip", draw), 1)[0] < 0.5)
+        return Crop(size, crop, self.random_flip and uniform(self._key("flip", draw), 1)[0] < 0.5)
 
-    def _caption(self, draw: Draw, example: Example) -> str | int:
+    def _caption(self, draw: SampleIndex, example: Example) -> str | int:
         if self.caption_dropout and uniform(self._key("dropped", draw), 1)[0] < self.caption_dropout:
             return self.model.empty_caption
-        return with_trigger(example.caption, self.trigger_word)
+        return add_trigger_word(example.caption, self.trigger_word)
 
-    def _key(self, purpose: str, draw: Draw) -> tuple[str | int, ...]:
+    def _key(self, purpose: str, draw: SampleIndex) -> tuple[str | int, ...]:
         return (purpose, self.seed, draw.role, draw.epoch, draw.sample)
 
-    def _noise(self, draws: Sequence[Draw], shape: Sequence[int]) -> Tensor:
+    def _noise(self, draws: Sequence[SampleIndex], shape: Sequence[int]) -> Tensor:
         noise = self._normal("noise", draws, shape)
         if self.noise_offset:
             noise = noise + self.noise_offset * self._normal("noise_offset", draws, (shape[0], 1, 1))
         return noise
 
-    def _normal(self, purpose: str, draws: Sequence[Draw], shape: Sequence[int]) -> Tensor:
+    def _normal(self, purpose: str, draws: Sequence[SampleIndex], shape: Sequence[int]) -> Tensor:
         return torch.stack([normal(self._key(purpose, draw), shape) for draw in draws])
 
     def _order(
@@ -192,13 +194,13 @@ class Batches:
         classes: Sequence[Example],
         buckets: Buckets | None,
         sizes: Sequence[tuple[int, int]],
-    ) -> Examples | Stream:
+    ) -> OrderedExamples | Stream:
         if isinstance(examples, Stream):
             return examples
         if not examples:
             raise ValueError("there are no pictures to train on")
         if buckets is None:
-            return Examples(examples, classes, Order(len(examples), len(classes), self.seed))
+            return OrderedExamples(examples, classes, ShuffledOrder(len(examples), len(classes), self.seed))
         if self.is_streaming or classes:
             other = "--streaming" if self.is_streaming else "class pictures"
             raise ValueError(f"aspect-ratio buckets and {other} do not go together")
@@ -207,7 +209,7 @@ class Batches:
             self.bucket_of[example.source] = buckets.nearest(size)
             members.setdefault(self.bucket_of[example.source], []).append(index)
         order = BucketOrder([members[size] for size in sorted(members)], buckets.group, self.seed)
-        return Examples(examples, (), order)
+        return OrderedExamples(examples, (), order)
 
     def _size_notes(self, examples: Sequence[Example], sizes: Sequence[tuple[int, int]]) -> list[str]:
         square = (self.resolution, self.resolution)
@@ -241,9 +243,9 @@ class Batches:
         """Checks the captions and encodes everything once, so that a fault shows before the first step."""
         if encode and self.cache is not None:
             flips = (False, True) if self.random_flip else (False,)
-            self.pictures.prepare(
+            self.encoded_images.prepare(
                 [
-                    (e.source, Cut(self.bucket_of.get(e.source, (self.resolution,) * 2), flip=flip))
+                    (e.source, Crop(self.bucket_of.get(e.source, (self.resolution,) * 2), flip=flip))
                     for e in examples
                     for flip in flips
                 ]
@@ -253,9 +255,11 @@ class Batches:
             raise ValueError(
                 f"{len(missing)} of {len(examples)} pictures have no caption:\n{indented_list(missing)}"
             )
-        captions = [with_trigger(e.caption, self.trigger_word) for e in examples]
+        captions = [add_trigger_word(e.caption, self.trigger_word) for e in examples]
         if encode:
-            self.captions.prepare(captions + ([self.model.empty_caption] if self.caption_dropout else []))
+            self.encoded_captions.prepare(
+                captions + ([self.model.empty_caption] if self.caption_dropout else [])
+            )
         if any(isinstance(caption, str) for caption in captions):
             self.truncated_captions = self.model.truncated_captions(captions)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffadapt.common.keyed_random import permutation
-from diffadapt.data.examples import Draw
+from diffadapt.data.examples import SampleIndex
 
 if TYPE_CHECKING:
     from diffadapt.models.families import Base
@@ -28,7 +28,7 @@ class Buckets:
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
-def size_step(model: "Base") -> int:
+def size_multiple(model: "Base") -> int:
     """What the sides of a picture must be multiples of, for the autoencoder and every level of the denoiser.
 
     Raises: ValueError for a denoiser that is made for one size only.
@@ -108,11 +108,11 @@ class BucketOrder:
     seed: int
     _epochs: list[int] = field(default_factory=lambda: [0], repr=False)  # first group of each epoch
 
-    def draws(self, positions: Sequence[int]) -> list[Draw]:
+    def sample_indices(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The draws of these positions."""
         return [self._draw(*divmod(position, self.group)) for position in positions]
 
-    def _draw(self, group: int, place: int) -> Draw:
+    def _draw(self, group: int, place: int) -> SampleIndex:
         while self._epochs[-1] <= group:
             self._epochs.append(self._complete(len(self._epochs)))
         epoch = bisect_right(self._epochs, group) - 1
@@ -120,7 +120,7 @@ class BucketOrder:
         members = self.members[bucket]
         walk, spot = divmod(number * self.group + place, len(members))
         index = members[int(permutation(("bucket", self.seed, bucket, walk), len(members))[spot])]
-        return Draw("instance", index, walk, index)
+        return SampleIndex("instance", index, walk, index)
 
     def _complete(self, epochs: int) -> int:
         """How many groups are full after so many epochs."""

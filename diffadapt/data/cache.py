@@ -95,7 +95,7 @@ def open_cache(kind: str, folder: str | Path | None = None) -> MemoryCache | Dis
     return MemoryCache() if kind == "memory" else None
 
 
-def key_of(**parts: object) -> str:
+def cache_key(**parts: object) -> str:
     """The name of an entry: a hash over everything its content follows from."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -31,7 +31,7 @@ def choose_caption_column(columns: Sequence[str], wanted: str | None, place: obj
     raise ValueError(f"{place} has no column {tried}; --caption_column is one of: {', '.join(columns)}")
 
 
-def caption_text(cell: object, place: str) -> str:
+def parse_caption(cell: object, place: str) -> str:
     """The caption in a cell, on one line; of several the first. Empty where there is none.
 
     None, NaN and the words that programs write for them (nan, null, None) are no caption.
@@ -41,7 +41,7 @@ def caption_text(cell: object, place: str) -> str:
     Raises: ValueError for what is no text: numbers, truth values, mappings.
     """
     if isinstance(cell, list | tuple):
-        texts = (caption_text(item, place) for item in cell)
+        texts = (parse_caption(item, place) for item in cell)
         return next((text for text in texts if text), "")
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
@@ -91,7 +91,7 @@ class CaptionFiles:
             raise ValueError(
                 f"{outside[0]} is a link out of {str(self._folder)!r}; copy the file, or give --follow_links"
             )
-        texts = {path: caption_text(read_text(path), str(path)) for path in self.beside(image)}
+        texts = {path: parse_caption(read_text(path), str(path)) for path in self.beside(image)}
         captions = set(texts.values()) - {""}
         if len(captions) > 1:
             names = [f"{path}: {text[:80]!r}" for path, text in texts.items()]
@@ -99,10 +99,10 @@ class CaptionFiles:
         return captions.pop() if captions else ""
 
 
-def composed(name: str) -> str:
+def to_nfc(name: str) -> str:
     """A name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 
 def _key(path: Path) -> tuple[str, str]:
-    return str(path.parent), composed(path.stem)
+    return str(path.parent), to_nfc(path.stem)

@@ -16,12 +16,12 @@ from PIL import Image
 
 from diffadapt.common.atomic_files import check_writable_folder, write_atomically
 from diffadapt.common.contact_sheet import to_pil_images
-from diffadapt.common.image_suffixes import IMAGE_SUFFIXES, without
+from diffadapt.common.image_suffixes import IMAGE_SUFFIXES, exclude_paths
 from diffadapt.common.images import PlannedImage
 from diffadapt.common.messages import notify
 from diffadapt.common.symlinks import visible_files
 from diffadapt.data.examples import Example, folder_examples
-from diffadapt.data.folders import folders_in, notify_unused
+from diffadapt.data.folders import list_subfolders, notify_unused
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 
 RECORD = "class_images.json"
@@ -101,7 +101,7 @@ def _present_examples(folder: Path, recipe: ClassRecipe, follow_links: bool) -> 
     if _present(folder):
         examples = folder_examples(folder, recipe.prompt, follow_links=follow_links)
     used = [example.source for example in examples]
-    notify_unused(folder, without(files, [*used, folder / RECORD]), folders_in(folder))
+    notify_unused(folder, exclude_paths(files, [*used, folder / RECORD]), list_subfolders(folder))
     return examples
 
 
@@ -156,7 +156,7 @@ def _json_value(value: object) -> object:
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
-def images_in(folder: str | Path) -> int:
+def count_images(folder: str | Path) -> int:
     """How many images a folder of class images has."""
     return len(_present(Path(folder)))
 

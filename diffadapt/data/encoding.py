@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.common.images import CropGeometry, ImageSource, crop_geometry, to_pixels
-from diffadapt.data.cache import DiskCache, Entry, MemoryCache, fingerprint, key_of
+from diffadapt.data.cache import DiskCache, Entry, MemoryCache, cache_key, fingerprint
 from diffadapt.data.scaled_images import ScaledImages
 from diffadapt.models.families import Base
 
@@ -25,12 +25,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT_SETTINGS = ("force_zeros_for_empty_prompt",)  # of a pipeline; they change what captions become
 
 
-class UnreadablePicture(ValueError):
+class UnreadableImage(ValueError):
     """A picture that cannot be used; the message names it."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class Crop:
     """What of a picture is encoded."""
 
     size: tuple[int, int]  # (height, width) in pixels
@@ -38,7 +38,7 @@ class Cut:
     flip: bool = False
 
 
-class EncodedPictures:
+class EncodedImages:
     """Encoded cuts of pictures.
 
     Args:
@@ -52,7 +52,7 @@ class EncodedPictures:
         self._encoder = fingerprint(*_parts(model, AUTOENCODERS)) if isinstance(cache, DiskCache) else ""
         self._contents: dict[ImageSource, str] = {}  # SHA-256 of the files of `prepare`
 
-    def prepare(self, wanted: Sequence[tuple[ImageSource, Cut]]) -> None:
+    def prepare(self, wanted: Sequence[tuple[ImageSource, Crop]]) -> None:
         """Encodes what the cache does not hold yet.
 
         Raises: UnreadablePicture, or ValueError when an encoding is not finite.
@@ -67,7 +67,7 @@ class EncodedPictures:
                     "another autoencoder with --pretrained_vae_model_name_or_path"
                 )
 
-    def get(self, source: ImageSource, cut: Cut) -> tuple[Tensor, CropGeometry]:
+    def get(self, source: ImageSource, cut: Crop) -> tuple[Tensor, CropGeometry]:
         """What `Base.encode_images` gives for one picture (without the batch), and its view."""
         key = None if self.cache is None else self._key(source, cut)
         entry = self.cache.get(key) if key else None
@@ -78,20 +78,20 @@ class EncodedPictures:
         height, width = entry["original_size"].tolist()
         return entry["encoded"], crop_geometry((width, height), cut.size, crop=cut.crop, flip=cut.flip)
 
-    def read_ahead(self, cuts: Sequence[tuple[ImageSource, Cut]]) -> None:
+    def read_ahead(self, cuts: Sequence[tuple[ImageSource, Crop]]) -> None:
         """Begins to read images that `get` will encode, while other work goes on."""
         if self.cache is None:
             self.images.read_ahead([(source, cut.size) for source, cut in cuts])
 
-    def _key(self, source: ImageSource, cut: Cut) -> str:
+    def _key(self, source: ImageSource, cut: Crop) -> str:
         content = self._contents.get(source) or _sha256(source)
-        return key_of(picture=content, encoder=self._encoder, size=cut.size, crop=cut.crop, flip=cut.flip)
+        return cache_key(picture=content, encoder=self._encoder, size=cut.size, crop=cut.crop, flip=cut.flip)
 
-    def _encode(self, source: ImageSource, cut: Cut) -> Entry:
+    def _encode(self, source: ImageSource, cut: Crop) -> Entry:
         try:
             scaled = self.images.get(source, cut.size)
         except Exception as error:  # damaged files make Pillow raise almost anything
-            raise UnreadablePicture(f"{source} cannot be read: {error or type(error).__name__}") from None
+            raise UnreadableImage(f"{source} cannot be read: {error or type(error).__name__}") from None
         pixels = to_pixels(scaled.image, cut.size, crop=cut.crop, flip=cut.flip)
         encoded = self.model.encode_images(pixels[None])[0].cpu()
         width, height = scaled.original_size
@@ -128,7 +128,7 @@ class EncodedCaptions:
     def _find(self, caption: str | int) -> Entry:
         if not self._is_kept or isinstance(caption, int):
             return self._encode(caption)
-        key = key_of(caption=caption, encoder=self._encoder)
+        key = cache_key(caption=caption, encoder=self._encoder)
         entry = self.cache.get(key)
         if entry is None:
             entry = self._encode(caption)
@@ -143,7 +143,7 @@ def _text_encoding(model: Base) -> str:
     """Everything besides a caption that its states follow from, as one hash."""
     settings = {name: model.pipe.config.get(name) for name in TEXT_SETTINGS}
     parts = fingerprint(*_parts(model, TEXT_ENCODERS))
-    return key_of(family=type(model).__name__, parts=parts, settings=settings)
+    return cache_key(family=type(model).__name__, parts=parts, settings=settings)
 
 
 def _parts(model: Base, names: Sequence[str]) -> list[object]:

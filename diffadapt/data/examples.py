@@ -1,46 +1,65 @@
-"""Which pictures are trained on, with which words, and in which order."""
+"""Training examples, and the order in which they are used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from diffadapt.common.images import ImageSource, list_images
 from diffadapt.common.keyed_random import permutation
 
-if TYPE_CHECKING:
-    from diffadapt.data.buckets import BucketOrder
-
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and what it shows: words, or the number of its class."""
+    """An image with its caption, or with the number of its class."""
 
     source: ImageSource
     caption: str | int
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One use of an example. (role, epoch, sample) is unique in a run, so it keys the draw's randomness."""
+class SampleIndex:
+    """One use of an example in a run.
 
-    role: str  # "instance", or "class" for prior preservation
-    index: int  # which example of that role
+    (role, epoch, sample) is unique in a run, so it keys all random numbers of this use.
+
+    Attributes:
+        role: `"instance"`, or `"class"` for prior preservation.
+        index: The index of the example among those of its role.
+        epoch: The epoch, from 0 on.
+        sample: The position within the epoch before shuffling.
+    """
+
+    role: str
+    index: int
     epoch: int
-    sample: int  # place within the epoch before shuffling: an index and how often it was used already
+    sample: int
+
+
+class SampleOrder(Protocol):
+    """The order of an endless stream of samples, as a function of the position alone."""
+
+    def sample_indices(self, positions: Sequence[int]) -> list[SampleIndex]:
+        """The samples at these positions of the endless stream."""
+        ...
 
 
 def folder_examples(folder: str | Path, caption: str | int, *, follow_links: bool = False) -> list[Example]:
-    """All images of a folder under one caption."""
+    """All images of a folder, with one caption."""
     return [Example(path, caption) for path in list_images(folder, follow_links=follow_links)]
 
 
 @dataclass(frozen=True)
-class Order:
-    """The endless stream of samples: epoch after epoch, each in its own order, batches full across epochs.
+class ShuffledOrder:
+    """The order of a fixed set: one shuffled epoch after another, with batches that may span two epochs.
 
-    Position p is sample p mod length of epoch p div length. With class pictures an epoch is as long as the
-    larger set and the smaller one is walked again and again, as in diffusers' DreamBooth script.
+    Position p is sample p mod length of epoch p div length. With class images an epoch is as long as the
+    larger set, and the smaller one is repeated, as in diffusers' DreamBooth script.
+
+    Attributes:
+        instances: The number of instance examples.
+        classes: The number of class examples; 0 without prior preservation.
+        seed: The seed of the run.
     """
 
     instances: int
@@ -49,37 +68,45 @@ class Order:
 
     @property
     def length(self) -> int:
+        """The number of samples in an epoch."""
         return max(self.instances, self.classes)
 
-    def draws(self, positions: Sequence[int]) -> list[Draw]:
-        """The instance draws of these positions, then (with class pictures) their class draws."""
-        places = [(self._sample(position), position // self.length) for position in positions]
-        draws = [Draw("instance", sample % self.instances, epoch, sample) for sample, epoch in places]
-        if self.classes:
-            draws += [Draw("class", sample % self.classes, epoch, sample) for sample, epoch in places]
-        return draws
-
-    def _sample(self, position: int) -> int:
-        epoch, place = divmod(position, self.length)
-        return int(permutation(("order", self.seed, epoch), self.length)[place])
+    def sample_indices(self, positions: Sequence[int]) -> list[SampleIndex]:
+        """The instance samples at these positions, followed by the class samples if there are any."""
+        instance_samples = []
+        class_samples = []
+        for position in positions:
+            epoch, place = divmod(position, self.length)
+            sample = int(permutation(("order", self.seed, epoch), self.length)[place])
+            instance_samples.append(SampleIndex("instance", sample % self.instances, epoch, sample))
+            if self.classes:
+                class_samples.append(SampleIndex("class", sample % self.classes, epoch, sample))
+        return instance_samples + class_samples
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Examples that can be looked up, and the order in which they are drawn."""
+class OrderedExamples:
+    """Examples that can be looked up, and the order in which they are used.
+
+    Attributes:
+        examples: The examples to train on.
+        classes: The class examples of prior preservation.
+        order: Their order.
+    """
 
     examples: Sequence[Example]
     classes: Sequence[Example]
-    order: "Order | BucketOrder"
+    order: SampleOrder
 
-    def draws(self, positions: Sequence[int]) -> list[Draw]:
-        """The draws of these positions of the endless stream."""
-        return self.order.draws(positions)
+    def sample_indices(self, positions: Sequence[int]) -> list[SampleIndex]:
+        """The samples at these positions of the endless stream."""
+        return self.order.sample_indices(positions)
 
-    def example(self, draw: Draw) -> Example:
-        """The picture and caption of a draw."""
-        return (self.classes if draw.role == "class" else self.examples)[draw.index]
+    def example(self, sample: SampleIndex) -> Example:
+        """The example of a sample."""
+        examples = self.classes if sample.role == "class" else self.examples
+        return examples[sample.index]
 
-    def substitute(self, draw: Draw) -> Draw:
-        """The draw with the next example, for one that cannot be read."""
-        return replace(draw, index=(draw.index + 1) % len(self.examples))
+    def substitute(self, sample: SampleIndex) -> SampleIndex:
+        """The sample with the next example, in place of one that cannot be read."""
+        return replace(sample, index=(sample.index + 1) % len(self.examples))

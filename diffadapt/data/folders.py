@@ -14,21 +14,21 @@ from pathlib import Path
 from diffadapt.common.image_suffixes import (
     IMAGE_SUFFIXES,
     describe_unused,
+    exclude_paths,
     folders_with_images,
-    without,
 )
 from diffadapt.common.images import list_images
 from diffadapt.common.messages import indented_list, notify, shorten_list
 from diffadapt.common.symlinks import escapes_root, visible_files
 from diffadapt.data.captions import CAPTION_ENDINGS, CaptionFiles
 from diffadapt.data.examples import Example
-from diffadapt.data.metadata import METADATA, metadata_in, normal, read_metadata_captions
+from diffadapt.data.metadata import METADATA, find_metadata_files, normalize_path, read_metadata_captions
 
 REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's "10_sks dog"; four digits would be a year
 USE_CAPTIONS = "for captions of images give --instance_captions"
 
 
-def captioned_folder(
+def read_captioned_folder(
     folder: str | Path,
     *,
     image_column: str | None = None,
@@ -59,30 +59,30 @@ def captioned_folder(
     missing = [path for path in images if not captions.of[path]]
     if missing:
         names = indented_list([str(path) for path in missing])
-        remedy = _caption_remedy(missing[0], metadata_in(files))
+        remedy = _caption_remedy(missing[0], find_metadata_files(files))
         raise ValueError(f"{len(missing)} of {len(images)} pictures have no caption; {remedy}:\n{names}")
-    notify_unused(folder, without(files, [*images, *captions.files]))
+    notify_unused(folder, exclude_paths(files, [*images, *captions.files]))
     return _repeated(folder, [Example(path, captions.of[path]) for path in images])
 
 
-def instance_folder(
+def read_instance_folder(
     folder: str | Path, prompt: str, *, with_captions: bool = True, follow_links: bool = False
 ) -> list[Example]:
-    """The images of a folder with their captions, as in `captioned_folder`; those without one with `prompt`.
+    """The images of a folder with captions as of `read_captioned_folder`; those without one get `prompt`.
 
     Folders in it are not read, but for kohya's layout: no images in the folder itself, and folders in it that
     are all named as "10_sks dog".
 
     Args:
         with_captions: False: all with `prompt`.
-    Raises: as `captioned_folder`, and ValueError for a blank prompt.
+    Raises: as `read_captioned_folder`, and ValueError for a blank prompt.
     """
     if not prompt.strip():
         raise ValueError(
             f'--instance_prompt is blank, got {prompt!r}; say what the images show, as "a sks dog"'
         )
     folder = Path(folder)
-    images = subject_images(folder, follow_links=follow_links)
+    images = list_subject_images(folder, follow_links=follow_links)
     in_folders = any(path.parent != folder for path in images)
     files, _ = visible_files(folder, recursive=in_folders, follow_links=follow_links)
     captions = FolderCaptions(dict.fromkeys(images, ""), [])
@@ -90,18 +90,18 @@ def instance_folder(
     if with_captions:
         captions = _captions(folder, files, images, follow_links=follow_links)
         remedies = {}
-    folders = [] if in_folders else folders_in(folder)
-    notify_unused(folder, without(files, [*images, *captions.files]), folders, remedies=remedies)
+    folders = [] if in_folders else list_subfolders(folder)
+    notify_unused(folder, exclude_paths(files, [*images, *captions.files]), folders, remedies=remedies)
     return _repeated(folder, [Example(path, captions.of[path] or prompt) for path in images])
 
 
-def subject_images(folder: str | Path, *, follow_links: bool = False) -> list[Path]:
+def list_subject_images(folder: str | Path, *, follow_links: bool = False) -> list[Path]:
     """The images of one subject: those in the folder itself, or, in kohya's layout, in the folders in it."""
     folder = Path(folder)
     return list_images(folder, recursive=_is_in_repeated_folders(folder), follow_links=follow_links)
 
 
-def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[list[Example], list[str]]:
+def read_class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[list[Example], list[str]]:
     """Images in one folder per class. Returns: examples with the number of their class, and the names.
 
     Raises: FileNotFoundError or ValueError for no folder, no class folders, or an empty one.
@@ -109,7 +109,7 @@ def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[li
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds one folder per class")
-    names = [path.name for path in folders_in(folder)]
+    names = [path.name for path in list_subfolders(folder)]
     if not names:
         raise ValueError(f"no class folders in {str(folder)!r}; expected one folder of pictures per class")
     outside = [str(folder / name) for name in names if escapes_root(folder / name, folder)]
@@ -126,8 +126,8 @@ def class_folders(folder: str | Path, *, follow_links: bool = False) -> tuple[li
     for label, name in enumerate(names):
         images = list_images(folder / name, follow_links=follow_links)
         files, _ = visible_files(folder / name, follow_links=follow_links)
-        unused += without(files, images)
-        inner += folders_in(folder / name)
+        unused += exclude_paths(files, images)
+        inner += list_subfolders(folder / name)
         examples += [Example(path, label) for path in images]
     notify_unused(folder, unused, inner)
     return examples, names
@@ -168,7 +168,7 @@ def _captions(
     with_other_columns: bool = False,
 ) -> FolderCaptions:
     """Captions from the metadata files of a folder, each for all below it, else from files beside images."""
-    metadata = metadata_in(files)
+    metadata = find_metadata_files(files)
     if not metadata and (image_column or caption_column) and not with_other_columns:
         raise ValueError(f"no {' or '.join(METADATA)} in {str(folder)!r}, so there are no columns to choose")
     captions: dict[Path, str] = {}
@@ -209,7 +209,7 @@ def _with_files_beside(
     used = list(metadata.values())
     for image in images:
         if any(place in metadata for place in image.parents):
-            of[image] = captions.get(normal(image), "")
+            of[image] = captions.get(normalize_path(image), "")
         else:
             of[image] = beside.caption(image)
             used += beside.beside(image)
@@ -223,7 +223,7 @@ def _is_in_repeated_folders(folder: Path) -> bool:
     files, _ = visible_files(folder)
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         return False
-    holders = folders_with_images(folders_in(folder))
+    holders = folders_with_images(list_subfolders(folder))
     return bool(holders) and all(REPEATS.fullmatch(path.name) for path in holders)
 
 
@@ -254,7 +254,7 @@ def _repeated(folder: Path, examples: list[Example]) -> list[Example]:
     return repeated
 
 
-def folders_in(folder: Path) -> list[Path]:
+def list_subfolders(folder: Path) -> list[Path]:
     """The folders in a folder that are not hidden, in the order of their names."""
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
 

@@ -16,11 +16,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from diffadapt.common.images import StoredImage
 from diffadapt.common.messages import notify, shorten_list
 from diffadapt.common.symlinks import is_inside, link_root
-from diffadapt.data.captions import caption_text, choose_caption_column
+from diffadapt.data.captions import choose_caption_column, parse_caption
 from diffadapt.data.examples import Example
 from diffadapt.data.stream import Stream
 
-SAVED = ("state.json", "dataset_dict.json")  # in the folders of save_to_disk
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # in the folders of save_to_disk
 IMAGE_COLUMN = "image"
 LABEL_COLUMN = "label"
 TEXT_TYPES = ("string", "large_string", "null")
@@ -42,7 +42,7 @@ def open_table(
 
     Raises: OSError when there is none of that name, ValueError that lists its splits.
     """
-    saved = any((Path(name) / file).is_file() for file in SAVED)
+    saved = any((Path(name) / file).is_file() for file in SAVED_DATASET_FILES)
     table = (
         datasets.load_from_disk(name)
         if saved
@@ -56,7 +56,7 @@ def open_table(
 
 
 @dataclass(frozen=True)
-class TablePicture:
+class TableImage:
     """A picture file in a cell of a data set; equal to another one of the same table and cell."""
 
     table: Dataset
@@ -83,11 +83,11 @@ class TableExamples(Sequence[Example]):
         return len(self._told)
 
     def __getitem__(self, row: int) -> Example:
-        picture = TablePicture(self._pictures, row, self._image_column, self._name)
-        return Example(picture, caption_text(self._told[row][self._told_column], str(picture)))
+        picture = TableImage(self._pictures, row, self._image_column, self._name)
+        return Example(picture, parse_caption(self._told[row][self._told_column], str(picture)))
 
 
-def captioned_table(
+def read_captioned_table(
     table: Table,
     *,
     name: str,
@@ -116,12 +116,12 @@ def captioned_table(
         for number, row in enumerate(shards):
             place = f"sample {number} of epoch {epoch} of {name}"
             image = StoredImage(place, _file_of(row[image_column], place, name))
-            yield Example(image, caption_text(row[caption_column], place))
+            yield Example(image, parse_caption(row[caption_column], place))
 
     return Stream(open_epoch, seed=seed, buffer=buffer)
 
 
-def labelled_table(
+def read_labelled_table(
     table: Dataset, *, name: str, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[list[Example], list[str]]:
     """Pictures and class numbers of a data set. Returns: examples, and the names of the classes.
@@ -140,7 +140,7 @@ def labelled_table(
     else:
         names, numbers = _classes(labels, label_column, name)
     files = _as_files(table, image_column)
-    sources = [TablePicture(files, row, image_column, name) for row in range(len(labels))]
+    sources = [TableImage(files, row, image_column, name) for row in range(len(labels))]
     return [Example(source, number) for source, number in zip(sources, numbers, strict=True)], names
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from diffadapt.common.atomic_files import read_text, text_lines
 from diffadapt.common.messages import indented_list
 from diffadapt.common.symlinks import escapes_root
-from diffadapt.data.captions import caption_text, choose_caption_column, composed
+from diffadapt.data.captions import choose_caption_column, parse_caption, to_nfc
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that is there is read
 FILE_COLUMN = "file_name"  # as in the image folders of `datasets`
@@ -35,7 +35,7 @@ class MetadataCaptions:
     lists: int
 
 
-def metadata_in(files: Sequence[Path]) -> dict[Path, Path]:
+def find_metadata_files(files: Sequence[Path]) -> dict[Path, Path]:
     """Folder -> the metadata file in it that is read."""
     chosen: dict[Path, Path] = {}
     for name in METADATA:
@@ -45,7 +45,7 @@ def metadata_in(files: Sequence[Path]) -> dict[Path, Path]:
     return chosen
 
 
-def normal(path: Path) -> Path:
+def normalize_path(path: Path) -> Path:
     """The absolute path without "." and "..", links not followed: files of one content stay two."""
     return Path(os.path.abspath(path))
 
@@ -80,9 +80,7 @@ def read_metadata_captions(
             f"{metadata} has no column {image_column!r}; --image_column is one of: {', '.join(columns)}"
         )
     caption_column = choose_caption_column(columns, caption_column, metadata)
-    by_name = {
-        composed(path.relative_to(metadata.parent).as_posix()): path for path in _below(files, metadata)
-    }
+    by_name = {to_nfc(path.relative_to(metadata.parent).as_posix()): path for path in _below(files, metadata)}
     captions: dict[Path, str] = {}
     line_of: dict[Path, int] = {}
     problems: list[str] = []
@@ -100,7 +98,7 @@ def read_metadata_captions(
             problems.append(f"line {line}: {problem}")
             continue
         try:
-            caption = caption_text(cell, f"line {line}")
+            caption = parse_caption(cell, f"line {line}")
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -117,7 +115,7 @@ def read_metadata_captions(
     return MetadataCaptions(captions, lists)
 
 
-def captions_of_file(path: Path) -> dict[str, str]:
+def read_caption_table(path: Path) -> dict[str, str]:
     """Name of an image -> caption, from the columns file_name and text (caption, prompt) of a table.
 
     Raises: ValueError for other columns, naming those there are, and for rows that cannot be used.
@@ -131,7 +129,7 @@ def captions_of_file(path: Path) -> dict[str, str]:
         name = row.get(FILE_COLUMN)
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"line {line} of {path} has no name of a file in column {FILE_COLUMN!r}")
-        caption = caption_text(row.get(column), f"line {line} of {path}")
+        caption = parse_caption(row.get(column), f"line {line} of {path}")
         if captions.get(name, caption) != caption:
             raise ValueError(f"line {line} of {path} captions {name} a second time, in other words")
         captions[name] = caption
@@ -146,19 +144,19 @@ def _image(name: str, folder: Path, by_name: Mapping[str, Path]) -> Path:
     """The file that a name stands for: as it is, or one of the folder's in another form of Unicode, with
     Windows' separators or without spaces around it.
     """
-    path = normal(folder / name)
+    path = normalize_path(folder / name)
     if os.path.isfile(path):
         return path
     for candidate in (name, name.strip(), PureWindowsPath(name.strip()).as_posix()):
-        key = composed(os.path.normpath(candidate))
+        key = to_nfc(os.path.normpath(candidate))
         if key in by_name:
-            return normal(by_name[key])
+            return normalize_path(by_name[key])
     return path
 
 
 def _other_case(name: str, names: Iterable[str]) -> str:
     """Which file differs from a missing one in small and capital letters alone, for a message."""
-    similar = [other for other in names if other.casefold() == composed(name).casefold()]
+    similar = [other for other in names if other.casefold() == to_nfc(name).casefold()]
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
@@ -168,11 +166,11 @@ def _problem_of_name(name: str, image: Path, folder: Path, by_name: Mapping[str,
         return f"{name!r} is no name of a file"
     if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
         return f"{name} is an absolute name; write it from the folder of the metadata on"
-    if not image.is_relative_to(normal(folder)):
+    if not image.is_relative_to(normalize_path(folder)):
         return f"{name} is outside of the folder"
     if not os.path.isfile(image):
         return f"there is no {name[:200]}{_other_case(name, by_name)}"
-    if any(part.startswith(".") for part in image.relative_to(normal(folder)).parts):
+    if any(part.startswith(".") for part in image.relative_to(normalize_path(folder)).parts):
         return f"{name} is hidden, and hidden files and folders are not read; rename it"
     return ""
 

@@ -17,7 +17,7 @@ from diffadapt.common.images import (
     upright_size,
 )
 
-MEMORY = 2 * 2**30  # bytes of scaled images that a run keeps
+IMAGE_MEMORY = 2 * 2**30  # bytes of scaled images that a run keeps
 READERS = 4  # threads; Pillow lets others work while it decodes
 SPARE = 2  # a JPEG is decoded at no less than this many times the training size
 CHANNELS = 3

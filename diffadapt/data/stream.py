@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import islice
 
 from diffadapt.common.keyed_random import permutation
-from diffadapt.data.examples import Draw, Example
+from diffadapt.data.examples import Example, SampleIndex
 
 KEPT_BLOCKS = 2  # a batch can lie across two
 
@@ -34,27 +34,27 @@ class Stream:
         self._blocks: OrderedDict[tuple[int, int], list[Example]] = OrderedDict()
         self._epoch, self._next_block, self._rows = -1, 0, iter(())  # where reading stands
 
-    def draws(self, positions: Sequence[int]) -> list[Draw]:
+    def sample_indices(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The draws of these positions of the endless stream; `index` is a row of the epoch."""
         return [self._draw(position) for position in positions]
 
-    def example(self, draw: Draw) -> Example:
+    def example(self, draw: SampleIndex) -> Example:
         """The picture and caption of a draw."""
         number, place = divmod(draw.index, self.buffer)
         return self._block(draw.epoch, number)[place]
 
-    def substitute(self, draw: Draw) -> Draw:
+    def substitute(self, draw: SampleIndex) -> SampleIndex:
         """The draw with the next sample of the same block, for one that cannot be read."""
         number, place = divmod(draw.index, self.buffer)
         size = len(self._block(draw.epoch, number))
         return replace(draw, index=number * self.buffer + (place + 1) % size)
 
-    def _draw(self, position: int) -> Draw:
+    def _draw(self, position: int) -> SampleIndex:
         epoch, place = self._locate(position)
         number, spot = divmod(place, self.buffer)
         size = len(self._block(epoch, number))
         row = number * self.buffer + int(permutation(("block", self.seed, epoch, number), size)[spot])
-        return Draw("instance", row, epoch, row)
+        return SampleIndex("instance", row, epoch, row)
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Epoch and place within it; reads on until the length is known, where that matters."""

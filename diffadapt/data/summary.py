@@ -29,7 +29,7 @@ def describe(batches: Batches) -> str:
         lines.append(", ".join(changes))
     lines += batches.size_notes
     if batches.truncated_captions:
-        lines.append(describe_cuts(batches.truncated_captions))
+        lines.append(describe_truncated_captions(batches.truncated_captions))
     return "\n".join(lines)
 
 
@@ -64,7 +64,7 @@ def size_notes(
     return notes
 
 
-def describe_cuts(cuts: Sequence[TruncatedCaption]) -> str:
+def describe_truncated_captions(cuts: Sequence[TruncatedCaption]) -> str:
     """Which words of captions or prompts are not read."""
     lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens, {c.limit} are read)" for c in cuts]
     return f"too long for the tokenizer, so not read:\n{indented_list(lost, limit=5)}"

@@ -7,7 +7,7 @@ import unicodedata
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts without word spaces
 
 
-def with_trigger(caption: str | int, trigger_word: str | None) -> str | int:
+def add_trigger_word(caption: str | int, trigger_word: str | None) -> str | int:
     """The caption with the trigger word before it, unless it holds that word; a class stays as it is."""
     if trigger_word is None or isinstance(caption, int) or contains_word(caption, trigger_word):
         return caption

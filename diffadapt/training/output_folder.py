@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffadapt.data.class_images import images_in
-from diffadapt.data.hub_tables import SAVED
+from diffadapt.data.class_images import count_images
+from diffadapt.data.hub_tables import SAVED_DATASET_FILES
 from diffadapt.formats.export import FORMATS
 from diffadapt.models.base_names import is_embedded, resolve
 from diffadapt.training.checkpoint.checkpoint_files import checkpoints, find, run_of
@@ -72,7 +72,7 @@ def written_folders(options: TrainOptions) -> dict[str, str]:
     if options.report_to != "none" and options.logging_dir is not None:
         folders["logging_dir"] = options.logging_dir
     class_images = getattr(options, "class_data_dir", None)
-    if class_images is not None and images_in(class_images) < options.num_class_images:
+    if class_images is not None and count_images(class_images) < options.num_class_images:
         folders["class_data_dir"] = class_images
     return folders
 
@@ -92,7 +92,7 @@ def check_outside_data(options: TrainOptions) -> None:
         if not value or is_embedded(value):
             continue
         folder = Path(resolve(value)).resolve()
-        if not folder.is_dir() or any((folder / mark).exists() for mark in SAVED):
+        if not folder.is_dir() or any((folder / mark).exists() for mark in SAVED_DATASET_FILES):
             continue
         if all((folder / mark).exists() for mark in MARKS_OF_A_RUN):
             raise ValueError(

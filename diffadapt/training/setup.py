@@ -170,7 +170,7 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: 
             cache_latents=options.cache_latents,
             cache_dir=options.cache_dir,
             seed=options.seed,
-            is_rehearsal=options.dry_run,
+            is_dry_run=options.dry_run,
             **further,
         )
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from diffadapt.common.images import ImageSource, open_image, to_pixels
-from diffadapt.data.scaled_images import MEMORY, ScaledImages, read_scaled
+from diffadapt.data.scaled_images import IMAGE_MEMORY, ScaledImages, read_scaled
 
 GRAIN = 4  # pixels of a file for each random value: detail as photographs have it
 
@@ -47,7 +47,7 @@ def cpu_seconds(read: Callable[[ImageSource], Image.Image], paths: list[Path], r
 def measure(paths: list[Path], resolution: int) -> dict[str, float]:
     """CPU seconds of a step, by where its images come from."""
     size = (resolution, resolution)
-    images = ScaledImages(MEMORY)
+    images = ScaledImages(IMAGE_MEMORY)
 
     def keeping(path: ImageSource) -> Image.Image:
         return images.get(path, size).image

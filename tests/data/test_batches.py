@@ -10,9 +10,9 @@ from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.data.batches import Batches
 from diffadapt.data.buckets import Buckets
 from diffadapt.data.class_images import RECORD, ClassRecipe, class_examples, planned_class_examples
-from diffadapt.data.encoding import Cut
-from diffadapt.data.examples import Example, Order, folder_examples
-from diffadapt.data.trigger_words import contains_word, with_trigger
+from diffadapt.data.encoding import Crop
+from diffadapt.data.examples import Example, ShuffledOrder, folder_examples
+from diffadapt.data.trigger_words import add_trigger_word, contains_word
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import SamplingConfig
 
@@ -32,15 +32,15 @@ def same(first, second):
 
 
 def test_every_epoch_uses_every_picture_once_in_its_own_order():
-    order = Order(instances=9, classes=0, seed=0)
-    epochs = [[d.index for d in order.draws(range(9 * e, 9 * e + 9))] for e in range(3)]
+    order = ShuffledOrder(instances=9, classes=0, seed=0)
+    epochs = [[d.index for d in order.sample_indices(range(9 * e, 9 * e + 9))] for e in range(3)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_no_two_draws_of_a_run_share_their_randomness():
-    order = Order(instances=3, classes=7, seed=0)
-    draws = order.draws(range(21))
+    order = ShuffledOrder(instances=3, classes=7, seed=0)
+    draws = order.sample_indices(range(21))
     assert len({(d.role, d.epoch, d.sample) for d in draws}) == len(draws) == 42
     assert {d.index for d in draws if d.role == "class"} == set(range(7))
 
@@ -68,7 +68,7 @@ def test_latents_follow_the_posterior_and_the_scale_of_the_autoencoder(tmp_path,
     examples = folder_examples(write_pictures(tmp_path, 1), "a dog")
     batches = Batches(model, examples, resolution=32, center_crop=True, seed=0)
     drawn = batches.batch(range(200)).latents  # 200 posterior samples of one picture
-    encoded, _ = batches.pictures.get(examples[0].source, Cut((32, 32)))
+    encoded, _ = batches.encoded_images.get(examples[0].source, Crop((32, 32)))
     mean, log_variance = encoded.chunk(2)
     scale = model.pipe.vae.config.scaling_factor
     assert torch.allclose(drawn.mean(0), mean * scale, atol=0.4 * scale)
@@ -166,9 +166,9 @@ def test_captions_are_dropped_at_the_rate_asked_for_and_the_same_after_a_resume(
 def test_a_trigger_word_stands_before_every_caption_once(tmp_path, model):
     words = told(model, make(model, captioned(tmp_path), trigger_word="sks").batch(range(6)))
     assert sorted(words) == [f"sks disc {i}" for i in range(6)]
-    assert with_trigger("sks disc", "sks") == "sks disc"
-    assert with_trigger(3, "sks") == 3
-    assert with_trigger("disc", None) == "disc"
+    assert add_trigger_word("sks disc", "sks") == "sks disc"
+    assert add_trigger_word(3, "sks") == 3
+    assert add_trigger_word("disc", None) == "disc"
 
 
 def test_half_of_the_pictures_are_mirrored_and_encoded_as_such(tmp_path, model):
@@ -178,7 +178,7 @@ def test_half_of_the_pictures_are_mirrored_and_encoded_as_such(tmp_path, model):
         model.encode_images(to_pixels(open_image(examples[0].source), 32, flip=flip)[None])[0]
         for flip in (False, True)
     ]
-    found = [batches._sample(draw)[1] for draw in batches.order.draws(range(60))]
+    found = [batches._sample(draw)[1] for draw in batches.order.sample_indices(range(60))]
     mirrored = [torch.equal(encoded, expected[1]) for encoded in found]
     assert all(m or torch.equal(e, expected[0]) for m, e in zip(mirrored, found, strict=True))
     assert 18 <= sum(mirrored) <= 42
@@ -362,7 +362,7 @@ def test_random_crops_of_photos_are_the_same_from_memory_ahead_and_after_a_resum
 )
 def test_the_trigger_word_counts_only_as_a_word(text, word, is_held):
     assert contains_word(text, word) is is_held
-    assert with_trigger(text, word) == (text if is_held else f"{word} {text}")
+    assert add_trigger_word(text, word) == (text if is_held else f"{word} {text}")
 
 
 def test_class_images_of_another_prompt_or_base_are_refused(tmp_path, model, capsys):

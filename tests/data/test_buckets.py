@@ -19,7 +19,7 @@ def bucket(index):
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_a_group_holds_one_bucket_and_all_pictures_are_used_equally_often(group):
-    draws = order(group).draws(range(120 * group))
+    draws = order(group).sample_indices(range(120 * group))
     for start in range(0, len(draws), group):
         assert len({bucket(d.index) for d in draws[start : start + group]}) == 1
     uses = Counter(d.index for d in draws)
@@ -28,31 +28,34 @@ def test_a_group_holds_one_bucket_and_all_pictures_are_used_equally_often(group)
 
 
 def test_in_groups_of_one_every_epoch_uses_every_picture_once():
-    draws = order(group=1).draws(range(13 * 3))
+    draws = order(group=1).sample_indices(range(13 * 3))
     epochs = [[d.index for d in draws[e : e + 13]] for e in (0, 13, 26)]
     assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_the_rest_of_an_epoch_opens_the_next():
-    draws = order(group=4).draws(range(4 * 13))  # 13 groups are 4 epochs of 13 pictures
+    draws = order(group=4).sample_indices(range(4 * 13))  # 13 groups are 4 epochs of 13 pictures
     assert Counter(bucket(d.index) for d in draws) == {0: 20, 1: 8, 2: 24}
     assert set(Counter(d.index for d in draws).values()) == {4}
 
 
 def test_draws_follow_from_position_and_seed_alone_and_never_repeat_their_key():
-    whole = order().draws(range(80))
+    whole = order().sample_indices(range(80))
     fresh = order()
-    assert fresh.draws(range(60, 80)) == whole[60:]
-    assert fresh.draws(range(10, 14)) == whole[10:14]
-    assert order(seed=1).draws(range(80)) != whole
+    assert fresh.sample_indices(range(60, 80)) == whole[60:]
+    assert fresh.sample_indices(range(10, 14)) == whole[10:14]
+    assert order(seed=1).sample_indices(range(80)) != whole
     assert len({(d.role, d.epoch, d.sample) for d in whole}) == 80
 
 
 def test_two_processes_and_two_microsteps_draw_what_one_process_draws():
-    whole = order(group=4).draws(range(40))
+    whole = order(group=4).sample_indices(range(40))
     for step in range(10):
-        parts = [order(group=4).draws(range(4 * step + 2 * rank, 4 * step + 2 * rank + 2)) for rank in (0, 1)]
+        parts = [
+            order(group=4).sample_indices(range(4 * step + 2 * rank, 4 * step + 2 * rank + 2))
+            for rank in (0, 1)
+        ]
         assert [d for part in parts for d in part] == whole[4 * step : 4 * step + 4]
 
 

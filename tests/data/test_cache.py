@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from diffadapt.common.images import list_images
 from diffadapt.data.batches import Batches
-from diffadapt.data.cache import DiskCache, fingerprint, key_of, open_cache
+from diffadapt.data.cache import DiskCache, cache_key, fingerprint, open_cache
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.models.families import load_base
 
@@ -89,10 +89,11 @@ def test_whatever_changes_text_states_never_finds_old_ones(tmp_path):
     for name, change in CHANGES.items():
         change(model.pipe)  # one after the other
         kept, fresh = (make(model, examples, caption_dropout=0.5, **place) for place in (disk(tmp_path), {}))
-        rows = [[batches.captions.row(caption) for caption in ("a disc", "")] for batches in (kept, fresh)]
-        for one, two in zip(*rows, strict=True):
+        kept_rows = [kept.encoded_captions.row(caption) for caption in ("a disc", "")]
+        fresh_rows = [fresh.encoded_captions.row(caption) for caption in ("a disc", "")]
+        for one, two in zip(kept_rows, fresh_rows, strict=True):
             assert all(torch.equal(value, two[key]) for key, value in one.items()), name
-        seen.append(torch.cat([value.flatten() for row in rows[0] for value in row.values()]))
+        seen.append(torch.cat([value.flatten() for row in kept_rows for value in row.values()]))
     assert not any(torch.equal(one, two) for one, two in pairwise(seen))  # every change had an effect
 
 
@@ -134,8 +135,8 @@ def test_entries_are_whole_or_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffadapt.data.cache.save_file", fails)
     with pytest.raises(OSError, match="full"):
-        cache.put(key_of(a=1), {"encoded": torch.zeros(2)})
-    assert cache.get(key_of(a=1)) is None
+        cache.put(cache_key(a=1), {"encoded": torch.zeros(2)})
+    assert cache.get(cache_key(a=1)) is None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -144,7 +145,7 @@ def test_fingerprints_tell_weights_settings_and_words_apart(bases):
     assert fingerprint(first.vae) == fingerprint(first.vae)
     assert fingerprint(first.vae) != fingerprint(second.vae)
     assert fingerprint(first.text_encoder) != fingerprint(first.text_encoder, first.tokenizer)
-    assert key_of(a=1, b=2) == key_of(b=2, a=1) != key_of(a=1, b=3)
+    assert cache_key(a=1, b=2) == cache_key(b=2, a=1) != cache_key(a=1, b=3)
 
 
 def test_kinds_of_caches_and_what_they_need(tmp_path):

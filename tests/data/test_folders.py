@@ -9,11 +9,11 @@ from helpers.pipelines import write_pictures
 from PIL import Image
 from pyarrow import parquet
 
-from diffadapt.data.folders import captioned_folder, class_folders, instance_folder
+from diffadapt.data.folders import read_captioned_folder, read_class_folders, read_instance_folder
 
 
 def captions(folder, **columns):
-    return {e.source.name: e.caption for e in captioned_folder(folder, **columns)}
+    return {e.source.name: e.caption for e in read_captioned_folder(folder, **columns)}
 
 
 def metadata(folder, rows, *, kind="jsonl"):
@@ -30,7 +30,7 @@ def test_captions_stand_in_text_files_beside_pictures_also_in_folders_within(tmp
     write_pictures(tmp_path / ".thumbnails", 1)  # hidden: left alone
     (tmp_path / "picture-0.txt").write_text("a red disc,\n  on white\n", encoding="utf-8")
     (tmp_path / "more" / "picture-0.txt").write_text("\ufeffein grüner Kreis", encoding="utf-8")
-    found = [e.caption for e in captioned_folder(tmp_path)]
+    found = [e.caption for e in read_captioned_folder(tmp_path)]
     assert sorted(found) == ["a red disc, on white", "ein grüner Kreis"]
 
 
@@ -100,24 +100,24 @@ def test_damaged_metadata_names_file_and_line(tmp_path, text, message):
 def test_pictures_of_a_subject_may_have_captions_of_their_own(tmp_path):
     folder = write_pictures(tmp_path, 3)
     (folder / "picture-1.txt").write_text("a sks dog\non a beach", encoding="utf-8")
-    told = [example.caption for example in instance_folder(folder, "a sks dog")]
+    told = [example.caption for example in read_instance_folder(folder, "a sks dog")]
     assert told == ["a sks dog", "a sks dog on a beach", "a sks dog"]
     (folder / "metadata.csv").write_text("file_name,text\npicture-2.png,a sks dog asleep\n", encoding="utf-8")
-    told = [example.caption for example in instance_folder(folder, "a sks dog")]
+    told = [example.caption for example in read_instance_folder(folder, "a sks dog")]
     assert told == ["a sks dog", "a sks dog", "a sks dog asleep"]
 
 
 def test_class_folders_are_numbered_by_name_and_numbers_by_value(tmp_path):
     for name in ("10", "2", "1"):
         write_pictures(tmp_path / name, 2)
-    examples, names = class_folders(tmp_path)
+    examples, names = read_class_folders(tmp_path)
     assert names == ["1", "2", "10"]
     assert [(e.source.parent.name, e.caption) for e in examples[::2]] == [("1", 0), ("2", 1), ("10", 2)]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no pictures in .*empty"):
-        class_folders(tmp_path)
+        read_class_folders(tmp_path)
     with pytest.raises(ValueError, match="no class folders"):
-        class_folders(tmp_path / "1")
+        read_class_folders(tmp_path / "1")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_what_programs_write_for_nothing_is_no_caption(tmp_path, cell):
     (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(ValueError, match=r"1 of 1 pictures have no caption(.|\n)*picture-0"):
         captions(tmp_path)
-    assert [e.caption for e in instance_folder(tmp_path, "a sks dog")] == ["a sks dog"]
+    assert [e.caption for e in read_instance_folder(tmp_path, "a sks dog")] == ["a sks dog"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_what_is_not_used_is_told_in_one_line(tmp_path, capsys):
     write_pictures(tmp_path / "beach", 1)
     for name in ("a.heic", "b.psd", "c.PSD", "picture-0.txt", "Thumbs.db", ".hidden"):
         (tmp_path / name).write_bytes(b"a disc")
-    assert len(instance_folder(tmp_path, "a sks dog", with_captions=False)) == 1
+    assert len(read_instance_folder(tmp_path, "a sks dog", with_captions=False)) == 1
     line = capsys.readouterr().out.strip()
     assert "2 .psd" in line
     assert "1 .txt (for captions of images give --instance_captions)" in line
@@ -253,26 +253,26 @@ def test_what_is_not_used_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "text": "b"}', encoding="utf-8")
     (tmp_path / "picture-0.png").rename(tmp_path / "images.zip")
     with pytest.raises(ValueError, match=r"no pictures in .*1 \.zip \(unpack it first\)"):
-        instance_folder(tmp_path, "a sks dog")
+        read_instance_folder(tmp_path, "a sks dog")
 
 
 @pytest.mark.parametrize("ending", ["jfif", "jpe", "JPG"])
 def test_all_endings_of_jpeg_are_images(tmp_path, ending):
     Image.new("RGB", (8, 8)).save(tmp_path / f"a.{ending}", "jpeg")
-    assert len(instance_folder(tmp_path, "a sks dog")) == 1
+    assert len(read_instance_folder(tmp_path, "a sks dog")) == 1
 
 
 def test_kohya_s_folders_repeat_their_images(tmp_path, capsys):
     write_pictures(tmp_path / "3_sks dog", 2)
     write_pictures(tmp_path / "1_toy", 1)
     (tmp_path / "3_sks dog" / "picture-1.caption").write_text("a sks dog asleep", encoding="utf-8")
-    told = [(e.source.parent.name, e.caption) for e in instance_folder(tmp_path, "a sks dog")]
+    told = [(e.source.parent.name, e.caption) for e in read_instance_folder(tmp_path, "a sks dog")]
     assert told.count(("3_sks dog", "a sks dog")) == told.count(("3_sks dog", "a sks dog asleep")) == 3
     assert told.count(("1_toy", "a sks dog")) == 1
     assert "'3_sks dog' 3 times" in capsys.readouterr().out
     write_pictures(tmp_path / "beach", 1)
     with pytest.raises(ValueError, match="no pictures in"):
-        instance_folder(tmp_path, "a sks dog")
+        read_instance_folder(tmp_path, "a sks dog")
 
 
 def test_columns_of_training_need_not_be_those_of_validation(tmp_path):
@@ -317,7 +317,7 @@ def test_a_link_out_of_the_data_is_no_source_of_captions(tmp_path, name):
     secret.write_text(text, encoding="utf-8")
     folder = write_pictures(tmp_path / "data", 1)
     (folder / name).symlink_to(secret)
-    for read in (captioned_folder, lambda folder: instance_folder(folder, "a sks dog")):
+    for read in (read_captioned_folder, lambda folder: read_instance_folder(folder, "a sks dog")):
         with pytest.raises(ValueError, match=rf"{name} is a link out of .*--follow_links"):
             read(folder)
     assert captions(folder, follow_links=True) == {"picture-0.png": "a disc"}
@@ -337,14 +337,14 @@ def test_numbers_in_names_of_some_folders_repeat_nothing_and_that_is_told(tmp_pa
     write_pictures(tmp_path if other == "beside" else tmp_path / "beach", 1)
     for image in tmp_path.rglob("*.png"):
         image.with_suffix(".txt").write_text("a disc", encoding="utf-8")
-    assert len(captioned_folder(tmp_path)) == 2
+    assert len(read_captioned_folder(tmp_path)) == 2
     assert "nothing is repeated" in capsys.readouterr().out
 
 
 def test_a_blank_prompt_is_refused_as_such(tmp_path):
     write_pictures(tmp_path, 1)
     with pytest.raises(ValueError, match="--instance_prompt is blank"):
-        instance_folder(tmp_path, " ")
+        read_instance_folder(tmp_path, " ")
 
 
 def test_hidden_files_of_macos_are_no_images_of_any_layout(tmp_path, capsys):
@@ -352,5 +352,5 @@ def test_hidden_files_of_macos_are_no_images_of_any_layout(tmp_path, capsys):
     (tmp_path / "beach").mkdir()
     for place in (tmp_path, tmp_path / "2_sks dog", tmp_path / "beach"):
         (place / "._picture-0.png").write_bytes(b"written by macOS")
-    assert len(instance_folder(tmp_path, "a sks dog")) == 2
+    assert len(read_instance_folder(tmp_path, "a sks dog")) == 2
     assert "not used" not in capsys.readouterr().out

@@ -10,7 +10,7 @@ from helpers.pipelines import write_pictures
 from pyarrow import parquet
 
 from diffadapt.common.images import open_image
-from diffadapt.data.hub_tables import captioned_table, labelled_table, open_table
+from diffadapt.data.hub_tables import open_table, read_captioned_table, read_labelled_table
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def table(tmp_path):
 def test_a_saved_data_set_gives_the_pictures_that_were_put_in(tmp_path, table):
     table.save_to_disk(tmp_path / "saved")
     name = str(tmp_path / "saved")
-    examples = list(captioned_table(open_table(name), name=name))
+    examples = list(read_captioned_table(open_table(name), name=name))
     assert [e.caption for e in examples] == [f"disc {i}" for i in range(5)]
     for index, example in enumerate(examples):
         original = open_image(tmp_path / "pictures" / f"picture-{index}.png")
@@ -38,9 +38,9 @@ def test_a_folder_is_read_as_datasets_reads_it_with_and_without_streaming(tmp_pa
     folder = write_pictures(tmp_path / "data", 3)
     rows = [{"file_name": f"picture-{i}.png", "text": f"disc {i}"} for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    whole = captioned_table(open_table(str(folder)), name=str(folder))
-    stream = captioned_table(open_table(str(folder), is_streaming=True), name=str(folder), buffer=2)
-    drawn = [stream.example(draw) for draw in stream.draws(range(3))]
+    whole = read_captioned_table(open_table(str(folder)), name=str(folder))
+    stream = read_captioned_table(open_table(str(folder), is_streaming=True), name=str(folder), buffer=2)
+    drawn = [stream.example(draw) for draw in stream.sample_indices(range(3))]
     assert {e.caption for e in drawn} == {e.caption for e in whole} == {"disc 0", "disc 1", "disc 2"}
     pictures = {e.caption: e.source.read_bytes() for e in whole}
     assert all(e.source.read_bytes() == pictures[e.caption] for e in drawn)
@@ -60,29 +60,29 @@ def test_wrong_columns_and_splits_list_those_there_are(tmp_path, table):
     with pytest.raises(
         ValueError, match=r"no column 'words'; --caption_column is one of: picture, text, label"
     ):
-        captioned_table(table, name="n", caption_column="words")
+        read_captioned_table(table, name="n", caption_column="words")
     with pytest.raises(ValueError, match=r"no column 'img'; --image_column .*: picture, text, label"):
-        captioned_table(table, name="n", image_column="img")
+        read_captioned_table(table, name="n", image_column="img")
     with pytest.raises(ValueError, match=r"column 'label' of n holds .*, not pictures"):
-        captioned_table(table, name="n", image_column="label")
+        read_captioned_table(table, name="n", image_column="label")
     with pytest.raises(ValueError, match=r"no column 'kind' of labels, but: picture, text, label"):
-        labelled_table(table, name="n", label_column="kind")
+        read_labelled_table(table, name="n", label_column="kind")
     with pytest.raises(ValueError, match=r"row 0 of n has the label -1; .* must hold class numbers"):
-        labelled_table(table.add_column("class", [-1, 0, 0, 0, 0]), name="n", label_column="class")
+        read_labelled_table(table.add_column("class", [-1, 0, 0, 0, 0]), name="n", label_column="class")
     DatasetDict(test=table).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="no split 'train', but: test"):
         open_table(str(tmp_path / "saved"))
 
 
 def test_labels_become_classes_with_their_names(table):
-    examples, names = labelled_table(table, name="n")
+    examples, names = read_labelled_table(table, name="n")
     assert names == ["cat", "dog"]
     assert [e.caption for e in examples] == [0, 1, 0, 1, 1]
 
 
 def test_of_several_captions_the_first_is_used(tmp_path, table):
     table = table.remove_columns("text").add_column("text", [["", "one"], ["two", "x"], [], ["a"], ["b"]])
-    captions = [e.caption for e in captioned_table(table, name=str(tmp_path / "pictures"))]
+    captions = [e.caption for e in read_captioned_table(table, name=str(tmp_path / "pictures"))]
     assert captions == ["one", "two", "", "a", "b"]
 
 
@@ -92,7 +92,7 @@ def test_addresses_and_files_elsewhere_are_never_read(tmp_path, cell):
         cell = str(write_pictures(tmp_path / "elsewhere", 1) / "picture-0.png")
     (tmp_path / "data").mkdir()
     table = Dataset.from_dict({"image": [cell], "text": ["a disc"]})
-    examples = captioned_table(table, name=str(tmp_path / "data"))
+    examples = read_captioned_table(table, name=str(tmp_path / "data"))
     with pytest.raises(ValueError, match="not a file of this data set"):
         examples[0].source.read_bytes()
 
@@ -104,12 +104,12 @@ def test_a_name_that_is_nowhere_is_an_error_of_the_documented_kind(tmp_path):
 
 def test_labels_are_numbers_with_gaps_or_names(table, capsys):
     numbers = table.remove_columns("label").add_column("label", [900, 0, 5, 5, 0])
-    examples, names = labelled_table(numbers, name="n")
+    examples, names = read_labelled_table(numbers, name="n")
     assert names == ["0", "5", "900"]
     assert [e.caption for e in examples] == [2, 0, 1, 1, 0]
     assert "labels of n: 0, 5, 900 are its classes 0 to 2" in capsys.readouterr().out
     words = table.remove_columns("label").add_column("label", ["dog", "ant", "dog", "cat", "ant"])
-    examples, names = labelled_table(words, name="n")
+    examples, names = read_labelled_table(words, name="n")
     assert names == ["ant", "cat", "dog"]
     assert [e.caption for e in examples] == [2, 0, 2, 1, 0]
 
@@ -126,16 +126,16 @@ def test_paths_in_tables_of_text_are_images(tmp_path, monkeypatch, kind):
     (folder / f"train.{kind}").write_text(text, encoding="utf-8")
     name = str(folder)
     for is_streaming in (False, True):
-        examples = captioned_table(open_table(name, is_streaming=is_streaming), name=name)
+        examples = read_captioned_table(open_table(name, is_streaming=is_streaming), name=name)
         if is_streaming:
-            examples = [examples.example(draw) for draw in examples.draws(range(2))]
+            examples = [examples.example(draw) for draw in examples.sample_indices(range(2))]
         assert {e.caption for e in examples} == {"a red, shiny disc", "a disc"}
         assert all(open_image(e.source).size == (40, 40) for e in examples)
 
 
 def test_names_of_classes_that_are_numbers_are_sorted_as_folders_are(table):
     words = table.remove_columns("label").add_column("label", ["10", "2", "2", "10", "1"])
-    examples, names = labelled_table(words, name="n")
+    examples, names = read_labelled_table(words, name="n")
     assert names == ["1", "2", "10"]
     assert [e.caption for e in examples] == [2, 1, 1, 2, 0]
 
@@ -144,29 +144,29 @@ def test_names_of_classes_that_are_numbers_are_sorted_as_folders_are(table):
 def test_a_row_without_the_name_of_its_class_is_named(table, missing):
     words = table.remove_columns("label").add_column("label", ["dog", "ant", missing, "cat", "ant"])
     with pytest.raises(ValueError, match="row 2 of n has the label"):
-        labelled_table(words, name="n")
+        read_labelled_table(words, name="n")
 
 
 def test_an_image_of_a_table_that_is_asked_for_again_is_the_same_one(table):
     """What is read ahead is found by its source."""
-    examples = captioned_table(table, name="n")
+    examples = read_captioned_table(table, name="n")
     assert examples[1].source == examples[1].source
     assert examples[1].source != examples[2].source
-    others = captioned_table(table, name="n")
+    others = read_captioned_table(table, name="n")
     assert examples[1].source != others[1].source  # another table may have the same name
 
 
 def test_captions_of_another_type_are_refused_before_a_row_is_read(table):
     with pytest.raises(ValueError, match=r"column 'label' of n holds ClassLabel.*not captions"):
-        captioned_table(table, name="n", caption_column="label")
+        read_captioned_table(table, name="n", caption_column="label")
     numbers = table.remove_columns("text").add_column("text", [1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match=r"column 'text' of n holds Value\('int64'\), not captions"):
-        captioned_table(numbers, name="n")
+        read_captioned_table(numbers, name="n")
 
 
 def test_missing_captions_of_a_table_are_no_words(table):
     table = table.remove_columns("text").add_column("text", [None, "nan", "a  disc", "None", "null"])
-    assert [e.caption for e in captioned_table(table, name="n")] == ["", "", "a disc", "", ""]
+    assert [e.caption for e in read_captioned_table(table, name="n")] == ["", "", "a disc", "", ""]
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
@@ -179,8 +179,8 @@ def test_images_in_plain_parquet_are_read(tmp_path, monkeypatch, is_streaming):
     columns = {"image": cells, "text": ["disc 0", "disc 1", "disc 2"]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "data" / "train.parquet")
     name = str(tmp_path / "data")
-    table = captioned_table(open_table(name, is_streaming=is_streaming), name=name, buffer=3)
-    rows = [table.example(draw) for draw in table.draws(range(3))] if is_streaming else list(table)
+    table = read_captioned_table(open_table(name, is_streaming=is_streaming), name=name, buffer=3)
+    rows = [table.example(draw) for draw in table.sample_indices(range(3))] if is_streaming else list(table)
     assert {e.caption: e.source.read_bytes() for e in rows} == dict(
         zip(columns["text"], contents, strict=True)
     )
@@ -192,7 +192,7 @@ def test_paths_are_relative_to_the_folder_of_their_table(tmp_path, monkeypatch):
     rows = [{"image": "picture-0.png", "text": "a disc"}, {"image": "none.png", "text": "a square"}]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     name = str(tmp_path / "data")
-    examples = captioned_table(
+    examples = read_captioned_table(
         datasets.load_dataset("json", data_files=str(folder / "*.jsonl"))["train"], name=name
     )
     assert examples[0].source.read_bytes() == (folder / "picture-0.png").read_bytes()

@@ -54,9 +54,9 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded(tmp_path, monkeypatch, orie
     path = photo(tmp_path / "a.jpg", size, orientation=orientation, quality=95)
     expected = to_pixels(open_image(path), (32, 48), crop=(1.0, 0.3))
     unpacked = []
-    original = scaled_images.color_managed
+    original = scaled_images.to_srgb
     monkeypatch.setattr(
-        scaled_images, "color_managed", lambda image: unpacked.append(image.size) or original(image)
+        scaled_images, "to_srgb", lambda image: unpacked.append(image.size) or original(image)
     )
     scaled = read_scaled(path, (32, 48))
     upright = size[::-1] if orientation else size

@@ -26,7 +26,7 @@ def stream(source=None, **given):
 
 
 def captions(some, positions):
-    return [some.example(draw).caption for draw in some.draws(positions)]
+    return [some.example(draw).caption for draw in some.sample_indices(positions)]
 
 
 def test_every_epoch_holds_every_sample_once_in_its_own_order():
@@ -48,7 +48,7 @@ def test_samples_are_shuffled_within_blocks_and_by_the_seed():
     first = captions(stream(), range(5))
     assert first != captions(stream(seed=1), range(5))
     assert sorted(first) == sorted(captions(stream(seed=1), range(5)))  # the same block
-    assert len({(d.epoch, d.sample) for d in stream().draws(range(36))}) == 36
+    assert len({(d.epoch, d.sample) for d in stream().sample_indices(range(36))}) == 36
 
 
 def test_reading_goes_forward_once_per_epoch():
@@ -68,7 +68,7 @@ def test_an_epoch_of_whole_blocks_ends_too(length):
 
 def test_an_unreadable_sample_gives_way_to_another_of_its_block():
     some = stream()
-    draw = some.draws([10])[0]  # of the last block, samples 10 and 11
+    draw = some.sample_indices([10])[0]  # of the last block, samples 10 and 11
     other = some.substitute(draw)
     assert {draw.index, other.index} == {10, 11}
     assert (other.epoch, other.sample) == (draw.epoch, draw.sample)

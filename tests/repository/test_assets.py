@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from diffadapt.assets import ROOT, embedded, names
-from diffadapt.data.hub_tables import labelled_table, open_table
+from diffadapt.data.hub_tables import open_table, read_labelled_table
 from diffadapt.metrics.digit_classifier import class_agreement, load_digit_classifier
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
@@ -217,7 +217,7 @@ def test_stock_diffusers_opens_the_unet_of_the_digits_base():
 
 def test_the_classifier_of_digits_reads_handwriting_it_never_saw():
     table = open_table(str(embedded("handwriting")), split="test")
-    examples, digits = labelled_table(table, name="handwriting")
+    examples, digits = read_labelled_table(table, name="handwriting")
     assert digits == [str(digit) for digit in range(10)]
     logits = load_digit_classifier()(pixels_of(examples, 16))["logits"]
     agreement = class_agreement(logits, torch.tensor([example.caption for example in examples]))

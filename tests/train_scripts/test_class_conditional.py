@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import diffadapt as da
 from diffadapt.cli.main import main as diffadapt
 from diffadapt.data.examples import Example
-from diffadapt.data.hub_tables import labelled_table, open_table
+from diffadapt.data.hub_tables import open_table, read_labelled_table
 from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.models.open_pipeline import open_pipeline
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
@@ -260,7 +260,7 @@ def test_classes_are_drawn_in_turn_with_their_own_seeds():
 
 def test_figures_tell_handwriting_from_noise_and_count_recognised_digits():
     table = open_table(str(da.embedded("handwriting")), split="test")
-    examples, _ = labelled_table(table, name="handwriting")
+    examples, _ = read_labelled_table(table, name="handwriting")
     real, labels = pixels_of(examples, 16), [example.caption for example in examples]
     noise = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = figures(

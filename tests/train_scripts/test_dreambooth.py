@@ -188,7 +188,7 @@ def test_the_frozen_base_can_have_a_precision_of_its_own(run, tmp_path, capsys):
 
 
 def test_a_dry_run_encodes_no_more_than_it_shows_and_fills_no_cache(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffadapt.data.encoding.EncodedPictures.prepare", None)  # a call would fail
+    monkeypatch.setattr("diffadapt.data.encoding.EncodedImages.prepare", None)  # a call would fail
     monkeypatch.setattr("diffadapt.data.encoding.EncodedCaptions.prepare", None)
     cache = ("--center_crop", "--cache_latents", "disk", "--cache_dir", tmp_path / "cache")
     assert run(*arguments(tmp_path, "out"), *cache, "--dry_run") == 0

@@ -13,7 +13,7 @@ import diffadapt as da
 from diffadapt.common.images import open_image, to_pixels
 from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.data.batches import Batches
-from diffadapt.data.folders import class_folders
+from diffadapt.data.folders import read_class_folders
 from diffadapt.models.families import load_base
 from diffadapt.pipelines import ClassConditionalPipeline
 from diffadapt.training.loop import prepare, train
@@ -31,7 +31,9 @@ def our_run(base, examples, method, targets="attention"):
     adapter = da.attach(model.pipe, da.make_method(method), targets=targets, seed=1)
     start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
     steps = [range(step * BATCH, (step + 1) * BATCH) for step in range(STEPS)]
-    draws = [(batches.order.draws(s), batches.batch(s).noise, batches.batch(s).timesteps) for s in steps]
+    draws = [
+        (batches.order.sample_indices(s), batches.batch(s).noise, batches.batch(s).timesteps) for s in steps
+    ]
     options = train_options(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=RATE)
     told = {"predict": model.predict, "schedule": model.training_schedule()}
     trainer = prepare(Accelerator(cpu=True), Objective(model.denoiser, adapter, **told), options)
@@ -71,7 +73,7 @@ def descend(loss, parameters, optimizer):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_first_20_losses_of_a_unet2d_equal_the_unconditional_script_with_labels(tmp_path, prediction):
     base = class_pipeline(tmp_path / "base", prediction_type=prediction)
-    examples, _ = class_folders(write_classes(tmp_path / "classes", side=8))
+    examples, _ = read_class_folders(write_classes(tmp_path / "classes", side=8))
     ours, start, draws, *_ = our_run(base, examples, "lora(rank=4)")
     pipe = ClassConditionalPipeline.from_pretrained(base)
     schedule = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
@@ -96,7 +98,7 @@ def test_first_20_losses_of_a_unet2d_equal_the_unconditional_script_with_labels(
 @pytest.mark.parametrize("learns_sigma", [True, False])
 def test_first_20_losses_of_a_dit_equal_its_simple_loss(tmp_path, learns_sigma):
     base = dit_pipeline(tmp_path / "base", learns_sigma=learns_sigma)
-    examples, _ = class_folders(write_classes(tmp_path / "classes"))
+    examples, _ = read_class_folders(write_classes(tmp_path / "classes"))
     ours, start, draws, *_ = our_run(base, examples, "lora(rank=4)")
     pipe = DiTPipeline.from_pretrained(base)
     schedule = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
@@ -120,7 +122,7 @@ def test_first_20_losses_of_a_dit_equal_its_simple_loss(tmp_path, learns_sigma):
 
 def test_the_class_tables_in_the_blocks_of_a_dit_are_trained_as_one(tmp_path):
     base = dit_pipeline(tmp_path / "base")
-    examples, _ = class_folders(write_classes(tmp_path / "classes"))
+    examples, _ = read_class_folders(write_classes(tmp_path / "classes"))
     *_, adapter, model = our_run(base, examples, "class_embedding", targets="class_embedding")
     assert [tuple(p.shape) for p in adapter.parameters()] == [(1001, 16)]
     assert len(adapter.sites) == 2

@@ -6,7 +6,7 @@ import pytest
 from helpers.small_run import SmallBatches, same_bits, small_trainer
 from PIL import Image
 
-from diffadapt.data.examples import Example, Examples, Order
+from diffadapt.data.examples import Example, OrderedExamples, ShuffledOrder
 from diffadapt.training.checkpoint import state
 from diffadapt.training.checkpoint.data_record import data_changes, data_record
 from diffadapt.training.checkpoint.resume_options import Facts, check_continuation
@@ -22,7 +22,7 @@ def record(folder, captions, classes=None):
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4), colour).save(path, "bmp")  # files of one size
         examples.append(Example(path, caption))
-    order = Examples(examples, (), Order(len(examples), 0, 0))
+    order = OrderedExamples(examples, (), ShuffledOrder(len(examples), 0, 0))
     return json.loads(json.dumps(data_record(order, classes)))
 
 

@@ -51,7 +51,11 @@ def _our_losses(base, instances, classes):
     for step in range(STEPS):
         batch = batches.batch(range(step * BATCH, (step + 1) * BATCH))
         draws.append(
-            (batches.order.draws(range(step * BATCH, (step + 1) * BATCH)), batch.noise, batch.timesteps)
+            (
+                batches.order.sample_indices(range(step * BATCH, (step + 1) * BATCH)),
+                batch.noise,
+                batch.timesteps,
+            )
         )
     options = train_options(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=RATE)
     objective = Objective(

@@ -53,7 +53,7 @@ def _our_losses(base, instances, classes, with_text):
     for step in range(STEPS):
         positions = range(step * BATCH, (step + 1) * BATCH)
         batch = batches.batch(positions)
-        draws.append((batches.order.draws(positions), batch.noise, batch.timesteps))
+        draws.append((batches.order.sample_indices(positions), batch.noise, batch.timesteps))
     options = train_options(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=RATE)
     objective = Objective(
         model.denoiser,

@@ -16,7 +16,7 @@ from torchvision import transforms
 import diffadapt as da
 from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.data.batches import Batches
-from diffadapt.data.folders import captioned_folder
+from diffadapt.data.folders import read_captioned_folder
 from diffadapt.models.families import load_base
 from diffadapt.training.loop import prepare, train
 from diffadapt.training.objective import Objective
@@ -50,11 +50,11 @@ def _our_losses(base, data, *, snr_gamma, noise_offset):
     """Losses, the adapter's starting factors, and the draws and timesteps of each step."""
     model = load_base(str(base))
     cut = {"resolution": 32, "center_crop": True, "random_flip": True}
-    batches = Batches(model, captioned_folder(data), seed=SEED, noise_offset=noise_offset, **cut)
+    batches = Batches(model, read_captioned_folder(data), seed=SEED, noise_offset=noise_offset, **cut)
     adapter = da.attach(model.pipe, da.make_method("lora", rank=4), targets="attention", seed=1)
     start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
     places = [range(step * BATCH, (step + 1) * BATCH) for step in range(STEPS)]
-    draws = [batches.order.draws(some) for some in places]
+    draws = [batches.order.sample_indices(some) for some in places]
     timesteps = [batches.batch(some).timesteps for some in places]
     options = train_options(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=RATE)
     told = {"predict": model.predict, "schedule": model.training_schedule(), "snr_gamma": snr_gamma}

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffadapt.common.images import open_image, to_pixels
-from diffadapt.data.hub_tables import labelled_table, open_table
+from diffadapt.data.hub_tables import open_table, read_labelled_table
 
 HELD_OUT = 397  # the last of scikit-learn's 1,797: never shown to the classifier or to an adapter
 WITH_MATPLOTLIB = ("DejaVu*", "STIXGeneral*", "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
@@ -130,7 +130,7 @@ def _png(values: np.ndarray) -> bytes:
 
 def read(data: str, config_name: str | None, resolution: int) -> Labelled:
     """The train split of any data set with classes; a folder with one folder of pictures per class is one."""
-    examples, _ = labelled_table(open_table(data, config_name=config_name), name=data)
+    examples, _ = read_labelled_table(open_table(data, config_name=config_name), name=data)
     pixels = torch.stack([to_pixels(open_image(example.source), resolution) for example in examples])
     return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.caption for e in examples])
 

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from diffadapt.common.atomic_files import read_text
 from diffadapt.common.messages import did_you_mean, indented_list
 from diffadapt.common.symlinks import visible_files
-from diffadapt.data.captions import CaptionFiles, caption_text
-from diffadapt.data.metadata import captions_of_file
+from diffadapt.data.captions import CaptionFiles, parse_caption
+from diffadapt.data.metadata import read_caption_table
 from diffadapt.evaluation.sets.image_files import FilePicture
 from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.models.base_names import resolve
@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, str]:
         return _coco(path)
     if kind not in (".jsonl", ".csv", ".parquet"):
         raise ValueError(f"--captions {path}: expected .jsonl, .csv, .parquet, COCO's .json, or {SIDECAR}")
-    return captions_of_file(path)
+    return read_caption_table(path)
 
 
 def _coco(path: Path) -> dict[str, str]:
@@ -78,7 +78,7 @@ def _coco(path: Path) -> dict[str, str]:
         found: dict[str, str] = {}
         for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
             place = f"annotation {annotation['id']} of {path}"
-            found.setdefault(names[annotation["image_id"]], caption_text(annotation["caption"], place))
+            found.setdefault(names[annotation["image_id"]], parse_caption(annotation["caption"], place))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no COCO captions: {type(error).__name__} {error}") from None
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffadapt.common.images import ImageSource
-from diffadapt.data.examples import Example, Examples
+from diffadapt.data.examples import Example, OrderedExamples
 from diffadapt.data.stream import Stream
 
 DIGITS = 16  # hexadecimal digits of a hash that are recorded
@@ -17,7 +17,7 @@ Item = list[str]  # name, hash of the content, hash of the caption
 
 
 def data_record(
-    order: Examples | Stream, classes: Mapping[str, str] | None = None, *, is_streamed: bool = False
+    order: OrderedExamples | Stream, classes: Mapping[str, str] | None = None, *, is_streamed: bool = False
 ) -> dict[str, object]:
     """The images of a run with hashes of content and caption, in their order; JSON.
 

@@ -21,7 +21,7 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled
 from diffadapt.common import runtime
 from diffadapt.common.contact_sheet import Panel, make_contact_sheet, to_pil_images
-from diffadapt.data.summary import describe_cuts
+from diffadapt.data.summary import describe_truncated_captions
 from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
@@ -102,7 +102,7 @@ class Report(ABC):
         """For the summary: which words of the prompts that are drawn the base does not read."""
         prompts = [shot.prompt for some in self.shots.values() for shot in some if shot.label is None]
         cuts = truncated_prompts(self.model.pipe, prompts) if self.options.num_validation_images else []
-        return {"prompts": describe_cuts(cuts)} if cuts else {}
+        return {"prompts": describe_truncated_captions(cuts)} if cuts else {}
 
     def details(self) -> dict[str, object]:
         """Further values of run.json."""

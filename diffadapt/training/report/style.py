@@ -8,7 +8,7 @@ from torch import Tensor
 from diffadapt.common.contact_sheet import Panel, to_pil_images
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
-from diffadapt.data.trigger_words import with_trigger
+from diffadapt.data.trigger_words import add_trigger_word
 from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
@@ -65,7 +65,7 @@ class StyleReport(Report):
         options, self.batches, self.held_out = self.options, batches, held_out
         count, prompt = options.num_validation_images, options.validation_prompt
         self.shown = [] if prompt else self._shown(count)
-        captions = [with_trigger(e.caption, options.trigger_word) for e in self.shown]
+        captions = [add_trigger_word(e.caption, options.trigger_word) for e in self.shown]
         self.shots = {"captions": [ImageRequest(c, options.seed + i) for i, c in enumerate(captions)]}
         if prompt:
             self.shots = {"captions": image_requests(prompt, count, seed=options.seed)}
@@ -127,7 +127,7 @@ class StyleReport(Report):
 
     def draw_command(self) -> str:
         drawn = self.shots["captions"]
-        prompt = drawn[0].prompt if drawn else with_trigger("a cat", self.options.trigger_word)
+        prompt = drawn[0].prompt if drawn else add_trigger_word("a cat", self.options.trigger_word)
         return f"--prompt {shlex.quote(prompt)}"
 
     def next_command(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.common.contact_sheet import Panel, to_pil_images
-from diffadapt.data.folders import subject_images
+from diffadapt.data.folders import list_subject_images
 from diffadapt.data.scaled_images import training_pixels
 from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
@@ -143,7 +143,7 @@ class SubjectReport(Report):
 
     def _paths(self) -> list[Path]:
         folder = resolve(self.options.instance_data_dir)
-        return subject_images(folder, follow_links=self.options.follow_links)
+        return list_subject_images(folder, follow_links=self.options.follow_links)
 
     def _real(self) -> Tensor:
         return training_pictures(self._paths(), self.options.resolution)
