@@ -35,8 +35,8 @@ from diffadapt.evaluation.evaluate_sets import (
 )
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.preference import METRIC, load_preference
-from diffadapt.evaluation.generate import draw_sets, files_of_run
-from diffadapt.evaluation.generated_files import passing_folder
+from diffadapt.evaluation.generate import files_of_run, generate_sets
+from diffadapt.evaluation.generated_files import temporary_folder
 from diffadapt.evaluation.output_files import OutputFiles, report
 from diffadapt.evaluation.report import tables
 from diffadapt.evaluation.report.page import write_page
@@ -109,10 +109,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if is_drawing:
         check_drawing(arguments, files, plan, extractors, reference)
     is_passing = is_drawing and arguments.keep_images is None
-    with passing_folder() if is_passing else nullcontext(arguments.keep_images) as folder:
+    with temporary_folder() if is_passing else nullcontext(arguments.keep_images) as folder:
         sets: dict[str, ImageSet | Path] = {}
         if is_drawing:
-            sets |= draw_sets(arguments, files, Path(folder))
+            sets |= generate_sets(arguments, files, Path(folder))
         for label, source in given.items():
             sets[f"{label}-files" if label in sets else label] = source
         output = evaluate_sets(

@@ -26,7 +26,7 @@ from diffadapt.evaluation.features.feature_file import (
     write_features,
 )
 from diffadapt.evaluation.features.preference import Preference, score_preference, with_preference
-from diffadapt.evaluation.features.prompt_lengths import cut_prompts
+from diffadapt.evaluation.features.prompt_lengths import long_prompts_warning
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.run_facts import run_facts, versions
 from diffadapt.evaluation.scored_set import (
@@ -38,7 +38,7 @@ from diffadapt.evaluation.scored_set import (
     with_statistics,
 )
 from diffadapt.evaluation.scoring import Plan, image_rows, plan_for, score_set
-from diffadapt.evaluation.sets import overlap, remarks
+from diffadapt.evaluation.sets import overlap, set_warnings
 from diffadapt.evaluation.sets.image_sets import ImageSet, open_set
 from diffadapt.evaluation.sets.sizes import check_sizes
 
@@ -127,7 +127,7 @@ def evaluate_sets(
     real = None
     for label, source in {**opened, REFERENCE: opened_reference}.items():
         if isinstance(source, ImageSet):
-            result.warnings += remarks.left_out(label, source)
+            result.warnings += set_warnings.excluded_images_warning(label, source)
     if opened_reference is not None:
         cache = FeatureCache(read_options.cache)
         real = _material(REFERENCE, opened_reference, extractors, read_options, role="real", cache=cache)
@@ -224,7 +224,7 @@ def _count_of(source: ImageSet | Path) -> int | None:
     """None where only statistics of the images are at hand."""
     if isinstance(source, ImageSet):
         return len(source)
-    return None if source.suffix == ".npz" else len(read_features(source).facts)
+    return None if source.suffix == ".npz" else len(read_features(source).infos)
 
 
 def _failures(result: _Result) -> tuple[str, ...]:
@@ -294,8 +294,8 @@ def _material(
         scored_set = with_statistics(scored_set, Path(images.source))
     if read_options.save_features is None:
         return scored_set
-    for extractor in (e for e in extractors if e.perceptual is None):
-        content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.facts)
+    for extractor in (e for e in extractors if e.perceptual_layer is None):
+        content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.infos)
         write_features(read_options.save_features / label / file_name(extractor.name), content)
     folder = os.path.relpath(read_options.save_features / label, read_options.record_folder)
     return replace(scored_set, summary=replace(scored_set.summary, features=folder))
@@ -313,10 +313,10 @@ def _score(
     result: _Result,
 ) -> None:
     result.warnings += _remarks(label, own)
-    result.warnings += overlap.check_repeats(own.facts, label=label)
-    if real is not None and own.facts and real.facts:
+    result.warnings += overlap.check_repeats(own.infos, label=label)
+    if real is not None and own.infos and real.infos:
         found = overlap.check_sets(
-            own.facts, real.facts, label=label, allow_overlap=read_options.allow_overlap
+            own.infos, real.infos, label=label, allow_overlap=read_options.allow_overlap
         )
         result.warnings += found
     if protocol is not None:
@@ -325,7 +325,7 @@ def _score(
     for extractor in extractors:
         features = own.feature_sets.get(extractor.name)
         if features is not None and "texts" in features.roles:
-            result.warnings += cut_prompts(label, own.prompts, extractor)
+            result.warnings += long_prompts_warning(label, own.prompts, extractor)
         its_plan = plan_for(extractor, extractors, plan)
         if its_plan is None:
             continue
@@ -333,7 +333,7 @@ def _score(
         result.scores += scored.scores
         result.refused |= scored.refused
         result.failed |= scored.failed
-    showing = next((e for e in extractors if e.features is not None), None)
+    showing = next((e for e in extractors if e.feature_layer is not None), None)
     if showing is not None and own.load_image is not None:
         try:
             result.rows += image_rows(label, own, real, showing)
@@ -343,8 +343,8 @@ def _score(
 
 def _remarks(label: str, scored_set: ScoredSet) -> list[str]:
     return [
-        *remarks.strangers(label, scored_set.facts),
-        *remarks.converted(label, scored_set.facts),
+        *set_warnings.odd_sizes_warning(label, scored_set.infos),
+        *set_warnings.conversions_warning(label, scored_set.infos),
     ]
 
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.common.precision import sampling_precision
-from diffadapt.evaluation.generated_files import draw_files
-from diffadapt.evaluation.sets.image_files import FilePicture
+from diffadapt.evaluation.generated_files import generate_files
+from diffadapt.evaluation.sets.image_files import ImageFile
 from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.families import sampling_defaults
@@ -43,7 +43,7 @@ def files_of_run(folder: str) -> list[str]:
     return [str(path) for path in found]
 
 
-def draw_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path) -> dict[str, ImageSet]:
+def generate_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path) -> dict[str, ImageSet]:
     """Draws every adapter's images into folder/LABEL, each process its share.
 
     Args:
@@ -113,9 +113,9 @@ def _set(
     names = [f"{index:06d}-seed{shot.seed}.png" for index, shot in enumerate(wanted)]
     is_silent = not PartialState().is_main_process
     with tqdm(desc=folder.name, total=len(wanted), unit="image", disable=is_silent) as bar:
-        draw_files(pipe, wanted, sampler, [folder / name for name in names], bar)
-    pictures = [FilePicture(name, folder / name) for name in names]
-    return ImageSet(source, kind, pictures, made=made, prompts=tuple(shot.prompt for shot in wanted))
+        generate_files(pipe, wanted, sampler, [folder / name for name in names], bar)
+    pictures = [ImageFile(name, folder / name) for name in names]
+    return ImageSet(source, kind, pictures, generation=made, prompts=tuple(shot.prompt for shot in wanted))
 
 
 def _origin(file: AdapterFile) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Drawing into files with any number of processes, and the folder in which they meet."""
+"""Generates images into files with any number of processes, in a folder that all of them see."""
 
 from __future__ import annotations
 
@@ -18,39 +18,52 @@ from diffadapt.evaluation.features.extraction import advance
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 
 
-def draw_files(
+def generate_files(
     pipe: DiffusionPipeline,
-    wanted: Sequence[ImageRequest],
-    sampler: SamplingConfig,
+    requests: Sequence[ImageRequest],
+    sampling: SamplingConfig,
     paths: Sequence[Path],
     bar: tqdm,
 ) -> None:
-    """Draws every image into its file, each process whole batches of them; returns when all are drawn.
+    """Generates every image into its file, each process whole batches of them; returns when all are written.
 
-    A batch holds the same images whatever the number of processes: so do the files.
+    A batch holds the same images whatever the number of processes, so that the files are the same too.
+
+    Args:
+        pipe: the pipeline, with or without an adapter.
+        requests: prompt and seed of each image.
+        sampling: how they are sampled.
+        paths: the file of each image.
+        bar: progress bar of the first process, one step per image.
     """
-    state, size = PartialState(), sampler.batch_size
-    starts = range(size * state.process_index, len(wanted), size * state.num_processes)
-    mine = [index for start in starts for index in range(start, min(start + size, len(wanted)))]
-    done = iter(mine)
-    for images in generate(pipe, [wanted[index] for index in mine], sampler):
-        for picture in to_pil_images(images):
-            picture.save(paths[next(done)])
+    state = PartialState()
+    batch_size = sampling.batch_size
+    indices: list[int] = []  # of this process's images
+    for start in range(batch_size * state.process_index, len(requests), batch_size * state.num_processes):
+        indices += range(start, min(start + batch_size, len(requests)))
+    remaining_paths = iter([paths[index] for index in indices])
+    for images in generate(pipe, [requests[index] for index in indices], sampling):
+        for image in to_pil_images(images):
+            image.save(next(remaining_paths))
         advance(bar, len(images))
     state.wait_for_everyone()
 
 
 @contextmanager
-def passing_folder() -> Iterator[Path]:
-    """A folder for images that are not kept: the first process makes it, names it to all, and removes it.
+def temporary_folder() -> Iterator[Path]:
+    """A folder for images that are not kept: the first process makes it, shares its name, and removes it.
 
-    Raises: ValueError with several machines, which share no such folder.
+    Raises:
+        ValueError: the processes run on several machines, which share no such folder.
     """
     state = PartialState()
     if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
         raise ValueError("processes of several machines need a folder that all see: give --keep_images DIR")
-    own = tempfile.TemporaryDirectory(prefix="diffadapt-images-") if state.is_main_process else nullcontext()
-    with own as name:
-        named = [name]
-        broadcast_object_list(named)
-        yield Path(named[0])
+    if state.is_main_process:
+        folder = tempfile.TemporaryDirectory(prefix="diffadapt-images-")
+    else:
+        folder = nullcontext()
+    with folder as name:
+        shared_name = [name]
+        broadcast_object_list(shared_name)
+        yield Path(shared_name[0])

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffadapt.evaluation.features.cache import identity_of
-from diffadapt.evaluation.features.extraction import Extracted
+from diffadapt.evaluation.features.extraction import ExtractedFeatures
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.feature_file import read_features
 from diffadapt.evaluation.features.weight_files import sha256_of
 from diffadapt.evaluation.record import SetSummary
-from diffadapt.evaluation.sets.image_files import Facts
+from diffadapt.evaluation.sets.image_files import ImageInfo
 from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint
 from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.frechet_statistics import read_all_statistics
@@ -35,30 +35,30 @@ class ScoredSet:
 
     summary: SetSummary
     feature_sets: Mapping[str, FeatureSet]
-    facts: tuple[Facts, ...]
+    infos: tuple[ImageInfo, ...]
     load_image: Callable[[str], Image.Image] | None
     prompts: tuple[str, ...] = ()
 
 
 def scored_set_from_images(
-    images: ImageSet, made: Extracted, extractors: Sequence[Extractor], *, role: str
+    images: ImageSet, made: ExtractedFeatures, extractors: Sequence[Extractor], *, role: str
 ) -> ScoredSet:
     """The material of extracted images; texts and groups come from the prompts of drawn ones.
 
     Images of class labels are grouped by class, but "class 3" is no text to compare an image with.
     """
-    prompts, has_words = _prompts_of(images, made.facts), "labels" not in images.made
+    prompts, has_words = _prompts_of(images, made.infos), "labels" not in images.generation
     known = [e for e in extractors if e.name in made.features]
     feature_sets = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in known}
-    by_name = {picture.name: picture for picture in images.pictures}
+    by_name = {picture.name: picture for picture in images.images}
 
     def load_image(name: str) -> Image.Image:
         pixels, _ = by_name[name].load()
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     skipped = (*images.ignored, *made.skipped)
-    summary = _summary(role, images.source, images.kind, made.facts, skipped, images.made)
-    return ScoredSet(summary, feature_sets, made.facts, load_image, prompts)
+    summary = _summary(role, images.source, images.kind, made.infos, skipped, images.generation)
+    return ScoredSet(summary, feature_sets, made.infos, load_image, prompts)
 
 
 def scored_set_from_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> ScoredSet:
@@ -84,8 +84,8 @@ def scored_set_from_file(path: Path, extractors: Sequence[Extractor], *, role: s
                 f"{path} holds features made otherwise than by {extractor.name!r}: {'; '.join(other)}"
             )
     feature_sets = {e.name: _inputs(e, content.layers) for e in extractors}
-    summary = _summary(role, str(path), "features", content.facts, (), {})
-    return ScoredSet(summary, feature_sets, content.facts, None)
+    summary = _summary(role, str(path), "features", content.infos, (), {})
+    return ScoredSet(summary, feature_sets, content.infos, None)
 
 
 def with_statistics(scored_set: ScoredSet, path: Path) -> ScoredSet:
@@ -105,12 +105,12 @@ def with_statistics(scored_set: ScoredSet, path: Path) -> ScoredSet:
 
 def has_statistics(source: object) -> bool:
     """Whether a name stands for an npz that holds images and statistics."""
-    from diffadapt.evaluation.sets.archives import names_of
+    from diffadapt.evaluation.sets.archives import array_names
 
     path = Path(source) if isinstance(source, str) else None
     if path is None or path.suffix != ".npz" or not path.is_file():
         return False
-    return {"arr_0", "mu", "sigma"} <= set(names_of(path))
+    return {"arr_0", "mu", "sigma"} <= set(array_names(path))
 
 
 def holds_features(source: str) -> bool:
@@ -120,36 +120,40 @@ def holds_features(source: str) -> bool:
         return True
     if path.suffix != ".npz" or not path.is_file():
         return False
-    from diffadapt.evaluation.sets.archives import names_of
+    from diffadapt.evaluation.sets.archives import array_names
 
-    names = names_of(path)
+    names = array_names(path)
     return "mu" in names and "arr_0" not in names
 
 
 def _inputs(
     extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str] = (), has_words: bool = False
 ) -> FeatureSet:
-    roles = {"features": extractor.features, "logits": extractor.logits, "pixels": extractor.perceptual}
-    roles |= extractor.roles
+    roles = {
+        "features": extractor.feature_layer,
+        "logits": extractor.logit_layer,
+        "pixels": extractor.perceptual_layer,
+    }
+    roles |= extractor.role_layers
     found = {role: layers[layer] for role, layer in roles.items() if layer in layers}
     if prompts:
         order = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         found["groups"] = torch.tensor([order[prompt] for prompt in prompts])
-        if extractor.texts is not None and has_words:
-            rows = extractor.texts(list(order)).cpu()
+        if extractor.embed_texts is not None and has_words:
+            rows = extractor.embed_texts(list(order)).cpu()
             found["texts"] = rows[found["groups"]]
     return FeatureSet(found)
 
 
-def _prompts_of(images: ImageSet, facts: Sequence[Facts]) -> tuple[str, ...]:
+def _prompts_of(images: ImageSet, facts: Sequence[ImageInfo]) -> tuple[str, ...]:
     if not images.prompts:
         return ()
-    prompt = dict(zip((picture.name for picture in images.pictures), images.prompts, strict=True))
+    prompt = dict(zip((picture.name for picture in images.images), images.prompts, strict=True))
     return tuple(prompt[each.name] for each in facts)
 
 
 def _summary(
-    role: str, source: str, kind: str, facts: Sequence[Facts], skipped: Sequence[str], made: Mapping
+    role: str, source: str, kind: str, facts: Sequence[ImageInfo], skipped: Sequence[str], made: Mapping
 ) -> SetSummary:
     return SetSummary(
         role,

@@ -135,7 +135,7 @@ class ScoringResult:
 def with_layers(extractor: Extractor, plan: Plan) -> Extractor:
     """The extractor with the layers that only the metrics named need, such as sFID's."""
     roles = [role for key in plan.metrics for role in METRICS[key].generated]
-    return extractor.serving(roles)
+    return extractor.with_layers_for(roles)
 
 
 def score_set(
@@ -180,7 +180,7 @@ def image_rows(
     """Figures of each image: likeness to its text, realism, and the nearest reference image."""
     own, reference = generated.feature_sets[extractor.name], real and real.feature_sets[extractor.name]
     values: dict[str, Tensor] = {}
-    nearest: list[str | None] = [None] * len(generated.facts)
+    nearest: list[str | None] = [None] * len(generated.infos)
     if "features" in own.roles and "texts" in own.roles:
         values["clip_t"] = text_similarities(images=own["unit"], texts=own["texts"])
     if reference is not None and "features" in reference.roles and "features" in own.roles:
@@ -189,7 +189,7 @@ def image_rows(
         found = nearest_images(generated=own["unit"], training=reference["unit"])
         values["nearest_similarity"] = found.similarity
         if real.load_image is not None:
-            nearest = [real.facts[row].name for row in found.index.tolist()]
+            nearest = [real.infos[row].name for row in found.index.tolist()]
     seeds = generated.summary.made.get("seeds") or [None] * len(nearest)
     figures = {name: column.tolist() for name, column in values.items()}
     return [
@@ -202,7 +202,7 @@ def image_rows(
             generated.prompts[row] if generated.prompts else None,
             seeds[row],
         )
-        for row, facts in enumerate(generated.facts)
+        for row, facts in enumerate(generated.infos)
     ]
 
 
@@ -217,7 +217,7 @@ def _scores(
     extractor: Extractor, plan: Plan, real: ScoredSet | None, train: ScoredSet | None,
 ) -> list[Score]:  # fmt: skip
     options = dict(plan.options.get(metric.key, {}))
-    network = _squared_distance if extractor.perceptual else None
+    network = _squared_distance if extractor.perceptual_layer else None
     result = evaluate(
         metric.key,
         generated=own,
@@ -232,7 +232,7 @@ def _scores(
     )
     identity = _identity(metric, result, extractor, plan, real, train)
     notes = result.notes
-    if extractor.perceptual:
+    if extractor.perceptual_layer:
         notes = (lpips_size(extractor), *notes)
     if metric.key in LIKENESS:
         notes = (*notes, "mean over all real images: a likeness to a subject only where all show it")
@@ -311,7 +311,7 @@ def suits(metric: Metric, extractor: Extractor) -> bool:
 def gives(metric: Metric, extractor: Extractor) -> bool:
     """Whether an extractor has the layers, and the text encoder, that a metric reads."""
     for role in metric.generated:
-        if role == "texts" and extractor.texts is None:
+        if role == "texts" and extractor.embed_texts is None:
             return False
         if role == "preference" and kind_of(extractor) != "preference":
             return False
@@ -352,7 +352,7 @@ def _missing(
             return "it needs a model of preference: give --preference module:Class"
         if role not in ("texts", "groups") and extractor.layer_of(role) is None:
             return LACKING.get(role, f"{extractor.name} gives no {role}")
-        if role == "texts" and extractor.texts is None:
+        if role == "texts" and extractor.embed_texts is None:
             return f"{extractor.name} knows no texts; use a clip: extractor"
         if role in ("texts", "groups") and not has_prompts:
             return (
@@ -378,7 +378,7 @@ def lpips_size(extractor: Extractor) -> str:
 def _name(score: str, metric: Metric, extractor: Extractor) -> str:
     """Its name; with the layer where an extractor's cosines and distances are of different layers."""
     role = metric.generated[0]
-    is_split = "unit" in extractor.roles and role == "features"
+    is_split = "unit" in extractor.role_layers and role == "features"
     return score_name(score, extractor.name, extractor.layer_of(role) if is_split else None)
 
 

@@ -11,7 +11,7 @@ from helpers.example_records import IDENTITY, record
 from diffadapt.evaluation.features.feature_file import SetFeatures, write_features
 from diffadapt.evaluation.report.compared_runs import points, read_runs
 from diffadapt.evaluation.report.comparison import Difference, compare, paired_rows
-from diffadapt.evaluation.sets.image_files import Facts
+from diffadapt.evaluation.sets.image_files import ImageInfo
 from diffadapt.metrics.intervals import Interval, mean_interval
 
 NAME = "kernel_distance[embedded:clip]"
@@ -169,7 +169,7 @@ def difference_of(tmp_path, metric, *, count, prompts=None, score=None, options=
     identity = {**IDENTITY, "metric": metric, "n_generated": count, "n_real": count, "score": score or metric}
     identity["options"] = options or {}
     for label, rows in sets.items():
-        facts = tuple(Facts(f"{i}", "", "", "", 0, 0, "PNG", "RGB", 8, 8) for i in range(count))
+        facts = tuple(ImageInfo(f"{i}", "", "", "", 0, 0, "PNG", "RGB", 8, 8) for i in range(count))
         write_features(
             tmp_path / "features" / label / "embedded-clip.safetensors",
             SetFeatures(identity, {"image": rows}, facts),

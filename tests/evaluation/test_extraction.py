@@ -39,7 +39,7 @@ def test_one_decode_and_one_forward_per_image_and_extractor(tmp_path, toy, decod
     assert Toy.images_seen == 7
     assert made.features["toy_extractor:Toy"]["wide"].shape == (7, 16)
     assert made.features["embedded:clip"]["image"].shape == (7, 128)
-    assert [facts.name for facts in made.facts] == [f"image-00{i}.png" for i in range(7)]
+    assert [facts.name for facts in made.infos] == [f"image-00{i}.png" for i in range(7)]
 
 
 def test_mixed_sizes_keep_their_rows_and_batches_change_nothing(tmp_path, toy):
@@ -47,7 +47,7 @@ def test_mixed_sizes_keep_their_rows_and_batches_change_nothing(tmp_path, toy):
     random_image(9, (30, 20)).save(tmp_path / "image-002.png")
     images = open_set(str(tmp_path))
     whole = extract(images, [toy], batch_size=8).features[toy.name]["wide"]
-    alone = [toy(picture.load()[0][None])["wide"] for picture in images.pictures]
+    alone = [toy(picture.load()[0][None])["wide"] for picture in images.images]
     assert torch.allclose(whole, torch.cat(alone), atol=1e-6)
     assert torch.allclose(extract(images, [toy], batch_size=2).features[toy.name]["wide"], whole, atol=1e-6)
 
@@ -63,7 +63,7 @@ def test_bad_files_are_all_listed_and_left_out_only_when_told(tmp_path, toy):
     assert "image-001.png" in str(caught.value)
     assert "image-004.png" in str(caught.value)
     made = extract(images, [toy], batch_size=2, skip_bad=True)
-    assert [facts.name for facts in made.facts] == ["image-000.png", "image-002.png", "image-003.png"]
+    assert [facts.name for facts in made.infos] == ["image-000.png", "image-002.png", "image-003.png"]
     assert len(made.skipped) == 2
     for index in (0, 2, 3):
         (tmp_path / f"image-00{index}.png").unlink()
@@ -86,7 +86,7 @@ def test_the_cache_answers_for_the_same_content_under_any_name_and_order(tmp_pat
     second = extract(open_set(str(folder)), [toy], cache=cache)
     assert decoded == []
     assert Toy.images_seen == 4
-    assert [facts.name for facts in second.facts] == [
+    assert [facts.name for facts in second.infos] == [
         "image-001.png",
         "image-002.png",
         "image-003.png",
@@ -119,10 +119,10 @@ def test_a_torn_cache_file_is_made_again_with_a_warning(tmp_path, toy, damage):
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes({"half": data[: len(data) // 2], "flipped": data, "empty": b""}[damage])
-    with pytest.warns(UserWarning, match="made again"):
+    with pytest.warns(UserWarning, match="extracted again"):
         again = extract(open_set(str(folder)), [toy], cache=cache)
     assert torch.equal(again.features[toy.name]["wide"], made.features[toy.name]["wide"])
-    assert read_features(path).facts == made.facts
+    assert read_features(path).infos == made.infos
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, toy):
@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, toy):
     folder = write_images(tmp_path / "a", 2)
     with pytest.warns(UserWarning, match="not cached"):
         made = extract(open_set(str(folder)), [toy], cache=FeatureCache(blocked / "cache"))
-    assert len(made.facts) == 2
+    assert len(made.infos) == 2
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -158,4 +158,4 @@ def test_images_of_several_sizes_need_a_resize(tmp_path):
         ValueError, match=r"--resize none needs images of one size .*8x8.*12x10 \(more/image-000"
     ):
         extract(open_set(str(folder)), [toy])
-    assert len(extract(open_set(str(folder)), [load_extractor("toy_extractor:Toy")]).facts) == 4
+    assert len(extract(open_set(str(folder)), [load_extractor("toy_extractor:Toy")]).infos) == 4

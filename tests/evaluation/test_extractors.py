@@ -76,13 +76,13 @@ def test_vgg16_is_torch_fidelitys_second_layer_after_its_relu(tmp_path, monkeypa
     found = extractor(images(4))["fc2_relu"]
     assert expected.count_nonzero() > 0
     assert torch.allclose(found, expected, atol=1e-6)
-    assert (extractor.features, extractor.logits, extractor.preset) == ("fc2_relu", None, "tf1")
+    assert (extractor.feature_layer, extractor.logit_layer, extractor.preset) == ("fc2_relu", None, "tf1")
 
 
 @pytest.mark.parametrize("kind", ["alex", "squeeze"])
 def test_squared_distances_of_lpips_rows_are_torchmetrics_lpips(kind):
     torch.manual_seed(0)
-    extractor = lpips(None, kind=kind, sha256="", preset="none", device="cpu")
+    extractor = lpips(None, backbone=kind, sha256="", preset="none", device="cpu")
     torch.manual_seed(0)
     oracle = _LPIPS(net=kind, pnet_rand=True)  # its heads come from its own file
     first, second = images(2, 64, 64)
@@ -91,14 +91,14 @@ def test_squared_distances_of_lpips_rows_are_torchmetrics_lpips(kind):
     oracle.net = type(oracle.net)(pretrained=False)
     expected = oracle(first[None] / 255, second[None] / 255, normalize=True)
     assert torch.allclose((rows[0] - rows[1]).square().sum(), expected.squeeze(), rtol=1e-4)
-    assert extractor.features is None
+    assert extractor.feature_layer is None
 
 
 def test_embedded_clip_is_the_training_figures_clip():
     extractor, clip = load_extractor("embedded:clip"), load_clip("embedded:clip")
     square = images(2, 64, 64)
     assert torch.allclose(extractor(square)["image"], clip.images([square / 255]), atol=1e-6)
-    assert torch.equal(extractor.texts(["a cat"]), clip.texts(["a cat"]))
+    assert torch.equal(extractor.embed_texts(["a cat"]), clip.texts(["a cat"]))
     assert load_extractor("clip:embedded:clip").name == "embedded:clip"
     own = load_extractor(f"clip:{embedded('clip')}")  # any CLIP model in a folder
     assert own.name.startswith("clip:/")
@@ -110,7 +110,7 @@ def test_embedded_digits_gives_features_and_logits():
     extractor = load_extractor("embedded:digits")
     found = extractor(images(3, 8, 8))
     assert (found["pool"].shape[1], found["logits"].shape) == (64, (3, 10))
-    assert (extractor.features, extractor.logits) == ("pool", "logits")
+    assert (extractor.feature_layer, extractor.logit_layer) == ("pool", "logits")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_dino_is_the_class_token_of_the_middle_of_the_image(dino_folder):
     found = extractor(picture)
     assert torch.allclose(found["class_token"], expected, atol=1e-5)  # as published: not of length 1
     assert torch.allclose(found["cls"], expected / expected.norm(), atol=1e-5)
-    assert (extractor.features, extractor.layer_of("unit")) == ("class_token", "cls")
+    assert (extractor.feature_layer, extractor.layer_of("unit")) == ("class_token", "cls")
 
 
 def test_dinov2_at_another_size_is_the_authors_own_network(tmp_path):
@@ -174,7 +174,7 @@ def test_dinov2_at_another_size_is_the_authors_own_network(tmp_path):
 def test_clips_embedding_is_made_when_asked_for_and_is_not_scaled():
     extractor = load_extractor("embedded:clip")
     assert extractor.layers == ("image",)
-    asked = extractor.serving(["raw"])
+    asked = extractor.with_layers_for(["raw"])
     assert asked.layers == ("image", "embedding")
     square = images(2, 64, 64)
     clip = load_clip("embedded:clip")
@@ -196,7 +196,7 @@ def test_inceptions_spatial_features_are_mixed_6_conv_as_adms_evaluator_takes_th
     oracle = Inception(None).eval()  # the random weights of --smoke
     seen = []
     oracle.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, output: seen.append(output))
-    asked = extractor.serving(["spatial"])
+    asked = extractor.with_layers_for(["spatial"])
     assert asked.layers == ("pool", "logits_unbiased", "spatial")
     picture = images(1)
     found = asked(picture)["spatial"]
@@ -218,7 +218,7 @@ def test_dinov2_and_a_model_of_another_kind(tmp_path, dino_folder):
     found = extractor(images())
     assert found["class_token"].shape == (2, 16)
     assert torch.allclose(found["unit_class_token"], normalize(found["class_token"], dim=1), atol=1e-6)
-    assert (extractor.features, extractor.layer_of("unit")) == ("class_token", "unit_class_token")
+    assert (extractor.feature_layer, extractor.layer_of("unit")) == ("class_token", "unit_class_token")
     with pytest.raises(ValueError, match="needs a model of type dinov2"):
         load_extractor(f"dinov2:{dino_folder}")
 
@@ -226,7 +226,7 @@ def test_dinov2_and_a_model_of_another_kind(tmp_path, dino_folder):
 def test_ones_own_extractor_and_its_contract():
     extractor = load_extractor("toy_extractor:Toy")
     assert extractor(images())["wide"].shape == (2, 16)
-    assert (extractor.features, extractor.logits, extractor.preset) == ("wide", "scores", "clean")
+    assert (extractor.feature_layer, extractor.logit_layer, extractor.preset) == ("wide", "scores", "clean")
     with pytest.raises(ValueError, match="the contract"):
         load_extractor("toy_extractor:Shapeless")(images())
     with pytest.raises(ValueError, match="cannot be imported"):

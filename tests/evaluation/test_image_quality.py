@@ -354,7 +354,7 @@ def test_images_that_are_not_kept_are_removed_and_the_same(tmp_path, trained, mo
     run = trained
     folders = []
     monkeypatch.setattr(
-        image_quality, "draw_sets", lambda a, f, folder: folders.append(folder) or DRAW(a, f, folder)
+        image_quality, "generate_sets", lambda a, f, folder: folders.append(folder) or DRAW(a, f, folder)
     )
     arguments = [
         "--adapters", run / "adapter.safetensors:0.5", "--prompt", "a cat", *DRAWING, "--extractor", TOY,
@@ -370,7 +370,7 @@ def test_images_that_are_not_kept_are_removed_and_the_same(tmp_path, trained, mo
     assert len(folders) == 2
 
 
-DRAW = image_quality.draw_sets
+DRAW = image_quality.generate_sets
 
 
 def test_a_base_that_is_told_classes(tmp_path):
@@ -392,7 +392,7 @@ def test_images_that_are_not_kept_need_one_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with (
         pytest.raises(ValueError, match=r"several machines .* --keep_images"),
-        generated_files.passing_folder(),
+        generated_files.temporary_folder(),
     ):
         pass
 

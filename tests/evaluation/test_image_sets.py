@@ -10,9 +10,13 @@ from helpers.image_files import random_image, write_images
 from PIL import Image, ImageCms
 
 from diffadapt.evaluation.sets import archives
-from diffadapt.evaluation.sets.image_files import FilePicture
-from diffadapt.evaluation.sets.image_sets import as_set, fingerprint, open_set
-from diffadapt.evaluation.sets.remarks import converted, left_out, strangers
+from diffadapt.evaluation.sets.image_files import ImageFile, to_uint8
+from diffadapt.evaluation.sets.image_sets import fingerprint, open_set
+from diffadapt.evaluation.sets.set_warnings import (
+    conversions_warning,
+    excluded_images_warning,
+    odd_sizes_warning,
+)
 
 
 def png(seed):
@@ -22,7 +26,7 @@ def png(seed):
 
 
 def pixels(images):
-    return [picture.load()[0].permute(1, 2, 0).numpy() for picture in images.pictures]
+    return [picture.load()[0].permute(1, 2, 0).numpy() for picture in images.images]
 
 
 def test_folder_zip_npz_and_dataset_hold_the_same_images(tmp_path):
@@ -43,7 +47,7 @@ def test_folder_zip_npz_and_dataset_hold_the_same_images(tmp_path):
     assert [images.kind for images in sets] == ["folder", "zip", "npz", "datasets", "datasets"]
     for images in sets:
         assert all(np.array_equal(a, b) for a, b in zip(pixels(images), arrays, strict=True))
-    assert [p.name for p in sets[1].pictures] == [f"inner/image-00{i}.png" for i in range(3)]
+    assert [p.name for p in sets[1].images] == [f"inner/image-00{i}.png" for i in range(3)]
     with pytest.raises(ValueError, match="no image column 'picture'"):
         open_set(f"datasets:{tmp_path / 'saved'}::picture")
 
@@ -53,7 +57,7 @@ def test_folders_in_folders_are_read_and_other_files_listed(tmp_path):
     write_images(tmp_path / "b", 1, first=1)
     (tmp_path / "notes.txt").write_text("not an image", encoding="utf-8")
     images = open_set(str(tmp_path))
-    assert [p.name for p in images.pictures] == ["a/image-000.png", "b/image-000.png"]
+    assert [p.name for p in images.images] == ["a/image-000.png", "b/image-000.png"]
     assert images.ignored == ("notes.txt: not an image file",)
 
 
@@ -63,7 +67,7 @@ def test_a_folder_of_diffadapt_sample_is_its_images_with_their_prompts(tmp_path)
     images = [{"file": f"image-00{i}.png", "prompt": f"prompt {i}"} for i in (2, 0)]
     (tmp_path / "sample.json").write_text(json.dumps({"images": images}), encoding="utf-8")
     found = open_set(str(tmp_path))
-    assert [picture.name for picture in found.pictures] == ["image-002.png", "image-000.png"]
+    assert [picture.name for picture in found.images] == ["image-002.png", "image-000.png"]
     assert found.prompts == ("prompt 2", "prompt 0")
     (tmp_path / "sample.json").write_text(
         json.dumps({"images": [{"file": "../x.png", "prompt": ""}]}), encoding="utf-8"
@@ -79,7 +83,7 @@ def test_embedded_sets():
     assert len(open_set("embedded:style/fluent3d/held_out")) == 200
     handwriting = open_set("embedded:handwriting:test")
     assert len(handwriting) == 397
-    assert handwriting.pictures[0].load()[0].shape == (3, 8, 8)
+    assert handwriting.images[0].load()[0].shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no split 'tset'; did you mean test"):
         open_set("embedded:handwriting:tset")
 
@@ -100,7 +104,7 @@ def test_bombs_and_names_that_lead_out_of_a_zip_are_refused(tmp_path):
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros.png", bytes(8 << 20))
-    with pytest.raises(ValueError, match="refused as a bomb"):
+    with pytest.raises(ValueError, match="refused as a decompression bomb"):
         open_set(str(path))
     for name in ("../out.png", "/etc/out.png", "a\\..\\..\\out.png"):
         with zipfile.ZipFile(tmp_path / "out.zip", "w") as archive:
@@ -115,7 +119,7 @@ def test_bombs_and_names_that_lead_out_of_a_zip_are_refused(tmp_path):
 def test_a_zip_whose_list_lies_about_sizes_is_not_read_further(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr("a.png", png(0))
-    (member,) = archives.members_of(tmp_path / "set.zip")
+    (member,) = archives.zip_images(tmp_path / "set.zip")
     monkeypatch.setattr(member.info, "file_size", 10)
     with pytest.raises((ValueError, zipfile.BadZipFile)):
         member.read_bytes()
@@ -126,7 +130,7 @@ def test_npz_is_never_unpickled_and_bombs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as arrays"):
         open_set(str(tmp_path / "objects.npz"))
     np.savez_compressed(tmp_path / "zeros.npz", np.zeros((400, 100, 100, 3), np.uint8))
-    with pytest.raises(ValueError, match="refused as a bomb"):
+    with pytest.raises(ValueError, match="refused as a decompression bomb"):
         open_set(str(tmp_path / "zeros.npz"))
     np.savez(tmp_path / "other.npz", features=np.zeros((3, 4)))
     with pytest.raises(ValueError, match=r"features \(3, 4\); expected images .* under 'arr_0'"):
@@ -135,7 +139,7 @@ def test_npz_is_never_unpickled_and_bombs_are_refused(tmp_path):
 
 def test_floats_are_rounded_once_to_the_nearest():
     values = np.array([0.0, 0.499 / 255, 0.501 / 255, 0.999, 1.0]).reshape(1, 1, 5, 1)
-    assert pixels(as_set(values, source="x"))[0][0, :, 0].tolist() == [0, 0, 1, 255, 255]
+    assert to_uint8(values, "x")[0][0, :, 0].tolist() == [0, 0, 1, 255, 255]
 
 
 @pytest.mark.parametrize(
@@ -151,20 +155,20 @@ def test_floats_out_of_range_are_refused(low, high, message):
     values = np.full((1, 4, 4, 3), 0.5)
     values[0, 0, 0, 0], values[0, 1, 1, 0] = low, high
     with pytest.raises(ValueError, match=message):
-        as_set(values, source="x")
+        to_uint8(values, "x")
 
 
 def test_other_arrays_are_refused():
     with pytest.raises(ValueError, match="got int64"):
-        as_set(np.zeros((1, 4, 4, 3), np.int64), source="x")
+        to_uint8(np.zeros((1, 4, 4, 3), np.int64), "x")
     with pytest.raises(ValueError, match=r"shape \(4, 4, 3\)"):
-        as_set(np.zeros((4, 4, 3), np.uint8), source="x")
+        to_uint8(np.zeros((4, 4, 3), np.uint8), "x")
 
 
 def test_modes_become_rgb_and_are_remembered(tmp_path):
     for mode in ("L", "RGBA", "P", "1"):
         random_image(0, mode=mode).save(tmp_path / f"{mode}.png")
-    found = {p.name: p.load() for p in open_set(str(tmp_path)).pictures}
+    found = {p.name: p.load() for p in open_set(str(tmp_path)).images}
     assert {facts.mode for _, facts in found.values()} == {"L", "RGBA", "P", "1"}
     assert all(image.shape == (3, 10, 12) for image, _ in found.values())
 
@@ -172,7 +176,7 @@ def test_modes_become_rgb_and_are_remembered(tmp_path):
 def test_a_float_tiff_out_of_range_is_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "x.tiff")
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        FilePicture("x", tmp_path / "x.tiff").load()
+        ImageFile("x", tmp_path / "x.tiff").load()
 
 
 def test_fingerprints_know_content_not_names_or_order():
@@ -207,14 +211,14 @@ def test_overviews_and_inputs_in_a_folder_of_results_are_left_out_and_named(tmp_
     for name in ("grid.png", "samples_grid-0012.png", "sheet.png"):
         random_image(1, (60, 12)).save(tmp_path / name)
     images = open_set(str(tmp_path))
-    assert [picture.name for picture in images.pictures] == [f"image-{i:03d}.png" for i in range(5)]
-    assert set(images.no_samples) == {
+    assert [picture.name for picture in images.images] == [f"image-{i:03d}.png" for i in range(5)]
+    assert set(images.excluded) == {
         "grid.png",
         "input/image-000.png",
         "samples_grid-0012.png",
         "sheet.png",
     }
-    (warning,) = left_out("a", images)
+    (warning,) = excluded_images_warning("a", images)
     assert "4 images are not scored" in warning
     assert "grid.png" in warning
     assert len(open_set(str(tmp_path / "input"))) == 1  # named itself, it is what is wanted
@@ -236,11 +240,11 @@ def test_the_folders_of_a_run_and_of_an_evaluation_name_the_sets_in_them(tmp_pat
 def test_a_few_images_of_another_size_are_named(tmp_path):
     write_images(tmp_path, 12)
     random_image(50, (60, 20)).save(tmp_path / "preview.png")
-    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).pictures]
-    (warning,) = strangers("a", facts)
-    assert "1 of 13 images are not of 12x10 pixels" in warning
+    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).images]
+    (warning,) = odd_sizes_warning("a", facts)
+    assert "1 of 13 images do not have 12x10 pixels" in warning
     assert "preview.png" in warning
-    assert strangers("a", facts[:-1]) == []
+    assert odd_sizes_warning("a", facts[:-1]) == []
 
 
 def test_conversions_that_other_programs_do_not_make_are_counted(tmp_path):
@@ -255,7 +259,7 @@ def test_conversions_that_other_programs_do_not_make_are_counted(tmp_path):
     Image.fromarray(np.arange(120, dtype=np.uint16).reshape(10, 12) * 500).save(tmp_path / "deep.png")
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     random_image(4).save(tmp_path / "profile.png", icc_profile=profile)
-    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).pictures]
+    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).images]
     counts = {each.name: each.conversions for each in facts}
     assert counts == {
         "turned.jpg": ("turned upright by their EXIF orientation",),
@@ -265,6 +269,6 @@ def test_conversions_that_other_programs_do_not_make_are_counted(tmp_path):
         "deep.png": ("of more than 8 bits",),
         "profile.png": ("with an ICC profile",),
     }
-    (warning,) = converted("a", facts)
+    (warning,) = conversions_warning("a", facts)
     assert "of 6 images" in warning
     assert "2 transparent, put on white" in warning

@@ -16,7 +16,7 @@ from diffadapt.evaluation.sets.overlap import (
 
 
 def facts(folder):
-    return [picture.load()[1] for picture in open_set(str(folder)).pictures]
+    return [picture.load()[1] for picture in open_set(str(folder)).images]
 
 
 def photograph(seed, size=(64, 64)):
@@ -33,7 +33,7 @@ def test_the_same_folder_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the same folder twice"):
         check(folder, folder)
     (warning,) = check(folder, folder, allow_overlap=True)
-    assert "3 of 3 images stand in the reference too" in warning
+    assert "3 of 3 images are in the reference too" in warning
 
 
 def test_a_mirrored_copy_of_a_set_is_refused(tmp_path):
@@ -53,7 +53,7 @@ def test_shared_and_mirrored_images_are_counted_and_named(tmp_path):
     assert mirrored_images(facts(a), facts(b)) == [("image-001.png", "flipped.png")]
     warnings = check(a, b)
     assert len(warnings) == 2
-    assert "1 of 5 images stand in" in warnings[0]
+    assert "1 of 5 images are in the reference" in warnings[0]
     assert "image-001.png = flipped.png" in warnings[1]
 
 
@@ -95,4 +95,4 @@ def test_repeats_within_a_set(tmp_path):
     assert check_repeats(facts(folder), label="a") == []
     random_image(0).save(folder / "again.png")
     (warning,) = check_repeats(facts(folder), label="a")
-    assert "1 of 4 images are repeats" in warning
+    assert "1 of 4 images repeat other images" in warning

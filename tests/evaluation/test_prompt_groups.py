@@ -6,16 +6,16 @@ from helpers.image_files import write_images
 
 from diffadapt.evaluation.features.extraction import extract
 from diffadapt.evaluation.features.extractors.base import Extractor
-from diffadapt.evaluation.features.prompt_groups import batches_of, coordinates
+from diffadapt.evaluation.features.prompt_groups import coordinates, prompt_batches
 from diffadapt.evaluation.sets.image_sets import ImageSet, open_set
 
 PROMPTS = ("x", "y", "x", "z", "y", "x", "x")  # not in order, "x" has more images than a batch
 
 
 def test_batches_hold_all_images_of_their_prompts():
-    assert batches_of(5, 2) == [[0, 1], [2, 3], [4]]
-    assert batches_of(7, 3, PROMPTS) == [[0, 2, 5, 6], [1, 4, 3]]
-    assert batches_of(4, 2, ("a", "b", "c", "c")) == [[0, 1], [2, 3]]
+    assert prompt_batches(5, 2) == [[0, 1], [2, 3], [4]]
+    assert prompt_batches(7, 3, PROMPTS) == [[0, 2, 5, 6], [1, 4, 3]]
+    assert prompt_batches(4, 2, ("a", "b", "c", "c")) == [[0, 1], [2, 3]]
 
 
 def test_coordinates_keep_the_distances_within_a_prompt(monkeypatch):
@@ -44,7 +44,7 @@ def perceptual():
         sizes.append(len(pixels))
         return {"lpips": pixels.flatten(1)}
 
-    made = Extractor("lpips:toy", "", 8, "clean", ("lpips",), None, network, perceptual="lpips")
+    made = Extractor("lpips:toy", "", 8, "clean", ("lpips",), None, network, perceptual_layer="lpips")
     return made, sizes
 
 
@@ -54,9 +54,9 @@ def plain():
 
 def test_a_set_keeps_its_order_and_few_numbers_of_each_image(tmp_path, perceptual):
     lpips, sizes = perceptual
-    pictures = open_set(str(write_images(tmp_path, len(PROMPTS)))).pictures
+    pictures = open_set(str(write_images(tmp_path, len(PROMPTS)))).images
     made = extract(ImageSet("a", "adapter", pictures, prompts=PROMPTS), [lpips, plain()], batch_size=3)
-    assert [facts.name for facts in made.facts] == [picture.name for picture in pictures]
+    assert [facts.name for facts in made.infos] == [picture.name for picture in pictures]
     assert sorted(sizes) == [1, 3, 3]  # the four of "x" went through in two parts
     rows, few = made.features["plain"]["wide"].double(), made.features["lpips:toy"]["lpips"]
     assert few.shape == (7, 4)
@@ -68,10 +68,10 @@ def test_a_set_keeps_its_order_and_few_numbers_of_each_image(tmp_path, perceptua
 def test_unreadable_images_are_left_out_of_their_prompt(tmp_path, perceptual):
     write_images(tmp_path, len(PROMPTS))
     (tmp_path / "image-002.png").write_text("no image", encoding="utf-8")
-    images = ImageSet("a", "adapter", open_set(str(tmp_path)).pictures, prompts=PROMPTS)
+    images = ImageSet("a", "adapter", open_set(str(tmp_path)).images, prompts=PROMPTS)
     made = extract(images, [perceptual[0]], batch_size=3, skip_bad=True)
     assert made.features["lpips:toy"]["lpips"].shape == (6, 3)
-    assert [facts.name[6:9] for facts in made.facts] == ["000", "001", "003", "004", "005", "006"]
+    assert [facts.name[6:9] for facts in made.infos] == ["000", "001", "003", "004", "005", "006"]
 
 
 def test_without_prompts_there_is_nothing_to_compare_and_no_forward(tmp_path, perceptual):
@@ -79,4 +79,4 @@ def test_without_prompts_there_is_nothing_to_compare_and_no_forward(tmp_path, pe
     made = extract(open_set(str(write_images(tmp_path, 3))), [lpips, plain()])
     assert list(made.features) == ["plain"]
     assert sizes == []
-    assert len(extract(open_set(str(tmp_path)), [lpips]).facts) == 3  # for overlap with other sets
+    assert len(extract(open_set(str(tmp_path)), [lpips]).infos) == 3  # for overlap with other sets

@@ -1,13 +1,13 @@
 """Prompts longer than a text encoder reads are told."""
 
 from diffadapt.evaluation.features.extractors import load_extractor
-from diffadapt.evaluation.features.prompt_lengths import cut_prompts
+from diffadapt.evaluation.features.prompt_lengths import long_prompts_warning
 
 
 def test_prompts_that_are_cut_are_counted_and_named_with_their_tokens():
     clip = load_extractor("embedded:clip")
     long = "a cat " * clip.text_length
-    (warning,) = cut_prompts("a", ["a cat", long, long, "a dog"], clip)
+    (warning,) = long_prompts_warning("a", ["a cat", long, long, "a dog"], clip)
     (tokens,) = clip.count_tokens([long])
     assert tokens > clip.text_length
     assert (
@@ -23,9 +23,9 @@ def test_a_prompt_that_just_fits_is_not_told():
     while clip.count_tokens([f"{words} cat"])[0] <= clip.text_length:
         words += " cat"
     assert clip.count_tokens([words]) == [clip.text_length]
-    assert cut_prompts("a", [words], clip) == []
-    assert len(cut_prompts("a", [f"{words} cat"], clip)) == 1
+    assert long_prompts_warning("a", [words], clip) == []
+    assert len(long_prompts_warning("a", [f"{words} cat"], clip)) == 1
 
 
 def test_an_extractor_without_texts_cuts_none():
-    assert cut_prompts("a", ["a cat " * 500], load_extractor("embedded:digits")) == []
+    assert long_prompts_warning("a", ["a cat " * 500], load_extractor("embedded:digits")) == []

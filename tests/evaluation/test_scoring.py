@@ -41,7 +41,7 @@ def scored(generated, real, plan=SMALL, read_options=None, extractor=TOY, **opti
 
 def features(folder):
     extractor = load_extractor(TOY)
-    pixels = torch.stack([picture.load()[0] for picture in open_set(folder).pictures])
+    pixels = torch.stack([picture.load()[0] for picture in open_set(folder).images])
     return extractor(pixels)["wide"]
 
 
@@ -209,7 +209,7 @@ def test_an_extractor_with_which_nothing_can_be_computed_is_refused():
 
 
 def test_lpips_diversity_is_of_the_images_of_one_prompt(folders):
-    pictures = open_set(folders["a"]).pictures[:4]
+    pictures = open_set(folders["a"]).images[:4]
     images = ImageSet("a", "adapter", pictures, prompts=("x", "y", "x", "y"))
     lpips = load_extractor("lpips:squeeze", smoke=True)
     found = evaluate_sets({"a": images}, None, [lpips], SMALL, read_options=ReadOptions()).record

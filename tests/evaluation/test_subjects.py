@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.report.page import page
-from diffadapt.evaluation.sets.image_files import ArrayPicture
+from diffadapt.evaluation.sets.image_files import ArrayImage
 from diffadapt.evaluation.subject.generate import Drawing
 from diffadapt.evaluation.subject.record import evaluate_subjects
 from diffadapt.evaluation.subject.scores import check_extractors
@@ -100,7 +100,7 @@ def test_existing_images_belong_to_the_prompt_whose_number_begins_their_name(tmp
     Image.new("RGB", (8, 8)).save(tmp_path / "made" / "cat" / "00-red hat.png")
     (own,) = existing_images(tmp_path / "made", cat)
     assert sorted(own.numbers) == [0, 1, 1]
-    assert own.numbers[[p.name for p in own.pictures].index("cat/00-red hat.png")] == 0
+    assert own.numbers[[p.name for p in own.images].index("cat/00-red hat.png")] == 0
     Image.new("RGB", (8, 8)).save(tmp_path / "made" / "cat" / "02-x.png")
     with pytest.raises(
         ValueError, match=r"cat/02-x.png does not begin with the number of its prompt, 00 to 01"
@@ -127,7 +127,7 @@ def toy(name="clip:toy", **options):
         rows = [np.random.default_rng(list(caption.encode())).normal(size=192) for caption in captions]
         return torch.tensor(np.array(rows), dtype=torch.float32)
 
-    known = {"layers": ("image",), "features": "image", "texts": texts} | options
+    known = {"layers": ("image",), "feature_layer": "image", "embed_texts": texts} | options
     layer = known["layers"][0]
     return Extractor(name, "ab" * 32, 8, "clean", network=lambda x: {layer: x.flatten(1) - 128.0}, **known)
 
@@ -156,9 +156,12 @@ def evaluated(tmp_path, prompts):
         if subject.name == "cat":
             values[4] = real["cat"][2][:, ::-1]
         drawn[subject.name] = values
-        pictures = tuple(ArrayPicture(f"{subject.name}/{i}", v) for i, v in enumerate(values))
+        pictures = tuple(ArrayImage(f"{subject.name}/{i}", v) for i, v in enumerate(values))
         images.append(SubjectImages(subject, pictures, tuple(numbers), tuple(range(5))))
-    extractors = [toy(), toy("lpips:toy", layers=("lpips",), features=None, perceptual="lpips", texts=None)]
+    extractors = [
+        toy(),
+        toy("lpips:toy", layers=("lpips",), feature_layer=None, perceptual_layer="lpips", embed_texts=None),
+    ]
     record = evaluate_subjects(
         {"ours": (images, {})}, extractors, token="sks", seed=0, settings={"demo": True}
     )
@@ -181,7 +184,7 @@ def test_every_score_is_averaged_per_prompt_then_per_subject_then_over_subjects(
         likeness.append(nested_mean((made @ own.T).mean(1)))
         pairs = own @ own.T
         ceiling.append(pairs[~np.eye(len(own), dtype=bool)].mean())
-        words = toy().texts(subject.texts()).double().numpy()
+        words = toy().embed_texts(subject.texts()).double().numpy()
         words /= np.linalg.norm(words, axis=1, keepdims=True)
         agreement.append(nested_mean((made * words[[0, 0, 0, 1, 1]]).sum(1)))
         rows = channels_first(drawn[subject.name]).reshape(5, -1).astype(float)
@@ -220,7 +223,7 @@ def test_the_page_of_a_subject_record_shows_generated_and_real_images_side_by_si
 
 
 def test_extractors_that_measure_no_likeness_or_the_same_kind_twice_are_refused():
-    check_extractors([toy("clip:a"), toy("dino:b", texts=None)])
-    for given in ([toy("clip:a"), toy("embedded:clip")], [toy("inception", texts=None)], []):
+    check_extractors([toy("clip:a"), toy("dino:b", embed_texts=None)])
+    for given in ([toy("clip:a"), toy("embedded:clip")], [toy("inception", embed_texts=None)], []):
         with pytest.raises(ValueError, match="needs one clip or dino extractor"):
             check_extractors(given)

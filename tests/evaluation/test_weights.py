@@ -61,7 +61,7 @@ def test_download_shows_the_file_first_and_keeps_it_in_the_cache(tmp_path, monke
     source = tmp_path / "source.pth"
     torch.save({"a": torch.ones(2)}, source)
     file = known(monkeypatch, "inception", source.read_bytes(), source.as_uri())
-    path = weight_files.locate("inception", given={}, download=True, available=[])
+    path = weight_files.locate("inception", weights={}, download=True, available=[])
     assert path == tmp_path / "cache" / file.name
     assert path.read_bytes() == source.read_bytes()
     shown = capsys.readouterr().err
@@ -76,11 +76,11 @@ def test_a_download_that_hashes_wrong_leaves_nothing(tmp_path, monkeypatch):
     source.write_bytes(b"other bytes")
     known(monkeypatch, "inception", b"right bytes", source.as_uri())
     with pytest.raises(ValueError, match="is not the published"):
-        weight_files.locate("inception", given={}, download=True, available=[])
+        weight_files.locate("inception", weights={}, download=True, available=[])
     assert list((tmp_path / "cache").iterdir()) == []
     known(monkeypatch, "inception", b"right bytes", (tmp_path / "nothing").as_uri())
     with pytest.raises(OSError, match="cannot download"):
-        weight_files.locate("inception", given={}, download=True, available=[])
+        weight_files.locate("inception", weights={}, download=True, available=[])
 
 
 def test_no_download_unless_asked(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_no_download_unless_asked(tmp_path, monkeypatch):
     torch.save({}, source)
     known(monkeypatch, "vgg16", source.read_bytes(), source.as_uri())
     with pytest.raises(FileNotFoundError, match="allow --download"):
-        weight_files.locate("vgg16", given={}, download=False, available=[])
+        weight_files.locate("vgg16", weights={}, download=False, available=[])
     assert not (tmp_path / "cache").exists()
 
 
@@ -144,11 +144,11 @@ def test_a_download_from_the_hub_shows_sizes_and_hashes_first(tmp_path, monkeypa
 
     monkeypatch.setattr(hub_models, "HfApi", Api)
     monkeypatch.setattr(hub_models, "snapshot_download", snapshot)
-    options = {"given": {}, "extractor": "dino:a/b", "available": []}
+    options = {"weights": {}, "extractor": "dino:a/b", "available": []}
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert hub_models.folder_of("a/b", download=True, **options) == tmp_path
+    assert hub_models.model_folder("a/b", download=True, **options) == tmp_path
     with pytest.raises(FileNotFoundError):
-        hub_models.folder_of("a/b", download=False, **options)
+        hub_models.model_folder("a/b", download=False, **options)
 
 
 def test_weights_are_given_by_the_names_of_extractors(tmp_path):
@@ -180,6 +180,6 @@ def test_weights_named_twice_are_refused(tmp_path):
 def test_a_folder_with_pickled_weights_alone_says_what_to_do(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(FileNotFoundError) as caught:
-        hub_models.folder_of(str(tmp_path), given={}, extractor="clip:x", download=False, available=[])
+        hub_models.model_folder(str(tmp_path), weights={}, extractor="clip:x", download=False, available=[])
     for words in ("only pytorch_model.bin", "may run code", "save_pretrained", "--weights"):
         assert words in str(caught.value)

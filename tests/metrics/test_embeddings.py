@@ -70,7 +70,7 @@ def test_clip_score_crops_the_middle_as_the_stock_processor_does(size):
     texts = ["a red cat", "two blue cars"]
     found = clip_score(images=images, texts=texts, model=clip)
     extractor = load_extractor("embedded:clip")
-    cosines = text_similarities(images=extractor(images)["image"], texts=extractor.texts(texts))
+    cosines = text_similarities(images=extractor(images)["image"], texts=extractor.embed_texts(texts))
     assert found == pytest.approx(max(0.0, 100 * float(cosines.mean())), abs=1e-3)
     pixels = clip.processor(images=list(images), return_tensors="pt").pixel_values
     with torch.no_grad():

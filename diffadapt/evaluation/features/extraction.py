@@ -17,230 +17,301 @@ from diffadapt.common.messages import indented_list
 from diffadapt.evaluation.features.cache import FeatureCache, identity_of
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.features.feature_file import SetFeatures
-from diffadapt.evaluation.features.prompt_groups import batches_of, coordinates, stacked
-from diffadapt.evaluation.sets.image_files import Facts, Picture
+from diffadapt.evaluation.features.prompt_groups import concatenate_rows, coordinates, prompt_batches
+from diffadapt.evaluation.sets.image_files import ImageInfo, LazyImage
 from diffadapt.evaluation.sets.image_sets import ImageSet
 
-READERS = 4  # threads that decode
-AHEAD = 3  # batches decoded ahead of the networks
-Loaded = tuple[Tensor, Facts] | Exception
+READERS = 4  # threads that decode images
+BATCHES_AHEAD = 3  # decoded before the networks need them
+LayerRows = dict[str, Tensor]  # layer -> (N, D)
+DecodedImage = tuple[Tensor, ImageInfo] | Exception
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """A set's features: extractor name -> layer -> (N, D), rows and facts in the order of the set.
+class ExtractedFeatures:
+    """The features of a set.
 
-    Of LPIPS, only in sets that know their prompts: `coordinates`, for the distances of images of one prompt.
+    Attributes:
+        features: extractor name -> layer -> (N, D), rows in the order of the set. Of LPIPS, and only in sets
+            that know their prompts: `coordinates`, for the distances of images of one prompt.
+        infos: of each image, in the same order.
+        skipped: unreadable images that were left out, "name: reason".
     """
 
     features: Mapping[str, Mapping[str, Tensor]]
-    facts: tuple[Facts, ...]
-    skipped: tuple[str, ...] = ()  # unreadable, "name: reason"
+    infos: tuple[ImageInfo, ...]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass
 class _Batch:
-    """What came of one batch; `positions` in the set of its readable images, and of each problem."""
+    """The outcome of one batch.
+
+    Attributes:
+        positions: of the readable images, in the set.
+        infos: of the readable images.
+        features: extractor name -> layer -> rows of the readable images; empty when none were computed.
+        problems: position and "name: reason" of each unreadable image.
+    """
 
     positions: list[int] = field(default_factory=list)
-    facts: list[Facts] = field(default_factory=list)
-    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    infos: list[ImageInfo] = field(default_factory=list)
+    features: dict[str, LayerRows] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
 
 
 def extract(
-    images: ImageSet,
+    image_set: ImageSet,
     extractors: Sequence[Extractor],
     *,
     batch_size: int = 32,
     skip_bad: bool = False,
     cache: FeatureCache | None = None,
     title: str = "features",
-) -> Extracted:
-    """Features of a set under all extractors, from the cache where one has them all.
+) -> ExtractedFeatures:
+    """Features of a set under all extractors, from the cache where it has them all.
 
-    With several processes every batch is one process's, and all get the merged result, in the set's order;
-    what the cache has, the first process alone gets.
+    With several processes each batch is computed by one of them, and all get the merged result in the set's
+    order. Features from the cache are returned by the first process only.
 
     Args:
+        image_set: the images.
+        extractors: networks, each of which sees every image once.
+        batch_size: images per forward.
         skip_bad: leave unreadable images out (they are listed) instead of raising.
-        cache: for references: looks there first, and keeps what was made.
-    Raises: ValueError that lists all unreadable images; FloatingPointError for features that are not finite.
+        cache: for references: where to look first, and where new features are stored.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: images cannot be read, all of which are listed.
+        FloatingPointError: an extractor gave NaN or infinity.
     """
-    used = [e for e in extractors if e.perceptual is None or images.prompts]
-    kept, known = _kept(images, used, cache)
-    missing = [e for e in used if e.name not in known]
-    if known and not missing:
-        facts = next((content.facts for content in kept.values()), ())
-        return Extracted({name: content.layers for name, content in kept.items()}, facts)
-    batches = [*gather_object(_run(images, missing, batch_size, skip_bad, title))]
-    _refuse_mixed_sizes(images.source, batches, missing)
-    made = _merged(batches, missing)
-    if made.skipped and not skip_bad:
+    # LPIPS compares images of one prompt; without prompts its features are not needed.
+    used_extractors = [e for e in extractors if e.perceptual_layer is None or image_set.prompts]
+    cached, cached_names = _from_cache(image_set, used_extractors, cache)
+    uncached = [extractor for extractor in used_extractors if extractor.name not in cached_names]
+    cached_features = {name: content.layers for name, content in cached.items()}
+    if cached_names and not uncached:
+        infos = next((content.infos for content in cached.values()), ())
+        return ExtractedFeatures(cached_features, infos)
+
+    batches = [*gather_object(_run_batches(image_set, uncached, batch_size, skip_bad, title))]
+    _refuse_mixed_sizes(image_set.source, batches, uncached)
+    merged = _merge_batches(batches, uncached)
+    if merged.skipped and not skip_bad:
         raise ValueError(
-            f"{len(made.skipped)} of {len(images)} images of {images.source!r} cannot be read; repair or "
-            f"remove them, or give --skip_bad:\n{indented_list(made.skipped)}"
+            f"{len(merged.skipped)} of {len(image_set)} images of {image_set.source!r} cannot be read; "
+            f"repair or remove them, or give --skip_bad:\n{indented_list(merged.skipped)}"
         )
-    if not made.facts:
-        raise ValueError(f"no image of {images.source!r} can be read:\n{indented_list(made.skipped)}")
-    _refuse_broken(images.source, made)
-    if cache is not None and not made.skipped and PartialState().is_main_process:
-        _keep(cache, made, missing)
-    PartialState().wait_for_everyone()  # nobody looks for what is still being written
-    return Extracted({**made.features, **{n: c.layers for n, c in kept.items()}}, made.facts, made.skipped)
+    if not merged.infos:
+        raise ValueError(f"no image of {image_set.source!r} can be read:\n{indented_list(merged.skipped)}")
+    _refuse_nonfinite(image_set.source, merged)
+    if cache is not None and not merged.skipped and PartialState().is_main_process:
+        _store(cache, merged, uncached)
+    PartialState().wait_for_everyone()  # nobody reads a file that is still being written
+    return ExtractedFeatures({**merged.features, **cached_features}, merged.infos, merged.skipped)
 
 
-def _keep(cache: FeatureCache, made: Extracted, extractors: Sequence[Extractor]) -> None:
-    for e in extractors:
-        if e.perceptual is None:
-            cache.put(e, SetFeatures(identity_of(e), made.features[e.name], made.facts))
+def advance(bar: tqdm, num_images: int) -> None:
+    """Moves the first process's progress bar by what all processes have done meanwhile."""
+    bar.update(min(num_images * PartialState().num_processes, bar.total - bar.n))
 
 
-def _kept(
-    images: ImageSet, extractors: Sequence[Extractor], cache: FeatureCache | None
+def _store(cache: FeatureCache, extracted: ExtractedFeatures, extractors: Sequence[Extractor]) -> None:
+    for extractor in extractors:
+        if extractor.perceptual_layer is None:
+            features = extracted.features[extractor.name]
+            cache.put(extractor, SetFeatures(identity_of(extractor), features, extracted.infos))
+
+
+def _from_cache(
+    image_set: ImageSet, extractors: Sequence[Extractor], cache: FeatureCache | None
 ) -> tuple[dict[str, SetFeatures], list[str]]:
-    """What the cache has of a set, and the names of those extractors, which the first process tells all."""
+    """Features of a set in the cache, by extractor name, which the first process reads; and those names.
+
+    Every process learns the names, as all must agree on what is left to compute.
+    """
     if cache is None:
         return {}, []
-    kept = _found(images, extractors, cache) if PartialState().is_main_process else {}
-    names = [list(kept)]
+    cached: dict[str, SetFeatures] = {}
+    if PartialState().is_main_process:
+        cached = _read_cache(image_set, extractors, cache)
+    names = [list(cached)]
     broadcast_object_list(names)
-    return kept, names[0]
+    return cached, names[0]
 
 
-def _found(images: ImageSet, extractors: Sequence[Extractor], cache: FeatureCache) -> dict[str, SetFeatures]:
-    """Extractor name -> what the cache has; nothing when a file of the set cannot be read."""
+def _read_cache(
+    image_set: ImageSet, extractors: Sequence[Extractor], cache: FeatureCache
+) -> dict[str, SetFeatures]:
+    """Extractor name -> features in the cache; nothing when a file of the set cannot be read."""
     with ThreadPoolExecutor(READERS) as pool:
         try:
-            digests = list(pool.map(lambda picture: picture.digest(), images.pictures))
+            digests = list(pool.map(lambda image: image.digest(), image_set.images))
         except (OSError, ValueError):
             return {}
-    names = [picture.name for picture in images.pictures]
-    found = {e.name: cache.get(e, digests, names) for e in extractors if e.perceptual is None}
-    return {name: content for name, content in found.items() if content is not None}
+    names = [image.name for image in image_set.images]
+    cached: dict[str, SetFeatures] = {}
+    for extractor in extractors:
+        if extractor.perceptual_layer is None:
+            content = cache.get(extractor, digests, names)
+            if content is not None:
+                cached[extractor.name] = content
+    return cached
 
 
-def _run(
-    images: ImageSet, extractors: Sequence[Extractor], size: int, skip_bad: bool, title: str
+def _run_batches(
+    image_set: ImageSet, extractors: Sequence[Extractor], batch_size: int, skip_bad: bool, title: str
 ) -> list[_Batch]:
-    """This process's batches. After the first bad image, unless skipped, the rest is only checked."""
-    state, done, failed = PartialState(), [], False
-    needs_one_size = any(e.preset == "none" for e in extractors)
+    """Decodes and extracts this process's share of the batches.
+
+    After the first bad image, unless bad images are skipped, the others are only decoded, so that the error
+    can list all bad ones.
+    """
+    state = PartialState()
+    needs_one_size = any(extractor.preset == "none" for extractor in extractors)
+    prompts = image_set.prompts if any(extractor.perceptual_layer for extractor in extractors) else ()
+    own_batches = prompt_batches(len(image_set), batch_size, prompts)[
+        state.process_index :: state.num_processes
+    ]
+    finished: list[_Batch] = []
     sizes: set[torch.Size] = set()
-    groups = images.prompts if any(e.perceptual for e in extractors) else ()
-    mine = batches_of(len(images), size, groups)[state.process_index :: state.num_processes]
-    with tqdm(desc=title, total=len(images), unit="image", disable=not state.is_main_process) as bar:
-        for positions, loaded in _decoded(images.pictures, mine):
-            batch, pixels = _Batch(), []
-            for position, item in zip(positions, loaded, strict=True):
+    has_failed = False
+    with tqdm(desc=title, total=len(image_set), unit="image", disable=not state.is_main_process) as bar:
+        for positions, decoded in _decode_ahead(image_set.images, own_batches):
+            batch = _Batch()
+            pixels: list[Tensor] = []  # each (3, H, W)
+            for position, item in zip(positions, decoded, strict=True):
                 if isinstance(item, Exception):
-                    line = f"{images.pictures[position].name}: {item or type(item).__name__}"
-                    batch.problems.append((position, line))
+                    name = image_set.images[position].name
+                    batch.problems.append((position, f"{name}: {item or type(item).__name__}"))
                     continue
-                pixels.append(item[0])
-                batch.facts.append(item[1])
+                image, info = item
+                pixels.append(image)
+                sizes.add(image.shape)
+                batch.infos.append(info)
                 batch.positions.append(position)
-            sizes |= {image.shape for image in pixels}
-            failed = failed or (bool(batch.problems) and not skip_bad) or (needs_one_size and len(sizes) > 1)
-            if pixels and not failed:
-                batch.layers = _layers(
-                    pixels, extractors, size, [groups[p] for p in batch.positions if groups]
-                )
-            done.append(batch)
-            advance(bar, len(loaded))
-    return done
+            if (batch.problems and not skip_bad) or (needs_one_size and len(sizes) > 1):
+                has_failed = True
+            if pixels and not has_failed:
+                batch_prompts = [prompts[position] for position in batch.positions] if prompts else []
+                batch.features = _extract_batch(pixels, extractors, batch_size, batch_prompts)
+            finished.append(batch)
+            advance(bar, len(decoded))
+    return finished
 
 
-def _layers(
-    images: Sequence[Tensor], extractors: Sequence[Extractor], size: int, groups: Sequence[str]
-) -> dict[str, dict[str, Tensor]]:
-    """Extractor name -> layer -> rows of a batch, at most `size` images in one forward."""
-    parts = [_forward(images[start : start + size], extractors) for start in range(0, len(images), size)]
-    found = {
-        e.name: {layer: torch.cat([part[e.name][layer] for part in parts]) for layer in e.layers}
-        for e in extractors
-    }
-    for e in extractors:
-        if e.perceptual is not None:
-            found[e.name] = {e.perceptual: coordinates(found[e.name][e.perceptual], groups)}
-    return found
-
-
-def advance(bar: tqdm, images: int) -> None:
-    """Moves the first process's bar by what all processes did meanwhile."""
-    bar.update(min(images * PartialState().num_processes, bar.total - bar.n))
-
-
-def _decoded(
-    pictures: Sequence[Picture], batches: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], list[Loaded]]]:
-    """Batches of decoded images in order, read by threads a few batches ahead."""
+def _decode_ahead(
+    images: Sequence[LazyImage], batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], list[DecodedImage]]]:
+    """Batches of decoded images in order; threads decode a few batches ahead."""
     with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[tuple[Sequence[int], list[Future]]] = deque()
+        pending: deque[tuple[Sequence[int], list[Future]]] = deque()
         for positions in batches:
-            waiting.append((positions, [pool.submit(_load, pictures[place]) for place in positions]))
-            if len(waiting) > AHEAD:
-                first, futures = waiting.popleft()
-                yield first, [future.result() for future in futures]
-        for first, futures in waiting:
-            yield first, [future.result() for future in futures]
+            pending.append((positions, [pool.submit(_decode, images[position]) for position in positions]))
+            if len(pending) > BATCHES_AHEAD:
+                first_positions, futures = pending.popleft()
+                yield first_positions, [future.result() for future in futures]
+        for first_positions, futures in pending:
+            yield first_positions, [future.result() for future in futures]
 
 
-def _load(picture: Picture) -> Loaded:
+def _decode(image: LazyImage) -> DecodedImage:
     try:
-        return picture.load()
+        return image.load()
     except Exception as error:  # damaged files make Pillow raise almost anything; it is reported, not dropped
         return error
 
 
-def _forward(images: Sequence[Tensor], extractors: Sequence[Extractor]) -> dict[str, dict[str, Tensor]]:
-    """One forward of each extractor on a batch of (3, H, W) images of any sizes."""
-    found = {}
+def _extract_batch(
+    images: Sequence[Tensor], extractors: Sequence[Extractor], batch_size: int, prompts: Sequence[str]
+) -> dict[str, LayerRows]:
+    """Extractor name -> layer -> rows of a batch.
+
+    A batch that holds all images of its prompts may be larger than `batch_size`; it is split for the
+    networks.
+    """
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        chunks.append(_forward(images[start : start + batch_size], extractors))
+    features: dict[str, LayerRows] = {}
+    for extractor in extractors:
+        rows: LayerRows = {}
+        for layer in extractor.layers:
+            rows[layer] = torch.cat([chunk[extractor.name][layer] for chunk in chunks])  # (B, D)
+        if extractor.perceptual_layer is not None:
+            layer = extractor.perceptual_layer
+            rows = {layer: coordinates(rows[layer], prompts)}
+        features[extractor.name] = rows
+    return features
+
+
+def _forward(images: Sequence[Tensor], extractors: Sequence[Extractor]) -> dict[str, LayerRows]:
+    """One forward of each extractor on images (3, H, W) of any sizes, resized in groups of one size."""
+    rows_by_shape: dict[torch.Size, list[int]] = {}
+    for row, image in enumerate(images):
+        rows_by_shape.setdefault(image.shape, []).append(row)
+    features = {}
     for extractor in extractors:
         prepared: list[Tensor] = [torch.empty(0)] * len(images)
-        for shape in {image.shape for image in images}:
-            rows = [row for row, image in enumerate(images) if image.shape == shape]
-            pixels = extractor.prepare(torch.stack([images[row] for row in rows]))
+        for rows in rows_by_shape.values():
+            pixels = extractor.prepare(torch.stack([images[row] for row in rows]))  # (R, 3, side, side)
             for row, image in zip(rows, pixels, strict=True):
                 prepared[row] = image
-        found[extractor.name] = extractor.forward(torch.stack(prepared))
-    return found
+        features[extractor.name] = extractor.forward(torch.stack(prepared))
+    return features
 
 
 def _refuse_mixed_sizes(source: str, batches: Sequence[_Batch], extractors: Sequence[Extractor]) -> None:
-    """Raises: ValueError for images of several sizes that no resize makes equal."""
-    unsized = [extractor.name for extractor in extractors if extractor.preset == "none"]
-    examples = {(facts.width, facts.height): facts.name for batch in batches for facts in batch.facts}
-    if unsized and len(examples) > 1:
+    """Refuses images of several sizes when an extractor takes them without a resize."""
+    without_resize = [extractor.name for extractor in extractors if extractor.preset == "none"]
+    examples: dict[tuple[int, int], str] = {}
+    for batch in batches:
+        for info in batch.infos:
+            examples[info.width, info.height] = info.name
+    if without_resize and len(examples) > 1:
         sizes = ", ".join(f"{width}x{height} ({name})" for (width, height), name in examples.items())
         raise ValueError(
-            f"--resize none needs images of one size for {', '.join(unsized)}; {source!r} has {sizes}; "
-            "give another resize, such as clean"
+            f"--resize none needs images of one size for {', '.join(without_resize)}; {source!r} has "
+            f"{sizes}; give another resize, such as clean"
         )
 
 
-def _merged(batches: list[_Batch], extractors: Sequence[Extractor]) -> Extracted:
+def _merge_batches(batches: list[_Batch], extractors: Sequence[Extractor]) -> ExtractedFeatures:
     """All processes' batches in the order of the set."""
-    skipped = tuple(line for _, line in sorted(problem for batch in batches for problem in batch.problems))
-    full = sorted((b for b in batches if b.layers or not extractors), key=lambda batch: batch.positions)
-    places = [position for batch in full for position in batch.positions]
-    order = sorted(range(len(places)), key=places.__getitem__)
-    is_sorted = places == sorted(places)
-    features = {}
-    for e in extractors if full else ():
-        rows = {layer: stacked([batch.layers[e.name][layer] for batch in full]) for layer in e.layers}
-        features[e.name] = rows if is_sorted else {layer: own[order] for layer, own in rows.items()}
-    facts = [facts for batch in full for facts in batch.facts]
-    return Extracted(features, tuple(facts[place] for place in order), skipped)
+    problems: list[tuple[int, str]] = []
+    complete: list[_Batch] = []
+    for batch in batches:
+        problems += batch.problems
+        if batch.features or not extractors:
+            complete.append(batch)
+    complete.sort(key=lambda batch: batch.positions)
+    positions: list[int] = []
+    infos: list[ImageInfo] = []
+    for batch in complete:
+        positions += batch.positions
+        infos += batch.infos
+    # Batches of whole prompts hold positions from all over the set.
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    is_sorted = positions == sorted(positions)
+    features: dict[str, LayerRows] = {}
+    if complete:
+        for extractor in extractors:
+            features[extractor.name] = {}
+            for layer in extractor.layers:
+                rows = concatenate_rows([batch.features[extractor.name][layer] for batch in complete])
+                features[extractor.name][layer] = rows if is_sorted else rows[order]  # spares a copy
+    skipped = tuple(line for _, line in sorted(problems))
+    return ExtractedFeatures(features, tuple(infos[row] for row in order), skipped)
 
 
-def _refuse_broken(source: str, made: Extracted) -> None:
-    for name, layers in made.features.items():
+def _refuse_nonfinite(source: str, extracted: ExtractedFeatures) -> None:
+    for name, layers in extracted.features.items():
         for layer, rows in layers.items():
-            broken = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
-            if broken:
-                first = made.facts[broken[0]].name
+            bad_rows = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if bad_rows:
+                first_name = extracted.infos[bad_rows[0]].name
                 raise FloatingPointError(
-                    f"{name} gave NaN or infinity in layer {layer!r} for {len(broken)} of {len(rows)} images "
-                    f"of {source!r}, first {first}; check its weights"
+                    f"{name} gave NaN or infinity in layer {layer!r} for {len(bad_rows)} of {len(rows)} "
+                    f"images of {source!r}, first {first_name}; check its weights"
                 )

@@ -1,14 +1,14 @@
-"""A set's features in one safetensors file: the cache, saved references, and what comparisons read.
+"""A set's features in one safetensors file: the cache, saved references, and the input of comparisons.
 
-Tensors: each layer (N, D). Metadata: one JSON text under "evaluation" with the identity of the extractor, the
-facts of every image in the order of the rows, and the SHA-256 of the tensors.
+Tensors: each layer (N, D). Metadata: one JSON text under "evaluation" with the identity of the extractor,
+information about every image in the order of the rows, and the SHA-256 of the tensors.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.safetensors_file import hash_tensors
-from diffadapt.evaluation.sets.image_files import Facts
+from diffadapt.evaluation.sets.image_files import ImageInfo
 
 KEY = "evaluation"  # in the metadata
 VERSION = 1  # of the format, and of everything between a file's bytes and its features
@@ -25,56 +25,83 @@ VERSION = 1  # of the format, and of everything between a file's bytes and its f
 
 @dataclass(frozen=True)
 class SetFeatures:
-    """Features of a set under one extractor. `identity`: name, sha256, preset, side, dtype, version."""
+    """Features of a set under one extractor.
+
+    Attributes:
+        identity: everything about the extractor that its features depend on; see `cache.identity_of`.
+        layers: layer -> (N, D).
+        infos: of each image, in the order of the rows.
+    """
 
     identity: Mapping[str, object]
     layers: Mapping[str, Tensor]
-    facts: tuple[Facts, ...]
+    infos: tuple[ImageInfo, ...]
 
 
 def file_name(extractor: str) -> str:
-    """How the file of an extractor's features is called in a folder of several."""
+    """The name of the file of an extractor's features, in a folder for several extractors."""
     return f"{extractor.replace('/', '_').replace(':', '-')}.safetensors"
 
 
 def write_features(path: Path, content: SetFeatures) -> None:
-    """Atomically. Raises: OSError where it cannot be written."""
+    """Writes a set's features atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in content.layers.items()}
-    stored = {
+    metadata = {
         "version": VERSION,
         "identity": dict(content.identity),
-        "facts": [asdict(facts) for facts in content.facts],
+        "facts": [asdict(info) for info in content.infos],
         "tensors": hash_tensors(tensors),
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {KEY: json.dumps(stored)}))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {KEY: json.dumps(metadata)}))
 
 
 def read_features(path: Path) -> SetFeatures:
-    """Raises: ValueError for any file that is not whole or was not written by `write_features`."""
+    """Reads a file of `write_features`.
+
+    Raises:
+        ValueError: the file is damaged, of another version, or of another program.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {})[KEY])
+            metadata = json.loads((file.metadata() or {})[KEY])
             layers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = tuple(
-            Facts(**{**row, "conversions": tuple(row.get("conversions", ()))}) for row in stored["facts"]
-        )
-        version, identity, sha256 = (stored[name] for name in ("version", "identity", "tensors"))
+        version = metadata["version"]
+        identity = metadata["identity"]
+        sha256 = metadata["tensors"]
+        infos = tuple(_image_info(fields) for fields in metadata["facts"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no features of this program, or not all of them: {error}") from None
     if version != VERSION:
         raise ValueError(f"{path} was written by version {version!r} of the format, this is {VERSION}")
     if hash_tensors(layers) != sha256:
-        raise ValueError(f"{path} is damaged: its features do not hash to what it says; make it again")
-    if any(len(rows) != len(facts) for rows in layers.values()):
-        raise ValueError(f"{path} is damaged: {len(facts)} images, but other numbers of rows")
-    return SetFeatures(identity, layers, facts)
+        raise ValueError(f"{path} is damaged: the hash of its features differs; extract them again")
+    if any(len(rows) != len(infos) for rows in layers.values()):
+        raise ValueError(f"{path} is damaged: {len(infos)} images, but other numbers of rows")
+    return SetFeatures(identity, layers, infos)
 
 
-def by_digest(content: SetFeatures, digests: Sequence[str], names: Sequence[str]) -> SetFeatures:
-    """The rows in the order of `digests`, under new names: files may be renamed, equals have equal rows."""
-    place = {facts.sha256: index for index, facts in enumerate(content.facts)}
-    rows = [place[digest] for digest in digests]
-    facts = (Facts(**{**asdict(content.facts[r]), "name": n}) for r, n in zip(rows, names, strict=True))
-    return SetFeatures(
-        content.identity, {name: tensor[rows] for name, tensor in content.layers.items()}, tuple(facts)
-    )
+def reorder_by_digest(content: SetFeatures, digests: Sequence[str], names: Sequence[str]) -> SetFeatures:
+    """The rows in the order of other files with the same contents.
+
+    Args:
+        content: features of files with these contents, in any order and under any names.
+        digests: SHA-256 of each file.
+        names: the new name of each file.
+    """
+    row_of = {info.sha256: row for row, info in enumerate(content.infos)}
+    rows = [row_of[sha256] for sha256 in digests]
+    infos = []
+    for row, name in zip(rows, names, strict=True):
+        infos.append(replace(content.infos[row], name=name))
+    layers = {layer: tensor[rows] for layer, tensor in content.layers.items()}
+    return SetFeatures(content.identity, layers, tuple(infos))
+
+
+def _image_info(fields: dict) -> ImageInfo:
+    """From JSON, which has lists instead of tuples."""
+    conversions = tuple(fields.get("conversions", ()))
+    return ImageInfo(**{**fields, "conversions": conversions})

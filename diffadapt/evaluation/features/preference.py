@@ -1,10 +1,7 @@
-"""A number per image and prompt from a class of one's own, such as a model of human preference."""
+"""Preference models of users: a class that gives one number per image and prompt, higher is better."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,23 +10,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffadapt.evaluation.features.extractors.base import Extractor
-from diffadapt.evaluation.features.extractors.custom import source_sha256
+from diffadapt.evaluation.features.extractors.custom import import_class, source_sha256
 from diffadapt.evaluation.record import ImageRow
 from diffadapt.evaluation.scored_set import ScoredSet
 from diffadapt.evaluation.scoring import Plan, ScoringResult, score_set
 from diffadapt.metrics.feature_set import FeatureSet
 
 METRIC = "preference"
-BATCH = 16  # images handed over at a time
+BATCH = 16  # images per call of the model
 CONTRACT = (
-    "it is made without arguments and called with a list of PIL images (RGB) and a list of as many prompts; "
-    "it returns as many numbers, higher is better"
+    "it is constructed without arguments and called with a list of PIL images (RGB) and a list of as many "
+    "prompts; it returns as many numbers, higher is better"
 )
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A model of preference.
+    """A preference model.
 
     Attributes:
         name: module:Class.
@@ -44,84 +41,95 @@ class Preference:
     def values(self, scored_set: ScoredSet) -> Tensor:
         """One number per image of a set that knows its prompts, (N,) float64.
 
-        Raises: ValueError when the set has no prompts, or the model does not keep the contract.
+        Raises:
+            ValueError: the set has no prompts, or the model does not keep the contract.
         """
         if not scored_set.prompts or scored_set.load_image is None:
             raise ValueError(
                 f"{self.name} needs the images and their prompts: give --captions, or score a folder that "
                 "`diffadapt sample` wrote"
             )
+        names = [info.name for info in scored_set.infos]
         parts = []
-        for start in range(0, len(scored_set.facts), BATCH):
-            names = [facts.name for facts in scored_set.facts[start : start + BATCH]]
-            images = [scored_set.load_image(name).convert("RGB") for name in names]
+        for start in range(0, len(names), BATCH):
+            images = [scored_set.load_image(name).convert("RGB") for name in names[start : start + BATCH]]
             prompts = list(scored_set.prompts[start : start + BATCH])
             with torch.inference_mode():
                 numbers = torch.as_tensor(self.model(images, prompts)).double().cpu().flatten()
-            if len(numbers) != len(names):
+            if len(numbers) != len(images):
                 raise ValueError(
-                    f"{self.name} gave {len(numbers)} numbers for {len(names)} images: {CONTRACT}"
+                    f"{self.name} gave {len(numbers)} numbers for {len(images)} images: {CONTRACT}"
                 )
             parts.append(numbers)
         values = torch.cat(parts)
-        broken = (~values.isfinite()).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(f"{self.name} gave NaN or infinity for {scored_set.facts[broken[0]].name}")
+        bad_rows = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad_rows:
+            raise ValueError(f"{self.name} gave NaN or infinity for {names[bad_rows[0]]}")
         return values
 
     @property
     def extractor(self) -> Extractor:
-        """What stands for it in records."""
-        roles = {METRIC: METRIC}
-        return Extractor(self.name, self.sha256, 0, "none", (METRIC,), None, self.model, roles=roles)
+        """An extractor that stands for the model in records; it extracts nothing."""
+        return Extractor(
+            name=self.name,
+            sha256=self.sha256,
+            side=0,
+            preset="none",
+            layers=(METRIC,),
+            feature_layer=None,
+            network=self.model,
+            role_layers={METRIC: METRIC},
+        )
 
 
 def load_preference(name: str) -> Preference:
-    """The class `module:Class`; modules of the current folder are found too.
+    """The preference model of a class.
 
-    Raises: ValueError when it cannot be imported or called.
+    Args:
+        name: `module:Class`; modules in the current folder are found too.
+
+    Raises:
+        ValueError: the class cannot be imported or called.
     """
-    module_name, colon, class_name = name.partition(":")
+    _, colon, class_name = name.partition(":")
     if not colon or not class_name:
         raise ValueError(f"--preference takes module:Class, got {name!r}; {CONTRACT}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        kind = getattr(importlib.import_module(module_name), class_name)
+        model_class = import_class(name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--preference {name} cannot be imported: {error}") from None
-    model = kind()
+    model = model_class()
     if not callable(model):
         raise ValueError(f"--preference {name} does not keep the contract: {CONTRACT}")
     if isinstance(model, nn.Module):
         model.requires_grad_(False).eval()
-    return Preference(name, source_sha256(kind, model), model)
+    return Preference(name, source_sha256(model_class, model), model)
 
 
 def score_preference(
     label: str, scored_set: ScoredSet, preference: Preference, plan: Plan
 ) -> tuple[ScoringResult, dict[str, float]]:
-    """The mean with its interval over prompts, and the number of each image by its name."""
+    """The mean preference of a set, with an interval over prompts, and the number of each image by name."""
     values = preference.values(scored_set)
-    order = {prompt: index for index, prompt in enumerate(dict.fromkeys(scored_set.prompts))}
-    groups = torch.tensor([order[prompt] for prompt in scored_set.prompts])
+    prompt_index = {prompt: index for index, prompt in enumerate(dict.fromkeys(scored_set.prompts))}
+    groups = torch.tensor([prompt_index[prompt] for prompt in scored_set.prompts])
     feature_sets = {preference.name: FeatureSet({METRIC: values[:, None], "groups": groups})}
-    its_plan = replace(plan, metrics=(METRIC,))
+    preference_plan = replace(plan, metrics=(METRIC,))
     scored = score_set(
-        label, replace(scored_set, feature_sets=feature_sets), None, preference.extractor, its_plan
+        label, replace(scored_set, feature_sets=feature_sets), None, preference.extractor, preference_plan
     )
-    names = (facts.name for facts in scored_set.facts)
+    names = [info.name for info in scored_set.infos]
     return scored, dict(zip(names, values.tolist(), strict=True))
 
 
 def with_preference(
     rows: Sequence[ImageRow], scored_set: ScoredSet, label: str, numbers: dict[str, float]
-) -> list:
+) -> list[ImageRow]:
     """The rows of a set's images with the number of each; new rows where there are none."""
     if not rows:
-        seeds = scored_set.summary.made.get("seeds") or [None] * len(scored_set.facts)
+        seeds = scored_set.summary.made.get("seeds") or [None] * len(scored_set.infos)
         rows = [
-            ImageRow(label, facts.name, prompt=prompt, seed=seed)
-            for facts, prompt, seed in zip(scored_set.facts, scored_set.prompts, seeds, strict=True)
+            ImageRow(label, info.name, prompt=prompt, seed=seed)
+            for info, prompt, seed in zip(scored_set.infos, scored_set.prompts, seeds, strict=True)
         ]
     return [replace(row, values={**row.values, METRIC: numbers[row.name]}) for row in rows]

@@ -1,6 +1,7 @@
-"""Images of one prompt together: where only distances among them count, nothing else of them is kept.
+"""Features of LPIPS, reduced to the distances among images of one prompt.
 
-A row of LPIPS features has 640,000 numbers (AlexNet) to 8 million (VGG16): those of a whole set fit nowhere.
+A row of LPIPS features has 640,000 numbers (AlexNet) to 8 million (VGG16): too many to store for a whole set.
+Diversity needs nothing but the distances within each prompt, which a few coordinates per image keep.
 """
 
 from __future__ import annotations
@@ -10,53 +11,73 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = 1 << 16  # numbers of a row in float64 at a time
+COLUMNS = 1 << 16  # of a row, converted to float64 at a time
 
 
-def batches_of(count: int, size: int, groups: Sequence[str] = ()) -> list[list[int]]:
-    """Positions of images in whole batches of `size`, the last one smaller.
+def prompt_batches(count: int, batch_size: int, prompts: Sequence[str] = ()) -> list[list[int]]:
+    """Positions of images in batches.
 
     Args:
-        groups: the prompt of each image; then a batch holds all images of its prompts, at most `size` of them
-            unless one prompt has more.
+        count: number of images.
+        batch_size: positions in each batch; the last one may have fewer.
+        prompts: the prompt of each image. With prompts a batch holds all images of its prompts: at most
+            `batch_size` of them, unless one prompt has more.
     """
-    if not groups:
-        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-    members: dict[str, list[int]] = {}
-    for position, group in enumerate(groups):
-        members.setdefault(group, []).append(position)
+    if not prompts:
+        return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
     batches: list[list[int]] = [[]]
-    for positions in members.values():
-        if batches[-1] and len(batches[-1]) + len(positions) > size:
+    for positions in _positions_by_prompt(prompts):
+        if batches[-1] and len(batches[-1]) + len(positions) > batch_size:
             batches.append([])
         batches[-1] += positions
     return batches
 
 
-def coordinates(rows: Tensor, groups: Sequence[str]) -> Tensor:
-    """(B, D) rows to (B, m) float64, m the size of the largest group: the same distances within each group.
+def coordinates(rows: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Coordinates of images with the same distances within each prompt as their features (classical scaling).
 
-    The eigenvectors of the group's inner products, each by the root of its eigenvalue (classical scaling).
-    A row with NaN or infinity becomes NaN.
+    The m images of a prompt have the inner products `G = X X^T`, X their centered features (m, D). With the
+    eigendecomposition `G = V diag(e) V^T` the rows of `V diag(sqrt(e))` have the same inner products, hence
+    the same distances.
+
+    Args:
+        rows: features (B, D).
+        prompts: the prompt of each image.
+
+    Returns:
+        (B, m) float64, m the images of the largest prompt. A row with NaN or infinity becomes NaN.
     """
-    members = [[row for row, other in enumerate(groups) if other == group] for group in dict.fromkeys(groups)]
-    found = torch.zeros(len(rows), max(map(len, members)), dtype=torch.float64)
-    for own in members:
-        products = _inner_products(rows[own])
+    groups = _positions_by_prompt(prompts)
+    largest = max(len(positions) for positions in groups)
+    result = torch.zeros(len(rows), largest, dtype=torch.float64)
+    for positions in groups:
+        products = _inner_products(rows[positions])  # (m, m)
         if products.isfinite().all():
             values, vectors = torch.linalg.eigh(products)
-            found[own, : len(own)] = vectors * values.clamp(min=0).sqrt()
-    found[~rows.isfinite().all(dim=1)] = torch.nan
-    return found
+            result[positions, : len(positions)] = vectors * values.clamp(min=0).sqrt()
+    result[~rows.isfinite().all(dim=1)] = torch.nan
+    return result
+
+
+def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several batches; narrower ones (coordinates of smaller prompts) get zeros on the right."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def _positions_by_prompt(prompts: Sequence[str]) -> list[list[int]]:
+    """The positions of each prompt's images, prompts in the order of first appearance."""
+    positions: dict[str, list[int]] = {}
+    for position, prompt in enumerate(prompts):
+        positions.setdefault(prompt, []).append(position)
+    return list(positions.values())
 
 
 def _inner_products(rows: Tensor) -> Tensor:
-    """(m, m) float64, of the rows less their mean: what they share would cost digits."""
-    parts = ((part - part.mean(dim=0)) for part in (block.double() for block in rows.split(COLUMNS, dim=1)))
-    return sum(part @ part.T for part in parts)
-
-
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of several batches; coordinates of smaller groups get zeros on the right."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    """Inner products (m, m) float64 of rows (m, D) less their mean, which would cost digits."""
+    products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for block in rows.split(COLUMNS, dim=1):
+        centered = block.double()
+        centered = centered - centered.mean(dim=0)
+        products = products + centered @ centered.T
+    return products

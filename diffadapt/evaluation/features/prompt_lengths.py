@@ -1,4 +1,4 @@
-"""Prompts longer than a text encoder reads."""
+"""Warnings about prompts longer than a text encoder reads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from diffadapt.common.messages import indented_list
 from diffadapt.evaluation.features.extractors.base import Extractor
 
-SHOWN = 3  # prompts named in a warning
-BEGINNING = 60  # characters of each
+MAX_LISTED = 3  # prompts named in a warning
+SHOWN_CHARACTERS = 60  # of each
 
 
-def cut_prompts(label: str, prompts: Sequence[str], extractor: Extractor) -> list[str]:
-    """A warning about the prompts of a set of which an extractor compares the beginning alone."""
+def long_prompts_warning(label: str, prompts: Sequence[str], extractor: Extractor) -> list[str]:
+    """A warning about prompts of a set that an extractor truncates before it compares images with them."""
     if extractor.count_tokens is None or not prompts:
         return []
     texts = list(dict.fromkeys(prompts))
-    counts = dict(zip(texts, extractor.count_tokens(texts), strict=True))
-    longer = [
-        f"{text[:BEGINNING]!r}... ({n} tokens)" for text, n in counts.items() if n > extractor.text_length
-    ]
-    if not longer:
+    too_long = []
+    for text, num_tokens in zip(texts, extractor.count_tokens(texts), strict=True):
+        if num_tokens > extractor.text_length:
+            too_long.append(f"{text[:SHOWN_CHARACTERS]!r}... ({num_tokens} tokens)")
+    if not too_long:
         return []
     return [
-        f"{label}: {len(longer)} of {len(texts)} prompts are longer than the {extractor.text_length} tokens "
-        f"that {extractor.name} reads; images are compared with their beginnings:\n"
-        f"{indented_list(longer, limit=SHOWN)}"
+        f"{label}: {len(too_long)} of {len(texts)} prompts are longer than the {extractor.text_length} "
+        f"tokens that {extractor.name} reads; images are compared with their beginnings:\n"
+        f"{indented_list(too_long, limit=MAX_LISTED)}"
     ]

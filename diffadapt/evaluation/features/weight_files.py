@@ -1,6 +1,6 @@
-"""Weights of known extractors: where they may lie, what they must hash to, how they are fetched.
+"""Published weight files of extractors: where they are searched for, their hashes, and their download.
 
-Nothing is downloaded unless asked for, and nothing is read before its SHA-256 agrees.
+Nothing is downloaded without permission, and no file is read before its SHA-256 agrees.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from tqdm import tqdm
 
 from diffadapt.common.atomic_files import write_atomically
 
-BLOCK = 1 << 20  # bytes read at once
+BLOCK = 1 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One published file of weights."""
+    """One published weight file.
 
-    name: str  # of the file
+    Attributes:
+        name: of the file.
+        url: its source.
+        size: in bytes.
+        sha256: of its bytes.
+    """
+
+    name: str
     url: str
-    size: int  # bytes
+    size: int
     sha256: str
 
     def __str__(self) -> str:
@@ -37,7 +44,7 @@ class WeightFile:
 
 _TORCHVISION = "https://download.pytorch.org/models"
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
-FILES = {  # extractor -> the file it needs
+FILES = {  # extractor -> its weight file
     "inception": WeightFile(
         "weights-inception-2015-12-05-6726825d.pth",
         f"{_FIDELITY}/weights-inception-2015-12-05-6726825d.pth",
@@ -64,50 +71,59 @@ FILES = {  # extractor -> the file it needs
     ),
 }
 FILES["lpips:vgg"] = FILES["vgg16"]
-OTHER_NAMES = {"inception": ("pt_inception-2015-12-05-6726825d.pth",)}  # the same bytes, as others name them
+OTHER_NAMES = {"inception": ("pt_inception-2015-12-05-6726825d.pth",)}  # of the same file in other programs
 
 
 def caches() -> list[Path]:
-    """Folders in which weights are looked for: torch hub's."""
+    """Folders in which weight files are searched for: torch hub's."""
     return [Path(torch.hub.get_dir()) / "checkpoints"]
 
 
 def find(extractor: str) -> Path | None:
-    """The file of a known extractor in the usual caches, None when it is in none."""
+    """The weight file of an extractor in the usual caches; None where it is in none."""
     names = (FILES[extractor].name, *OTHER_NAMES.get(extractor, ()))
-    candidates = (folder / name for folder in caches() for name in names)
-    return next((path for path in candidates if path.is_file()), None)
+    for folder in caches():
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    return None
 
 
 def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
-    """`["inception=/path"]` -> {"inception": Path("/path")}.
+    """Parses `--weights`: `["inception=/path"]` to {"inception": Path("/path")}.
 
-    Raises: ValueError for another form, FileNotFoundError for a path at which nothing is.
+    Raises:
+        ValueError: a pair is of another form, or an extractor is named twice.
+        FileNotFoundError: there is no such path.
     """
-    found = {}
+    paths: dict[str, Path] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals or not path:
             raise ValueError(
                 f"--weights takes EXTRACTOR=PATH, such as inception=/path/file.pth, got {pair!r}"
             )
-        if name in found:
-            raise ValueError(f"--weights names {name!r} twice: {found[name]} and {path}; give one")
+        if name in paths:
+            raise ValueError(f"--weights names {name!r} twice: {paths[name]} and {path}; give one")
         if not Path(path).exists():
             raise FileNotFoundError(f"--weights {pair}: there is nothing at {path!r}")
-        found[name] = Path(path)
-    return found
+        paths[name] = Path(path)
+    return paths
 
 
-def locate(extractor: str, *, given: Mapping[str, Path], download: bool, available: list[str]) -> Path:
-    """The weights of a known extractor: given, in a cache, or downloaded when that is allowed.
+def locate(extractor: str, *, weights: Mapping[str, Path], download: bool, available: list[str]) -> Path:
+    """The weight file of an extractor: from `--weights`, from a cache, or downloaded where allowed.
 
     Args:
-        given: parsed `--weights`.
-        available: extractors that need no further file, named in the error.
-    Raises: FileNotFoundError that says which file, its size, its source, and where to put it.
+        extractor: a key of FILES.
+        weights: parsed `--weights`.
+        download: whether a missing file may be downloaded.
+        available: extractors that need no download, for the error.
+
+    Raises:
+        FileNotFoundError: the file is missing; names the file, its size, its source, and where to put it.
     """
-    path = given.get(extractor) or find(extractor)
+    path = weights.get(extractor) or find(extractor)
     if path is not None:
         return path
     file = FILES[extractor]
@@ -121,9 +137,11 @@ def locate(extractor: str, *, given: Mapping[str, Path], download: bool, availab
 
 
 def fetch(file: WeightFile, folder: Path) -> Path:
-    """Downloads a file after printing its size, source and hash; a file that does not hash right is removed.
+    """Downloads a file after printing its size, source and hash; a file with another hash is removed.
 
-    Raises: OSError when it cannot be had, ValueError when it is not the published file.
+    Raises:
+        OSError: the download failed.
+        ValueError: it is not the published file.
     """
     print(f"downloading {file} to {folder}", file=sys.stderr)
     target = folder / file.name
@@ -131,7 +149,7 @@ def fetch(file: WeightFile, folder: Path) -> Path:
         write_atomically(target, lambda temporary: _download(file, temporary))
     except urllib.error.URLError as error:
         raise OSError(
-            f"cannot download {file.url}: {error.reason}; fetch it elsewhere, see --weights"
+            f"cannot download {file.url}: {error.reason}; download it on another machine, see --weights"
         ) from None
     return target
 
@@ -142,27 +160,32 @@ def _download(file: WeightFile, target: Path) -> None:
         target.open("wb") as out,
         tqdm(desc=file.name, total=file.size, unit="B", unit_scale=True) as bar,
     ):
-        while (block := source.read(BLOCK)) and bar.n <= file.size:
+        while (block := source.read(BLOCK)) and bar.n <= file.size:  # a longer file is not the published one
             out.write(block)
             bar.update(len(block))
     check(target, file)
 
 
 def check(path: Path, file: WeightFile) -> str:
-    """The SHA-256 of a file. Raises: ValueError unless it is the published one."""
-    found = sha256_of(path)
-    if found != file.sha256:
+    """The SHA-256 of a file, which must be the published one.
+
+    Raises:
+        ValueError: it has another hash.
+    """
+    sha256 = sha256_of(path)
+    if sha256 != file.sha256:
         raise ValueError(
-            f"{path} is not the published {file.name}: sha256 {found}, {path.stat().st_size:,} bytes; "
-            f"expected {file.sha256}, {file.size:,} bytes; it was not read. Fetch it again from {file.url}"
+            f"{path} is not the published {file.name}: sha256 {sha256}, {path.stat().st_size:,} bytes; "
+            f"expected {file.sha256}, {file.size:,} bytes; it was not read. Download it again from {file.url}"
         )
-    return found
+    return sha256
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or a .pth file; the latter by torch's weights-only reader.
+    """The tensors of a .safetensors or a .pth file; the latter by torch's weights-only reader.
 
-    Raises: ValueError when the file holds anything else.
+    Raises:
+        ValueError: the file holds anything else.
     """
     try:
         if path.suffix == ".safetensors":
@@ -178,6 +201,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, which is read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):

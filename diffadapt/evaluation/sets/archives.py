@@ -1,4 +1,8 @@
-"""Zips and npz files from anywhere: nothing is unpacked to disk, nothing unpickled, no bomb is opened."""
+"""Images in zip files and arrays in npz files from untrusted sources.
+
+Nothing is unpacked to disk and nothing is unpickled; archives that would unpack to far more than their size
+(decompression bombs) and names that lead out of the archive are refused.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ import numpy as np
 
 from diffadapt.common.images import IMAGE_SUFFIXES
 
-MAX_MEMBER = 512 << 20  # bytes of one image file
-MAX_RATIO = 200  # unpacked against packed bytes: images hardly shrink, bombs by a thousand
-IMAGES = "arr_0"  # key of the images in an npz as guided-diffusion writes it
-SMALL = 1 << 20  # bytes below which the ratio does not matter
+MAX_IMAGE_BYTES = 512 << 20  # of one unpacked image file
+MAX_RATIO = 200  # unpacked bytes / packed bytes: images hardly shrink, bombs by a factor of a thousand
+RATIO_CHECKED_ABOVE = 1 << 20  # unpacked bytes; a bomb smaller than this does no harm
+IMAGES = "arr_0"  # key of the images in an npz file as guided-diffusion writes it
 
 
 @dataclass(frozen=True)
-class Member:
-    """An image in a zip, read without unpacking the rest. An `ImageSource`."""
+class ZipImage:
+    """An image in a zip file, read without unpacking the others. An `ImageSource`."""
 
     archive: zipfile.ZipFile = field(repr=False)
     info: zipfile.ZipInfo = field(repr=False)
@@ -28,7 +32,11 @@ class Member:
         return self.info.filename
 
     def read_bytes(self) -> bytes:
-        """Raises: ValueError when there are more bytes than the archive's list says."""
+        """The unpacked file.
+
+        Raises:
+            ValueError: there are more bytes than the archive's directory says.
+        """
         with self.archive.open(self.info) as file:
             data = file.read(self.info.file_size + 1)
         if len(data) > self.info.file_size:
@@ -39,23 +47,31 @@ class Member:
         return self.name
 
 
-def members_of(path: Path) -> list[Member]:
-    """The images of a zip in the order of their names.
+def zip_images(path: Path) -> list[ZipImage]:
+    """The images of a zip file in the order of their names.
 
-    Raises: ValueError for a damaged or encrypted archive, a bomb, and names that lead out of it.
+    Raises:
+        ValueError: the archive is damaged or encrypted, is a decompression bomb, or has names that lead out
+            of it.
     """
-    archive = _open(path)
-    members = [Member(archive, info) for info in archive.infolist() if _is_image(info)]
-    for member in members:
-        _check(path, member.info)
-    return sorted(members, key=lambda member: member.name)
+    archive = _open_archive(path)
+    images = []
+    for info in archive.infolist():
+        if _is_image(info):
+            _check_entry(path, info, limit=MAX_IMAGE_BYTES)
+            images.append(ZipImage(archive, info))
+    return sorted(images, key=lambda image: image.name)
 
 
-def arrays_of(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz. Raises: ValueError for pickled objects, damage and bombs."""
-    with _open(path) as archive:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file by name.
+
+    Raises:
+        ValueError: the file is damaged, holds pickled objects, or is a decompression bomb.
+    """
+    with _open_archive(path) as archive:
         for info in archive.infolist():
-            _check(path, info, limit=None)
+            _check_entry(path, info, limit=None)  # arrays of many images may be large
     try:
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
@@ -63,13 +79,13 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read as arrays: {error}") from None
 
 
-def names_of(path: Path) -> list[str]:
-    """The names of the arrays in an npz."""
-    with _open(path) as archive:
+def array_names(path: Path) -> list[str]:
+    """The names of the arrays in an npz file, which are not read."""
+    with _open_archive(path) as archive:
         return [Path(name).stem for name in archive.namelist()]
 
 
-def _open(path: Path) -> zipfile.ZipFile:
+def _open_archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -77,21 +93,29 @@ def _open(path: Path) -> zipfile.ZipFile:
 
 
 def _is_image(info: zipfile.ZipInfo) -> bool:
-    name = PurePosixPath(info.filename)
-    hidden = name.name.startswith(".") or "__MACOSX" in name.parts
-    return not info.is_dir() and not hidden and name.suffix.lower() in IMAGE_SUFFIXES
+    path = PurePosixPath(info.filename)
+    is_hidden = path.name.startswith(".") or "__MACOSX" in path.parts  # macOS adds a folder of metadata
+    return not info.is_dir() and not is_hidden and path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _check(path: Path, info: zipfile.ZipInfo, limit: int | None = MAX_MEMBER) -> None:
+def _check_entry(path: Path, info: zipfile.ZipInfo, *, limit: int | None) -> None:
+    """Refuses an entry of an archive before it is unpacked.
+
+    Args:
+        path: the archive, for messages.
+        info: the entry.
+        limit: most unpacked bytes; None for no limit.
+    """
     name = PurePosixPath(info.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{path} holds {info.filename!r}, a name that leads out of it; it was not read")
-    if info.flag_bits & 1:
+    if info.flag_bits & 1:  # bit 0 of the general purpose flags: encrypted
         raise ValueError(f"{path} is encrypted; unpack it and give the folder")
-    packed = max(info.compress_size, 1)
-    too_dense = info.file_size > SMALL and info.file_size > MAX_RATIO * packed
-    if too_dense or (limit is not None and info.file_size > limit):
+    packed_bytes = max(info.compress_size, 1)
+    is_dense = info.file_size > RATIO_CHECKED_ABOVE and info.file_size > MAX_RATIO * packed_bytes
+    is_too_large = limit is not None and info.file_size > limit
+    if is_dense or is_too_large:
         raise ValueError(
-            f"{path}: {info.filename} unpacks from {packed:,} to {info.file_size:,} bytes; "
-            "it is refused as a bomb"
+            f"{path}: {info.filename} unpacks from {packed_bytes:,} to {info.file_size:,} bytes; "
+            "it is refused as a decompression bomb"
         )

@@ -1,4 +1,4 @@
-"""One image of a set: its bytes and pixels, and the facts by which overlap and formats are judged."""
+"""One image of a set: its bytes, its pixels, and the information that overlap and format checks need."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a decoded image.
+class ImageInfo:
+    """Information about a decoded image.
 
     Attributes:
-        sha256: of the file, or of the bytes of an array.
-        pixels, mirrored: SHA-256 of the decoded pixels, and of their mirror image.
-        dhash, dhash_mirrored: 64-bit difference hashes, the same for images that look alike.
+        name: name in its set.
+        sha256: hash of the file, or of the bytes of an array.
+        pixels: SHA-256 of the decoded pixels.
+        mirrored: SHA-256 of the pixels of the mirror image.
+        dhash: 64-bit difference hash, nearly the same for images that look alike.
+        dhash_mirrored: difference hash of the mirror image.
         format: "PNG", "JPEG", ..., "array".
-        mode: as stored, such as "RGB", "RGBA", "L".
-        conversions: what was done on the way to 8-bit RGB that not every program does: see `conversions_of`.
+        mode: Pillow's mode of the stored image, such as "RGB", "RGBA", "L".
+        width: in pixels.
+        height: in pixels.
+        conversions: steps to 8-bit RGB that not every program takes; see `conversions_of`.
     """
 
     name: str
@@ -42,21 +47,26 @@ class Facts:
     conversions: tuple[str, ...] = ()
 
 
-class Picture(Protocol):
-    """An image that is read when it is needed, and known by the hash of what it is stored as."""
+class LazyImage(Protocol):
+    """An image that is read when it is needed."""
 
     name: str
 
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """SHA-256 of what is stored."""
+        ...
 
-    def load(self) -> tuple[Tensor, Facts]:
-        """(3, H, W) uint8 and the facts; damaged files make Pillow raise almost anything."""
+    def load(self) -> tuple[Tensor, ImageInfo]:
+        """The pixels, (3, H, W) uint8, and information about the image.
+
+        A damaged file makes Pillow raise almost any exception.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class FilePicture:
-    """An image in a file, a zip member or a data set's row of bytes."""
+class ImageFile:
+    """A `LazyImage` in a file, in a zip archive or in the bytes of a data set's row."""
 
     name: str
     source: ImageSource
@@ -64,100 +74,153 @@ class FilePicture:
     def digest(self) -> str:
         return hashlib.sha256(self.source.read_bytes()).hexdigest()
 
-    def load(self) -> tuple[Tensor, Facts]:
+    def load(self) -> tuple[Tensor, ImageInfo]:
         data = self.source.read_bytes()
         try:
             image = open_undecoded(StoredImage(self.name, data))
         except UnidentifiedImageError:
             raise ValueError(f"{len(data):,} bytes that are no image") from None
         with image:
-            kind, mode = image.format or "?", image.mode
+            image_format = image.format or "?"
+            mode = image.mode
             conversions = conversions_of(image)
             if mode == "F":
-                refuse_out_of_range(np.asarray(image), self.name)
-        pixels = np.asarray(open_image(StoredImage(self.name, data)))
-        return _loaded(pixels, self.name, hashlib.sha256(data).hexdigest(), kind, mode, conversions)
+                check_value_range(np.asarray(image), self.name)
+        values = np.asarray(open_image(StoredImage(self.name, data)))  # (H, W, 3)
+        sha256 = hashlib.sha256(data).hexdigest()
+        info = _image_info(values, self.name, sha256, image_format, mode, conversions)
+        return _channels_first(values), info
 
 
 @dataclass(frozen=True)
-class ArrayPicture:
-    """An image in memory, (H, W, 3) uint8."""
+class ArrayImage:
+    """A `LazyImage` in memory, (H, W, 3) uint8."""
 
     name: str
     values: np.ndarray
 
     def digest(self) -> str:
-        return _hash(self.values)
+        return _hash_array(self.values)
 
-    def load(self) -> tuple[Tensor, Facts]:
-        return _loaded(self.values, self.name, self.digest(), "array", "RGB")
+    def load(self) -> tuple[Tensor, ImageInfo]:
+        info = _image_info(self.values, self.name, self.digest(), "array", "RGB", ())
+        return _channels_first(self.values), info
 
 
 def to_uint8(images: np.ndarray, name: str) -> np.ndarray:
-    """(N, H, W, C) in uint8, or floats in [0, 1], rounded once to the nearest, to (N, H, W, 3) uint8.
+    """Converts an array of images to 8-bit RGB.
 
-    Raises: ValueError for floats out of range (also [-1, 1] and [0, 255]), other types or shapes.
+    Args:
+        images: (N, H, W, C), C 1 or 3, uint8 or floats in [0, 1], which are rounded once to the nearest.
+        name: for messages.
+
+    Returns:
+        (N, H, W, 3) uint8.
+
+    Raises:
+        ValueError: floats out of range (also those in [-1, 1] and [0, 255]), another type or shape.
     """
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"{name}: expected images (N, H, W, 3), got an array of shape {images.shape}")
     if np.issubdtype(images.dtype, np.floating):
-        refuse_out_of_range(images, name)
+        check_value_range(images, name)
         images = (images.astype(np.float64) * 255).round().astype(np.uint8)
     elif images.dtype != np.uint8:
         raise ValueError(f"{name}: expected uint8, or floats in [0, 1], got {images.dtype}")
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    if images.shape[-1] == 1:
+        return np.repeat(images, 3, axis=-1)
+    return images
 
 
-def refuse_out_of_range(values: np.ndarray, name: str) -> None:
-    """Raises: ValueError unless all floats lie in [0, 1], with a guess of what they are."""
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+def check_value_range(values: np.ndarray, name: str) -> None:
+    """Checks that all floats lie in [0, 1].
+
+    Raises:
+        ValueError: they do not, with a guess of their range.
+    """
+    if not values.size:
+        return
+    low = float(values.min())
+    high = float(values.max())
     if low >= 0 and high <= 1:
         return
-    guess = "divide by 255" if high > 2 else "rescale"
     if -1 <= low < 0 and high <= 1:
         guess = "they look like [-1, 1]: add 1 and halve"
-    problem = "NaN or infinity" if not np.isfinite([low, high]).all() else f"values in [{low:g}, {high:g}]"
+    elif high > 2:
+        guess = "divide by 255"
+    else:
+        guess = "rescale"
+    is_finite = np.isfinite([low, high]).all()
+    problem = f"values in [{low:g}, {high:g}]" if is_finite else "NaN or infinity"
     raise ValueError(f"{name}: float images must lie in [0, 1], found {problem}; {guess}")
 
 
-def difference_hashes(image: Image.Image) -> tuple[int, int]:
-    """64 bits, where 8 x 8 places are darker than their right neighbours; and of the mirror image."""
-    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR)).astype(int)
-    return tuple(
-        int("".join("1" if bit else "0" for bit in (view[:, 1:] > view[:, :-1]).flatten()), 2)
-        for view in (small, small[:, ::-1])
-    )
+def _difference_hashes(image: Image.Image) -> tuple[int, int]:
+    """The difference hashes of an image and of its mirror image.
+
+    Each of 64 bits says whether one of 8 x 8 places is darker than its right neighbour. The shrunk image is
+    mirrored, not the image itself, whose shrunk mirror image may differ by rounding.
+    """
+    gray = image.convert("L").resize((9, 8), Image.Resampling.BILINEAR)
+    values = np.asarray(gray).astype(int)  # (8, 9)
+    return _hash_differences(values), _hash_differences(values[:, ::-1])
+
+
+def _hash_differences(values: np.ndarray) -> int:
+    """(8, 9) gray values to 64 bits."""
+    is_darker = values[:, 1:] > values[:, :-1]  # (8, 8)
+    digits = "".join("1" if bit else "0" for bit in is_darker.flatten())
+    return int(digits, 2)
 
 
 def conversions_of(image: Image.Image) -> tuple[str, ...]:
-    """How an opened image differs from plain 8-bit RGB, in the words of a warning."""
-    found = []
+    """The properties of an opened image that plain 8-bit RGB does not have, in the words of a warning."""
+    conversions = []
     if image.getexif().get(ORIENTATION, 1) != 1:
-        found.append("turned upright by their EXIF orientation")
-    if "transparency" in image.info or _has_alpha(image):
-        found.append("transparent, put on white")
+        conversions.append("turned upright by their EXIF orientation")
+    if "transparency" in image.info or _is_transparent(image):
+        conversions.append("transparent, put on white")
     if "icc_profile" in image.info:
-        found.append("with an ICC profile")
+        conversions.append("with an ICC profile")
     if image.mode.startswith("I") or image.mode == "F":
-        found.append("of more than 8 bits")
-    return tuple(found)
+        conversions.append("of more than 8 bits")
+    return tuple(conversions)
 
 
-def _has_alpha(image: Image.Image) -> bool:
-    """Whether a pixel is not opaque."""
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel is not opaque."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
         return False
-    return image.getchannel(image.getbands()[-1]).getextrema()[0] < 255
+    alpha = image.getchannel(image.getbands()[-1])
+    lowest, _ = alpha.getextrema()
+    return lowest < 255
 
 
-def _loaded(
-    values: np.ndarray, name: str, sha256: str, kind: str, mode: str, conversions: tuple[str, ...] = ()
-) -> tuple[Tensor, Facts]:
+def _channels_first(values: np.ndarray) -> Tensor:
+    """(H, W, 3) to (3, H, W)."""
+    return torch.from_numpy(values.transpose(2, 0, 1).copy())
+
+
+def _image_info(
+    values: np.ndarray, name: str, sha256: str, image_format: str, mode: str, conversions: tuple[str, ...]
+) -> ImageInfo:
     height, width = values.shape[:2]
-    hashes = (_hash(values), _hash(values[:, ::-1]), *difference_hashes(Image.fromarray(values)))
-    pixels = torch.from_numpy(values.transpose(2, 0, 1).copy())
-    return pixels, Facts(name, sha256, *hashes, kind, mode, width, height, conversions)
+    dhash, dhash_mirrored = _difference_hashes(Image.fromarray(values))
+    return ImageInfo(
+        name=name,
+        sha256=sha256,
+        pixels=_hash_array(values),
+        mirrored=_hash_array(values[:, ::-1]),
+        dhash=dhash,
+        dhash_mirrored=dhash_mirrored,
+        format=image_format,
+        mode=mode,
+        width=width,
+        height=height,
+        conversions=conversions,
+    )
 
 
-def _hash(values: np.ndarray) -> str:
+def _hash_array(values: np.ndarray) -> str:
+    """SHA-256 of shape and values."""
     return hashlib.sha256(str(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Sets of images by name: folders, zips, ADM's npz, `datasets`, and what is shipped with the package."""
+"""Sets of images by name: folders, zips, ADM's npz, `datasets`, and the sets shipped with the package."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import numpy as np
 from diffadapt.common.images import IMAGE_SUFFIXES, StoredImage, list_images
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.symlinks import visible_files
-from diffadapt.evaluation.sets.archives import IMAGES, arrays_of, members_of
-from diffadapt.evaluation.sets.image_files import ArrayPicture, FilePicture, Picture, to_uint8
+from diffadapt.evaluation.sets.archives import IMAGES, read_npz, zip_images
+from diffadapt.evaluation.sets.image_files import ArrayImage, ImageFile, LazyImage, to_uint8
 from diffadapt.models.base_names import is_embedded, resolve
 
 DATASETS = "datasets:"
-SAMPLE = "sample.json"  # of `diffadapt sample`
+SAMPLE = "sample.json"  # written by `diffadapt sample`
 OVERVIEW = re.compile(r"(image|sample|samples)?[-_ ]?(grid|sheet|overview|collage)([-_ ]?\d+)?")
-INPUTS = ("input", "inputs", "source", "conditioning")  # folders of what an image was made from
-SAVED_DATASET = ("state.json", "dataset_dict.json")  # marks of datasets' save_to_disk
+INPUT_FOLDERS = ("input", "inputs", "source", "conditioning")  # of images that others were generated from
+SAVED_DATASET = ("state.json", "dataset_dict.json")  # files that datasets' save_to_disk writes
 
 
 @dataclass(frozen=True)
@@ -31,70 +31,63 @@ class ImageSet:
     """Images to score, in a fixed order, not yet read.
 
     Attributes:
-        source: as it was named; kind: folder, zip, npz, datasets, embedded, adapter or base.
-        ignored: files beside the images that are none, "name: reason".
-        no_samples: images that are left out because their names say that they are an overview or an input.
-        made: of drawn images, how; prompts: of drawn images, the caption of each.
+        source: the name it was opened by.
+        kind: folder, zip, npz, npy, datasets, embedded, adapter or base.
+        images: in the order of their features.
+        ignored: files beside the images that are no images, "name: reason".
+        generation: of generated images, how they were generated.
+        prompts: of generated images, the prompt of each.
+        excluded: images left out because their names say that they are an overview or an input.
     """
 
     source: str
     kind: str
-    pictures: Sequence[Picture]
+    images: Sequence[LazyImage]
     ignored: tuple[str, ...] = ()
-    made: Mapping[str, object] = field(default_factory=dict)
+    generation: Mapping[str, object] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
-    no_samples: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
 
 def open_set(source: str, *, download: bool = False, follow_links: bool = False) -> ImageSet:
-    """The images a name stands for.
+    """Opens the images that a name stands for.
 
     Args:
         source: a folder (with the folders in it), FILE.zip, FILE.npz or FILE.npy with images, FILE.parquet, a
             folder that `datasets` saved, `datasets:NAME[:SPLIT[:COLUMN]]`, or `embedded:NAME[:SPLIT]`.
-        download: whether a named data set may be fetched.
+        download: whether a data set of the Hugging Face hub may be downloaded.
         follow_links: follow links out of a folder too.
-    Raises: FileNotFoundError where nothing is, ValueError for other files and empty sets.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the file is of another kind, or the set is empty.
     """
     if source.startswith(DATASETS):
-        return _named_dataset(source, download)
-    path = _path_of(source)
+        return _open_hub_dataset(source, download)
+    path = _resolve_path(source)
     if path.is_dir():
-        if any((path / mark).exists() for mark in SAVED_DATASET):
+        if _is_saved_dataset(path):
             import datasets
 
-            return _from_dataset(source, datasets.load_from_disk(str(path)), None)
-        return _from_folder(source, path, follow_links)
+            return _open_dataset(source, datasets.load_from_disk(str(path)), column=None)
+        return _open_folder(source, path, follow_links)
     if not path.exists():
         raise FileNotFoundError(f"no images at {source!r}; give a folder, a .zip, a .npz or {DATASETS}NAME")
     if path.suffix == ".zip":
-        pictures = [FilePicture(member.name, member) for member in members_of(path)]
-        return _checked(ImageSet(source, "zip", pictures))
+        images = [ImageFile(image.name, image) for image in zip_images(path)]
+        return _require_images(ImageSet(source, "zip", images))
     if path.suffix == ".npz":
-        return _from_npz(source, path)
+        return _open_npz(source, path)
     if path.suffix == ".npy":
-        return _from_npy(source, path)
+        return _open_npy(source, path)
     if path.suffix == ".parquet":
         import datasets
 
-        return _from_dataset(source, datasets.Dataset.from_parquet(str(path)), None)
+        return _open_dataset(source, datasets.Dataset.from_parquet(str(path)), column=None)
     raise ValueError(f"{source!r} is no set of images; give a folder, a .zip, a .npz or {DATASETS}NAME")
-
-
-def _path_of(source: str) -> Path:
-    """Where a set lies; `embedded:NAME:SPLIT` is a table of a data set shipped with the package."""
-    if is_embedded(source) and source.count(":") == 2:
-        name, _, split = source.rpartition(":")
-        tables = sorted(Path(resolve(name)).glob("*.parquet"))
-        if split not in [table.stem for table in tables]:
-            raise ValueError(
-                f"{name} has no split {split!r}{did_you_mean(split, [table.stem for table in tables])}"
-            )
-        return Path(resolve(name)) / f"{split}.parquet"
-    return Path(resolve(source))
 
 
 def has_prompts(source: str) -> bool:
@@ -107,119 +100,144 @@ def fingerprint(digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def _from_sample(source: str, folder: Path) -> ImageSet:
-    """What `diffadapt sample` left: its images with their prompts, not the sheet of them all."""
+def _resolve_path(source: str) -> Path:
+    """The path of a set; `embedded:NAME:SPLIT` is a table of a data set shipped with the package."""
+    if not (is_embedded(source) and source.count(":") == 2):
+        return Path(resolve(source))
+    name, _, split = source.rpartition(":")
+    folder = Path(resolve(name))
+    splits = sorted(table.stem for table in folder.glob("*.parquet"))
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}{did_you_mean(split, splits)}")
+    return folder / f"{split}.parquet"
+
+
+def _open_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
+    if (folder / SAMPLE).is_file():
+        return _open_sample_folder(source, folder)
+    _refuse_output_folders(folder)
+    paths: dict[str, Path] = {}
+    for path in list_images(folder, recursive=True, follow_links=follow_links):
+        paths[path.relative_to(folder).as_posix()] = path
+    excluded = [name for name in paths if _is_overview_or_input(name)]
+    if len(excluded) == len(paths):  # then the names mean something else
+        excluded = []
+    images = [ImageFile(name, path) for name, path in paths.items() if name not in excluded]
+    ignored = []
+    files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
+    for path in files:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            ignored.append(f"{path.relative_to(folder).as_posix()}: not an image file")
+    kind = "embedded" if is_embedded(source) else "folder"
+    return ImageSet(source, kind, images, ignored=tuple(ignored), excluded=tuple(excluded))
+
+
+def _open_sample_folder(source: str, folder: Path) -> ImageSet:
+    """The images that `diffadapt sample` wrote, with their prompts, without the contact sheet."""
     try:
-        images = json.loads((folder / SAMPLE).read_text(encoding="utf-8"))["images"]
-        names, prompts = [image["file"] for image in images], tuple(image["prompt"] for image in images)
+        entries = json.loads((folder / SAMPLE).read_text(encoding="utf-8"))["images"]
+        names = [entry["file"] for entry in entries]
+        prompts = tuple(entry["prompt"] for entry in entries)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / SAMPLE} is damaged: {error}; remove it to score all images") from None
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{folder / SAMPLE} names {outside[0]!r}, which is not in its folder")
-    return _checked(
-        ImageSet(source, "folder", [FilePicture(name, folder / name) for name in names], prompts=prompts)
-    )
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{folder / SAMPLE} names {name!r}, which is not in its folder")
+    images = [ImageFile(name, folder / name) for name in names]
+    return _require_images(ImageSet(source, "folder", images, prompts=prompts))
 
 
-def _from_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
-    if (folder / SAMPLE).is_file():
-        return _from_sample(source, folder)
-    _refuse_results(folder)
-    paths = list_images(folder, recursive=True, follow_links=follow_links)
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    no_samples = [name for name in names if _is_no_sample(name)]
-    if len(no_samples) == len(names):
-        no_samples = []
-    pictures = [FilePicture(name, path) for name, path in names.items() if name not in no_samples]
-    files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
-    others = [
-        path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES
-    ]
-    ignored = tuple(f"{name}: not an image file" for name in others)
-    kind = "embedded" if is_embedded(source) else "folder"
-    return ImageSet(source, kind, pictures, ignored, no_samples=tuple(no_samples))
-
-
-def _is_no_sample(name: str) -> bool:
-    """Whether a file is, by its name, an overview of samples or an input of what made them."""
+def _is_overview_or_input(name: str) -> bool:
+    """Whether a file is, by its name, an overview of samples or an input that samples were made from."""
     path = PurePosixPath(name)
-    is_input = any(part.lower() in INPUTS for part in path.parts[:-1])
+    is_input = any(part.lower() in INPUT_FOLDERS for part in path.parts[:-1])
     return is_input or OVERVIEW.fullmatch(path.stem.lower()) is not None
 
 
-def _refuse_results(folder: Path) -> None:
-    """Raises: ValueError for the folder of a training run or an evaluation, which holds several sets."""
+def _refuse_output_folders(folder: Path) -> None:
+    """Refuses the output folder of a training run or of an evaluation, which holds several sets."""
     if (folder / "run.json").is_file() and (folder / "samples").is_dir():
         raise ValueError(
             f"{str(folder)!r} is the folder of a training run, with images of before and after; score its "
             f"checkpoints with --run {shlex.quote(str(folder))}, or name {folder / 'samples' / 'after'}"
         )
     if (folder / "subject.json").is_file() and (folder / "images").is_dir():
-        folders = [str(path) for path in sorted((folder / "images").iterdir()) if path.is_dir()]
-        sets = ", ".join(folders)
-        raise ValueError(f"{str(folder)!r} holds the images of an evaluation; name a set of them: {sets}")
-
-
-def _from_npz(source: str, path: Path) -> ImageSet:
-    arrays = arrays_of(path)
-    images = {name: array for name, array in arrays.items() if array.ndim == 4}
-    if IMAGES in arrays:
-        images = {IMAGES: arrays[IMAGES]}
-    if len(images) != 1:
-        held = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
+        sets = [str(path) for path in sorted((folder / "images").iterdir()) if path.is_dir()]
         raise ValueError(
-            f"{source} holds {held}; expected images (N, H, W, 3) under {IMAGES!r}, or one array of four axes"
+            f"{str(folder)!r} holds the images of an evaluation; name a set of them: {', '.join(sets)}"
         )
-    return _of_array(source, "npz", *images.values())
 
 
-def _from_npy(source: str, path: Path) -> ImageSet:
+def _open_npz(source: str, path: Path) -> ImageSet:
+    arrays = read_npz(path)
+    if IMAGES in arrays:
+        return _from_array(source, "npz", arrays[IMAGES])
+    candidates = [array for array in arrays.values() if array.ndim == 4]
+    if len(candidates) != 1:
+        content = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
+        raise ValueError(
+            f"{source} holds {content}; expected images (N, H, W, 3) under {IMAGES!r}, or one array of four "
+            "axes"
+        )
+    return _from_array(source, "npz", candidates[0])
+
+
+def _open_npy(source: str, path: Path) -> ImageSet:
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{source} cannot be read as an array: {error}") from None
-    return _of_array(source, "npy", values)
+    return _from_array(source, "npy", values)
 
 
-def _of_array(source: str, kind: str, values: np.ndarray) -> ImageSet:
-    """Images (N, H, W, C), or (N, C, H, W) where only that can be meant."""
-    is_channels_first = values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3)
-    values = to_uint8(values.transpose(0, 2, 3, 1) if is_channels_first else values, source)
-    pictures = [ArrayPicture(f"{index:06d}", image) for index, image in enumerate(values)]
-    return _checked(ImageSet(source, kind, pictures))
+def _from_array(source: str, kind: str, values: np.ndarray) -> ImageSet:
+    """A set of images (N, H, W, C), or (N, C, H, W) where the shape cannot mean anything else."""
+    channels = (1, 3)
+    if values.ndim == 4 and values.shape[1] in channels and values.shape[3] not in channels:
+        values = values.transpose(0, 2, 3, 1)  # (N, H, W, C)
+    values = to_uint8(values, source)
+    images = [ArrayImage(f"{index:06d}", image) for index, image in enumerate(values)]
+    return _require_images(ImageSet(source, kind, images))
 
 
-def _named_dataset(source: str, download: bool) -> ImageSet:
+def _is_saved_dataset(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).exists() for name in SAVED_DATASET)
+
+
+def _open_hub_dataset(source: str, download: bool) -> ImageSet:
+    """`datasets:NAME[:SPLIT[:COLUMN]]`, NAME on the Hugging Face hub or a folder that `datasets` saved."""
     import datasets
 
-    name, _, rest = source.removeprefix(DATASETS).partition(":")
-    split, _, column = rest.partition(":")
-    if Path(name).is_dir() and any((Path(name) / mark).exists() for mark in SAVED_DATASET):
-        loaded = datasets.load_from_disk(name)
-        loaded = loaded[split] if split else loaded
+    name, _, split_and_column = source.removeprefix(DATASETS).partition(":")
+    split, _, column = split_and_column.partition(":")
+    if _is_saved_dataset(Path(name)):
+        dataset = datasets.load_from_disk(name)
+        if split:
+            dataset = dataset[split]
     else:
         config = datasets.DownloadConfig(local_files_only=not download)
-        loaded = datasets.load_dataset(name, split=split or "train", download_config=config)
-    return _from_dataset(source, loaded, column or None)
+        dataset = datasets.load_dataset(name, split=split or "train", download_config=config)
+    return _open_dataset(source, dataset, column or None)
 
 
-def _from_dataset(source: str, dataset: object, column: str | None) -> ImageSet:
+def _open_dataset(source: str, dataset: object, column: str | None) -> ImageSet:
+    """The images of a column; None: of the first image column."""
     import datasets
 
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(f"{source} has splits {', '.join(dataset)}; name one: {DATASETS}FOLDER:SPLIT")
-    images = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
-    column = column or (images[0] if images else "")
-    if column not in images:
-        raise ValueError(f"{source} has no image column {column!r}{did_you_mean(column, images)}")
-    stored = dataset.cast_column(column, datasets.Image(decode=False))
-    return _checked(ImageSet(source, "datasets", _Rows(stored, column)))
+    image_columns = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    if column is None:
+        column = image_columns[0] if image_columns else ""
+    if column not in image_columns:
+        raise ValueError(f"{source} has no image column {column!r}{did_you_mean(column, image_columns)}")
+    encoded = dataset.cast_column(column, datasets.Image(decode=False))
+    return _require_images(ImageSet(source, "datasets", _DatasetImages(encoded, column)))
 
 
 @dataclass(frozen=True)
-class _Rows(Sequence):
-    """The rows of a data set as pictures, read when they are needed."""
+class _DatasetImages(Sequence):
+    """The rows of a data set as images that are read when they are needed."""
 
     dataset: object
     column: str
@@ -227,23 +245,17 @@ class _Rows(Sequence):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
+    def __getitem__(self, index: int | slice) -> LazyImage | list[LazyImage]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row = self.dataset[index][self.column]
+            return [self[row] for row in range(*index.indices(len(self)))]
+        encoded = self.dataset[index][self.column]  # {"bytes": ..., "path": ...}
         name = f"{index:06d}"
-        if row.get("bytes") is not None:
-            return FilePicture(name, StoredImage(name, row["bytes"]))
-        return FilePicture(name, Path(row["path"]))
+        if encoded.get("bytes") is not None:
+            return ImageFile(name, StoredImage(name, encoded["bytes"]))
+        return ImageFile(name, Path(encoded["path"]))
 
 
-def _checked(images: ImageSet) -> ImageSet:
-    if not len(images):
-        raise ValueError(f"no images in {images.source!r}")
-    return images
-
-
-def as_set(values: np.ndarray, *, source: str, **facts: object) -> ImageSet:
-    """A set from images in memory, (N, H, W, 3) uint8 or floats in [0, 1]."""
-    pictures = [ArrayPicture(f"{index:06d}", image) for index, image in enumerate(to_uint8(values, source))]
-    return _checked(ImageSet(source, "memory", pictures, **facts))
+def _require_images(image_set: ImageSet) -> ImageSet:
+    if not len(image_set):
+        raise ValueError(f"no images in {image_set.source!r}")
+    return image_set

@@ -1,4 +1,4 @@
-"""What two sets share, and whether they were stored alike: what silently spoils every comparison."""
+"""Duplicates and format mismatches between two image sets, which silently spoil a comparison."""
 
 from __future__ import annotations
 
@@ -8,92 +8,133 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffadapt.common.messages import indented_list
-from diffadapt.evaluation.sets.image_files import Facts
+from diffadapt.evaluation.sets.image_files import ImageInfo
 
-NEAR_BITS = 2  # of 64 bits of a difference hash, in images that look the same
+MAX_DISTANCE = 2  # differing bits, of 64, of the difference hashes of images that look the same
 MIN_BITS = 8  # a hash with fewer bits set, or unset, is of a nearly flat image and says nothing
-LOSSY = {"JPEG", "WEBP", "MPO"}
-ROWS = 1024  # hashes compared at a time
-SHOWN = 5  # pairs named in a warning
+LOSSY_FORMATS = {"JPEG", "WEBP", "MPO"}
+BLOCK = 1024  # hashes compared at a time
+MAX_LISTED = 5  # pairs named in a warning
 Pairs = list[tuple[str, str]]  # names: generated, real
 
 
-def same_images(first: Sequence[Facts], second: Sequence[Facts]) -> Pairs:
-    """Pairs with the same pixels, whatever the file; of each image of the first set at most one."""
-    where = {facts.pixels: facts.name for facts in second}
-    return [(facts.name, where[facts.pixels]) for facts in first if facts.pixels in where]
+def same_images(generated: Sequence[ImageInfo], real: Sequence[ImageInfo]) -> Pairs:
+    """Pairs with the same pixels, whatever the file; at most one for each generated image."""
+    real_by_pixels = {info.pixels: info for info in real}
+    pairs = []
+    for info in generated:
+        if info.pixels in real_by_pixels:
+            pairs.append((info.name, real_by_pixels[info.pixels].name))
+    return pairs
 
 
-def mirrored_images(first: Sequence[Facts], second: Sequence[Facts]) -> Pairs:
-    """Pairs in which one is exactly the mirror image of the other (and not the same: no symmetric image)."""
-    where = {facts.mirrored: facts for facts in second}
-    found = ((facts, where[facts.pixels]) for facts in first if facts.pixels in where)
-    return [(own.name, other.name) for own, other in found if own.pixels != other.pixels]
+def mirrored_images(generated: Sequence[ImageInfo], real: Sequence[ImageInfo]) -> Pairs:
+    """Pairs of different pixels in which one image is exactly the mirror image of the other."""
+    real_by_mirror_image = {info.mirrored: info for info in real}
+    pairs = []
+    for info in generated:
+        match = real_by_mirror_image.get(info.pixels)
+        if match is not None and match.pixels != info.pixels:  # not an image that is its own mirror image
+            pairs.append((info.name, match.name))
+    return pairs
 
 
-def lookalikes(first: Sequence[Facts], second: Sequence[Facts]) -> Pairs:
-    """Pairs of different pixels whose difference hashes agree to NEAR_BITS, one of them mirrored or not."""
-    own = _bits([facts.dhash for facts in first])
-    found: dict[str, str] = {}
-    for kind in ("dhash", "dhash_mirrored"):
-        others = _bits([getattr(facts, kind) for facts in second])
-        for start in range(0, len(own), ROWS):
-            rows = own[start : start + ROWS]
-            distances = rows.sum(1)[:, None] + others.sum(1)[None] - 2 * rows @ others.T
-            for row, column in zip(*np.nonzero(distances <= NEAR_BITS), strict=True):
-                a, b = first[start + row], second[column]
-                if b.pixels != a.pixels != b.mirrored and MIN_BITS <= rows[row].sum() <= 64 - MIN_BITS:
-                    found.setdefault(a.name, b.name)
-    return list(found.items())
+def lookalikes(generated: Sequence[ImageInfo], real: Sequence[ImageInfo]) -> Pairs:
+    """Pairs of different pixels whose difference hashes agree to MAX_DISTANCE, mirrored or not.
+
+    At most one for each generated image.
+    """
+    generated_bits = _to_bits([info.dhash for info in generated])  # (N, 64)
+    matches: dict[str, str] = {}
+    for real_hashes in ([info.dhash for info in real], [info.dhash_mirrored for info in real]):
+        real_bits = _to_bits(real_hashes)  # (M, 64)
+        for start in range(0, len(generated_bits), BLOCK):
+            block = generated_bits[start : start + BLOCK]  # (B, 64)
+            # |a - b| = |a| + |b| - 2 a . b for vectors of zeros and ones
+            distances = block.sum(1)[:, None] + real_bits.sum(1)[None] - 2 * block @ real_bits.T  # (B, M)
+            for row, column in zip(*np.nonzero(distances <= MAX_DISTANCE), strict=True):
+                first = generated[start + row]
+                second = real[column]
+                is_other_image = first.pixels not in (second.pixels, second.mirrored)
+                is_flat = not MIN_BITS <= block[row].sum() <= 64 - MIN_BITS
+                if is_other_image and not is_flat:
+                    matches.setdefault(first.name, second.name)
+    return list(matches.items())
 
 
 def check_sets(
-    generated: Sequence[Facts], real: Sequence[Facts], *, label: str, allow_overlap: bool
+    generated: Sequence[ImageInfo], real: Sequence[ImageInfo], *, label: str, allow_overlap: bool
 ) -> list[str]:
-    """Warnings about a generated set and its reference.
+    """Compares a generated set with its reference.
 
-    Raises: ValueError when all generated images stand in the reference, unless `allow_overlap`.
+    Args:
+        generated: the images of the generated set.
+        real: the images of the reference.
+        label: of the generated set, for messages.
+        allow_overlap: whether all generated images may be in the reference.
+
+    Returns:
+        Warnings about images in both sets and about different file formats.
+
+    Raises:
+        ValueError: all generated images are in the reference, and `allow_overlap` is not set.
     """
-    warnings = []
-    same, mirrored = same_images(generated, real), mirrored_images(generated, real)
-    if len({name for name, _ in [*same, *mirrored]}) == len(generated) and not allow_overlap:
-        how = "" if same else ", mirrored"
+    same = same_images(generated, real)
+    mirrored = mirrored_images(generated, real)
+    shared_names = {name for name, _ in [*same, *mirrored]}
+    if len(shared_names) == len(generated) and not allow_overlap:
+        also_mirrored = "" if same else ", mirrored"
         raise ValueError(
-            f"all {len(generated)} images of {label!r} stand in the reference too{how}: the same folder "
-            "twice? Name two different sets, or give --allow_overlap"
+            f"all {len(generated)} images of {label!r} are in the reference too{also_mirrored}: the same "
+            "folder twice? Name two different sets, or give --allow_overlap"
         )
-    for pairs, what in (
-        (same, "stand in the reference too"),
+    findings = (
+        (same, "are in the reference too"),
         (mirrored, "are mirror images of reference images"),
         (lookalikes(generated, real), "look like a reference image, mirrored or not (difference hash)"),
-    ):
+    )
+    warnings = []
+    for pairs, text in findings:
         if pairs:
-            named = indented_list([f"{a} = {b}" for a, b in pairs], limit=SHOWN)
-            warnings.append(f"{label}: {len(pairs)} of {len(generated)} images {what}:\n{named}")
-    return [*warnings, *_stored_differently(generated, real, label)]
+            examples = indented_list([f"{first} = {second}" for first, second in pairs], limit=MAX_LISTED)
+            warnings.append(f"{label}: {len(pairs)} of {len(generated)} images {text}:\n{examples}")
+    return warnings + _format_mismatch_warning(generated, real, label)
 
 
-def check_repeats(facts: Sequence[Facts], *, label: str) -> list[str]:
+def check_repeats(infos: Sequence[ImageInfo], *, label: str) -> list[str]:
     """A warning when a set holds the same image more than once."""
-    counts = Counter(each.pixels for each in facts)
-    extra = sum(count - 1 for count in counts.values())
-    if not extra:
-        return []
-    return [f"{label}: {extra} of {len(facts)} images are repeats of others in the set; they count as often"]
-
-
-def _stored_differently(generated: Sequence[Facts], real: Sequence[Facts], label: str) -> list[str]:
-    """JPEG against PNG moves an FID by more than many methods do."""
-    shares = [sum(f.format in LOSSY for f in facts) / len(facts) for facts in (generated, real)]
-    if abs(shares[0] - shares[1]) < 0.01:
+    counts = Counter(info.pixels for info in infos)
+    num_repeats = len(infos) - len(counts)
+    if not num_repeats:
         return []
     return [
-        f"{label}: {shares[0]:.0%} of the generated and {shares[1]:.0%} of the reference images are lossy "
-        "files (JPEG, WebP): distances measure that too; store both sets alike"
+        f"{label}: {num_repeats} of {len(infos)} images repeat other images of the set; each repeat counts"
     ]
 
 
-def _bits(hashes: Sequence[int]) -> np.ndarray:
+def _format_mismatch_warning(
+    generated: Sequence[ImageInfo], real: Sequence[ImageInfo], label: str
+) -> list[str]:
+    """A warning when the sets differ in their shares of lossy files.
+
+    JPEG against PNG moves an FID by more than many methods do.
+    """
+    generated_share = _lossy_share(generated)
+    real_share = _lossy_share(real)
+    if abs(generated_share - real_share) < 0.01:
+        return []
+    return [
+        f"{label}: {generated_share:.0%} of the generated and {real_share:.0%} of the reference images are "
+        "lossy files (JPEG, WebP): distances measure that too; store both sets alike"
+    ]
+
+
+def _lossy_share(infos: Sequence[ImageInfo]) -> float:
+    return sum(info.format in LOSSY_FORMATS for info in infos) / len(infos)
+
+
+def _to_bits(hashes: Sequence[int]) -> np.ndarray:
     """(N, 64) zeros and ones, float32."""
     values = np.array(hashes, dtype=np.uint64).reshape(-1, 1)
-    return ((values >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).astype(np.float32)
+    bits = (values >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    return bits.astype(np.float32)

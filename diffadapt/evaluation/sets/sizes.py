@@ -1,4 +1,4 @@
-"""Numbers of images against what metrics need, told before any image goes through a network."""
+"""Numbers of images against what metrics need, checked before any image goes through a network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffadapt.metrics.sample_size import TooFewImages, check_size
 
 Options = Mapping[str, object]
 
-# Images of each set without which a metric has no value, whatever --allow_small says; 2 of those not listed.
-NEEDED: dict[str, Callable[[Options], int]] = {
+# Images of each set without which a metric has no value, whatever --allow_small says; 2 of metrics not here.
+REQUIRED_IMAGES: dict[str, Callable[[Options], int]] = {
     "fid_infinity": lambda options: 20,  # a line through Frechet distances of subsets
     "kid_subsets": lambda options: options["size"],
     "inception_score": lambda options: 2 * options["splits"],
@@ -31,67 +31,78 @@ NEEDED: dict[str, Callable[[Options], int]] = {
 def check_sizes(
     plan: Plan, extractors: Sequence[Extractor], generated: Mapping[str, int], n_real: int | None
 ) -> None:
-    """Whether the sets are large enough for what is to be computed.
+    """Checks that the sets are large enough for what is to be computed.
 
     Args:
+        plan: the metrics and their options.
+        extractors: all extractors of the evaluation.
         generated: label -> number of images.
         n_real: images of the reference; None where there is none, or only its statistics are known.
 
-    Raises: ValueError that lists every metric asked for by name that a set is too small for; without names,
-        the sets of which nothing at all can be computed.
+    Raises:
+        ValueError: a set is too small for a metric that was asked for by name, all of which are listed; or,
+            when no metric was named, a set is too small for every metric.
     """
     problems: list[str] = []
-    for label, n in generated.items():
+    for label, n_generated in generated.items():
         if plan.metrics:
-            problems += _of_named(plan, extractors, label, n, n_real)
+            problems += _named_metric_problems(plan, extractors, label, n_generated, n_real)
         else:
-            problems += _of_all(plan, extractors, label, n, n_real)
+            problems += _all_metrics_problems(plan, extractors, label, n_generated, n_real)
     if problems:
-        listed = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
-        raise ValueError(f"too few images; nothing was computed:\n{listed}")
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+        raise ValueError(f"too few images; nothing was computed:\n{lines}")
 
 
-def _of_named(
-    plan: Plan, extractors: Sequence[Extractor], label: str, n: int, n_real: int | None
+def _named_metric_problems(
+    plan: Plan, extractors: Sequence[Extractor], label: str, n_generated: int, n_real: int | None
 ) -> list[str]:
+    """Every metric of the plan for which the sets are too small."""
     problems = []
     for extractor in extractors:
-        its_plan = plan_for(extractor, extractors, plan)
-        for key in its_plan.metrics if its_plan is not None else ():
-            reason = _shortage(METRICS[key], extractor, plan, n, n_real)
+        extractor_plan = plan_for(extractor, extractors, plan)
+        if extractor_plan is None:
+            continue
+        for key in extractor_plan.metrics:
+            reason = _shortage(METRICS[key], extractor, plan, n_generated, n_real)
             if reason is not None:
                 problems.append(f"{label}: {reason}")
     return problems
 
 
-def _of_all(plan: Plan, extractors: Sequence[Extractor], label: str, n: int, n_real: int | None) -> list[str]:
-    reasons = []
+def _all_metrics_problems(
+    plan: Plan, extractors: Sequence[Extractor], label: str, n_generated: int, n_real: int | None
+) -> list[str]:
+    """Nothing if the sets are large enough for one metric; else the shortages of all metrics."""
+    problems = []
     for extractor in extractors:
         for metric in METRICS.values():
             if metric.is_extra or metric.train or not suits(metric, extractor):
                 continue
-            reason = _shortage(metric, extractor, plan, n, n_real)
+            reason = _shortage(metric, extractor, plan, n_generated, n_real)
             if reason is None:
                 return []
-            reasons.append(f"{label}: {reason}")
-    return reasons
+            problems.append(f"{label}: {reason}")
+    return problems
 
 
-def _shortage(metric: Metric, extractor: Extractor, plan: Plan, n: int, n_real: int | None) -> str | None:
+def _shortage(
+    metric: Metric, extractor: Extractor, plan: Plan, n_generated: int, n_real: int | None
+) -> str | None:
     """Why a metric cannot be computed of sets of these sizes; None where it can."""
     options = {**metric.options, **plan.options.get(metric.key, {})}
-    needed = NEEDED.get(metric.key, lambda options: 2)(options)
-    sizes = {"generated": n}
+    required = REQUIRED_IMAGES[metric.key](options) if metric.key in REQUIRED_IMAGES else 2
+    sizes = {"generated": n_generated}
     if metric.real and n_real is not None:
         sizes["real"] = n_real
     for role, count in sizes.items():
-        if count < needed:
+        if count < required:
             settings = ", ".join(f"{name}={value}" for name, value in options.items())
             with_settings = f" with {settings}" if settings else ""
-            return f"{metric.key}{with_settings} needs at least {needed} {role} images, got {count}"
+            return f"{metric.key}{with_settings} needs at least {required} {role} images, got {count}"
     if plan.allow_small:
         return None
-    width = _width(extractor, metric)
+    width = _feature_width(extractor, metric)
     minima = {"generated": metric.minimum, "real": metric.minimum_real or metric.minimum}
     try:
         for role, count in sizes.items():
@@ -101,10 +112,10 @@ def _shortage(metric: Metric, extractor: Extractor, plan: Plan, n: int, n_real: 
     return None
 
 
-def _width(extractor: Extractor, metric: Metric) -> int:
-    """Columns of the features that a metric reads, from one blank image."""
+def _feature_width(extractor: Extractor, metric: Metric) -> int:
+    """Columns of the features that a metric reads, found with one blank image."""
     layer = extractor.layer_of(metric.generated[0])
     if layer is None:
-        return 0  # the extractor does not give what the metric reads, which is another check's to tell
+        return 0  # `check_plan` refuses an extractor that has no layer for the metric
     blank = torch.zeros(1, 3, extractor.side, extractor.side, dtype=torch.uint8)
-    return extractor.serving(metric.generated)(blank)[layer].shape[1]
+    return extractor.with_layers_for(metric.generated)(blank)[layer].shape[1]

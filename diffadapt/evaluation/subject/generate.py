@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import diffadapt as da
 from diffadapt.common.precision import Precision, sampling_precision
-from diffadapt.evaluation.generated_files import draw_files
-from diffadapt.evaluation.sets.image_files import FilePicture
+from diffadapt.evaluation.generated_files import generate_files
+from diffadapt.evaluation.sets.image_files import ImageFile
 from diffadapt.evaluation.subject.subjects import Subject, SubjectImages
 from diffadapt.models.families import sampling_defaults
 from diffadapt.models.open_pipeline import open_frozen_pipeline
@@ -125,10 +125,10 @@ def _draw(
     shots = drawing.shots(subject, place)
     places = [divmod(index, drawing.samples) for index in range(len(shots))]
     names = [f"{subject.name}/{number:02d}-{sample}.png" for number, sample in places]
-    draw_files(pipe, shots, sampler, [folder / name for name in names], bar)
+    generate_files(pipe, shots, sampler, [folder / name for name in names], bar)
     return SubjectImages(
         subject,
-        tuple(FilePicture(name, folder / name) for name in names),
+        tuple(ImageFile(name, folder / name) for name in names),
         tuple(number for number, _ in places),
         tuple(shot.seed for shot in shots),
     )

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.evaluation.features.extraction import Extracted, extract
+from diffadapt.evaluation.features.extraction import ExtractedFeatures, extract
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.record import Score
 from diffadapt.evaluation.scoring import lpips_size
-from diffadapt.evaluation.sets.image_files import ArrayPicture
+from diffadapt.evaluation.sets.image_files import ArrayImage
 from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint
 from diffadapt.evaluation.subject.subjects import Subject, SubjectImages
 from diffadapt.metrics.intervals import Interval, cluster_means, clustered_interval, mean_interval
@@ -32,16 +32,16 @@ class RealImages:
     """Features of the subjects' real images, as they are and mirrored, rows in the order of the subjects."""
 
     subjects: tuple[Subject, ...]
-    made: Extracted
-    mirrored: Extracted
+    made: ExtractedFeatures
+    mirrored: ExtractedFeatures
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(facts.sha256 for facts in self.made.facts)
+        return fingerprint(facts.sha256 for facts in self.made.infos)
 
     def of(self, subject: Subject, extractor: Extractor) -> Side:
         """Features of one subject's images, of their mirror images, and their names."""
-        names = [facts.name for facts in self.made.facts]
+        names = [facts.name for facts in self.made.infos]
         rows = [row for row, name in enumerate(names) if name.startswith(f"{subject.name}/")]
         both = (
             own.features[extractor.name][extractor.layer_of("unit")][rows]
@@ -63,7 +63,7 @@ def real_images(
     pictures = [picture for subject in subjects for picture in subject.real]
     images = ImageSet("real images", "folder", pictures)
     made = extract(images, extractors, skip_bad=skip_bad, title=images.source)
-    names = {facts.name for facts in made.facts}
+    names = {facts.name for facts in made.infos}
     for subject in subjects:
         if not any(picture.name in names for picture in subject.real):
             raise ValueError(f"subject {subject.name!r} has no readable real image")
@@ -71,7 +71,7 @@ def real_images(
     for picture in pictures:
         if picture.name in names:
             pixels = picture.load()[0].flip(-1).permute(1, 2, 0)  # (H, W, 3)
-            flipped.append(ArrayPicture(picture.name, pixels.contiguous().numpy()))
+            flipped.append(ArrayImage(picture.name, pixels.contiguous().numpy()))
     mirrored = ImageSet("mirrored", "memory", flipped)
     return RealImages(tuple(subjects), made, extract(mirrored, extractors, title=mirrored.source))
 
@@ -81,19 +81,19 @@ class Layout:
 
     def __init__(self, label: str, images: Sequence[SubjectImages], real: RealImages, seed: int):
         self.label, self.images, self.real, self.seed = label, images, real, seed
-        self.subjects = [own.subject for own in images for _ in own.pictures]
+        self.subjects = [own.subject for own in images for _ in own.images]
         self.numbers = [number for own in images for number in own.numbers]
         self.groups = [(s.name, n) for s, n in zip(self.subjects, self.numbers, strict=True)]
 
     def by_subject(self, figure: Figure, rows: Tensor, extractor: Extractor) -> Tensor:
         """`figure(rows of a subject, (real, mirrored, names))` of every subject, joined in order."""
-        parts = rows.split([len(own.pictures) for own in self.images])
+        parts = rows.split([len(own.images) for own in self.images])
         sides = [self.real.of(own.subject, extractor) for own in self.images]
         return torch.cat([figure(part, side) for part, side in zip(parts, sides, strict=True)])
 
     def texts(self, extractor: Extractor) -> Tensor:
         """The embedding of each image's prompt without the unique token."""
-        encoded = {own.subject.name: extractor.texts(own.subject.texts()) for own in self.images}
+        encoded = {own.subject.name: extractor.embed_texts(own.subject.texts()) for own in self.images}
         return torch.stack([encoded[name][number] for name, number in self.groups]).cpu()
 
     def score(self, key: str, extractor: Extractor, values: Tensor, *, floor: float | None = None) -> Score:
@@ -133,7 +133,7 @@ class Layout:
         notes = []
         if subjects < FEW:
             notes.append(f"few subjects ({subjects}): the interval says little about others")
-        if extractor.perceptual:
+        if extractor.perceptual_layer:
             notes.append(lpips_size(extractor))
         return Score(
             score_name(metric.scores[0], extractor.name),
@@ -141,7 +141,7 @@ class Layout:
             self.label,
             value,
             interval,
-            {"generated": n, "real": len(self.real.made.facts)},
+            {"generated": n, "real": len(self.real.made.infos)},
             floor,
             metric.better,
             self.identity(key, extractor, n),
@@ -157,11 +157,11 @@ class Layout:
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,
             "preset": extractor.preset,
-            "layer": extractor.perceptual or extractor.layer_of("unit"),
+            "layer": extractor.perceptual_layer or extractor.layer_of("unit"),
             "reference": self.real.fingerprint,
             "options": {"protocol": "dreambooth", "prompts": digest},
             "n_generated": n,
-            "n_real": len(self.real.made.facts),
+            "n_real": len(self.real.made.infos),
             "seed": self.seed,
         }
 

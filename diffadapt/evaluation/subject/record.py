@@ -12,7 +12,7 @@ from diffadapt.common.atomic_files import write_utf8
 from diffadapt.evaluation.evaluate_sets import REFERENCE
 from diffadapt.evaluation.features.extraction import extract
 from diffadapt.evaluation.features.extractors import Extractor
-from diffadapt.evaluation.features.prompt_lengths import cut_prompts
+from diffadapt.evaluation.features.prompt_lengths import long_prompts_warning
 from diffadapt.evaluation.output_files import OutputFiles
 from diffadapt.evaluation.record import EvaluationRecord, SetSummary
 from diffadapt.evaluation.report.page import write_page
@@ -45,19 +45,19 @@ def evaluate_subjects(
     check_extractors(extractors)
     start = time.perf_counter()
     subjects = [own.subject for own in next(iter(sets.values()))[0]]
-    real = real_images(subjects, [e for e in extractors if e.perceptual is None], skip_bad=skip_bad)
+    real = real_images(subjects, [e for e in extractors if e.perceptual_layer is None], skip_bad=skip_bad)
     scores, rows, refused = [], [], {}
     texts = [text for subject in subjects for text in subject.texts()]
-    warnings = [line for e in extractors for line in cut_prompts("prompts", texts, e)]
+    warnings = [line for e in extractors for line in long_prompts_warning("prompts", texts, e)]
     read: Sets = {}
     skipped = {REFERENCE: real.made.skipped}
     for label, (images, origin) in sets.items():
         together = joined(images, source=label, kind="memory")
         made = extract(together, extractors, skip_bad=skip_bad, title=label)
-        names = {facts.name for facts in made.facts}
+        names = {facts.name for facts in made.infos}
         images = [readable(own, names) for own in images]
         for own in images:
-            if not own.pictures:
+            if not own.images:
                 raise ValueError(f"{label}: no image of subject {own.subject.name!r} can be read")
         read[label] = (images, origin)
         skipped[label] = made.skipped
@@ -83,7 +83,7 @@ def evaluate_subjects(
 def write_record(record: EvaluationRecord, sets: Sets, places: OutputFiles) -> list[str]:
     """The scores, their table, the rows of images, then the page. Returns what could not be made."""
     everything = [(label, own) for label, (images, _) in sets.items() for own in images]
-    pictures = {(label, picture.name): picture for label, own in everything for picture in own.pictures}
+    pictures = {(label, picture.name): picture for label, own in everything for picture in own.images}
     pictures |= {(REFERENCE, picture.name): picture for _, own in everything for picture in own.subject.real}
 
     def picture(label: str, name: str) -> Image.Image:
@@ -100,7 +100,7 @@ def _summaries(
 ) -> dict[str, SetSummary]:
     names = ", ".join(subject.name for subject in subjects)
     found = {label: _summary(label, images, made, skipped[label]) for label, (images, made) in sets.items()}
-    count = len(real.made.facts)
+    count = len(real.made.infos)
     reference = SetSummary("real", names, "subjects", count, real.fingerprint, skipped=skipped[REFERENCE])
     return {**found, REFERENCE: reference}
 
@@ -108,7 +108,7 @@ def _summaries(
 def _summary(
     label: str, images: Sequence[SubjectImages], made: Mapping[str, object], skipped: tuple[str, ...]
 ) -> SetSummary:
-    pictures = [picture for own in images for picture in own.pictures]
+    pictures = [picture for own in images for picture in own.images]
     kind = "drawn" if made else "folder"
     digests = fingerprint(picture.digest() for picture in pictures)
     return SetSummary("generated", label, kind, len(pictures), digests, skipped=skipped, made=dict(made))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffadapt.evaluation.features.extraction import Extracted
+from diffadapt.evaluation.features.extraction import ExtractedFeatures
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.record import ImageRow, Score
 from diffadapt.evaluation.scoring import kind_of
@@ -24,7 +24,7 @@ FIDELITY = {"clip": "clip_i", "dino": "dino"}  # kind of extractor -> its score 
 def score_subjects(
     label: str,
     images: Sequence[SubjectImages],
-    made: Extracted,
+    made: ExtractedFeatures,
     real: RealImages,
     extractors: Sequence[Extractor],
     *,
@@ -43,7 +43,7 @@ def score_subjects(
     refused: dict[str, str] = {}
     columns: dict[str, Tensor] = {}
     for extractor in extractors:
-        if extractor.perceptual is not None:
+        if extractor.perceptual_layer is not None:
             _diversity(layout, made, extractor, scores, refused)
             continue
         rows = made.features[extractor.name][extractor.layer_of("unit")]
@@ -53,7 +53,7 @@ def score_subjects(
         )
         scores.append(layout.score(key, extractor, likeness, floor=_ceiling(layout, extractor)))
         columns[key] = likeness
-        if extractor.texts is not None:
+        if extractor.embed_texts is not None:
             columns["clip_t"] = text_similarities(images=rows, texts=layout.texts(extractor))
             scores.append(layout.score("clip_t", extractor, columns["clip_t"]))
         if nearest is None:
@@ -64,8 +64,8 @@ def score_subjects(
 
 def check_extractors(extractors: Sequence[Extractor]) -> None:
     """Raises: ValueError unless there is one of clip or dino, at most one of each, and else only lpips."""
-    kinds = [kind_of(extractor) for extractor in extractors if extractor.perceptual is None]
-    wrong = [e.name for e in extractors if e.perceptual is None and kind_of(e) not in FIDELITY]
+    kinds = [kind_of(extractor) for extractor in extractors if extractor.perceptual_layer is None]
+    wrong = [e.name for e in extractors if e.perceptual_layer is None and kind_of(e) not in FIDELITY]
     if wrong or not kinds or len(set(kinds)) < len(kinds):
         given = ", ".join(extractor.name for extractor in extractors) or "none"
         raise ValueError(
@@ -112,9 +112,13 @@ def _copy_limit(layout: Layout, subject: Subject, extractor: Extractor) -> float
 
 
 def _diversity(
-    layout: Layout, made: Extracted, extractor: Extractor, scores: list[Score], refused: dict[str, str]
+    layout: Layout,
+    made: ExtractedFeatures,
+    extractor: Extractor,
+    scores: list[Score],
+    refused: dict[str, str],
 ) -> None:
-    rows = made.features[extractor.name][extractor.perceptual]
+    rows = made.features[extractor.name][extractor.perceptual_layer]
     try:
         means = group_distances(
             pixels=rows, groups=layout.groups, network=lambda a, b: (a - b).square().sum(dim=1)
@@ -127,7 +131,7 @@ def _diversity(
 def _image_rows(
     layout: Layout, columns: Mapping[str, Tensor], nearest: tuple[Tensor, list[str]] | None, token: str
 ) -> list[ImageRow]:
-    pictures = [picture for own in layout.images for picture in own.pictures]
+    pictures = [picture for own in layout.images for picture in own.images]
     seeds = [seed for own in layout.images for seed in own.seeds]
     prompts = {own.subject.name: own.subject.prompts(token) for own in layout.images}
     values = {name: column.tolist() for name, column in columns.items()}

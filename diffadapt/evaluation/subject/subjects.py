@@ -10,7 +10,7 @@ from pathlib import Path
 from diffadapt.common.atomic_files import read_text, text_lines
 from diffadapt.common.images import list_images
 from diffadapt.common.messages import did_you_mean
-from diffadapt.evaluation.sets.image_files import FilePicture, Picture
+from diffadapt.evaluation.sets.image_files import ImageFile, LazyImage
 from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.models.base_names import resolve
 from diffadapt.models.prompts import CONTEXTS
@@ -46,7 +46,7 @@ class Subject:
     name: str
     class_name: str
     templates: tuple[str, ...]
-    real: tuple[Picture, ...]
+    real: tuple[LazyImage, ...]
 
     def prompts(self, token: str) -> list[str]:
         """What a model is told: "a sks dog in the jungle"."""
@@ -62,7 +62,7 @@ class SubjectImages:
     """Generated images of a subject; of each, the number of its prompt and, where known, its seed."""
 
     subject: Subject
-    pictures: tuple[Picture, ...]
+    images: tuple[LazyImage, ...]
     numbers: tuple[int, ...]
     seeds: tuple[int | None, ...]
 
@@ -145,17 +145,17 @@ def existing_images(
         paths = list_images(own, recursive=True, follow_links=follow_links)
         names = [path.relative_to(own).as_posix() for path in paths]
         numbers = [_prompt_number(name, subject) for name in names]
-        pictures = [FilePicture(f"{subject.name}/{n}", path) for n, path in zip(names, paths, strict=True)]
+        pictures = [ImageFile(f"{subject.name}/{n}", path) for n, path in zip(names, paths, strict=True)]
         found.append(SubjectImages(subject, tuple(pictures), tuple(numbers), (None,) * len(names)))
     return found
 
 
 def readable(images: SubjectImages, names: Collection[str]) -> SubjectImages:
     """Those of a subject's images whose names are among `names`."""
-    rows = [row for row, picture in enumerate(images.pictures) if picture.name in names]
+    rows = [row for row, picture in enumerate(images.images) if picture.name in names]
     return SubjectImages(
         images.subject,
-        tuple(images.pictures[row] for row in rows),
+        tuple(images.images[row] for row in rows),
         tuple(images.numbers[row] for row in rows),
         tuple(images.seeds[row] for row in rows),
     )
@@ -163,7 +163,7 @@ def readable(images: SubjectImages, names: Collection[str]) -> SubjectImages:
 
 def joined(sets: Sequence[SubjectImages], *, source: str, kind: str) -> ImageSet:
     """The images of all subjects as one set, in order; prompts: subject and number of the prompt."""
-    pictures = [picture for own in sets for picture in own.pictures]
+    pictures = [picture for own in sets for picture in own.images]
     prompts = tuple(f"{own.subject.name} {number}" for own in sets for number in own.numbers)
     return ImageSet(source, kind, pictures, prompts=prompts)
 
@@ -178,6 +178,6 @@ def _prompt_number(name: str, subject: Subject) -> int:
     return int(match[1])
 
 
-def _real_images(name: str, folder: Path, follow_links: bool = False) -> tuple[Picture, ...]:
+def _real_images(name: str, folder: Path, follow_links: bool = False) -> tuple[LazyImage, ...]:
     paths = list_images(folder, follow_links=follow_links)
-    return tuple(FilePicture(f"{name}/{path.name}", path) for path in paths)
+    return tuple(ImageFile(f"{name}/{path.name}", path) for path in paths)

@@ -1,7 +1,7 @@
 """Extractors with published weight files: Inception v3 of FID, VGG16 of improved P&R, LPIPS' backbones.
 
 Sources: FID arXiv 1706.08500; Inception Score 1606.03498; improved precision and recall 1904.06991 (fc2 after
-its ReLU, 4096 numbers); LPIPS 1801.03924.
+its ReLU, 4096 numbers); LPIPS 1801.03924; sFID 2103.03841.
 """
 
 from __future__ import annotations
@@ -22,156 +22,194 @@ from diffadapt.common.safetensors_file import hash_tensors
 from diffadapt.evaluation.features.extractors.base import Extractor, frozen, standardise
 from diffadapt.evaluation.features.weight_files import read_state_dict
 
+Network = Callable[[Tensor], dict[str, Tensor]]
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-LPIPS = {  # backbone -> its layers in torchvision after which features are taken
+INCEPTION_SIDE = 299  # pixels
+VGG_SIDE = 224
+LPIPS_SIDE = 256
+LPIPS_BACKBONES = {  # LPIPS' name -> torchvision's, and the layers after which features are taken
     "alex": ("alexnet", (1, 4, 7, 9, 11)),
     "vgg": ("vgg16", (3, 8, 15, 22, 29)),
     "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
-LPIPS_SIDE = 256  # pixels
+LPIPS_SHIFT = (-0.030, -0.088, -0.188)  # of images in [-1, 1], from LPIPS' ScalingLayer
+LPIPS_SCALE = (0.458, 0.448, 0.450)
 LPIPS_NATIVE = "LPIPS of the images at their own size, which must be one (default: resized to 256 x 256)"
 SPATIAL_BLOCK = "Mixed_6d"  # whose 1 x 1 branch is `mixed_6/conv` in TensorFlow's graph
 SPATIAL_CHANNELS = 7  # of its 192, in 17 x 17 places: 2023 numbers, ordered by row, column, channel
 
 
 class Inception(fidelity.FeatureExtractorInceptionV3):
-    """torch-fidelity's network; its own way of reading weights would unpickle anything, so it is not used.
+    """torch-fidelity's Inception v3 with our reading of weights; theirs would unpickle any object.
 
-    Without a state the weights are random, of a size that keeps the signal alive through all layers.
+    Args:
+        state_dict: the published weights; None: random weights, scaled so that the signal does not vanish.
     """
 
-    def __init__(self, state: dict[str, Tensor] | None):
-        with patch.object(fidelity, "load_state_dict_from_url", lambda *_, **__: state):
+    def __init__(self, state_dict: dict[str, Tensor] | None):
+        with patch.object(fidelity, "load_state_dict_from_url", lambda *_, **__: state_dict):
             super().__init__("inception", ["2048", "logits_unbiased"], verbose=False)
 
-    def load_state_dict(self, state: dict[str, Tensor] | None, **options: object) -> object:
-        if state is not None:
-            return super().load_state_dict(state, **options)
+    def load_state_dict(self, state_dict: dict[str, Tensor] | None, **options: object) -> object:
+        """As torch's; None draws random weights (the parent's constructor calls it)."""
+        if state_dict is not None:
+            return super().load_state_dict(state_dict, **options)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         return None
 
     def fused(self) -> Inception:
-        """Itself with every normalisation folded into its convolution, channels last: 0.7 of the time.
+        """The same network with every normalisation folded into its convolution, channels last.
 
-        Features move by less than 1e-6 of the largest.
+        It takes 0.7 of the time; features move by less than 1e-6 of the largest.
         """
         for block in self.modules():
             if isinstance(block, fidelity.BasicConv2d):
-                block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+                block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+                block.bn = nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor, *, symmetric: bool = False) -> dict[str, Tensor]:
-        """Scaled as TensorFlow's graph does it; symmetric: to exactly [-1, 1], as pytorch-fid and PIQ do."""
+        """The layers "pool", "logits_unbiased" and "spatial".
+
+        Args:
+            pixels: (B, 3, 299, 299) in [0, 255].
+            symmetric: scale to exactly [-1, 1], as pytorch-fid and PIQ do; else as TensorFlow's graph does.
+        """
         x = pixels / 127.5 - 1 if symmetric else (pixels - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        for name, layer in list(self.named_children())[:-2]:  # all but AvgPool and fc
+        blocks = list(self.named_children())[:-2]  # all but AvgPool and fc
+        for name, block in blocks:
             if name == SPATIAL_BLOCK:
-                spatial = layer.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-            x = layer(x)
-        pool = self.AvgPool(x).flatten(1)
-        return {"pool": pool, "logits_unbiased": pool.mm(self.fc.weight.T), "spatial": spatial}
+                branch = block.branch1x1(x)[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+                spatial = branch.permute(0, 2, 3, 1).flatten(1)  # (B, 2023)
+            x = block(x)
+        pool = self.AvgPool(x).flatten(1)  # (B, 2048)
+        logits = pool.mm(self.fc.weight.T)  # (B, 1008), without the bias
+        return {"pool": pool, "logits_unbiased": logits, "spatial": spatial}
 
 
 def inception(path: Path | None, *, sha256: str, preset: str | None, device: str) -> Extractor:
-    """Layers "pool" (2048) and "logits_unbiased" (1008); resize `tf1` unless told otherwise.
+    """Inception v3: layers "pool" (2048) and "logits_unbiased" (1008); default resize `tf1`.
 
-    When asked for "spatial" (2023): the features of sFID (arXiv 2103.03841) as ADM's evaluator takes them.
+    On request "spatial" (2023): the features of sFID as ADM's evaluator takes them.
+
+    Args:
+        path: the weight file; None: random weights.
+        sha256: of the weights.
+        preset: of the resize; None: the default.
+        device: of the network.
     """
-    model = frozen(Inception(_state(path)), device).fused()
+    model = frozen(Inception(_read_weights(path)), device).fused()
     network = partial(model, symmetric=preset == "bilinear")
-    layers = ("pool", "logits_unbiased")
     return Extractor(
-        "inception",
-        sha256,
-        299,
-        preset or "tf1",
-        layers,
-        "pool",
-        _on(device, network),
-        layers[1],
-        roles={"spatial": "spatial"},
+        name="inception",
+        sha256=sha256,
+        side=INCEPTION_SIDE,
+        preset=preset or "tf1",
+        layers=("pool", "logits_unbiased"),
+        feature_layer="pool",
+        network=_on_device(network, device),
+        logit_layer="logits_unbiased",
+        role_layers={"spatial": "spatial"},
         smoke=path is None,
     )
 
 
 def vgg16(path: Path | None, *, sha256: str, preset: str | None, device: str) -> Extractor:
-    """Layer "fc2_relu" (4096); resize `tf1` unless told otherwise."""
-    model = frozen(_torchvision("vgg16", _state(path)), device).to(memory_format=torch.channels_last)
+    """VGG16: layer "fc2_relu" (4096); default resize `tf1`. Arguments as for `inception`."""
+    model = frozen(_torchvision_model("vgg16", _read_weights(path)), device)
+    model = model.to(memory_format=torch.channels_last)
 
     def network(pixels: Tensor) -> dict[str, Tensor]:
         x = standardise(pixels, **IMAGENET).contiguous(memory_format=torch.channels_last)
         x = model.avgpool(model.features(x)).flatten(1)
-        return {"fc2_relu": model.classifier[:5](x)}
+        return {"fc2_relu": model.classifier[:5](x)}  # (B, 4096), up to the second ReLU
 
     return Extractor(
-        "vgg16",
-        sha256,
-        224,
-        preset or "tf1",
-        ("fc2_relu",),
-        "fc2_relu",
-        _on(device, network),
+        name="vgg16",
+        sha256=sha256,
+        side=VGG_SIDE,
+        preset=preset or "tf1",
+        layers=("fc2_relu",),
+        feature_layer="fc2_relu",
+        network=_on_device(network, device),
         smoke=path is None,
     )
 
 
 def lpips_preset(name: str, is_native: bool, preset: str | None = None) -> str | None:
-    """The resize of an extractor of some name: none for LPIPS of images at their own size."""
+    """The resize preset of an extractor: `none` for LPIPS of images at their own size, else `preset`."""
     return "none" if is_native and name.startswith("lpips:") else preset
 
 
-def lpips(path: Path | None, *, kind: str, sha256: str, preset: str | None, device: str) -> Extractor:
-    """Layer "lpips": the squared distance between two vectors is the LPIPS of their images.
+def lpips(path: Path | None, *, backbone: str, sha256: str, preset: str | None, device: str) -> Extractor:
+    """LPIPS: layer "lpips", in which squared distances are LPIPS; default resize `clean`.
 
-    LPIPS sums over layers the mean over places of w . (a - b)^2, a and b of unit length over channels and
-    w >= 0: the squared distance of sqrt(w / places) * a and sqrt(w / places) * b, all written in one row.
+    With a_l and b_l the features of two images after layer l, of unit length over channels, P_l places and
+    weights w_l >= 0 of the channels,
+
+        LPIPS(a, b) = sum_l 1/P_l sum_places w_l . (a_l - b_l)^2
+                    = |x(a) - x(b)|^2,    x(a) = concatenation over l of sqrt(w_l / P_l) a_l
+
+    Args:
+        path: the weight file of the backbone; None: random weights.
+        backbone: a key of LPIPS_BACKBONES.
+        sha256: of the backbone's weights.
+        preset: of the resize; None: the default.
+        device: of the network.
     """
-    name, taps = LPIPS[kind]
-    features = frozen(_torchvision(name, _state(path)).features, device)
-    heads = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / f"{kind}.pth"
-    stored = read_state_dict(heads)
-    weights = [stored[f"lin{i}.model.1.weight"].to(device) for i in range(len(taps))]  # each (1, C, 1, 1)
-    shift = torch.tensor([-0.030, -0.088, -0.188], device=device).view(1, 3, 1, 1)
-    scale = torch.tensor([0.458, 0.448, 0.450], device=device).view(1, 3, 1, 1)
+    model_name, taps = LPIPS_BACKBONES[backbone]
+    backbone_layers = frozen(_torchvision_model(model_name, _read_weights(path)).features, device)
+    head_file = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / f"{backbone}.pth"
+    heads = read_state_dict(head_file)
+    weight_of = {}  # layer -> w, (1, C, 1, 1)
+    for index, tap in enumerate(taps):
+        weight_of[tap] = heads[f"lin{index}.model.1.weight"].to(device)
+    shift = torch.tensor(LPIPS_SHIFT, device=device).view(1, 3, 1, 1)
+    scale = torch.tensor(LPIPS_SCALE, device=device).view(1, 3, 1, 1)
 
     def network(pixels: Tensor) -> dict[str, Tensor]:
-        x, rows = (pixels / 127.5 - 1 - shift) / scale, []
-        for index, layer in enumerate(features[: taps[-1] + 1]):
-            x = layer(x)
-            if index in taps:
+        x = (pixels / 127.5 - 1 - shift) / scale
+        rows = []
+        for index, layer in enumerate(backbone_layers[: taps[-1] + 1]):
+            x = layer(x)  # (B, C, H, W)
+            if index in weight_of:
                 unit = x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()
                 places = x.shape[-2] * x.shape[-1]
-                rows.append(((weights[taps.index(index)] / places).sqrt() * unit).flatten(1))
+                rows.append(((weight_of[index] / places).sqrt() * unit).flatten(1))  # (B, C * H * W)
         return {"lpips": torch.cat(rows, dim=1)}
 
     return Extractor(
-        f"lpips:{kind}",
-        f"{sha256} and {hash_tensors(stored)}",
-        LPIPS_SIDE,
-        preset or "clean",
-        ("lpips",),
-        None,
-        _on(device, network),
-        perceptual="lpips",
+        name=f"lpips:{backbone}",
+        sha256=f"{sha256} and {hash_tensors(heads)}",
+        side=LPIPS_SIDE,
+        preset=preset or "clean",
+        layers=("lpips",),
+        feature_layer=None,
+        network=_on_device(network, device),
+        perceptual_layer="lpips",
         smoke=path is None,
     )
 
 
-def _state(path: Path | None) -> dict[str, Tensor] | None:
+def _read_weights(path: Path | None) -> dict[str, Tensor] | None:
     return None if path is None else read_state_dict(path)
 
 
-def _torchvision(name: str, state: dict[str, Tensor] | None) -> nn.Module:
+def _torchvision_model(name: str, state_dict: dict[str, Tensor] | None) -> nn.Module:
+    """A model of torchvision with these weights; None: random ones."""
     build = getattr(torchvision.models, name)
-    if state is None:
+    if state_dict is None:
         return build(weights=None)
-    with torch.device("meta"):
+    with torch.device("meta"):  # no time is spent on weights that are replaced
         model = build(weights=None)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state_dict, assign=True)
     return model
 
 
-def _on(device: str, network: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Tensor], dict[str, Tensor]]:
+def _on_device(network: Network, device: str) -> Network:
+    """The network on pixels that are moved to its device first."""
     return lambda pixels: network(pixels.to(device))

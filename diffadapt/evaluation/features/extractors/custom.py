@@ -1,4 +1,4 @@
-"""An extractor of one's own: any class that is importable, named `module:Class`."""
+"""Extractors of users: any importable class that keeps `base.CONTRACT`, named `module:Class`."""
 
 from __future__ import annotations
 
@@ -12,54 +12,77 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from diffadapt.common.safetensors_file import hash_tensors
-from diffadapt.evaluation.features.extractors.base import Extractor, frozen
-
-CONTRACT = (
-    "it is made without arguments, has an integer `side`, and is called with (B, 3, side, side) float32 in "
-    "[0, 255]; it returns (B, D), or a dictionary of such with the attributes `features` (a key, for "
-    "distances) and, for the Inception Score, `logits` (a key); `preset` names its resize, else `clean`"
-)
+from diffadapt.evaluation.features.extractors.base import CONTRACT, Extractor, frozen
 
 
 def custom(name: str, *, preset: str | None, device: str) -> Extractor:
-    """`module:Class`; modules of the current folder are found too.
+    """The extractor of a class.
 
-    Raises: ValueError when it cannot be imported or does not keep the contract above.
+    Args:
+        name: `module:Class`; modules in the current folder are found too.
+        preset: of the resize; None: the class's own, else `clean`.
+        device: of the network, if it is a torch module.
+
+    Raises:
+        ValueError: the class cannot be imported or does not keep the contract.
+    """
+    try:
+        extractor_class = import_class(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the extractor {name!r} cannot be imported: {error}") from None
+    model = extractor_class()
+    if not callable(model) or not isinstance(getattr(model, "side", None), int):
+        raise ValueError(f"{name!r} does not keep the contract of an extractor: {CONTRACT}")
+    if isinstance(model, nn.Module):
+        frozen(model, device)
+    feature_layer = _string_attribute(model, "features") or "features"
+    logit_layer = _string_attribute(model, "logits")
+    layers = (feature_layer,)
+    if logit_layer is not None and logit_layer != feature_layer:
+        layers = (feature_layer, logit_layer)
+
+    def network(pixels: Tensor) -> dict[str, Tensor]:
+        output = model(pixels.to(device))
+        outputs = {feature_layer: output} if isinstance(output, Tensor) else output
+        for layer in layers:
+            if layer not in outputs or outputs[layer].ndim != 2 or len(outputs[layer]) != len(pixels):
+                raise ValueError(f"{name!r} gave no (B, D) tensor {layer!r}; the contract: {CONTRACT}")
+        return outputs
+
+    return Extractor(
+        name=name,
+        sha256=source_sha256(extractor_class, model),
+        side=model.side,
+        preset=preset or getattr(model, "preset", "clean"),
+        layers=layers,
+        feature_layer=feature_layer,
+        network=network,
+        logit_layer=logit_layer,
+    )
+
+
+def import_class(name: str) -> type:
+    """The class `module:Class`; modules in the current folder are found too.
+
+    Raises:
+        ImportError, AttributeError: it cannot be imported.
     """
     module_name, _, class_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        kind = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the extractor {name!r} cannot be imported: {error}") from None
-    made = kind()
-    if not callable(made) or not isinstance(getattr(made, "side", None), int):
-        raise ValueError(f"{name!r} does not keep the contract of an extractor: {CONTRACT}")
-    if isinstance(made, nn.Module):
-        frozen(made, device)
-    features = getattr(made, "features", None)
-    features = features if isinstance(features, str) else "features"
-    logits = getattr(made, "logits", None)
-    logits = logits if isinstance(logits, str) else None
-
-    def network(pixels: Tensor) -> dict[str, Tensor]:
-        found = made(pixels.to(device))
-        found = {features: found} if isinstance(found, Tensor) else found
-        for layer in layers:
-            if layer not in found or found[layer].ndim != 2 or len(found[layer]) != len(pixels):
-                raise ValueError(f"{name!r} gave no (B, D) tensor {layer!r}; the contract: {CONTRACT}")
-        return found
-
-    layers = tuple(dict.fromkeys([features, logits] if logits else [features]))
-    resize = preset or getattr(made, "preset", "clean")
-    return Extractor(name, source_sha256(kind, made), made.side, resize, layers, features, network, logits)
+    return getattr(importlib.import_module(module_name), class_name)
 
 
-def source_sha256(kind: type, made: object) -> str:
-    """Over the source file and, of a module, its tensors."""
-    source = inspect.getsourcefile(kind)
-    hasher = hashlib.sha256(Path(source).read_bytes() if source else kind.__qualname__.encode())
-    if isinstance(made, nn.Module):
-        hasher.update(hash_tensors(made.state_dict()).encode())
+def source_sha256(model_class: type, model: object) -> str:
+    """SHA-256 over the source file of a class and, of a torch module, its tensors."""
+    source = inspect.getsourcefile(model_class)
+    hasher = hashlib.sha256(Path(source).read_bytes() if source else model_class.__qualname__.encode())
+    if isinstance(model, nn.Module):
+        hasher.update(hash_tensors(model.state_dict()).encode())
     return hasher.hexdigest()
+
+
+def _string_attribute(model: object, name: str) -> str | None:
+    """An attribute if it is a string: a torch module may use the name for a layer."""
+    value = getattr(model, name, None)
+    return value if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""The digit classifier shipped with the package, for bases that draw digits."""
+"""The digit classifier shipped with the package, for bases that generate digits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from diffadapt.metrics.digit_classifier import NAME, load_digit_classifier
 
 
 def digits(*, preset: str | None, device: str) -> Extractor:
-    """Layers "pool" and "logits"; resize `clean` unless told otherwise."""
+    """Layers "pool" and "logits"; default resize `clean`."""
     classifier = frozen(load_digit_classifier(), device)
 
     def network(pixels: Tensor) -> dict[str, Tensor]:
         return classifier((pixels / 255).to(device))
 
-    sha256, layers = hash_tensors(classifier.state_dict()), ("pool", "logits")
-    return Extractor(NAME, sha256, classifier.side, preset or "clean", layers, "pool", network, "logits")
+    return Extractor(
+        name=NAME,
+        sha256=hash_tensors(classifier.state_dict()),
+        side=classifier.side,
+        preset=preset or "clean",
+        layers=("pool", "logits"),
+        feature_layer="pool",
+        network=network,
+        logit_layer="logits",
+    )
