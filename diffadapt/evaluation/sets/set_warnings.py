@@ -17,9 +17,10 @@ def excluded_images_warning(label: str, image_set: ImageSet) -> list[str]:
     """A warning about overviews and inputs that were left out of a folder of results."""
     if not image_set.excluded:
         return []
+    names = indented_list(image_set.excluded, limit=MAX_LISTED)
     return [
         f"{label}: {len(image_set.excluded)} images are not scored, as their names say that they are an "
-        f"overview or an input; rename them to score them:\n{indented_list(image_set.excluded, limit=MAX_LISTED)}"
+        f"overview or an input; rename them to score them:\n{names}"
     ]
 
 
