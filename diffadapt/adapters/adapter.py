@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffadapt.adapters.layers import Entry, Record
-from diffadapt.adapters.merge import folded, refold
-from diffadapt.adapters.method_state import Part
+from diffadapt.adapters.fold import adapted_biases, adapted_weight, fold_merged
+from diffadapt.adapters.layers import Entry, LayerState
+from diffadapt.adapters.method_state import MethodState
 from diffadapt.common.messages import did_you_mean
 from diffadapt.methods import Method
 from diffadapt.methods.site import Site
@@ -25,7 +25,7 @@ class Adapter(nn.Module):
         sites: the weights it changes.
         seed: what the starting values were drawn from.
         ranks: the rank of sites where it differs from the method's.
-        records: what happens to each weight, by the site's name; filled by ``attach``.
+        layer_states: what happens to each weight, by the site's name; filled by ``attach``.
         roots: the adapted models, by component name ("" for a bare model).
     """
 
@@ -42,13 +42,13 @@ class Adapter(nn.Module):
         self.ranks, self.roots = dict(ranks), dict(roots)
         self.parts = nn.ModuleList()
         self.sites: tuple[Site, ...] = ()
-        self.records: dict[str, Record] = {}
+        self.layer_states: dict[str, LayerState] = {}
         self.frozen: list[nn.Parameter] = []  # whose requires_grad detach gives back
         self.hooks: list[RemovableHandle] = []
         self.base_values: dict[str, str] | None = None  # fingerprints, where weights cannot be read at will
         self._strength = 1.0
 
-    def add_part(self, part: Part) -> None:
+    def add_method_state(self, part: MethodState) -> None:
         object.__setattr__(part, "adapter", self)  # a reference, not a submodule
         self.parts.append(part)
 
@@ -74,12 +74,12 @@ class Adapter(nn.Module):
         for part in self.parts:
             part.strength = self._strength
         if self.merged:
-            refold(self)
+            fold_merged(self.layer_states.values(), self.roots.values())
 
     @property
     def merged(self) -> bool:
         """Whether the adapter is folded into the weights now."""
-        return any(entry.merged for record in self.records.values() for entry in self.entries(record))
+        return any(part.merged for part in self.parts)
 
     def adapted_weight(self, site: str | Site) -> Tensor:
         """The exact changed weight of one site under this adapter alone, at its strength.
@@ -88,26 +88,27 @@ class Adapter(nn.Module):
             more classes than the base's has more rows.
         Raises: ValueError for a name that is not one of ``sites``.
         """
-        record = self._record(site)
-        return folded(record, self.entries(record))[0]
+        layer_state = self._layer_state(site)
+        return adapted_weight(layer_state, self.entries(layer_state))
 
     def adapted_bias(self, site: str | Site) -> Tensor | None:
         """The exact changed bias ``(out,)`` of one site; None where the layer has none and gets none."""
-        record = self._record(site)
-        return folded(record, self.entries(record))[1][0]
+        layer_state = self._layer_state(site)
+        return adapted_biases(layer_state, self.entries(layer_state))[0]
 
     def set_dropout_seed(self, seed: int | None) -> None:
         """Make dropout a function of ``seed`` and the site; None returns to torch's global generator."""
         for part in self.parts:
             part.dropout_seed = seed
 
-    def _record(self, site: str | Site) -> Record:
+    def _layer_state(self, site: str | Site) -> LayerState:
         name = site if isinstance(site, str) else site.name
-        if name not in self.records:
-            raise ValueError(f"adapter {self.name!r} has no site {name!r}{did_you_mean(name, self.records)}")
-        return self.records[name]
+        if name not in self.layer_states:
+            hint = did_you_mean(name, self.layer_states)
+            raise ValueError(f"adapter {self.name!r} has no site {name!r}{hint}")
+        return self.layer_states[name]
 
-    def entries(self, record: Record) -> list[Entry]:
+    def entries(self, layer_state: LayerState) -> list[Entry]:
         """What this adapter does to one weight."""
         owners = self.owners
-        return [entry for entry in record.entries if entry.owner in owners]
+        return [entry for entry in layer_state.entries if entry.owner in owners]

@@ -11,9 +11,9 @@ from torch import nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.class_table import check_new_table, follow_dropout
 from diffadapt.adapters.fused_projections import FusingRefused
-from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, Record
+from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, LayerState, layer_state_of
 from diffadapt.adapters.merge import merge, unmerge
-from diffadapt.adapters.method_state import Part, PartPlan, plan_parts
+from diffadapt.adapters.method_state import MethodPlan, MethodState, plan_methods
 from diffadapt.adapters.peft_bridge import attach_peft
 from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites
 from diffadapt.methods import Method
@@ -116,24 +116,22 @@ def attach_sites(
         raise ValueError(f"the model already has an adapter named {name!r}; detach it or pass another name")
     if isinstance(method, PeftMethod):
         return attach_peft(roots, method, found, name=name, seed=seed, ranks=ranks, fill=fill)
-    plans = plan_parts(method, [choice.site for choice in found], ranks)
+    plans = plan_methods(method, [choice.site for choice in found], ranks)
     _check_all_served(method, found, plans)
     for plan in plans:
         layers = [layer for index in plan.indices for layer in found[index].layers]
         for root in roots.values():
             check_new_table(plan.methods[0], layers, root, _home(root))
-    records = [
-        getattr(choice.layers[0], "_diffadapt", None) or Record(list(choice.layers)) for choice in found
-    ]
+    layer_states = [layer_state_of(choice.layers) for choice in found]
     adapter = Adapter(name, method, seed, ranks, roots)
     for plan in plans:
-        bases = [records[i].base() for i in plan.indices]
-        adapter.add_part(Part(plan, bases, seed))
+        bases = [layer_states[i].base() for i in plan.indices]
+        adapter.add_method_state(MethodState(plan, bases, seed))
         if fill is None:
             adapter.parts[-1].start(bases)
     if fill is not None:
         fill(adapter)
-    _swap(adapter, plans, found, records)
+    _swap(adapter, plans, found, layer_states)
     for module in roots.values():
         adapter.frozen += [p for p in module.parameters() if p.requires_grad]
         module.requires_grad_(False)
@@ -144,10 +142,10 @@ def detach(adapter: Adapter) -> None:
     """Take an adapter off its model; when it was the last, the model is the bare one again, bit for bit."""
     unmerge(adapter)
     remaining: list[Adapter] = [other for root in adapter.roots.values() for other in attached(root).values()]
-    for record in adapter.records.values():
-        owned = adapter.entries(record)
-        record.entries = [entry for entry in record.entries if entry not in owned]
-        for layer in record.layers if not record.entries else ():
+    for layer_state in adapter.layer_states.values():
+        owned = adapter.entries(layer_state)
+        layer_state.entries = [entry for entry in layer_state.entries if entry not in owned]
+        for layer in layer_state.layers if not layer_state.entries else ():
             layer.__class__ = ORIGINAL[type(layer)]
             del layer._diffadapt
     remaining = [other for other in remaining if other is not adapter]
@@ -158,7 +156,7 @@ def detach(adapter: Adapter) -> None:
             parameter.requires_grad_(True)
     for hook in adapter.hooks:
         hook.remove()
-    adapter.records, adapter.frozen, adapter.hooks = {}, [], []
+    adapter.layer_states, adapter.frozen, adapter.hooks = {}, [], []
 
 
 def attached(model: object) -> dict[str, Adapter]:
@@ -219,7 +217,7 @@ def _home(root: nn.Module) -> object | None:
     return None if home is None else home()
 
 
-def _check_all_served(method: Method, found: Sequence[TargetSite], plans: Sequence[PartPlan]) -> None:
+def _check_all_served(method: Method, found: Sequence[TargetSite], plans: Sequence[MethodPlan]) -> None:
     served = {index for plan in plans for index in plan.indices}
     for index, choice in enumerate(found):
         if choice.by_name and index not in served:
@@ -228,20 +226,23 @@ def _check_all_served(method: Method, found: Sequence[TargetSite], plans: Sequen
 
 
 def _swap(
-    adapter: Adapter, plans: Sequence[PartPlan], found: Sequence[TargetSite], records: Sequence[Record]
+    adapter: Adapter,
+    plans: Sequence[MethodPlan],
+    found: Sequence[TargetSite],
+    layer_states: Sequence[LayerState],
 ) -> None:
     entries: list[list[Entry]] = [[] for _ in found]
     for plan, part in zip(plans, adapter.parts, strict=True):
         for index, i in enumerate(plan.indices):
             entries[i].append(Entry(part, index))
-    for choice, record, added in zip(found, records, entries, strict=True):
+    for choice, layer_state, added in zip(found, layer_states, entries, strict=True):
         if not added:
             continue
-        for layer in record.layers:
+        for layer in layer_state.layers:
             layer.__class__ = ADAPTED.get(type(layer), type(layer))
-            layer._diffadapt = record
-        record.entries += added
-        adapter.records[choice.site.name] = record
+            layer._diffadapt = layer_state
+        layer_state.entries += added
+        adapter.layer_states[choice.site.name] = layer_state
     adapter.hooks += [FusingRefused(root) for root in adapter.roots.values()]
     for part in adapter.parts:
         if getattr(part.methods[0], "classes", None) is not None:
@@ -250,4 +251,4 @@ def _swap(
             for root in adapter.roots.values():
                 adapter.hooks.append(root.register_forward_pre_hook(part.prepare))
                 adapter.hooks.append(root.register_forward_hook(part.release, always_call=True))
-    adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.records)
+    adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.layer_states)

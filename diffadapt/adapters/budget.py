@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from diffadapt.adapters.attach import Targets, choose_sites
-from diffadapt.adapters.method_state import PartPlan, plan_parts
+from diffadapt.adapters.method_state import MethodPlan, plan_methods
 from diffadapt.adapters.targets import assign_ranks
 from diffadapt.methods import Method
 from diffadapt.methods.parse_method import make_method, option_names
@@ -61,7 +61,7 @@ def count_parameters(
     sites = [choice.site for choice in found]
     ranks = assign_ranks(sites, rank_patterns or {})
     rows: dict[str, list[int]] = {}
-    for plan in plan_parts(method, sites, ranks):
+    for plan in plan_methods(method, sites, ranks):
         for site in plan.sites:
             rows.setdefault(_block(site.name, depth), [0, 0])[0] += 1
         for key, count in plan.counts().items():
@@ -97,7 +97,7 @@ def fit_budget(
         """Parameters at a rank; None above what the method accepts."""
         try:
             chosen = make_method(method, rank=rank, **options)
-            return sum(plan.num_parameters for plan in plan_parts(chosen, sites))
+            return sum(plan.num_parameters for plan in plan_methods(chosen, sites))
         except ValueError:
             if rank == 1:
                 raise
@@ -110,7 +110,7 @@ def fit_budget(
         raise ValueError(
             f"{method} has {least:,} parameters at every rank; leave out the budget or its own rank"
         )
-    plans = plan_parts(make_method(method, rank=1, **options), sites)
+    plans = plan_methods(make_method(method, rank=1, **options), sites)
     falls = {
         rank
         for plan in plans
@@ -132,9 +132,9 @@ def size_notices(
     roots, choices = choose_sites(model, method, targets, text_encoder_targets)
     sites = [choice.site for choice in choices]
     notices = []
-    for plan in plan_parts(method, sites):
+    for plan in plan_methods(method, sites):
         notices += _rank_notices(plan)
-    trained = sum(plan.num_parameters for plan in plan_parts(method, sites))
+    trained = sum(plan.num_parameters for plan in plan_methods(method, sites))
     adapted = sum(math.prod(site.shape) for site in sites)
     base = sum(p.numel() for root in roots.values() for p in root.parameters())
     if trained > adapted:
@@ -146,7 +146,7 @@ def size_notices(
     return notices
 
 
-def _rank_notices(plan: PartPlan) -> list[str]:
+def _rank_notices(plan: MethodPlan) -> list[str]:
     rank = getattr(plan.methods[0], "rank", None)
     if rank is None or plan.methods[0].grouped:
         return []

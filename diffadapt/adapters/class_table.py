@@ -77,8 +77,8 @@ def table_in_use(model: nn.Module, *, null_from_end: int | None = 1) -> ClassTab
 
 def _rows_of(layer: nn.Embedding) -> tuple[int, int | None]:
     """Rows in use, and classes of the largest new set; None without one."""
-    record = getattr(layer, "_diffadapt", None)
-    updates = [] if record is None else record.updates(record.entries)
+    layer_state = getattr(layer, "_diffadapt", None)
+    updates = [] if layer_state is None else layer_state.updates(layer_state.entries)
     tables = [u.delta for strength, u in updates if strength != 0 and isinstance(u.delta, NewRows)]
     rows = max([_base_rows(layer), *(table.rows for table in tables)])
     return rows, max((table.classes for table in tables), default=None)
@@ -135,8 +135,8 @@ def _null_from_end(embedder: nn.Module | None, layer: nn.Embedding, pipe: object
 
 
 def _base_rows(layer: nn.Embedding) -> int:
-    record = getattr(layer, "_diffadapt", None)
-    return len(layer.weight if record is None else record.base())
+    layer_state = getattr(layer, "_diffadapt", None)
+    return len(layer.weight if layer_state is None else layer_state.base())
 
 
 def follow_rows(models: Iterable[nn.Module]) -> None:

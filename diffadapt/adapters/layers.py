@@ -1,6 +1,6 @@
 """Layers adapted in place: the same objects with the same parameters, under another class.
 
-A layer owns no trained tensor. Its record lists who changes it; the owners hand out their updates at every
+A layer owns no trained tensor. Its state lists who changes it; the owners hand out their updates at every
 forward.
 """
 
@@ -32,9 +32,9 @@ class Owner(Protocol):
 
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update: ...
 
-    def dropped(self, x: Tensor, index: int) -> Tensor: ...
+    def dropout(self, x: Tensor, index: int) -> Tensor: ...
 
-    def follow(self, device: torch.device) -> None: ...
+    def move_to(self, device: torch.device) -> None: ...
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Entry:
 
 
 @dataclass
-class Record:
-    """Everything that happens to one weight. Layers that share the weight share the record."""
+class LayerState:
+    """Everything that happens to one weight. Layers that share the weight share its state."""
 
     layers: list[nn.Module]
     entries: list[Entry] = field(default_factory=list)
@@ -72,24 +72,30 @@ class Record:
         base = self.base()
         return [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
 
-    def live(self) -> list[Entry]:
+    def active(self) -> list[Entry]:
         """The entries that act in the forward pass."""
         return [entry for entry in self.entries if not entry.merged and entry.owner.strength != 0]
+
+
+def layer_state_of(layers: Sequence[nn.Module]) -> LayerState:
+    """The state of layers that share a weight: theirs where they are adapted, else a new one."""
+    return getattr(layers[0], "_diffadapt", None) or LayerState(list(layers))
 
 
 class Adapted(nn.Module):
     """What every adapted layer adds to its original class."""
 
-    _diffadapt: Record
+    _diffadapt: LayerState
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        record = self._diffadapt
-        if record.original is not None and record.layers[0] is self:
-            record.original = fn(record.original)
-            record.original_biases = [None if bias is None else fn(bias) for bias in record.original_biases]
-        for entry in record.entries:
-            entry.owner.follow(self.weight.device)
+        layer_state = self._diffadapt
+        if layer_state.original is not None and layer_state.layers[0] is self:
+            layer_state.original = fn(layer_state.original)
+            biases = layer_state.original_biases
+            layer_state.original_biases = [None if bias is None else fn(bias) for bias in biases]
+        for entry in layer_state.entries:
+            entry.owner.move_to(self.weight.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -103,13 +109,13 @@ class Adapted(nn.Module):
 
 class AdaptedLinear(Adapted, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        entries = self._diffadapt.live()
+        entries = self._diffadapt.active()
         return _affine(self, LinearMap(), x, entries) if entries else nn.Linear.forward(self, x)
 
 
 class _AdaptedConv(Adapted):
     def forward(self, x: Tensor) -> Tensor:
-        entries = self._diffadapt.live()
+        entries = self._diffadapt.active()
         if not entries:
             return super().forward(x)
         unbatched = x.dim() == len(self.kernel_size) + 1
@@ -132,7 +138,7 @@ class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
 
 class AdaptedEmbedding(Adapted, nn.Embedding):
     def forward(self, rows: Tensor) -> Tensor:
-        entries = self._diffadapt.live()
+        entries = self._diffadapt.active()
         if not entries:
             return nn.Embedding.forward(self, rows)
         table = _changed_weight(self, entries).to(self.weight.dtype)
@@ -143,7 +149,7 @@ class AdaptedEmbedding(Adapted, nn.Embedding):
 
 class AdaptedLayerNorm(Adapted, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        entries = self._diffadapt.live()
+        entries = self._diffadapt.active()
         if not entries:
             return nn.LayerNorm.forward(self, x)
         weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
@@ -152,7 +158,7 @@ class AdaptedLayerNorm(Adapted, nn.LayerNorm):
 
 class AdaptedGroupNorm(Adapted, nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        entries = self._diffadapt.live()
+        entries = self._diffadapt.active()
         if not entries:
             return nn.GroupNorm.forward(self, x)
         weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
@@ -173,16 +179,16 @@ ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {adapted: plain for plain, ad
 
 def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]) -> Tensor:
     """``y`` for ``W + sum_i t_i (W'_i - W)``: rows scaled on the outputs, factors never multiplied out."""
-    record, device = layer._diffadapt, x.device.type
+    layer_state, device = layer._diffadapt, x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     base, base_bias = layer.weight, layer.bias  # of a frozen layer
-    if record.original is not None:
-        base, base_bias = record.original, record.base_bias(layer)
+    if layer_state.original is not None:
+        base, base_bias = layer_state.original, layer_state.base_bias(layer)
     updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
     base = base.to(x.dtype)
     entry, update = updates[0]
-    is_alone = len(updates) == 1 and entry.owner.strength == 1 and record.original is None
+    is_alone = len(updates) == 1 and entry.owner.strength == 1 and layer_state.original is None
     if is_alone and update.scale is not None:
         return _rescaled(layer_map, x, base, base_bias, entry, update)
     additive = [(e, u) for e, u in updates if u.scale is None]
@@ -214,7 +220,7 @@ def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[
     """The change of one entry as a term of the sum; none where only rows or biases change."""
     if update.delta is None:
         return []
-    change, inputs = update.delta.for_dtype(x.dtype), entry.owner.dropped(x, entry.index)
+    change, inputs = update.delta.for_dtype(x.dtype), entry.owner.dropout(x, entry.index)
     return [(change, coefficient * update.multiplier, inputs)]
 
 
@@ -230,17 +236,17 @@ def _added(base_bias: Tensor | None, bias: Tensor) -> Tensor:
 
 def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
     """The whole changed weight, for layers whose weight is small beside their activations."""
-    record, base = layer._diffadapt, layer._diffadapt.base()
-    updates = record.updates(entries)
+    layer_state, base = layer._diffadapt, layer._diffadapt.base()
+    updates = layer_state.updates(entries)
     if largest_class_table(base, updates) is None and layer.weight.shape == base.shape:
         return changed_weight(to_compute_dtype(base), updates, resident=layer.weight)
     return changed_weight(
-        to_compute_dtype(base), record.updates(record.entries)
+        to_compute_dtype(base), layer_state.updates(layer_state.entries)
     )  # merged rows stand elsewhere
 
 
 def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
-    record = layer._diffadapt
-    base, updates = record.base(), record.updates(entries)
-    bias = effective_bias(record.base_bias(layer), layer.bias, updates)
+    layer_state = layer._diffadapt
+    base, updates = layer_state.base(), layer_state.updates(entries)
+    bias = effective_bias(layer_state.base_bias(layer), layer.bias, updates)
     return None if bias is None else bias.to(to_compute_dtype(base).dtype)

@@ -27,7 +27,7 @@ from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)
-class PartPlan:
+class MethodPlan:
     """What a part will own, from shapes alone.
 
     Attributes:
@@ -73,9 +73,9 @@ class PartPlan:
         return sum(self.counts().values())
 
 
-def plan_parts(
+def plan_methods(
     method: Method, sites: Sequence[Site], ranks: Mapping[str, int] | None = None
-) -> list[PartPlan]:
+) -> list[MethodPlan]:
     """One plan for every part of a method, over the sites whose kind it can change.
 
     ``ranks`` gives single sites another rank, by name, in the parts that have one. Raises ValueError when a
@@ -99,14 +99,14 @@ def plan_parts(
         own = ranks if hasattr(part, "rank") else {}
         methods = tuple(replace(part, rank=own[s.name]) if s.name in own else part for s in chosen)
         label = part.name if len(method.members) == 1 else f"{number}.{part.name}"
-        plans.append(PartPlan(label, indices, chosen, methods))
+        plans.append(MethodPlan(label, indices, chosen, methods))
     return plans
 
 
-class Part(nn.Module):
+class MethodState(nn.Module):
     """Owns the tensors of one method: float32, or float64 for a float64 base."""
 
-    def __init__(self, plan: PartPlan, bases: Sequence[Tensor], seed: int):
+    def __init__(self, plan: MethodPlan, bases: Sequence[Tensor], seed: int):
         super().__init__()
         self.label, self.sites, self.methods, self.seed = plan.label, plan.sites, plan.methods, seed
         self.strength = 1.0
@@ -190,7 +190,7 @@ class Part(nn.Module):
             forward.end_node = next_node()
             forward.live_with(output)
 
-    def dropped(self, x: Tensor, index: int) -> Tensor:
+    def dropout(self, x: Tensor, index: int) -> Tensor:
         """The branch's input under the method's dropout, which acts while the adapter is in training mode and
         gradients are recorded: never while sampling, whatever mode the base is in.
 
@@ -227,8 +227,8 @@ class Part(nn.Module):
             if not method.has_weight_decay(key)
         ]
 
-    def named(self) -> dict[str, Tensor]:
-        """Every stored tensor by its name in a file, in the order of ``PartPlan.stored``."""
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor by its name in a file, in the order of ``MethodPlan.stored``."""
         own = {
             f"{self.label}/{site.name}/{key}": tensor
             for site, tensors in zip(self.sites, self.tensors, strict=True)
@@ -236,7 +236,7 @@ class Part(nn.Module):
         }
         return own | {f"{self.label}//{key}": tensor for key, tensor in self.shared.items()}
 
-    def follow(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Move to the device of the adapted layers, unless they hold no data."""
         if self.device != device and "meta" not in (device.type, self.device.type):
             self.to(device)

@@ -1,6 +1,6 @@
 """PEFT's methods behind the calls of our own: attach, save, load, merge, strength, disabled, detach.
 
-PEFT wraps the layers and computes the forward; the record of each layer and the file are ours. Nothing is
+PEFT wraps the layers and computes the forward; the state of each layer and the file are ours. Nothing is
 pickled. Source: huggingface/peft, ``get_peft_model`` and ``get_peft_model_state_dict``.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.fused_projections import FusingRefused
-from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Entry, Record
+from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Entry, LayerState
 from diffadapt.adapters.peft_check import check_merge, check_storable, smallest_of_each_kind
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import to_compute_dtype
@@ -35,12 +35,12 @@ class PeftPart(nn.Module):
         self.strength, self.merged, self.grouped = 1.0, False, False
         self.dropout_seed: int | None = None
         self.layers: tuple[nn.Module, ...] = ()
-        object.__setattr__(self, "records", [])
+        object.__setattr__(self, "layer_states", [])
 
-    def own(self, layers: Sequence[nn.Module], records: Sequence[Record]) -> None:
+    def own(self, layers: Sequence[nn.Module], layer_states: Sequence[LayerState]) -> None:
         """Take charge of PEFT's layers, in the order of the sites."""
         object.__setattr__(self, "layers", tuple(layers))
-        object.__setattr__(self, "records", list(records))
+        object.__setattr__(self, "layer_states", list(layer_states))
         trained = [(name, p) for name, p in self.wrapped.named_parameters() if p.requires_grad]
         self.trained = nn.ParameterDict({name.replace(".", "/"): value for name, value in trained})
 
@@ -48,7 +48,7 @@ class PeftPart(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def named(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Everything PEFT stores of the adapter, by its name in our file."""
         from peft import get_peft_model_state_dict
 
@@ -60,7 +60,7 @@ class PeftPart(nn.Module):
     @torch.no_grad()
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
         """PEFT's merged weight and bias, as differences."""
-        wrapper, bias = self.copy_of(index, base), self.records[index].base_bias()
+        wrapper, bias = self.copy_of(index, base), self.layer_states[index].base_bias()
         wrapper.merge(adapter_names=[self.adapter_name])
         merged = wrapper.get_base_layer()  # another layer than before where PEFT trains a copy, as of norms
         change = None if bias is None else to_compute_dtype(merged.bias.detach()) - to_compute_dtype(bias)
@@ -68,9 +68,10 @@ class PeftPart(nn.Module):
 
     def copy_of(self, index: int, base: Tensor) -> nn.Module:
         """PEFT's layer again, around a base layer with the weight ``base``, wide."""
-        layer, record = self.layers[index], self.records[index]
-        wrapper = copy.deepcopy(layer, {id(record): record, id(self): self})  # a hook of it names this part
-        inner, bias = wrapper.get_base_layer(), record.base_bias()
+        layer, layer_state = self.layers[index], self.layer_states[index]
+        shared = {id(layer_state): layer_state, id(self): self}  # a hook of the layer names this part
+        wrapper = copy.deepcopy(layer, shared)
+        inner, bias = wrapper.get_base_layer(), layer_state.base_bias()
         inner.weight = nn.Parameter(to_compute_dtype(base).clone(), requires_grad=False)
         if bias is not None:
             inner.bias = nn.Parameter(to_compute_dtype(bias).clone(), requires_grad=False)
@@ -80,10 +81,10 @@ class PeftPart(nn.Module):
         """None: PEFT's tensors decay as they do in PEFT's own training."""
         return []
 
-    def dropped(self, x: Tensor, index: int) -> Tensor:
+    def dropout(self, x: Tensor, index: int) -> Tensor:
         return x
 
-    def follow(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """PEFT's tensors lie in the layers, and move with them."""
 
     def at_strength(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
@@ -94,11 +95,11 @@ class PeftPart(nn.Module):
         return plain if self.merged or self.strength == 0 else plain + self.strength * (output - plain)
 
 
-class PeftRecord(Record):
+class PeftLayerState(LayerState):
     """A layer whose live change is computed by PEFT's wrapper around it, not by the layer."""
 
-    def live(self) -> list[Entry]:
-        return [entry for entry in super().live() if not isinstance(entry.owner, PeftPart)]
+    def active(self) -> list[Entry]:
+        return [entry for entry in super().active() if not isinstance(entry.owner, PeftPart)]
 
 
 class Wrapped:
@@ -154,7 +155,7 @@ def filling(tensors: Mapping[str, Tensor], path: object) -> Callable[[Adapter], 
     """A ``fill`` that gives PEFT's tensors the values of a file, all of them and no others."""
 
     def fill(adapter: Adapter) -> None:
-        own = {key: tensor for part in adapter.parts for key, tensor in part.named().items()}
+        own = {key: tensor for part in adapter.parts for key, tensor in part.named_tensors().items()}
         for key, tensor in own.items():
             if key not in tensors or tensors[key].shape != tensor.shape:
                 raise ValueError(f"{path} lacks the tensor {key!r} of shape {tuple(tensor.shape)}")
@@ -168,7 +169,7 @@ def filling(tensors: Mapping[str, Tensor], path: object) -> Callable[[Adapter], 
 def _wrap(
     adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, found: Sequence[TargetSite]
 ) -> None:
-    """Let PEFT wrap the layers of one model, and put its wrappers under our records."""
+    """Let PEFT wrap the layers of one model, and put its wrappers under our states of layers."""
     from peft import get_peft_model
 
     if hasattr(module, "peft_config"):
@@ -185,7 +186,7 @@ def _wrap(
     label = f"{method.name}/{root}" if root else method.name
     part = PeftPart(label, wrapped, adapter.name, [choice.site for choice in found])
     wrappers = [module.get_submodule(path) for path in paths]
-    records = [PeftRecord(list(choice.layers)) for choice in found]
+    layer_states = [PeftLayerState(list(choice.layers)) for choice in found]
     for index, (choice, wrapper, original) in enumerate(zip(found, wrappers, originals, strict=True)):
         layer = choice.layers[0]
         if not _is_wrapper(wrapper) or wrapper.get_base_layer() is not layer:
@@ -193,21 +194,21 @@ def _wrap(
         if not torch.equal(layer.weight, original):
             layer.weight.data.copy_(original)
             raise ValueError(f"{method} changes the base weights at its start, which an adapter must not")
-        records[index].entries.append(Entry(part, index))
-        adapter.records[choice.site.name] = records[index]
+        layer_states[index].entries.append(Entry(part, index))
+        adapter.layer_states[choice.site.name] = layer_states[index]
         adapter.hooks.append(wrapper.register_forward_hook(part.at_strength, with_kwargs=True))
-        layer.__class__, layer._diffadapt = ADAPTED[type(layer)], records[index]
-    part.own(wrappers, records)
-    check_storable(method, part.named())
+        layer.__class__, layer._diffadapt = ADAPTED[type(layer)], layer_states[index]
+    part.own(wrappers, layer_states)
+    check_storable(method, part.named_tensors())
     for index in smallest_of_each_kind([choice.layers[0] for choice in found]):
-        wrapper = part.copy_of(index, records[index].base())
+        wrapper = part.copy_of(index, layer_states[index].base())
         check_merge(method, found[index].site.name, wrapper, adapter.name)
-    adapter.add_part(part)
+    adapter.add_method_state(part)
 
 
 def _take_off(adapter: Adapter) -> None:
-    for record in adapter.records.values():
-        for layer in record.layers:
+    for layer_state in adapter.layer_states.values():
+        for layer in layer_state.layers:
             if "_diffadapt" in layer.__dict__:
                 layer.__class__ = ORIGINAL[type(layer)]
                 del layer._diffadapt

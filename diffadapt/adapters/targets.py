@@ -127,8 +127,9 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
     for key in ("weight", "bias"):
         _check_plain(f"{name}.{key}", getattr(layer, key, None))
     groups = layer.groups if isinstance(layer, _CONV_TYPES) else 1
-    record = getattr(layer, "_diffadapt", None)  # a merged class table may have other rows than the base's
-    shape = tuple((layer.weight if record is None else record.base()).shape)
+    # of an adapted layer the base: a merged class table may have other rows
+    layer_state = getattr(layer, "_diffadapt", None)
+    shape = tuple((layer.weight if layer_state is None else layer_state.base()).shape)
     return Site(name, _kind(layer), shape, groups, getattr(layer, "bias", None) is not None)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
 from diffadapt.adapters.fingerprint import fingerprints
-from diffadapt.adapters.layers import Record
+from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.peft_bridge import filling
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.common.atomic_files import write_atomically
@@ -42,9 +42,9 @@ def save(
     tensors = {
         key: tensor.detach().cpu().contiguous()
         for part in adapter.parts
-        for key, tensor in part.named().items()
+        for key, tensor in part.named_tensors().items()
     }
-    values = adapter.base_values or fingerprints(list(adapter.records.values()))
+    values = adapter.base_values or fingerprints(list(adapter.layer_states.values()))
     config = {
         "name": adapter.name,
         "seed": adapter.seed,
@@ -121,8 +121,8 @@ def _check_base(
     config: Configuration, found: Sequence[TargetSite], path: str | Path, *, strict: bool
 ) -> None:
     """Warns, or raises ValueError, where the layers are not those of the base in the file."""
-    records = [getattr(f.layers[0], "_diffadapt", None) or Record(list(f.layers)) for f in found]
-    if not config.base_values.isdisjoint(fingerprints(records).values()):
+    layer_states = [layer_state_of(target.layers) for target in found]
+    if not config.base_values.isdisjoint(fingerprints(layer_states).values()):
         return
     base = config.base_name or "not recorded"
     message = f"{path} was trained on other weights of this architecture (base: {base})"
@@ -133,7 +133,7 @@ def _check_base(
 
 def _filling(expected: Mapping[str, tuple], tensors: Mapping[str, Tensor]) -> Callable[[Adapter], None]:
     def fill(adapter: Adapter) -> None:
-        own = [tensor for part in adapter.parts for tensor in part.named().values()]
+        own = [tensor for part in adapter.parts for tensor in part.named_tensors().values()]
         for tensor, key in zip(own, expected, strict=True):
             tensor.data.copy_(tensors[key])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from diffadapt.adapters.method_state import plan_parts
+from diffadapt.adapters.method_state import plan_methods
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.safetensors_file import check_finite
@@ -69,7 +69,10 @@ def expected_tensors(
         for choice, new in zip(found, names, strict=True)
         if choice.site.name in ranks
     }
-    return {key: shape for plan in plan_parts(method, sites, renamed) for key, shape in plan.stored().items()}
+    shapes = {}
+    for plan in plan_methods(method, sites, renamed):
+        shapes |= plan.stored()
+    return shapes
 
 
 def check_tensors(

@@ -79,5 +79,5 @@ def nonfinite_message(
 
 def _trained(adapter: Adapter) -> dict[str, torch.nn.Parameter]:
     """Trained tensors by the names they have in the adapter's file: part/layer/factor."""
-    named = {key: tensor for part in adapter.parts for key, tensor in part.named().items()}
+    named = {key: tensor for part in adapter.parts for key, tensor in part.named_tensors().items()}
     return {key: tensor for key, tensor in named.items() if tensor.requires_grad}

@@ -36,7 +36,8 @@ def shard(denoiser: nn.Module, adapter: Adapter) -> None:
 
     To be called on every process, after the adapter is attached.
     """
-    adapter.base_values = fingerprints(list(adapter.records.values()))  # one process cannot read them later
+    # now, since no process can read sharded weights later
+    adapter.base_values = fingerprints(list(adapter.layer_states.values()))
     blocks = set(getattr(denoiser, "_no_split_modules", None) or ())
     for module in reversed(list(denoiser.modules())):  # inner blocks first
         if type(module).__name__ in blocks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import diffadapt as da
-from diffadapt.adapters.layers import ORIGINAL, Record
+from diffadapt.adapters.layers import ORIGINAL, LayerState
 from diffadapt.adapters.targets import find_sites
 from diffadapt.algebra.combined_weight import effective_bias
 from diffadapt.methods import Method
@@ -54,9 +54,9 @@ def make(base: nn.Module, variant: str, targets: str, rank: int) -> nn.Module:
     else:
         adapter = model.adapter = da.attach(model, method(name, rank), targets)
         if maker == "naive":
-            for record in adapter.records.values():
-                for layer in record.layers:
-                    _materialise(layer, record)
+            for layer_state in adapter.layer_states.values():
+                for layer in layer_state.layers:
+                    _materialise(layer, layer_state)
         elif maker == "merged":
             da.merge(adapter)
     return model
@@ -100,14 +100,15 @@ def _attach_lycoris(model: nn.Module, name: str, sites: Sequence[str], rank: int
     model.adapter = added
 
 
-def _materialise(layer: nn.Module, record: Record) -> None:
+def _materialise(layer: nn.Module, layer_state: LayerState) -> None:
     """Let autograd see the changed weight as a tensor like any other."""
     layer.__class__ = ORIGINAL[type(layer)]
     plain = copy.copy(layer)
 
     def forward(x: Tensor) -> Tensor:
-        base, base_bias = record.base(), record.base_bias()
-        updates = [(1.0, entry.owner.update(entry.index, base, in_forward=True)) for entry in record.live()]
+        base, base_bias = layer_state.base(), layer_state.base_bias()
+        entries = layer_state.active()
+        updates = [(1.0, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
         weight = base
         for _, update in updates:
             weight = update.weight(weight)

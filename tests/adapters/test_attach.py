@@ -49,7 +49,7 @@ def test_the_start_is_a_function_of_the_seed_and_the_layers_name():
     starts = {}
     for seed, targets in ((0, "attention"), (0, "blocks.1.*"), (1, "attention")):
         adapter = da.attach(denoiser(), da.LoRA(rank=2), targets, seed=seed)
-        starts[seed, targets] = adapter.parts[0].named()["lora/blocks.1.to_q/down"]
+        starts[seed, targets] = adapter.parts[0].named_tensors()["lora/blocks.1.to_q/down"]
     assert torch.equal(starts[0, "attention"], starts[0, "blocks.1.*"])
     assert not torch.equal(starts[0, "attention"], starts[1, "attention"])
 
@@ -62,7 +62,7 @@ def test_attaching_leaves_torchs_random_state_alone():
 
 def test_rank_patterns_set_the_rank_of_single_sites():
     adapter = da.attach(denoiser(), da.LoRA(rank=2), "attention", rank_patterns={"*.to_q": 5})
-    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.parts[0].named().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.parts[0].named_tensors().items()}
     assert shapes["lora/blocks.0.to_q/up"] == (8, 5)
     assert shapes["lora/blocks.0.to_k/up"] == (8, 2)
     assert adapter.num_parameters == (2 * 5 + 6 * 2) * 16

@@ -62,12 +62,13 @@ def test_a_saved_adapter_gives_the_same_outputs_in_a_new_model(tmp_path, method)
 def test_merging_is_exact_and_unmerging_restores_bits(method):
     model, adapter = attached(method)
     live = run(model)
-    weights = [record.base().clone() for record in adapter.records.values()]
+    weights = [layer_state.base().clone() for layer_state in adapter.layer_states.values()]
     da.merge(adapter)
     assert torch.allclose(run(model), live, atol=1e-5)
     da.unmerge(adapter)
     assert torch.equal(run(model), live)
-    assert all(map(torch.equal, weights, (record.base() for record in adapter.records.values())))
+    for weight, layer_state in zip(weights, adapter.layer_states.values(), strict=True):
+        assert torch.equal(weight, layer_state.base())
 
 
 class Whole:
@@ -89,7 +90,7 @@ def test_merging_copies_a_layer_at_a_time_never_the_model(method):
 def test_strength_goes_from_the_base_to_the_adapter(method):
     model, adapter = attached(method)
     base = run(denoiser())
-    weight = adapter.records["blocks.0.to_q"].base().clone()
+    weight = adapter.layer_states["blocks.0.to_q"].base().clone()
     full = adapter.adapted_weight("blocks.0.to_q")
     adapter.strength = 0.25
     half = adapter.adapted_weight("blocks.0.to_q")
@@ -220,10 +221,10 @@ def test_pefts_copies_of_norms_are_merged():
     adapter = perturb(da.attach(model, da.make_method("peft:LN_TUNING"), "norm"))
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     live = model(x)
-    weight = adapter.records["1"].base().clone()
+    weight = adapter.layer_states["1"].base().clone()
     assert not torch.equal(adapter.adapted_weight("1"), weight)
     da.merge(adapter)
     assert torch.allclose(model(x), live, atol=1e-6)
     da.unmerge(adapter)
     assert torch.equal(model(x), live)
-    assert torch.equal(adapter.records["1"].base(), weight)
+    assert torch.equal(adapter.layer_states["1"].base(), weight)

@@ -36,7 +36,7 @@ def random_matrix(rows=12, columns=9, rank=None, seed=0):
 
 def change_of(adapter, site):
     """``W' - W`` as a matrix, from the merged weight of a float64 base."""
-    return (adapter.adapted_weight(site) - adapter.records[site].base()).flatten(1)
+    return (adapter.adapted_weight(site) - adapter.layer_states[site].base()).flatten(1)
 
 
 def test_similarities_and_distance_are_superloras_equations_4_to_6():
@@ -129,7 +129,7 @@ def test_every_layers_figures_follow_from_its_merged_weight(fine_tuned):
         assert len(layers) == len(adapters[label].sites)
         for own in layers:
             change, target = change_of(adapters[label], own.name), change_of(dense, own.name)
-            weight = dense.records[own.name].base().flatten(1)
+            weight = dense.layer_states[own.name].base().flatten(1)
             assert own.norm == pytest.approx(change.norm().item(), rel=1e-9)
             assert own.relative_norm == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-9)
             assert own.effective_rank == pytest.approx(effective_rank(torch.linalg.svdvals(change)), rel=1e-6)
@@ -166,7 +166,7 @@ def test_norms_have_no_directions_and_biases_count():
         assert own.effective_rank is own.amplification is None
         assert own.alignment == {}
     for own in figures["biases"]:
-        trained = biases.adapted_bias(own.name) - biases.records[own.name].base_bias()
+        trained = biases.adapted_bias(own.name) - biases.layer_states[own.name].base_bias()
         assert own.bias_norm == pytest.approx(trained.norm().item(), rel=1e-5)
         assert own.norm == own.effective_rank == 0
         assert own.amplification is None

@@ -219,11 +219,11 @@ def test_a_file_with_exact_values_alone_is_still_known(path):
 
 def test_the_fingerprint_sees_a_single_changed_layer():
     model = denoiser()
-    records = list(da.attach(model, da.LoRA(), "conv").records.values())
-    before = fingerprint(records)
+    layer_states = list(da.attach(model, da.LoRA(), "conv").layer_states.values())
+    before = fingerprint(layer_states)
     with torch.no_grad():
         model.depthwise.weight.mul_(1.01)
-    assert fingerprint(records) != before
+    assert fingerprint(layer_states) != before
 
 
 def test_a_merged_neighbour_does_not_change_the_fingerprint(path):

@@ -164,11 +164,11 @@ def plain(bare: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 def changed(adapter: da.Adapter) -> tuple[Tensor, Tensor | None]:
     """The adapted weight and bias of a model with one site, as functions autograd can differentiate."""
-    (record,) = adapter.records.values()
-    base, base_bias = to_compute_dtype(record.base()), record.base_bias()
+    (layer_state,) = adapter.layer_states.values()
+    base, base_bias = to_compute_dtype(layer_state.base()), layer_state.base_bias()
     weight, bias = base, None if base_bias is None else to_compute_dtype(base_bias)
-    for entry in adapter.entries(record):
-        update = entry.owner.update(entry.index, record.base())
+    for entry in adapter.entries(layer_state):
+        update = entry.owner.update(entry.index, layer_state.base())
         weight = weight + adapter.strength * (update.weight(base) - base)
         if update.bias is not None or (update.changes_bias() and base_bias is not None):
             start = base.new_zeros(base.shape[0]) if base_bias is None else to_compute_dtype(base_bias)

@@ -136,6 +136,6 @@ def test_seeded_dropout_is_a_function_of_the_seed_and_the_layer():
         outputs.append(model(x))
     assert torch.equal(outputs[0], outputs[2])
     assert not torch.equal(outputs[0], outputs[1])
-    masks = [adapter.parts[0].dropped(torch.ones(64), index) for index in (0, 1)]
+    masks = [adapter.parts[0].dropout(torch.ones(64), index) for index in (0, 1)]
     assert not torch.equal(*masks)
     assert set(masks[0].tolist()) == {0.0, 2.0}

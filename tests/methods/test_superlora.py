@@ -413,7 +413,7 @@ def test_projections_store_nothing_and_equal_groups_share_one(tmp_path):
     _, adapter = adapted({"rank": 2, "groups": 3, "projection": "linear", "rho": 0.5})
     assert len(list(adapter.buffers())) == 3
     da.save(adapter, tmp_path / "a.safetensors")
-    stored = set(adapter.parts[0].named())
+    stored = set(adapter.parts[0].named_tensors())
     assert stored == {f"superlora//group{g}_{key}" for g in range(3) for key in ("up", "down")}
     assert adapter.state_dict().keys() == dict(adapter.named_parameters()).keys()
 

@@ -29,7 +29,7 @@ def our_run(base, examples, method, targets="attention"):
         model, examples, resolution=model.resolution, center_crop=True, seed=SEED, caption_dropout=DROPPED
     )
     adapter = da.attach(model.pipe, da.make_method(method), targets=targets, seed=1)
-    start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
+    start = {name: value.detach().clone() for name, value in adapter.parts[0].named_tensors().items()}
     steps = [range(step * BATCH, (step + 1) * BATCH) for step in range(STEPS)]
     draws = [
         (batches.order.sample_indices(s), batches.batch(s).noise, batches.batch(s).timesteps) for s in steps

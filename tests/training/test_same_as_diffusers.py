@@ -46,7 +46,7 @@ def _our_losses(base, instances, classes):
     model = load_base(str(base))
     batches = Batches(model, instances, classes=classes, resolution=32, center_crop=True, seed=3)
     adapter = da.attach(model.pipe, da.make_method("lora", rank=4), targets="attention", seed=1)
-    start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
+    start = {name: value.detach().clone() for name, value in adapter.parts[0].named_tensors().items()}
     draws = []
     for step in range(STEPS):
         batch = batches.batch(range(step * BATCH, (step + 1) * BATCH))

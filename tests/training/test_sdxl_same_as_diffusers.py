@@ -48,7 +48,7 @@ def _our_losses(base, instances, classes, with_text):
     text = "attention" if with_text else None
     method = da.make_method("lora", rank=4)
     adapter = da.attach(model.pipe, method, targets="attention", text_encoder_targets=text, seed=1)
-    start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
+    start = {name: value.detach().clone() for name, value in adapter.parts[0].named_tensors().items()}
     draws = []
     for step in range(STEPS):
         positions = range(step * BATCH, (step + 1) * BATCH)

@@ -52,7 +52,7 @@ def _our_losses(base, data, *, snr_gamma, noise_offset):
     cut = {"resolution": 32, "center_crop": True, "random_flip": True}
     batches = Batches(model, read_captioned_folder(data), seed=SEED, noise_offset=noise_offset, **cut)
     adapter = da.attach(model.pipe, da.make_method("lora", rank=4), targets="attention", seed=1)
-    start = {name: value.detach().clone() for name, value in adapter.parts[0].named().items()}
+    start = {name: value.detach().clone() for name, value in adapter.parts[0].named_tensors().items()}
     places = [range(step * BATCH, (step + 1) * BATCH) for step in range(STEPS)]
     draws = [batches.order.sample_indices(some) for some in places]
     timesteps = [batches.batch(some).timesteps for some in places]

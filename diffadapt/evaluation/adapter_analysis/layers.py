@@ -88,7 +88,7 @@ def analyse(
     for site in sites.values():
         reference = None if dense is None else _singular(dense, site)
         for label, adapter in adapters.items():
-            if site.name in adapter.records:
+            if site.name in adapter.layer_states:
                 own_rank = rank or configured_rank(adapter, site)
                 fields, own = _measure(adapter, site, dense, reference, k, own_rank)
                 aligned = {} if own is None else _alignments(own, reference, directions, seed)
@@ -108,8 +108,8 @@ def summary(adapter: Adapter) -> dict[str, float]:
         if (change := _singular(adapter, site)) is None:
             continue
         norms.append(float(change[1].norm()))
-        record = adapter.records[site.name]
-        weight = started_weight(record, adapter.entries(record)).flatten(1)
+        layer_state = adapter.layer_states[site.name]
+        weight = started_weight(layer_state, adapter.entries(layer_state)).flatten(1)
         factors.append(amplification_factor(weight, change, rank=configured_rank(adapter, site)))
     known = [factor for factor in factors if factor is not None]
     means = {"change_norm": norms, "amplification": known}
@@ -118,11 +118,11 @@ def summary(adapter: Adapter) -> dict[str, float]:
 
 def _check_common(adapters: Mapping[str, Adapter], dense: Adapter | None) -> None:
     for label, adapter in adapters.items():
-        if dense is not None and not set(adapter.records) & set(dense.records):
-            first = next(iter(adapter.records))
+        if dense is not None and not set(adapter.layer_states) & set(dense.layer_states):
+            first = next(iter(adapter.layer_states))
             raise ValueError(
                 f"{label} and the dense fine-tune change no weight in common: {first!r} is not among the "
-                f"{len(dense.records)} of the latter{did_you_mean(first, dense.records)}"
+                f"{len(dense.layer_states)} of the latter{did_you_mean(first, dense.layer_states)}"
             )
 
 
@@ -138,10 +138,10 @@ def _measure(
     adapter: Adapter, site: Site, dense: Adapter | None, reference: Singular | None, k: int, rank: int
 ) -> tuple[dict[str, object], Singular | None]:
     """The fields of ``LayerFigures`` but the alignment, and the singular vectors of the change."""
-    record = adapter.records[site.name]
-    entries = adapter.entries(record)
-    base = started_weight(record, entries)
-    change, bias = weight_change(record, entries), bias_change(record, entries)
+    layer_state = adapter.layer_states[site.name]
+    entries = adapter.entries(layer_state)
+    base = started_weight(layer_state, entries)
+    change, bias = weight_change(layer_state, entries), bias_change(layer_state, entries)
     norm = float(change.norm())
     fields: dict[str, object] = {
         "name": site.name,
@@ -157,7 +157,7 @@ def _measure(
         fields["amplification"] = amplification_factor(base.flatten(1), own, rank=rank)
     if own is not None and reference is not None:
         fields["left"], fields["right"] = subspace_similarity(reference, own, k=k)
-        target = dense.records[site.name]
+        target = dense.layer_states[site.name]
         fields["distance"] = relative_distance(weight_change(target, dense.entries(target)), change)
     return fields, own
 
@@ -176,7 +176,7 @@ def _alignments(
 
 def _singular(adapter: Adapter, site: Site) -> Singular | None:
     """Singular vectors of an adapter's change at a site; None for a norm, or a weight it does not change."""
-    if site.kind not in MATRICES or site.name not in adapter.records:
+    if site.kind not in MATRICES or site.name not in adapter.layer_states:
         return None
-    record = adapter.records[site.name]
-    return singular_vectors(record, adapter.entries(record))
+    layer_state = adapter.layer_states[site.name]
+    return singular_vectors(layer_state, adapter.entries(layer_state))

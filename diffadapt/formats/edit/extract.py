@@ -90,10 +90,10 @@ def _pair(adapter: Adapter, site: Site, tuned: Mapping[str, nn.Module]) -> Pair:
         raise ValueError(f"the fine-tuned model has no layer {site.name}") from error
     if tuple(layer.weight.shape) != site.shape:
         raise ValueError(f"{site.name} has shape {tuple(layer.weight.shape)} in the fine-tuned model")
-    record = adapter.records[site.name]
-    biases = (record.base_bias(), getattr(layer, "bias", None))
+    layer_state = adapter.layer_states[site.name]
+    biases = (layer_state.base_bias(), getattr(layer, "bias", None))
     wide = [None if bias is None else bias.detach().double().cpu() for bias in biases]
-    return Pair(record.base().double().cpu(), layer.weight.detach().double().cpu(), *wide)
+    return Pair(layer_state.base().double().cpu(), layer.weight.detach().double().cpu(), *wide)
 
 
 def _padded(value: Tensor, shape: torch.Size) -> Tensor:

@@ -122,8 +122,8 @@ def _load(model: object, path: str, strength: float, name: str) -> Adapter:
 def _check_independent(adapter: Adapter, path: str) -> None:
     """Raises BaseNeeded for the first layer whose change would be another one on another base."""
     for site in adapter.sites:
-        for entry in adapter.entries(adapter.records[site.name]):
-            update = entry.owner.update(entry.index, adapter.records[site.name].base())
+        for entry in adapter.entries(adapter.layer_states[site.name]):
+            update = entry.owner.update(entry.index, adapter.layer_states[site.name].base())
             known = (*_INDEPENDENT, Dense) if site.kind == "norm" else _INDEPENDENT
             added = update.delta is None or isinstance(update.delta, known)
             if not added or update.scale is not None or update.bias_scale is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import detach
-from diffadapt.adapters.layers import Entry, Record
+from diffadapt.adapters.layers import Entry, LayerState
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import (
     changed_weight,
@@ -42,15 +42,15 @@ def resized(adapter: Adapter, *, rank: int | None = None, energy: float | None =
     forms, kept, whole = {}, 0.0, 0.0
     _check_rows([adapter])
     for site in adapter.sites:
-        record = adapter.records[site.name]
-        entries = adapter.entries(record)
-        bias = bias_change(record, entries)
+        layer_state = adapter.layer_states[site.name]
+        entries = adapter.entries(layer_state)
+        bias = bias_change(layer_state, entries)
         if site.kind in ("norm", "embedding"):
-            change = weight_change(record, entries)
+            change = weight_change(layer_state, entries)
             own = total = change.square().sum().item()
             forms[site.name] = _dense(change, bias)
         else:
-            left, values, right = singular_vectors(record, entries)
+            left, values, right = singular_vectors(layer_state, entries)
             total = values.square().sum().item()
             count = max(1, min(rank, len(values)) if rank else rank_for_energy(values, energy))
             own = values[:count].square().sum().item()
@@ -73,10 +73,10 @@ def combined(adapters: Sequence[Adapter]) -> tuple[dict, float]:
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     forms, lost, whole = {}, 0.0, 0.0
     for name, site in sites.items():
-        record = next(a.records[name] for a in adapters if name in a.records)
-        entries = [entry for a in adapters if name in a.records for entry in a.entries(record)]
-        change, bias = weight_change(record, entries), bias_change(record, entries)
-        factors = _factors(record, entries)
+        layer_state = next(a.layer_states[name] for a in adapters if name in a.layer_states)
+        entries = [entry for a in adapters if name in a.layer_states for entry in a.entries(layer_state)]
+        change, bias = weight_change(layer_state, entries), bias_change(layer_state, entries)
+        factors = _factors(layer_state, entries)
         narrow = factors is not None and factors[0].shape[1] < min(site.out, site.fan_in)
         if narrow and site.kind in ("linear", "conv"):
             forms[name] = Form("lora", {"up": factors[0], "down": factors[1]} | _named(bias))
@@ -95,7 +95,7 @@ def replaced(adapters: Sequence[Adapter], forms: Mapping[str, Form], *, name: st
     for adapter in adapters:
         roots |= adapter.roots
         for site in adapter.sites:
-            found[site.name] = TargetSite(site, tuple(adapter.records[site.name].layers), True)
+            found[site.name] = TargetSite(site, tuple(adapter.layer_states[site.name].layers), True)
     for adapter in adapters:
         detach(adapter)
     return attach_forms(roots, forms, [found[site] for site in forms], name=name)
@@ -110,40 +110,40 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
     return min(int((shares < energy - 1e-12).sum()) + 1, len(values))
 
 
-def weight_change(record: Record, entries: Sequence[Entry]) -> Tensor:
+def weight_change(layer_state: LayerState, entries: Sequence[Entry]) -> Tensor:
     """``W' - W`` under the entries, in float64 and in the weight's shape: no small change is rounded away.
 
     Where a class table grows, ``W`` is ``started_weight``.
     """
-    wide, updates = record.base().double(), record.updates(entries)
+    wide, updates = layer_state.base().double(), layer_state.updates(entries)
     if largest_class_table(wide, updates) is not None:
         return (changed_weight(wide, updates) - start_weight(wide, updates)).cpu()
     return sum(strength * (update.weight(wide) - wide) for strength, update in updates).cpu()
 
 
-def started_weight(record: Record, entries: Sequence[Entry]) -> Tensor:
+def started_weight(layer_state: LayerState, entries: Sequence[Entry]) -> Tensor:
     """``W`` in float64, with the rows that a class table gains as they start."""
-    wide = record.base().double()
-    is_table = isinstance(record.layers[0], nn.Embedding)
-    return (start_weight(wide, record.updates(entries)) if is_table else wide).cpu()
+    wide = layer_state.base().double()
+    is_table = isinstance(layer_state.layers[0], nn.Embedding)
+    return (start_weight(wide, layer_state.updates(entries)) if is_table else wide).cpu()
 
 
-def bias_change(record: Record, entries: Sequence[Entry]) -> Tensor | None:
+def bias_change(layer_state: LayerState, entries: Sequence[Entry]) -> Tensor | None:
     """``b' - b (out,)`` in float64; None where the bias stays as it is."""
-    base = record.base_bias()
+    base = layer_state.base_bias()
     wide = None if base is None else base.double()
-    new = effective_bias(wide, wide, record.updates(entries))
+    new = effective_bias(wide, wide, layer_state.updates(entries))
     if new is None:
         return None
     change = new.double() - (0 if wide is None else wide)
     return change.cpu() if change.any() else None
 
 
-def singular_vectors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, Tensor]:
+def singular_vectors(layer_state: LayerState, entries: Sequence[Entry]) -> tuple[Tensor, Tensor, Tensor]:
     """``U (out, n), S (n,), Vh (n, fan_in)`` of the change; thin products are never multiplied out."""
-    factors = _factors(record, entries)
+    factors = _factors(layer_state, entries)
     if factors is None or factors[0].shape[1] >= min(factors[0].shape[0], factors[1].shape[1]):
-        return torch.linalg.svd(weight_change(record, entries).flatten(1), full_matrices=False)
+        return torch.linalg.svd(weight_change(layer_state, entries).flatten(1), full_matrices=False)
     (rows, upper), (columns, lower) = torch.linalg.qr(factors[0]), torch.linalg.qr(factors[1].T)
     left, values, right = torch.linalg.svd(upper @ lower.T)
     return rows @ left, values, right @ columns.T
@@ -152,19 +152,20 @@ def singular_vectors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, 
 def _check_rows(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for site in (site for site in adapter.sites if site.kind == "embedding"):
-            record = adapter.records[site.name]
-            if largest_class_table(record.base(), record.updates(adapter.entries(record))) is not None:
+            layer_state = adapter.layer_states[site.name]
+            updates = layer_state.updates(adapter.entries(layer_state))
+            if largest_class_table(layer_state.base(), updates) is not None:
                 raise ValueError(
                     f"{adapter.method}: its class table has more rows than {site.name} of the base, which no "
                     "difference of weights can hold; keep the adapter as it is"
                 )
 
 
-def _factors(record: Record, entries: Sequence[Entry]) -> tuple[Tensor, Tensor] | None:
+def _factors(layer_state: LayerState, entries: Sequence[Entry]) -> tuple[Tensor, Tensor] | None:
     """``up`` and ``down`` of the sum where every change is low-rank and no row is scaled."""
     ups, downs = [], []
     for entry in entries:
-        update = entry.owner.update(entry.index, record.base())
+        update = entry.owner.update(entry.index, layer_state.base())
         delta = update.delta.as_low_rank() if isinstance(update.delta, Reparametrized) else update.delta
         delta = low_rank(delta) if isinstance(delta, Tucker) else delta
         if update.scale is not None or not (delta is None or isinstance(delta, LowRank)):

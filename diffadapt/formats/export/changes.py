@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.adapters.layers import Entry, Record
-from diffadapt.adapters.merge import folded
+from diffadapt.adapters.fold import adapted_biases, adapted_weight
+from diffadapt.adapters.layers import Entry, LayerState
 from diffadapt.algebra.combined_weight import changed_weight, largest_class_table, start_weight
 from diffadapt.algebra.full_rank import Dense
 from diffadapt.algebra.low_rank import LowRank
@@ -28,7 +28,7 @@ class Change:
         path: the layer's name in that model.
         kind: what the layer does with its weight.
         layer: the layer itself.
-        record, entries: its frozen weight, and what the adapter does to it.
+        layer_state, entries: its frozen weight, and what the adapter does to it.
         factors: the change of the matrix in factors; None where it is whole, or nothing but rows are scaled.
         is_whole: whether the change has no structure.
         scale: a factor ``(out,)`` for every row; None for ones.
@@ -41,7 +41,7 @@ class Change:
     path: str
     kind: LayerKind
     layer: nn.Module
-    record: Record
+    layer_state: LayerState
     entries: list[Entry]
     factors: Form | None
     is_whole: bool
@@ -56,7 +56,7 @@ class Change:
 
     @property
     def shape(self) -> torch.Size:
-        return self.record.base().shape
+        return self.layer_state.base().shape
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -65,18 +65,20 @@ class Change:
     @property
     def weight(self) -> Tensor:
         """The frozen ``W`` in its own shape; of a class table that grows, with its new rows as they start."""
-        base = self.record.base().double()
-        return start_weight(base, self.record.updates(self.entries)) if self.kind == "embedding" else base
+        base = self.layer_state.base().double()
+        if self.kind != "embedding":
+            return base
+        return start_weight(base, self.layer_state.updates(self.entries))
 
     @property
     def gained_rows(self) -> int:
         """Rows that a class table has more than the base's."""
-        return len(self.weight) - len(self.record.base()) if self.kind == "embedding" else 0
+        return len(self.weight) - len(self.layer_state.base()) if self.kind == "embedding" else 0
 
     @property
     def adapted(self) -> Tensor:
         """The live adapter's ``W'``, in the weight's own shape."""
-        return folded(self.record, self.entries)[0].double()
+        return adapted_weight(self.layer_state, self.entries).double()
 
     @property
     def form(self) -> Form | None:
@@ -113,7 +115,7 @@ def per_row(vector: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def changes_of(adapter: Adapter) -> list[Change]:
     """Every layer an adapter changes; layers that share a weight are listed each."""
-    if not adapter.records:
+    if not adapter.layer_states:
         raise ValueError(f"adapter {adapter.name!r} is detached, so it changes no weights; load it")
     names = {
         id(module): (component or _component_of(root), path)
@@ -122,27 +124,27 @@ def changes_of(adapter: Adapter) -> list[Change]:
     }
     found = []
     for site in adapter.sites:
-        record = adapter.records[site.name]
-        entries = adapter.entries(record)
-        biases = folded(record, entries)[1]
-        form, scale = (None, None) if site.kind == "norm" else _combined(record, entries)
+        layer_state = adapter.layer_states[site.name]
+        entries = adapter.entries(layer_state)
+        biases = adapted_biases(layer_state, entries)
+        form, scale = (None, None) if site.kind == "norm" else _combined(layer_state, entries)
         whole = site.kind == "norm" or isinstance(form, Dense)
-        for layer, new_bias in zip(record.layers, biases, strict=True):
-            base_bias = record.base_bias(layer)
+        for layer, new_bias in zip(layer_state.layers, biases, strict=True):
+            base_bias = layer_state.base_bias(layer)
             base_bias = None if base_bias is None else base_bias.double()
             known = {"base_bias": base_bias, "bias": _bias_change(base_bias, new_bias), "scale": scale}
             factors = None if whole else form
             change = Change(
-                *names[id(layer)], site.kind, layer, record, entries, factors, is_whole=whole, **known
+                *names[id(layer)], site.kind, layer, layer_state, entries, factors, is_whole=whole, **known
             )
             found.append(change)
     return found
 
 
-def _combined(record: Record, entries: list[Entry]) -> tuple[Form | None, Tensor | None]:
+def _combined(layer_state: LayerState, entries: list[Entry]) -> tuple[Form | None, Tensor | None]:
     """``W + sum_i t_i (s_i (W + d_i) - W)`` as ``scale * (W + form)``: the rows of W gain the factor
     ``1 + sum_i t_i (s_i - 1)``, and every change is divided by it."""
-    base, updates = record.base(), record.updates(entries)
+    base, updates = layer_state.base(), layer_state.updates(entries)
     if largest_class_table(base, updates) is not None:
         wide = base.double()
         return Dense((changed_weight(wide, updates) - start_weight(wide, updates)).flatten(1)), None
@@ -151,7 +153,7 @@ def _combined(record: Record, entries: list[Entry]) -> tuple[Form | None, Tensor
     if scales:
         scale = 1 + sum(t * (own - 1) for t, own in scales)
         if (scale == 0).any():
-            adapted = folded(record, entries)[0].double()
+            adapted = adapted_weight(layer_state, entries).double()
             return Dense((adapted - base.double()).flatten(1)), None
     form = None
     for t, update in updates:

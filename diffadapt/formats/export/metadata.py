@@ -41,7 +41,7 @@ def metadata_of(
         "diffadapt.method": json.dumps(method),
         "diffadapt.seed": str(adapter.seed),
         "diffadapt.strength": f"{adapter.strength:g}",
-        "diffadapt.base_fingerprint": fingerprint(list(adapter.records.values())),
+        "diffadapt.base_fingerprint": fingerprint(list(adapter.layer_states.values())),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title,
         "modelspec.implementation": "diffusers",
@@ -64,7 +64,7 @@ def carried(header: Mapping[str, object]) -> dict[str, str]:
 
 def base_only_note(adapter: Adapter) -> str:
     """What a file of whole differences says of itself."""
-    values = fingerprint(list(adapter.records.values()))
+    values = fingerprint(list(adapter.layer_states.values()))
     return f"whole differences of weights: valid for the base with fingerprint {values} only"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
-from diffadapt.adapters.layers import Record
+from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import shorten_list
 from diffadapt.formats.foreign.layer_names import Names, Place, remedy
@@ -63,11 +63,11 @@ def fitted(placed: Mapping[Place, Form], found: Sequence[TargetSite]) -> dict[st
     by_name = {f"{root}.{path}" if root else path: form for (root, path), form in placed.items()}
     forms: dict[str, Form] = {}
     for choice in found:
-        site, layer = choice.site, choice.layers[0]
+        site = choice.site
         if site.name not in by_name:
             raise ValueError(f"{site.name} shares its weight with another layer the file changes")
-        record = getattr(layer, "_diffadapt", None) or Record(list(choice.layers))
-        forms[site.name] = fit(by_name[site.name], site, record.base(), record.base_bias())
+        layer_state = layer_state_of(choice.layers)
+        forms[site.name] = fit(by_name[site.name], site, layer_state.base(), layer_state.base_bias())
     return forms
 
 

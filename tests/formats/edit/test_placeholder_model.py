@@ -200,9 +200,8 @@ def own_file(path, method, seed=0, targets="attention+conv"):
     adapter = da.attach(model, da.make_method(method), targets, seed=seed)
     shake(adapter.parameters(), size=0.1, seed=seed + 1)
     da.save(adapter, path, base="a base that is nowhere")
-    return {
-        site.name: adapter.adapted_weight(site) - adapter.records[site.name].base() for site in adapter.sites
-    }
+    bases = {name: layer_state.base() for name, layer_state in adapter.layer_states.items()}
+    return {site.name: adapter.adapted_weight(site) - bases[site.name] for site in adapter.sites}
 
 
 @pytest.mark.parametrize("method", ["lora(rank=3)", "flora(rank=3)", "1lora", "pissa(rank=2)", "lora+norms"])
@@ -216,7 +215,7 @@ def test_our_own_files_need_no_base_and_name_the_one_they_had(tmp_path, capsys, 
     model = denoiser()
     adapter = da.load(model, tmp_path / "out.safetensors", strict_base=True)
     for site, change in expected.items():
-        found = adapter.adapted_weight(site) - adapter.records[site].base()
+        found = adapter.adapted_weight(site) - adapter.layer_states[site].base()
         assert torch.allclose(found, change, atol=1e-5)
     before, after = (da.read_metadata(tmp_path / f"{name}.safetensors")["adapter"] for name in ("in", "out"))
     assert after["base"] == before["base"]
@@ -229,7 +228,7 @@ def test_our_own_files_are_added(tmp_path, capsys):
     assert command(capsys, "combine", *files, "--out", tmp_path / "both.safetensors")[0] == 0
     adapter = da.load(denoiser(), tmp_path / "both.safetensors", strict_base=True)
     for site in one:
-        found = adapter.adapted_weight(site) - adapter.records[site].base()
+        found = adapter.adapted_weight(site) - adapter.layer_states[site].base()
         assert torch.allclose(found, 2 * one[site] + two[site], atol=1e-5)
 
 
@@ -272,5 +271,5 @@ def test_shapes_that_no_layer_has_are_not_stood_in_for(tmp_path):
 def test_the_stand_in_for_a_base_takes_no_memory(tmp_path):
     own_file(tmp_path / "in.safetensors", "lora(rank=1)")
     opened = open_without_base([(str(tmp_path / "in.safetensors"), 1.0)])
-    records = opened.adapters[0].records.values()
-    assert {record.base().untyped_storage().nbytes() for record in records} == {4}
+    layer_states = opened.adapters[0].layer_states.values()
+    assert {layer_state.base().untyped_storage().nbytes() for layer_state in layer_states} == {4}

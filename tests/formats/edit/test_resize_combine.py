@@ -33,7 +33,7 @@ def test_a_smaller_rank_is_the_best_of_its_size_and_the_energy_is_what_is_said()
     model = denoiser()
     adapter = perturb(da.attach(model, da.LoRA(rank=6), "to_q"))
     site = adapter.sites[0].name
-    change = (adapter.adapted_weight(site) - adapter.records[site].base()).double()
+    change = (adapter.adapted_weight(site) - adapter.layer_states[site].base()).double()
     values = torch.linalg.svdvals(change)
     forms, _ = resized(adapter, rank=2)
     cut = forms[site].tensors["up"] @ forms[site].tensors["down"]
@@ -41,7 +41,7 @@ def test_a_smaller_rank_is_the_best_of_its_size_and_the_energy_is_what_is_said()
     total = kept = 0.0
     for other in adapter.sites:
         own = torch.linalg.svdvals(
-            (adapter.adapted_weight(other) - adapter.records[other.name].base()).double()
+            (adapter.adapted_weight(other) - adapter.layer_states[other.name].base()).double()
         )
         total, kept = total + own.square().sum(), kept + own[:2].square().sum()
     assert resized(adapter, rank=2)[1] == pytest.approx((kept / total).item(), rel=1e-6)

@@ -75,8 +75,8 @@ def read_by_lycoris(adapter, tensors):
     """(weight, bias) of every layer by its name, from LyCORIS' own loader on plain copies of the layers."""
     read = {}
     for site in adapter.sites:
-        record = adapter.records[site.name]
-        layer = copy.copy(record.layers[0])
+        layer_state = adapter.layer_states[site.name]
+        layer = copy.copy(layer_state.layers[0])
         layer.__class__ = ORIGINAL[type(layer)]
         component, _, path = site.name.partition(".")
         name = kohya_name(component, path, base_of(adapter))
