@@ -1,4 +1,4 @@
-"""What a method is: a frozen record of options, and three functions of one site."""
+"""The contract of a method: a frozen record of options, and functions of one layer's shapes and tensors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to change weights. Its fields are its options and its JSON config.
+    """A way to change weights. Its dataclass fields are its options, and the options an adapter file stores.
 
-    Class attributes:
-        name: the registered name.
-        kinds: the kinds of layers it can change.
-        learning_rate: recommended rate for AdamW, used when none is given.
-        grouped: whether the changes of all sites are computed together, by ``compute_changes``.
-        extra_targets: target presets the method changes besides those it is given.
+    A method of its own needs `trained_tensors` and `update`, most also `init_tensors`. The other functions
+    have defaults that suit methods whose layers do not depend on each other.
+
+    Attributes:
+        name: The registered name.
+        kinds: The kinds of layers it can change.
+        learning_rate: The recommended rate for AdamW, used when none is given.
+        grouped: Whether the changes of all layers are computed together, by `compute_changes`.
+        extra_targets: Target presets that it changes in addition to the requested targets.
     """
 
     name: ClassVar[str]
@@ -36,28 +39,32 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, wanted = getattr(self, field.name), str(field.type).split(" | ")
-            if "float" in wanted and type(value) in (int, float):
+            value = getattr(self, field.name)
+            accepted_types = str(field.type).split(" | ")  # annotations are text, e.g. "float | None"
+            if value is None and "None" in accepted_types:
+                continue
+            if "float" in accepted_types and type(value) in (int, float):
                 if not abs(value) <= sys.float_info.max:
                     raise ValueError(f"{self.name}: {field.name} must be a finite number, got {value!r}")
                 continue
-            if type(value).__name__ not in (*wanted, "tuple") and not (value is None and "None" in wanted):
+            # a tuple's annotation, such as tuple[Method, ...], is not the name of its type
+            if type(value).__name__ not in (*accepted_types, "tuple"):
                 raise ValueError(f"{self.name}: {field.name} must be {field.type}, got {value!r}")
 
     @property
     def members(self) -> tuple[Method, ...]:
-        """The methods this one combines; itself alone unless made with ``+``."""
+        """The methods that it combines; only itself unless it was made with `+`."""
         return (self,)
 
     @property
     def settings(self) -> dict:
-        """Every option, as a file stores it: later defaults do not change what it means."""
+        """Every option, as a file stores it, so that later defaults do not change what the file means."""
         return asdict(self)
 
     @property
     def config(self) -> dict:
         """The options that differ from their defaults, for people to read."""
-        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
         return {key: value for key, value in self.settings.items() if defaults.get(key, MISSING) != value}
 
     def __str__(self) -> str:
@@ -69,19 +76,15 @@ class Method:
         return site.kind in self.kinds
 
     def trained_tensors(self, site: Site) -> Shapes:
-        """Names and shapes of a site's trained tensors. Raises ValueError for a site it cannot change."""
-        raise TypeError(f"{type(self).__name__} does not define trained()")
+        """Names and shapes of the tensors trained for one site alone.
 
-    def ranks_where_count_drops(self, site: Site) -> tuple[int, ...]:
-        """The ranks at which a site's number of trained values may be lower than at the rank before."""
-        return ()
-
-    def has_weight_decay(self, key: str) -> bool:
-        """Whether weight decay may pull the trained tensor ``key`` towards zero: zeros are no change."""
-        return True
+        Raises:
+            ValueError: If the method cannot change the site.
+        """
+        raise TypeError(f"{type(self).__name__} does not define trained_tensors()")
 
     def frozen_tensors(self, site: Site) -> Shapes:
-        """Further tensors a site keeps in the file without training them."""
+        """Names and shapes of tensors that a file stores for a site although they are not trained."""
         return {}
 
     def shared_tensors(self, sites: Sequence[Site]) -> Shapes:
@@ -93,28 +96,68 @@ class Method:
         return {}
 
     def shared_tensor_names(self, site: Site) -> dict[str, str]:
-        """The shared tensors and constants a site's ``update`` receives: its name for each -> their name."""
+        """The shared tensors and constants that `update` receives for a site.
+
+        Returns:
+            The name `update` uses for each tensor -> its name in `shared_tensors` or `constants`.
+        """
         return {}
 
-    def init_shared_tensors(
-        self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
-    ) -> None:
-        """Fill the shared tensors, which arrive as zeros."""
+    def ranks_where_count_drops(self, site: Site) -> tuple[int, ...]:
+        """The ranks at which a site may train fewer values than at the rank one below."""
+        return ()
 
-    def plan_changes(self, sites: Sequence[Site]) -> object:
-        """What ``compute_changes`` needs to know of the sites' shapes, worked out once."""
-        return sites
-
-    def compute_changes(self, plan: object, tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
-        """The change of every site, computed together once per forward of the model; ``update`` gets it as
-        ``change``. None for methods whose sites do not depend on each other."""
-        return None
+    def has_weight_decay(self, key: str) -> bool:
+        """Whether weight decay may pull the trained tensor `key` to zero, as where zero is no change."""
+        return True
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
-        """Fill the tensors, which arrive as zeros, so that the layer's output does not change."""
+        """Fill a site's tensors, in place, so that the layer's output does not change.
+
+        Args:
+            site: The site.
+            tensors: Those of `trained_tensors` and `frozen_tensors`, all zeros, and the shared ones.
+            base: The frozen weight, in its own shape.
+            generator: A CPU generator seeded for this site.
+        """
+
+    def init_shared_tensors(
+        self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
+    ) -> None:
+        """Fill the shared tensors, all zeros, in place.
+
+        Args:
+            sites: All sites of the method.
+            bases: Their frozen weights, in the same order.
+            tensors: Those of `shared_tensors`.
+            seed: The adapter's seed.
+        """
+
+    def plan_changes(self, sites: Sequence[Site]) -> object:
+        """What `compute_changes` needs of the sites' shapes, worked out once per adapter."""
+        return sites
+
+    def compute_changes(self, plan: object, tensors: Mapping[str, Tensor]) -> Sequence[Expression] | None:
+        """The change of every site of a grouped method, computed once per forward of the model.
+
+        Args:
+            plan: The result of `plan_changes`.
+            tensors: The shared tensors and the constants, by name.
+
+        Returns:
+            One expression per site, which `update` receives as `tensors["change"]`; None for methods whose
+            sites do not depend on each other.
+        """
+        return None
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        """What the tensors do to the layer whose frozen weight is ``base``."""
+        """The change of one layer.
+
+        Args:
+            site: The site.
+            tensors: The site's tensors and those of `shared_tensor_names`.
+            base: The frozen weight, in its own shape.
+        """
         raise TypeError(f"{type(self).__name__} does not define update()")

@@ -1,4 +1,4 @@
-"""Methods from text: a name with options, or what a file says."""
+"""Methods from text: a name with options, or the list of methods in an adapter file."""
 
 from __future__ import annotations
 
@@ -14,101 +14,149 @@ from diffadapt.methods.peft_limits import check_options
 
 
 def make_method(name: str, **options) -> Method:
-    """A method by registered name, e.g. ``flora``, ``flora(rank=8)`` or ``1lora+lora(rank=4)``.
+    """Makes a method from a registered name, e.g. `flora`, `flora(rank=8)` or `1lora+lora(rank=4)`.
 
-    ``options`` fill every part that has such an option and does not set it itself.
-    Raises ValueError for an unknown name or option, naming the nearest known one.
+    Args:
+        name: A name, with options in parentheses, or several of them joined with `+`.
+        **options: Filled into every member that has such an option and does not set it itself.
+
+    Raises:
+        ValueError: For an unknown name or option, naming the nearest known one.
     """
     if name.startswith(PEFT):
-        kind, own = parse_peft_spec(name)
-        return make_peft_method(kind, own, options)
-    specs = [_parse(part) for part in split_outside_brackets(name, "+")]
-    known = {field.name for spec, _ in specs for field in fields(METHODS[spec])}
+        peft_type, spec_options = parse_peft_spec(name)
+        return make_peft_method(peft_type, spec_options, options)
+    specs = _parse_members(name)
+    known_options = option_names(name)
     for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
-    parts = tuple(_build(spec, own, options) for spec, own in specs)
-    return parts[0] if len(parts) == 1 else Combined(members=parts)
+        if option not in known_options:
+            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known_options)}")
+    members = tuple(_build(member, options | spec_options, strict=False) for member, spec_options in specs)
+    return members[0] if len(members) == 1 else Combined(members=members)
 
 
 def sets_option(name: str, option: str) -> bool:
-    """Whether every part of ``name`` that has the option sets it, as ``lora(rank=3)`` sets ``rank``."""
+    """Whether every member of `name` that has the option sets it, as `lora(rank=3)` sets `rank`."""
     if name.startswith(PEFT):
         return option in parse_peft_spec(name)[1]
-    specs = [_parse(part) for part in split_outside_brackets(name, "+")]
-    having = [own for kind, own in specs if option in {field.name for field in fields(METHODS[kind])}]
-    return bool(having) and all(option in own for own in having)
+    has_option = False
+    for member, spec_options in _parse_members(name):
+        if option in _option_names_of(member):
+            has_option = True
+            if option not in spec_options:
+                return False
+    return has_option
 
 
 def option_names(name: str) -> set[str]:
-    """The options that the parts of a registered name or combination have."""
-    specs = [_parse(part) for part in split_outside_brackets(name, "+")]
-    return {field.name for kind, _ in specs for field in fields(METHODS[kind])}
+    """The options of the members of a registered name or combination."""
+    names: set[str] = set()
+    for member, _ in _parse_members(name):
+        names |= _option_names_of(member)
+    return names
 
 
-def read_method(parts: object) -> Method:
-    """The method of a file: ``[{"name": ..., "options": {...}}]``. Raises ValueError for anything else."""
-    if not isinstance(parts, list) or not parts:
-        raise ValueError(f"expected a list of methods, got {parts!r}")
-    methods = []
-    for part in parts:
-        name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(options, dict):
-            raise ValueError(f"expected a name and options, got {part!r}")
-        if name.startswith(PEFT) and len(parts) == 1:
+def read_method(entries: object) -> Method:
+    """Makes the method that a file stores.
+
+    Args:
+        entries: One `{"name": ..., "options": {...}}` for each member.
+
+    Raises:
+        ValueError: For anything else, and for unknown names and options.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"expected a list of methods, got {entries!r}")
+    members = []
+    for entry in entries:
+        is_complete = isinstance(entry, dict) and {"name", "options"} <= entry.keys()
+        if not is_complete or type(entry["name"]) is not str or type(entry["options"]) is not dict:
+            raise ValueError(f"expected a name and options, got {entry!r}")
+        name = entry["name"]
+        options = entry["options"]
+        if name.startswith(PEFT) and len(entries) == 1:
             check_options(name, options)
             return make_peft_method(name.removeprefix(PEFT), options, {})
         if name not in READABLE:
             raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
-        known = {field.name for field in fields(READABLE[name])}
-        for option in options:
-            if option not in known:
-                raise ValueError(f"{name} has no option {option!r}{did_you_mean(str(option), known)}")
-        methods.append(_build(name, options, {}))
-    return methods[0] if len(methods) == 1 else Combined(members=tuple(methods))
+        members.append(_build(name, options))
+    return members[0] if len(members) == 1 else Combined(members=tuple(members))
 
 
 def with_class_table(name: str, classes: int, *, null_class: bool) -> str:
-    """The name of the same method with a table for a new set of classes: ``lora(rank=4)`` becomes
-    ``lora(rank=4)+class_embedding(classes=20)``, and ``class_embedding`` gets the option.
+    """Adds a table for a new set of classes to the name of a method.
 
-    Raises ValueError for a method of PEFT's library, which stands alone.
+    `lora(rank=4)` becomes `lora(rank=4)+class_embedding(classes=20)`; a member that trains the class table
+    already, such as `class_embedding`, gets the option `classes`.
+
+    Args:
+        name: A method's name, as for `make_method`.
+        classes: The number of classes.
+        null_class: Whether the table has a row for "no class".
+
+    Raises:
+        ValueError: For a method of PEFT's library, which cannot be combined.
     """
     if name.startswith(PEFT):
         raise ValueError(f"{name} cannot have a class table beside it; use a method of diffadapt's own")
-    wanted = f"classes={classes}" + ("" if null_class else ",null_class=false")
-    parts = split_outside_brackets(name, "+")
-    for number, part in enumerate(parts):
-        kind, own = _parse(part)
-        if "classes" in {field.name for field in fields(METHODS[kind])} and own.get("class_embedding", True):
-            inside = part.partition("(")[2].removesuffix(")").strip()
-            parts[number] = f"{kind}({inside}{',' * bool(inside)}{wanted})"
-            return "+".join(parts)
-    return "+".join([*parts, f"{ClassEmbedding.name}({wanted})"])
+    table_options = f"classes={classes}"
+    if not null_class:
+        table_options += ",null_class=false"
+    specs = split_outside_brackets(name, "+")
+    for number, spec in enumerate(specs):
+        member, options = _parse_spec(spec)
+        if "classes" in _option_names_of(member) and options.get("class_embedding", True):
+            option_text = spec.partition("(")[2].removesuffix(")").strip()
+            if option_text:
+                option_text += ","
+            specs[number] = f"{member}({option_text}{table_options})"
+            return "+".join(specs)
+    return "+".join([*specs, f"{ClassEmbedding.name}({table_options})"])
 
 
-def _parse(part: str) -> tuple[str, dict]:
-    name, bracket, inside = part.partition("(")
+def _parse_members(name: str) -> list[tuple[str, dict]]:
+    """Name and options of every member of a combination."""
+    return [_parse_spec(spec) for spec in split_outside_brackets(name, "+")]
+
+
+def _parse_spec(spec: str) -> tuple[str, dict]:
+    """Name and options of one method, such as `lora(rank=4)`."""
+    name, bracket, option_text = spec.partition("(")
     name = name.strip()
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     if not bracket:
         return name, {}
-    if not inside.endswith(")"):
-        raise ValueError(f"method {part!r} lacks its closing parenthesis; write e.g. {name}(rank=4)")
-    known, options = {field.name for field in fields(METHODS[name])}, {}
-    for item in filter(None, split_outside_brackets(inside[:-1], ",")):
-        option, equals, text = (piece.strip() for piece in item.partition("="))
-        if not equals or option not in known:
-            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
-        options[option] = parse_literal(text)
+    if not option_text.endswith(")"):
+        raise ValueError(f"method {spec!r} lacks its closing parenthesis; write e.g. {name}(rank=4)")
+    known_options = _option_names_of(name)
+    options = {}
+    for item in split_outside_brackets(option_text[:-1], ","):
+        if not item:
+            continue
+        option, equals, value = item.partition("=")
+        option = option.strip()
+        if not equals or option not in known_options:
+            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known_options)}")
+        options[option] = parse_literal(value.strip())
     return name, options
 
 
-def _build(name: str, own: dict, given: dict) -> Method:
-    cls = READABLE[name]
-    known = {field.name for field in fields(cls)}
+def _option_names_of(name: str) -> set[str]:
+    """The options of one registered method."""
+    return {field.name for field in fields(READABLE[name])}
+
+
+def _build(name: str, options: dict, *, strict: bool = True) -> Method:
+    """Makes one method; options that it does not have are an error, or left out where not `strict`."""
+    known_options = _option_names_of(name)
+    accepted = {}
+    for option, value in options.items():
+        if option in known_options:
+            accepted[option] = value
+        elif strict:
+            raise ValueError(f"{name} has no option {option!r}{did_you_mean(str(option), known_options)}")
     try:
-        return cls(**{**{key: value for key, value in given.items() if key in known}, **own})
+        return READABLE[name](**accepted)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from error

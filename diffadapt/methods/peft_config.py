@@ -1,4 +1,4 @@
-"""A method of Hugging Face's PEFT by its type: ``peft:OFT(r=4)``. The arithmetic is PEFT's own."""
+"""A method of Hugging Face's PEFT by its type: `peft:OFT(r=4)`. The arithmetic is PEFT's own."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PREFIX = "peft:"
-# what other keys of a configuration are chosen by diffadapt
-_OURS = ("target_modules", "exclude_modules", "peft_type", "task_type", "modules_to_save")
+# options of PEFT's configurations that diffadapt sets itself
+_RESERVED_OPTIONS = ("target_modules", "exclude_modules", "peft_type", "task_type", "modules_to_save")
+_BARE_WORDS = {"true": True, "false": False, "none": None}
 
 
 @dataclass(frozen=True)
 class PeftMethod(Method):
     """A PEFT type and the options of its configuration, by PEFT's own names.
 
-    While attached, the layers are PEFT's wrappers; everything else is as with our own methods.
+    While attached, the layers are PEFT's wrappers; everything else works as with diffadapt's own methods.
     """
 
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "embedding", "norm"})
@@ -33,6 +34,7 @@ class PeftMethod(Method):
 
     @property
     def name(self) -> str:
+        """The type with its prefix, e.g. `peft:OFT`."""
         return PREFIX + self.type
 
     @property
@@ -44,9 +46,11 @@ class PeftMethod(Method):
         return self.settings
 
     def configuration(self, targets: str) -> PeftConfig:
-        """PEFT's configuration for the layers that match the pattern ``targets``.
+        """PEFT's configuration for the layers whose names match the pattern `targets`.
 
-        Raises: ValueError for an unknown option; ImportError with the remedy where PEFT is not installed.
+        Raises:
+            ValueError: For an unknown option.
+            ImportError: Where PEFT is not installed, with the remedy.
         """
         cls = config_class(self.type)
         try:
@@ -56,48 +60,71 @@ class PeftMethod(Method):
 
 
 def parse_peft_spec(text: str) -> tuple[str, dict]:
-    """Type and options of ``peft:OFT(r=4, coft=true)``; values are Python literals or bare words."""
+    """Splits `peft:OFT(r=4, coft=true)` into type and options; values are Python literals or bare words.
+
+    Raises:
+        ValueError: For a text of another form.
+    """
     try:
         call = ast.parse(text.removeprefix(PREFIX).strip(), mode="eval").body
         if isinstance(call, ast.Name):
             return call.id, {}
         if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
             raise ValueError("no type with options by name")
-        return call.func.id, {str(item.arg): _literal(item.value) for item in call.keywords}
+        options = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+        return call.func.id, options
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} is not a type of PEFT with options; write e.g. peft:OFT(r=4)") from error
 
 
 def _literal(node: ast.expr) -> object:
     if isinstance(node, ast.Name):
-        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
+        return _BARE_WORDS.get(node.id.lower(), node.id)
     return ast.literal_eval(node)
 
 
-def make_peft_method(kind: str, options: dict, given: dict) -> PeftMethod:
-    """A method from a type, the options of its text and those given by name; ``rank`` is PEFT's ``r``.
+def make_peft_method(peft_type: str, spec_options: dict, default_options: dict) -> PeftMethod:
+    """Makes a method from a PEFT type; the option `rank` is PEFT's `r` where the type has that.
 
-    Raises: ValueError for an unknown type or option, naming near ones.
+    Args:
+        peft_type: The type's name in any case, e.g. `OFT`.
+        spec_options: Options set with the type.
+        default_options: Options for those that `spec_options` leaves out.
+
+    Raises:
+        ValueError: For an unknown type or option, naming near ones.
     """
-    known = [name for name in config_class(kind.upper()).__dataclass_fields__ if name not in _OURS]
-    own = {
-        ("r" if key == "rank" and "r" in known else key): value for key, value in (given | options).items()
-    }
-    for option in own:
-        if option not in known:
-            raise ValueError(f"{PREFIX}{kind} has no option {option!r}{did_you_mean(option, known)}")
-    method = PeftMethod(kind.upper(), own)
-    method.configuration("none")
+    known_options = [
+        name for name in config_class(peft_type.upper()).__dataclass_fields__ if name not in _RESERVED_OPTIONS
+    ]
+    options = {}
+    for option, value in (default_options | spec_options).items():
+        peft_option = "r" if option == "rank" and "r" in known_options else option
+        options[peft_option] = value
+    for option in options:
+        if option not in known_options:
+            raise ValueError(
+                f"{PREFIX}{peft_type} has no option {option!r}{did_you_mean(option, known_options)}"
+            )
+    method = PeftMethod(peft_type.upper(), options)
+    method.configuration("none")  # PEFT checks the values
     return method
 
 
-def config_class(kind: str) -> type[PeftConfig]:
-    """The configuration of a PEFT type. Raises ImportError without PEFT, ValueError for no type."""
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The class of a PEFT type's configuration.
+
+    Raises:
+        ImportError: Where PEFT is not installed, with the remedy.
+        ValueError: For an unknown type.
+    """
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
-        raise ImportError(f"{PREFIX}{kind} needs PEFT; install it with: pip install peft") from error
-    types = {str(getattr(key, "value", key)): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if kind not in types:
-        raise ValueError(f"PEFT has no type {kind!r}{did_you_mean(kind, types)}")
-    return types[kind]
+        raise ImportError(f"{PREFIX}{peft_type} needs PEFT; install it with: pip install peft") from error
+    classes = {}
+    for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        classes[str(getattr(key, "value", key))] = cls  # PeftType members, or text that plug-ins registered
+    if peft_type not in classes:
+        raise ValueError(f"PEFT has no type {peft_type!r}{did_you_mean(peft_type, classes)}")
+    return classes[peft_type]

@@ -1,26 +1,25 @@
-"""What an adapter file may not tell PEFT. On the command line and in Python every option is free."""
+"""What an adapter file may not tell PEFT. On the command line and in Python every option is allowed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 
-_SMALL = 1024  # a size of use, whatever the file's own
-_WORD = re.compile(r"[\w.\-]{0,200}")  # no pattern that could take for ever to match
-_REACHES_OUT = re.compile("config|megatron|path|adapters|mapping|replication|revision|token")
-_COUNTS = re.compile("step|init|final|delta|seed|key", re.IGNORECASE)  # numbers that are no sizes
+_ALWAYS_ALLOWED_SIZE = 1024  # ranks up to this are in use, however little the file holds
+_PLAIN_WORD = re.compile(r"[\w.\-]{0,200}")  # no regular expression that could run for ever
+_EXTERNAL_ACCESS = re.compile("config|megatron|path|adapters|mapping|replication|revision|token")
+_NOT_A_SIZE = re.compile("step|init|final|delta|seed|key", re.IGNORECASE)  # their numbers are no sizes
 
 
 def check_options(name: str, options: Mapping[str, object]) -> None:
-    """Raises ValueError naming an option by which PEFT would import or fetch something, or read a path."""
+    """Refuses options by which PEFT would import or download something, or read a path.
+
+    Raises:
+        ValueError: Naming the option.
+    """
     for option, value in options.items():
-        plain = all(
-            part is None
-            or type(part) in (bool, int, float)
-            or (isinstance(part, str) and _WORD.fullmatch(part) is not None)
-            for part in _parts(value)
-        )
-        if not plain or _REACHES_OUT.search(str(option)):
+        is_plain = all(_is_plain(leaf) for leaf in _leaves(value))
+        if not is_plain or _EXTERNAL_ACCESS.search(str(option)):
             raise ValueError(f"{name}: a file must not set {option!r}; make the adapter in Python instead")
 
 
@@ -28,25 +27,37 @@ def check_sizes(name: str, options: Mapping[str, object], widest: int, stored: i
     """Refuses ranks for which PEFT would take far more memory than the file has, before it takes it.
 
     Args:
-        widest: outputs and inputs of the widest layer together.
-        stored: the number of values in the file.
+        name: The method's name, for the message.
+        options: The method's options in the file.
+        widest: Outputs and inputs of the widest layer together.
+        stored: The number of values in the file.
 
-    Raises: ValueError naming the option.
+    Raises:
+        ValueError: Naming the option.
     """
     for option, value in options.items():
-        sizes = [abs(part) for part in _parts(value) if type(part) in (int, float)]
-        if max(sizes, default=0) > max(_SMALL, stored // widest) and not _COUNTS.search(option):
+        numbers = [abs(leaf) for leaf in _leaves(value) if type(leaf) in (int, float)]
+        limit = max(_ALWAYS_ALLOWED_SIZE, stored // widest)
+        if max(numbers, default=0) > limit and not _NOT_A_SIZE.search(option):
             raise ValueError(
                 f"{name}: {option}={value!r} is more than a file of {stored} values can hold for these layers"
             )
 
 
-def _parts(value: object) -> Iterator[object]:
-    """What is in lists and mappings, keys too; else the value."""
+def _is_plain(leaf: object) -> bool:
+    """Whether a value is a number, a truth value, nothing, or a plain word."""
+    if isinstance(leaf, str):
+        return _PLAIN_WORD.fullmatch(leaf) is not None
+    return leaf is None or type(leaf) in (bool, int, float)
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """The values inside lists and mappings, keys too; any other value itself."""
     if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _parts(part)
+        for item in value:
+            yield from _leaves(item)
     elif isinstance(value, dict):
-        yield from (part for pair in value.items() for part in _parts(list(pair)))
+        for item in value.items():
+            yield from _leaves(item)
     else:
         yield value

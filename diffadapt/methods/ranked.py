@@ -1,4 +1,4 @@
-"""What methods with a rank have in common, and the checks of their options."""
+"""Options common to methods with a rank, and checks of options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_MULTIPLIER = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class RankedMethod(Method):
-    """A method with a rank and a multiplier: ``alpha`` (multiplier alpha/rank) or the constant ``scale``."""
+    """A method with a rank and a multiplier: `alpha` (multiplier = alpha / rank) or the constant `scale`."""
 
     rank: int = 4  # size of the factors
     alpha: float | None = None  # multiplier = alpha / rank; default alpha = rank
@@ -31,17 +31,19 @@ class RankedMethod(Method):
 
     @property
     def multiplier(self) -> float:
-        """What the branch is multiplied with."""
+        """The factor `s` of the change: `scale`, or `alpha` over its divisor."""
         if self.scale is not None:
             return float(self.scale)
-        return (self.rank if self.alpha is None else self.alpha) / self.alpha_divisor()
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / self.alpha_divisor()
 
     def alpha_divisor(self) -> float:
+        """The number that `alpha` is divided by: the rank, unless a method says otherwise."""
         return self.rank
 
 
 def check_rank(option: str, value: int) -> None:
-    """Raises ValueError unless ``value`` is a whole number of at least 1."""
+    """Raises ValueError unless `value` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
 
@@ -53,6 +55,6 @@ def check_multiplier(method: str, value: float) -> None:
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless ``value`` is one of ``choices``."""
+    """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")

@@ -8,7 +8,8 @@ from typing import Literal
 
 LayerKind = Literal["linear", "conv", "embedding", "norm"]
 
-_CLASS_TABLES = (  # how modules that hold one name it
+# the module names that models give to their table of class embeddings
+_CLASS_TABLES = (
     "class_embedding",
     "class_embedder.embedding_table",
     "y_embedder.embedding_table",
@@ -18,14 +19,14 @@ _CLASS_TABLES = (  # how modules that hold one name it
 
 @dataclass(frozen=True)
 class Site:
-    """One weight, seen as a matrix ``(out, fan_in)``.
+    """One weight, seen as a matrix `(out, fan_in)`.
 
     Attributes:
-        name: the layer's module path, e.g. ``unet.mid_block.resnets.0.conv1``.
-        kind: what the layer does with the weight.
-        shape: the weight's own, e.g. ``(out, in)``, ``(out, in/groups, *kernel)`` or ``(channels,)``.
-        groups: groups of a convolution, else 1.
-        has_bias: whether the layer has a bias.
+        name: The layer's module path, e.g. `unet.mid_block.resnets.0.conv1`.
+        kind: The kind of layer that holds the weight.
+        shape: The weight's own shape, e.g. `(out, in)`, `(out, in/groups, *kernel)` or `(channels,)`.
+        groups: The groups of a convolution, else 1.
+        has_bias: Whether the layer has a bias.
     """
 
     name: str
@@ -36,11 +37,12 @@ class Site:
 
     @property
     def out(self) -> int:
+        """Output features or channels: the rows of the matrix."""
         return self.shape[0]
 
     @property
     def fan_in(self) -> int:
-        """Columns of the weight seen as a matrix: in/groups times the kernel's size."""
+        """Columns of the matrix: in/groups times the size of the kernel."""
         return math.prod(self.shape[1:])
 
     @property
@@ -55,13 +57,15 @@ class Site:
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
+        """The shape of the bias that the layer has or could have."""
         return self.shape if self.kind == "norm" else (self.out,)
 
     @property
     def numel(self) -> int:
+        """Number of entries of the weight."""
         return math.prod(self.shape)
 
 
 def is_class_table(name: str) -> bool:
-    """Whether an embedding of that module name is a class table."""
+    """Whether an embedding of that module name is a table of class embeddings."""
     return name.endswith(_CLASS_TABLES)

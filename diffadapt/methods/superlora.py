@@ -12,27 +12,31 @@ from diffadapt.algebra.expression import Expression, Update
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.grouped.fastfood import PROJECTIONS
 from diffadapt.methods.grouped.folds import Fold
-from diffadapt.methods.grouped.grouping import Group, group_sites, share_of, smallest_root
-from diffadapt.methods.grouped.plan import Layout, plan_groups
+from diffadapt.methods.grouped.grouping import Group, ceil_share, group_sites, smallest_root
+from diffadapt.methods.grouped.plan import AdapterPlan, plan_groups
 from diffadapt.methods.ranked import RankedMethod, check_choice
 from diffadapt.methods.site import Site
 
 
 @dataclass(frozen=True)
 class SuperLoRA(RankedMethod):
-    """``dW_group = F( (x)_k C_k x1 A_k1 ... xM A_kM )``, cut into the layers' weights.
+    """`dW_group = F( (x)_k C_k x1 A_k1 ... xM A_kM )`, cut into the layers' weights.
 
-    The weights of all sites are read one behind the other and cut into groups of N entries; a group is folded
-    into ``M = tensor_order`` equal sides ``d``, the smallest with ``d^M >= ceil(rho N)``; surplus is dropped.
-    Parameters of a group, r < d: a vector of rho N (M = 1); 2 d r (M = 2); M d r + r^M (Tucker, M >= 3);
-    M d r (CP); unreshaped (width + ceil(rho N / width)) r, where ``groups="weight"`` is LoRA; K Kronecker
-    factors: (K - 1) b^2 and the last, low rank, over both sides divided by b^(K - 1), rounded up.
+    The weights of all sites are read one behind the other and cut into groups of N entries. A group is folded
+    into `M = tensor_order` equal sides `d`, the smallest with `d^M >= ceil(rho N)`; surplus is dropped.
 
-    Frozen projections F store nothing. Equal groups share one. With tanhshrink the tensors start where it has
-    a slope, and the start's output is subtracted. Sites keep the order they have when attached.
+    Parameters of a group, for r < d:
+        M = 1 (a vector): rho N
+        M = 2: 2 d r; not reshaped: (width + ceil(rho N / width)) r, which is LoRA for `groups="weight"`
+        M >= 3: M d r + r^M (Tucker) or M d r (CP)
+        K Kronecker factors: (K - 1) b^2, and the last as for M = 2 over both sides divided by b^(K - 1),
+        rounded up
 
-    Source: arXiv 2403.11887, appendices A.2 and A.10. Choices the paper leaves open: the order, N_in =
-    ceil(rho N), one group size rounded up for all, dense middle Kronecker factors, the starting values.
+    Frozen projections F store nothing, and equal groups share one. With tanhshrink the tensors start where it
+    has a slope, and the start's output is subtracted. Sites keep the order they have when attached.
+
+    Source: arXiv 2403.11887, appendices A.2 and A.10. Choices the paper leaves open: the order of sites,
+    N_in = ceil(rho N), one group size rounded up for all, dense middle Kronecker factors, starting values.
     """
 
     name: ClassVar[str] = "superlora"
@@ -68,38 +72,40 @@ class SuperLoRA(RankedMethod):
                 f"superlora: alpha={self.alpha} is divided by the rank, and tensor_order=1 has none; give "
                 "scale"
             )
-        for option, value, wanted in (
-            ("reshape=False", self.reshape, True),
-            ("kron_factors", self.kron_factors, 1),
-        ):
-            if value != wanted and self.tensor_order != 2:
-                shown = option if option == "reshape=False" else f"kron_factors={value}"
-                raise ValueError(f"superlora: {shown} needs tensor_order=2, got {self.tensor_order}")
+        if self.tensor_order != 2 and not self.reshape:
+            raise ValueError(f"superlora: reshape=False needs tensor_order=2, got {self.tensor_order}")
+        if self.tensor_order != 2 and self.kron_factors != 1:
+            raise ValueError(
+                f"superlora: kron_factors={self.kron_factors} needs tensor_order=2, got {self.tensor_order}"
+            )
 
     def trained_tensors(self, site: Site) -> Shapes:
-        return {}  # all is shared
+        return {}  # all tensors are shared
 
     def shared_tensors(self, sites: Sequence[Site]) -> Shapes:
-        return {key: shape for plan in self.plan_changes(sites).groups for key, shape in plan.trained.items()}
+        shapes: Shapes = {}
+        for group_plan in self.plan_changes(sites).groups:
+            shapes |= group_plan.trained_tensors
+        return shapes
 
     def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
-        return {
-            key: value
-            for plan in self.plan_changes(sites).groups
-            for key, value in plan.constants(seed).items()
-        }
+        constants: dict[str, Tensor] = {}
+        for group_plan in self.plan_changes(sites).groups:
+            constants |= group_plan.constants(seed)
+        return constants
 
     def init_shared_tensors(
         self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
     ) -> None:
-        for plan in self.plan_changes(sites).groups:
-            plan.start(tensors, seed)
+        for group_plan in self.plan_changes(sites).groups:
+            group_plan.init_tensors(tensors, seed)
 
-    def plan_changes(self, sites: Sequence[Site]) -> Layout:
+    def plan_changes(self, sites: Sequence[Site]) -> AdapterPlan:
         groups = group_sites(sites, self.groups)
-        return plan_groups(sites, groups, [self._fold(group, sites) for group in groups], self.projection)
+        folds = [self._fold(group, sites) for group in groups]
+        return plan_groups(sites, groups, folds, self.projection)
 
-    def compute_changes(self, plan: Layout, tensors: Mapping[str, Tensor]) -> list[Expression]:
+    def compute_changes(self, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> list[Expression]:
         return plan.changes(tensors)
 
     def has_weight_decay(self, key: str) -> bool:
@@ -109,30 +115,36 @@ class SuperLoRA(RankedMethod):
         return Update(tensors["change"], self.multiplier)
 
     def _fold(self, group: Group, sites: Sequence[Site]) -> Fold:
-        entries = share_of(group.size, self.rho)
+        """How the tensors of a group make its entries; raises ValueError for a rank that is too large."""
+        entries = ceil_share(group.size, self.rho)
         if self.tensor_order == 1:
             return Fold(entries, (entries,))
-        axes = (smallest_root(entries, self.tensor_order),) * self.tensor_order
-        if not self.reshape:
+        if self.reshape:
+            axes = (smallest_root(entries, self.tensor_order),) * self.tensor_order
+        else:
             axes = (-(-entries // group.width), group.width)
+        first_site = sites[group.pieces[0].site].name
         if self.rank >= min(axes):
-            first = sites[group.pieces[0].site].name
             raise ValueError(
-                f"superlora: rank must be below {min(axes)}, the shortest side of the group of {first} "
-                f"({' x '.join(map(str, axes))}), got {self.rank}; lower the rank or the tensor order, or "
-                "use fewer groups"
+                f"superlora: rank must be below {min(axes)}, the shortest side of the group of {first_site} "
+                f"({_sides(axes)}), got {self.rank}; lower the rank or the tensor order, or use fewer groups"
             )
         fold = Fold(entries, axes, self.rank, self.core, self.kron_factors - 1, self.kron_block)
-        if self.kron_factors > 1 and self.rank > min(fold.inner):
-            first = sites[group.pieces[0].site].name
-            sides = " x ".join(map(str, fold.inner))
+        if self.kron_factors > 1 and self.rank > min(fold.low_rank_shape):
             raise ValueError(
-                f"superlora: rank must be at most {min(fold.inner)}, the shortest side of the last Kronecker "
-                f"factor of the group of {first} ({sides}), got {self.rank}; lower the rank, kron_factors or "
-                "kron_block, or use fewer groups"
+                f"superlora: rank must be at most {min(fold.low_rank_shape)}, the shortest side of the last "
+                f"Kronecker factor of the group of {first_site} ({_sides(fold.low_rank_shape)}), got "
+                f"{self.rank}; lower the rank, kron_factors or kron_block, or use fewer groups"
             )
         return fold
 
     def _check_groups(self) -> None:
-        if self.groups not in ("weight", "layer") and (not isinstance(self.groups, int) or self.groups < 1):
+        if self.groups in ("weight", "layer"):
+            return
+        if not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"superlora: groups must be weight, layer or a number >= 1, got {self.groups!r}")
+
+
+def _sides(axes: Sequence[int]) -> str:
+    """Sizes for a message, e.g. `12 x 12`."""
+    return " x ".join(map(str, axes))

@@ -22,117 +22,150 @@ MOST_PADDED = 8  # sides of the dense Kronecker factors, as a multiple of the sh
 
 @dataclass(frozen=True)
 class Fold:
-    """One group's trained tensors.
+    """One group's trained tensors, and what they make.
+
+        one axis:   vector                                         (entries,)
+        two axes:   left0 (x) left1 (x) ... (x) (up @ down)        (rows, columns)
+        more axes:  core x1 factor0 x2 factor1 x3 ...              (d, ..., d)
 
     Attributes:
-        entries: how many entries of the fold are used.
-        axes: ``(entries,)``: a trained vector; ``(rows, columns)``: low rank, or a Kronecker product whose
-            last factor is low rank; ``(d, ..., d)``: a Tucker or CP decomposition.
-        rank: of the low-rank factors.
-        core: ``tucker`` trains a core for three axes or more, ``cp`` has none.
-        lefts: number of dense factors of the Kronecker product before the low-rank one.
-        block: their size.
+        entries: Number of entries of the fold that are used.
+        axes: `(entries,)`: a trained vector; `(rows, columns)`: low rank, or a Kronecker product whose last
+            factor is low rank; `(d, ..., d)`: a Tucker or CP decomposition.
+        rank: Rank of the low-rank factors.
+        core: `tucker` trains a core for three axes or more, `cp` has none.
+        num_dense: Number of dense factors of the Kronecker product before the low-rank one.
+        dense_size: Rows, and columns, of each dense factor.
     """
 
     entries: int
     axes: tuple[int, ...]
     rank: int = 1
     core: str = "tucker"
-    lefts: int = 0
-    block: int = 1
+    num_dense: int = 0
+    dense_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.blocks > MOST_PADDED * min(self.axes):
+        if self.dense_product_size > MOST_PADDED * min(self.axes):
             raise ValueError(
-                f"superlora: the dense factors make {self.blocks} rows and columns of a group of "
+                f"superlora: the dense factors make {self.dense_product_size} rows and columns of a group of "
                 f"{' x '.join(map(str, self.axes))}; lower kron_block or kron_factors"
             )
 
     @property
     def shapes(self) -> Shapes:
         """Names and shapes of the trained tensors."""
+        shapes: Shapes = {}
         if len(self.axes) == 1:
-            return {"vector": self.axes}
-        if len(self.axes) == 2:
-            rows, columns = self.inner
-            lefts = {f"left{index}": (self.block, self.block) for index in range(self.lefts)}
-            return lefts | {"up": (rows, self.rank), "down": (self.rank, columns)}
-        core = {"core": (self.rank,) * len(self.axes)} if self.core == "tucker" else {}
-        return core | {f"factor{axis}": (side, self.rank) for axis, side in enumerate(self.axes)}
+            shapes["vector"] = self.axes
+        elif len(self.axes) == 2:
+            rows, columns = self.low_rank_shape
+            for index in range(self.num_dense):
+                shapes[f"left{index}"] = (self.dense_size, self.dense_size)
+            shapes["up"] = (rows, self.rank)
+            shapes["down"] = (self.rank, columns)
+        else:
+            if self.core == "tucker":
+                shapes["core"] = (self.rank,) * len(self.axes)
+            for axis, side in enumerate(self.axes):
+                shapes[f"factor{axis}"] = (side, self.rank)
+        return shapes
 
     @property
-    def blocks(self) -> int:
+    def dense_product_size(self) -> int:
         """Rows, and columns, of the Kronecker product of all dense factors."""
-        return self.block**self.lefts
+        return self.dense_size**self.num_dense
 
     @property
-    def inner(self) -> tuple[int, int]:
-        """The shape of the low-rank factor of a Kronecker product, its sides rounded up."""
-        return -(-self.axes[0] // self.blocks), -(-self.axes[1] // self.blocks)
+    def low_rank_shape(self) -> tuple[int, int]:
+        """The shape of `up @ down`, the last factor of the Kronecker product; its sides are rounded up."""
+        rows = -(-self.axes[0] // self.dense_product_size)
+        columns = -(-self.axes[1] // self.dense_product_size)
+        return rows, columns
 
     @property
     def columns(self) -> int:
         """Columns of the matrix whose rows are the entries: the product of the last half of the axes."""
-        return math.prod(self.axes[self._split :])
+        return math.prod(self.axes[self._row_axes :])
 
     @property
     def padded_columns(self) -> int:
-        """The same before the surplus of a Kronecker product is dropped."""
-        return self.inner[1] * self.blocks if self.lefts else self.columns
+        """The columns before the surplus of a Kronecker product is dropped."""
+        if self.num_dense == 0:
+            return self.columns
+        return self.low_rank_shape[1] * self.dense_product_size
 
     @property
-    def _split(self) -> int:
+    def _row_axes(self) -> int:
+        """The number of axes that make the rows of the matrix: the first half, rounded up."""
         return -(-len(self.axes) // 2)
 
-    def start(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
-        """Fill the tensors so that all entries are zero: one factor stays zero, so none is stuck."""
-        zero = next(name for name in ("vector", "up", "core", "factor0") if name in tensors)
+    def init_tensors(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        """Fills the tensors so that all entries are zero.
+
+        Exactly one factor stays zero: it has a gradient at once, and after one step so have the others.
+        """
+        zero_name = next(name for name in ("vector", "up", "core", "factor0") if name in tensors)
         for name, tensor in tensors.items():
             if name == "down":
                 draw_uniform(tensor, tensor.shape[1] ** -0.5, generator)  # as in LoRA
-            elif name != zero:
+            elif name != zero_name:
                 draw_orthonormal(tensor, generator)
 
-    def draw(self, std: float, generator: torch.Generator) -> dict[str, Tensor]:
-        """Gaussian tensors (float64, on the CPU) whose entries have the standard deviation ``std``."""
-        terms = self.rank ** (len(self.axes) if "core" in self.shapes else min(len(self.axes) - 1, 1))
-        each = (std / terms**0.5) ** (1 / len(self.shapes))
-        drawn = {
-            name: torch.zeros(shape, dtype=torch.float64, device="cpu") for name, shape in self.shapes.items()
-        }
-        for tensor in drawn.values():
-            draw_normal(tensor, each, generator)
-        return drawn
+    def draw_tensors(self, std: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """Gaussian tensors (float64, on the CPU) whose entries have the standard deviation `std`.
+
+        An entry is a sum of `terms` products of one value of each tensor, so its variance is
+        `terms * std_of_each^(2 * tensors)`.
+        """
+        shapes = self.shapes
+        summed_ranks = len(self.axes) if "core" in shapes else min(len(self.axes) - 1, 1)
+        terms = self.rank**summed_ranks
+        std_of_each = (std / terms**0.5) ** (1 / len(shapes))
+        tensors = {}
+        for name, shape in shapes.items():
+            tensors[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            draw_normal(tensors[name], std_of_each, generator)
+        return tensors
 
     def vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """All used entries ``(entries,)``."""
+        """All used entries `(entries,)`."""
         if len(self.axes) == 1:
             return tensors["vector"]
-        lefts, up, down = self.factors(tensors)
+        dense_factors, up, down = self.factors(tensors)
+        # left_0 (x) left_1 ... (x) (up @ down), cut to its columns and read row by row
         matrix = up @ down
-        for left in reversed(lefts):
-            matrix = torch.kron(left, matrix)
+        for dense in reversed(dense_factors):
+            matrix = torch.kron(dense, matrix)
         return matrix[:, : self.columns].reshape(-1)[: self.entries]
 
     def factors(self, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The dense Kronecker factors, and the two factors ``up @ down`` of the last one."""
-        lefts = [tensors[f"left{index}"] for index in range(self.lefts)]
+        """The dense Kronecker factors, and the two factors `up @ down` of the last one.
+
+        A decomposition of more axes is a matrix product over the split of its axes into two halves:
+        `up` holds the core and the factors of the first half, `down` those of the second.
+        """
+        dense_factors = [tensors[f"left{index}"] for index in range(self.num_dense)]
         if len(self.axes) == 2:
-            return lefts, tensors["up"], tensors["down"]
-        planes = [tensors[f"factor{axis}"] for axis in range(len(self.axes))]
-        first, last = planes[: self._split], planes[self._split :]
+            return dense_factors, tensors["up"], tensors["down"]
+        axis_factors = [tensors[f"factor{axis}"] for axis in range(len(self.axes))]  # (d, r) each
+        row_factors = axis_factors[: self._row_axes]
+        column_factors = axis_factors[self._row_axes :]
         if self.core == "cp":
-            return lefts, _khatri_rao(first), _khatri_rao(last).T
-        up = tensors["core"]
-        for axis, plane in enumerate(first):
-            up = torch.tensordot(up, plane, ([axis], [1])).movedim(-1, axis)
-        down = last[0] if len(last) == 1 else torch.kron(last[0], last[1])
-        return lefts, up.reshape(-1, down.shape[1]), down.T
+            # sum over the rank of outer products of columns
+            return dense_factors, _khatri_rao(row_factors), _khatri_rao(column_factors).T
+        up = tensors["core"]  # (r, ..., r) -> (d, ..., d, r, ...)
+        for axis, factor in enumerate(row_factors):
+            up = torch.tensordot(up, factor, ([axis], [1])).movedim(-1, axis)
+        down = column_factors[0]  # (d, r) or (d d, r r)
+        if len(column_factors) == 2:
+            down = torch.kron(column_factors[0], column_factors[1])
+        return dense_factors, up.reshape(-1, down.shape[1]), down.T
 
 
-def _khatri_rao(planes: Sequence[Tensor]) -> Tensor:
-    """Columns of the result ``(product of sides, r)`` are the Kronecker products of the planes' columns."""
-    result = planes[0]
-    for plane in planes[1:]:
-        result = (result[:, None, :] * plane[None, :, :]).flatten(0, 1)
-    return result
+def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """The column-wise Kronecker product of factors `(side, r)`: `(product of sides, r)`."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = (product[:, None, :] * factor[None, :, :]).flatten(0, 1)
+    return product

@@ -18,7 +18,7 @@ MOST_CUTS = 256  # groups that one weight may lie in; its change is an expressio
 
 @dataclass(frozen=True)
 class Piece:
-    """The entries ``[offset, offset + length)`` of a group; they belong to the site number ``site``."""
+    """The entries `[offset, offset + length)` of a group; they belong to the site number `site`."""
 
     site: int
     offset: int
@@ -30,9 +30,9 @@ class Group:
     """A run of entries that are trained together.
 
     Attributes:
-        size: entries it has; those after its last piece belong to no site.
-        width: the widest ``fan_in`` of its sites, or of all sites where cuts fall anywhere.
-        pieces: what it holds, in order, without gaps.
+        size: Number of entries; those after its last piece belong to no site.
+        width: The widest `fan_in` of its sites, or of all sites where cuts fall anywhere.
+        pieces: Its pieces of sites, in order and without gaps.
     """
 
     size: int
@@ -41,53 +41,76 @@ class Group:
 
 
 def group_sites(sites: Sequence[Site], groups: str | int) -> tuple[Group, ...]:
-    """Cut the sites, in their order, into groups.
+    """Cuts the sites, in their order, into groups.
 
     Args:
-        groups: ``weight`` (one per weight), ``layer`` (one for all weights of the same parent module) or a
-            number of groups of equal size. Where that does not divide the entries, the size is rounded up and
-            the last group ends early.
+        sites: All sites of the method.
+        groups: `weight` (one per weight), `layer` (one for all weights of the same parent module) or a number
+            of groups of equal size. Where that does not divide the entries, the size is rounded up and the
+            last group ends early.
 
-    Raises: ValueError for more groups than the entries can fill.
+    Raises:
+        ValueError: For more groups than the entries can fill.
     """
     if isinstance(groups, int):
         return _equal_groups(sites, groups)
     members: dict[str, list[int]] = {}
     for index, site in enumerate(sites):
-        members.setdefault(site.name if groups == "weight" else site.name.rpartition(".")[0], []).append(
-            index
-        )
-    return tuple(_whole_sites(sites, indices) for indices in members.values())
+        parent = site.name.rpartition(".")[0]
+        members.setdefault(site.name if groups == "weight" else parent, []).append(index)
+    return tuple(_group_of_whole_sites(sites, indices) for indices in members.values())
 
 
 def smallest_root(value: int, order: int) -> int:
-    """The smallest whole number whose power ``order`` is at least ``value``, in whole numbers throughout."""
-    low, high = 1, 1 << (-(-value.bit_length() // order))  # high ** order >= value
+    """The smallest whole number whose power `order` is at least `value`, in whole numbers throughout."""
+    low = 1
+    high = 1 << (-(-value.bit_length() // order))  # high^order >= value
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if middle**order >= value else (middle + 1, high)
+        if middle**order >= value:
+            high = middle
+        else:
+            low = middle + 1
     return low
 
 
-def share_of(size: int, ratio: float) -> int:
-    """``ceil(ratio * size)`` for the decimal number one reads: 0.1 is a tenth, not the nearest float."""
+def ceil_share(size: int, ratio: float) -> int:
+    """`ceil(ratio * size)` for the decimal number one reads: 0.1 is a tenth, not the nearest float."""
     exact = Fraction(str(ratio)) * size
     return -(-exact.numerator // exact.denominator)
 
 
-def _whole_sites(sites: Sequence[Site], indices: Sequence[int]) -> Group:
-    pieces, offset = [], 0
+def _group_of_whole_sites(sites: Sequence[Site], indices: Sequence[int]) -> Group:
+    pieces = []
+    offset = 0
     for index in indices:
         pieces.append(Piece(index, offset, sites[index].numel))
         offset += sites[index].numel
-    return Group(offset, max(sites[index].fan_in for index in indices), tuple(pieces))
+    width = max(sites[index].fan_in for index in indices)
+    return Group(offset, width, tuple(pieces))
 
 
 def _equal_groups(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
     total = sum(site.numel for site in sites)
+    size = _equal_group_size(sites, total, count)
+    pieces: list[list[Piece]] = [[] for _ in range(count)]
+    start = 0  # of the next piece, in the vector of all entries
+    for index, site in enumerate(sites):
+        end = start + site.numel
+        while start < end:
+            group, offset = divmod(start, size)
+            length = min(end - start, size - offset)
+            pieces[group].append(Piece(index, offset, length))
+            start += length
+    width = max(site.fan_in for site in sites)
+    return tuple(Group(size, width, tuple(group_pieces)) for group_pieces in pieces)
+
+
+def _equal_group_size(sites: Sequence[Site], total: int, count: int) -> int:
+    """The number of entries of each of `count` groups; raises ValueError where they are too many."""
     if count > MOST_GROUPS:
         raise ValueError(f"superlora: groups must be at most {MOST_GROUPS:,}, got {count}")
-    size = -(-total // count)
+    size = -(-total // count)  # rounded up
     if (count - 1) * size >= total:
         most = -(-total // size)
         raise ValueError(
@@ -100,14 +123,4 @@ def _equal_groups(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
             f"superlora: groups={count} cuts the {largest.numel} entries of {largest.name} into more than "
             f"{MOST_CUTS} groups; use at most {total * MOST_CUTS // largest.numel} groups"
         )
-    pieces: list[list[Piece]] = [[] for _ in range(count)]
-    start = 0
-    for index, site in enumerate(sites):
-        end = start + site.numel
-        while start < end:
-            group, offset = divmod(start, size)
-            length = min(end - start, size - offset)
-            pieces[group].append(Piece(index, offset, length))
-            start += length
-    width = max(site.fan_in for site in sites)
-    return tuple(Group(size, width, tuple(own)) for own in pieces)
+    return size

@@ -1,4 +1,4 @@
-"""One group of SuperLoRA: the sites' changes from its trained tensors, with or without a projection."""
+"""The changes of SuperLoRA's sites from the trained tensors of its groups, with or without a projection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffadapt.methods.base import Shapes
 from diffadapt.methods.grouped.fastfood import draw_projection, padded_size, project
 from diffadapt.methods.grouped.folds import Fold
 from diffadapt.methods.grouped.grouping import Group, Piece
-from diffadapt.methods.grouped.slices import KronRows, Slice, join, part_shapes
+from diffadapt.methods.grouped.slices import KronRows, Slice, join_runs, run_shapes
 from diffadapt.methods.random_init import named_generator
 from diffadapt.methods.site import Site
 
@@ -26,12 +26,12 @@ class GroupPlan:
     """What one group needs in every forward, worked out once from shapes.
 
     Attributes:
-        name: of the group; the first word of its tensors' names.
-        group: the pieces of sites it holds.
-        fold: how its trained tensors make its entries.
-        projection: what the entries go through, as in ``fastfood``.
-        shapes: the matrix shape of every piece.
-        kron: whether its one site is the Kronecker product itself, so that the factored forward serves.
+        name: The group's name; the first word of its tensors' names.
+        group: The pieces of sites that it holds.
+        fold: How its trained tensors make its entries.
+        projection: The projection of the entries, one of `fastfood.PROJECTIONS`.
+        shapes: The matrix shape of every piece.
+        is_kron: Whether its only site is the Kronecker product itself, so that the factored forward serves.
     """
 
     name: str
@@ -39,147 +39,212 @@ class GroupPlan:
     fold: Fold
     projection: str
     shapes: tuple[tuple[int, int], ...]
-    kron: bool
+    is_kron: bool
 
     @property
-    def trained(self) -> Shapes:
+    def trained_tensors(self) -> Shapes:
+        """Names and shapes of the group's trained tensors."""
         return {f"{self.name}_{key}": shape for key, shape in self.fold.shapes.items()}
 
-    def start(self, tensors: Mapping[str, Tensor], seed: int) -> None:
-        """Fill the trained tensors. A nonlinear projection has no slope at zero, so it starts elsewhere."""
-        own = self._own(tensors)
-        if not self.projection.startswith("nonlinear"):
-            self.fold.start(own, named_generator(seed, self.name))
+    def init_tensors(self, tensors: Mapping[str, Tensor], seed: int) -> None:
+        """Fills the trained tensors, so that the group changes nothing.
+
+        A nonlinear projection has no slope at zero, so its tensors start at the values of `_nonlinear_start`,
+        whose output `changes` subtracts.
+        """
+        fold_tensors = self._fold_tensors(tensors)
+        if not self._is_nonlinear:
+            self.fold.init_tensors(fold_tensors, named_generator(seed, self.name))
             return
         for key, value in self._nonlinear_start(seed).items():
-            own[key].copy_(value)
+            fold_tensors[key].copy_(value)
 
     def constants(self, seed: int) -> dict[str, Tensor]:
         """Frozen numbers by name; groups of equal sizes name, and share, the same projection."""
-        named: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
         if self.projection != "none":
-            drawn = draw_projection(self.fold.entries, self.group.size, self.projection, seed)
-            named |= {f"{self._sizes}_{key}": value for key, value in drawn.items()}
-        elif self._takes_rows:
-            rows = torch.cat(
-                [torch.arange(r.start, r.stop, device="cpu") for r in map(self._rows, self.group.pieces)]
-            )
-            named[f"{self.name}_rows"] = rows.to(torch.int32)
-        if self.projection.startswith("nonlinear"):
-            named |= {f"{self.name}_{key}_start": value for key, value in self._nonlinear_start(seed).items()}
-        return named
+            projection = draw_projection(self.fold.entries, self.group.size, self.projection, seed)
+            for key, value in projection.items():
+                constants[f"{self._projection_name}_{key}"] = value
+        elif self._gathers_rows:
+            rows = []
+            for piece in self.group.pieces:
+                piece_rows = self._rows_of(piece)
+                rows.append(torch.arange(piece_rows.start, piece_rows.stop, device="cpu"))
+            constants[f"{self.name}_rows"] = torch.cat(rows).to(torch.int32)
+        if self._is_nonlinear:
+            for key, value in self._nonlinear_start(seed).items():
+                constants[f"{self.name}_{key}_start"] = value
+        return constants
 
     def changes(self, tensors: Mapping[str, Tensor]) -> list[Expression]:
-        """The change of every piece, as a matrix of its shape."""
-        own = self._own(tensors)
+        """The change of every piece, as a matrix of its shape.
+
+        Args:
+            tensors: The shared tensors and the constants of the method, by name.
+        """
+        fold_tensors = self._fold_tensors(tensors)
         if self.projection == "none" and len(self.fold.axes) > 1:
-            return self._slices(own, tensors.get(f"{self.name}_rows"))
-        entries = self.fold.vector(own) if self.projection == "none" else self._projected(own, tensors)
+            return self._sliced_changes(fold_tensors, tensors.get(f"{self.name}_rows"))
+        if self.projection == "none":
+            entries = self.fold.vector(fold_tensors)  # (group.size,)
+        else:
+            entries = self._projected_entries(fold_tensors, tensors)
         lengths = [piece.length for piece in self.group.pieces]
-        parts = entries.split([*lengths, self.group.size - sum(lengths)])
-        own_parts = zip(parts[: len(lengths)], self.shapes, strict=True)  # the last part is nobody's
-        return [Dense(part.reshape(shape)) for part, shape in own_parts]
+        surplus = self.group.size - sum(lengths)  # entries of the last group that belong to no site
+        runs = entries.split([*lengths, surplus])[: len(lengths)]
+        return [Dense(run.reshape(shape)) for run, shape in zip(runs, self.shapes, strict=True)]
 
-    def _projected(self, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-        """All entries of the group through its projection, less what that makes of their start."""
-        known = {key: f"{self._sizes}_{key}" for key in ("permutation", "gauss", "last")}
-        drawn = {key: tensors[name] for key, name in known.items() if name in tensors}
+    def _projected_entries(self, fold_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+        """All entries of the group: the fold through its projection, less the output of its start.
 
-        def projected(factors: Mapping[str, Tensor]) -> Tensor:
-            return project(self.fold.vector(factors), drawn, self.projection)
+        entries = F(fold(tensors))                          linear projections
+        entries = F(fold(tensors)) - F(fold(start))         nonlinear projections
+        """
+        projection_tensors = {}
+        for key in ("permutation", "gauss", "last"):
+            name = f"{self._projection_name}_{key}"
+            if name in tensors:
+                projection_tensors[key] = tensors[name]
 
-        if not self.projection.startswith("nonlinear"):
-            return projected(own)
+        def project_fold(factors: Mapping[str, Tensor]) -> Tensor:
+            return project(self.fold.vector(factors), projection_tensors, self.projection)
+
+        if not self._is_nonlinear:
+            return project_fold(fold_tensors)
         start = {key: tensors[f"{self.name}_{key}_start"] for key in self.fold.shapes}
-        # tanh would keep another vector as long as the group for backward: it is made again there
-        return checkpoint(projected, own, use_reentrant=False, preserve_rng_state=False) - projected(start)
+        # tanh would keep another vector as long as the group for backward: it is computed again there
+        entries = checkpoint(project_fold, fold_tensors, use_reentrant=False, preserve_rng_state=False)
+        return entries - project_fold(start)
 
-    def _slices(self, own: Mapping[str, Tensor], rows: Tensor | None) -> list[Expression]:
-        """Every piece from the rows of the factors it touches: nothing as large as a weight is kept."""
-        lefts, up, down = self.fold.factors(own)
+    def _sliced_changes(self, fold_tensors: Mapping[str, Tensor], rows: Tensor | None) -> list[Expression]:
+        """The change of every piece from the rows of the factors that it touches.
+
+        Nothing as large as a weight is kept. Row `i` of `left (x) right`, for a `right` of n rows, is
+        `left[i // n] (x) right[i % n]`.
+
+        Args:
+            fold_tensors: The trained tensors by the fold's names.
+            rows: The rows of the fold's matrix that the pieces touch, one piece after the other; None where
+                the only piece takes the matrix as it is.
+        """
+        dense_factors, up, down = self.fold.factors(fold_tensors)
         if rows is None:
-            whole: Expression = LowRank(up, down)
-            for left in reversed(lefts):
-                whole = Kron(left, whole)
-            return [whole] if self.kron else [self._slice(whole, up.shape[0], 0)]
-        counts = [len(self._rows(piece)) for piece in self.group.pieces]
-        parts: list[Expression] = [
-            LowRank(u, down) for u in up.index_select(0, rows % up.shape[0]).split(counts)
-        ]
-        block = up.shape[0]
-        for left in reversed(lefts):
-            chosen = left.index_select(0, rows // block % self.fold.block).split(counts)
-            parts = [KronRows(own, part) for own, part in zip(chosen, parts, strict=True)]
-            block *= self.fold.block
-        return [self._slice(parts[i], count, i) for i, count in enumerate(counts)]
+            matrix: Expression = LowRank(up, down)
+            for dense in reversed(dense_factors):
+                matrix = Kron(dense, matrix)
+            return [matrix] if self.is_kron else [self._slice(matrix, up.shape[0], 0)]
+        counts = [len(self._rows_of(piece)) for piece in self.group.pieces]
+        up_rows = up.index_select(0, rows % up.shape[0]).split(counts)
+        blocks: list[Expression] = [LowRank(piece_rows, down) for piece_rows in up_rows]
+        right_rows = up.shape[0]  # rows of the product of all factors to the right
+        for dense in reversed(dense_factors):
+            dense_rows = dense.index_select(0, rows // right_rows % self.fold.dense_size).split(counts)
+            blocks = [KronRows(left, right) for left, right in zip(dense_rows, blocks, strict=True)]
+            right_rows *= self.fold.dense_size
+        return [self._slice(blocks[index], count, index) for index, count in enumerate(counts)]
 
     def _slice(self, rows: Expression, height: int, index: int) -> Expression:
-        fold, shape = self.fold, self.shapes[index]
+        """Piece number `index` of the group, cut out of the `height` rows that it touches."""
+        fold = self.fold
+        shape = self.shapes[index]
         start = self.group.pieces[index].offset % fold.columns
-        if start == 0 and shape == (height, fold.columns) == (height, fold.padded_columns):
+        is_all_of_rows = start == 0 and shape == (height, fold.columns) == (height, fold.padded_columns)
+        if is_all_of_rows:
             return rows
         return Slice(rows, height, fold.padded_columns, fold.columns, start, shape)
 
-    def _rows(self, piece: Piece) -> range:
+    def _rows_of(self, piece: Piece) -> range:
         """The rows of the fold's matrix that hold a piece."""
         columns = self.fold.columns
-        return range(piece.offset // columns, (piece.offset + piece.length - 1) // columns + 1)
+        first_row = piece.offset // columns
+        last_row = (piece.offset + piece.length - 1) // columns
+        return range(first_row, last_row + 1)
 
     @property
-    def _takes_rows(self) -> bool:
-        return (
-            len(self.fold.axes) > 1 and not self.kron and (len(self.group.pieces) > 1 or self.fold.lefts > 0)
-        )
+    def _gathers_rows(self) -> bool:
+        """Whether pieces are made from some rows of the factors: not where one piece is the matrix itself."""
+        if len(self.fold.axes) == 1 or self.is_kron:
+            return False
+        return len(self.group.pieces) > 1 or self.fold.num_dense > 0
 
     @property
-    def _sizes(self) -> str:
+    def _is_nonlinear(self) -> bool:
+        return self.projection.startswith("nonlinear")
+
+    @property
+    def _projection_name(self) -> str:
+        """The first words of the names of the projection's tensors, which groups of equal sizes share."""
         return f"fastfood_{self.fold.entries}_{self.group.size}"
 
-    def _own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _fold_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The group's trained tensors by the fold's names."""
         return {key: tensors[f"{self.name}_{key}"] for key in self.fold.shapes}
 
     def _nonlinear_start(self, seed: int) -> dict[str, Tensor]:
-        """Where tanhshrink has a slope: its argument starts with standard deviation 1."""
-        shrinks_by = (self.fold.entries / padded_size(self.fold.entries, self.group.size)) ** 0.5
-        return self.fold.draw(1 / shrinks_by, named_generator(seed, self.name))
+        """Start where tanhshrink has a slope: its argument has standard deviation 1.
+
+        A projection to `n` entries changes the standard deviation by sqrt(entries / n).
+        """
+        shrink_factor = (self.fold.entries / padded_size(self.fold.entries, self.group.size)) ** 0.5
+        return self.fold.draw_tensors(1 / shrink_factor, named_generator(seed, self.name))
 
 
 @dataclass(frozen=True)
-class Layout:
+class AdapterPlan:
     """All groups of an adapter, and the sites' matrix shapes."""
 
     groups: tuple[GroupPlan, ...]
     shapes: tuple[tuple[int, int], ...]
 
     def changes(self, tensors: Mapping[str, Tensor]) -> list[Expression]:
-        """The change of every site."""
-        parts: list[list[Expression]] = [[] for _ in self.shapes]
-        lengths: list[list[int]] = [[] for _ in self.shapes]
-        for plan in self.groups:
-            for piece, change in zip(plan.group.pieces, plan.changes(tensors), strict=True):
-                parts[piece.site].append(change)
-                lengths[piece.site].append(piece.length)
-        return [join(*own) for own in zip(parts, lengths, self.shapes, strict=True)]
+        """The change of every site.
+
+        Args:
+            tensors: The shared tensors and the constants of the method, by name.
+        """
+        site_changes: list[list[Expression]] = [[] for _ in self.shapes]
+        site_lengths: list[list[int]] = [[] for _ in self.shapes]
+        for group_plan in self.groups:
+            group_changes = group_plan.changes(tensors)
+            for piece, change in zip(group_plan.group.pieces, group_changes, strict=True):
+                site_changes[piece.site].append(change)
+                site_lengths[piece.site].append(piece.length)
+        joined = []
+        for changes, lengths, shape in zip(site_changes, site_lengths, self.shapes, strict=True):
+            joined.append(join_runs(changes, lengths, shape))
+        return joined
 
 
 def plan_groups(
     sites: Sequence[Site], groups: Sequence[Group], folds: Sequence[Fold], projection: str
-) -> Layout:
-    """Put the shapes of all pieces beside the groups and their folds."""
-    lengths: list[list[int]] = [[] for _ in sites]
+) -> AdapterPlan:
+    """Works out the shapes of all pieces of the groups.
+
+    Args:
+        sites: All sites of the method.
+        groups: The groups that the sites are cut into.
+        folds: One fold per group.
+        projection: The projection of every group.
+    """
+    site_lengths: list[list[int]] = [[] for _ in sites]
     for group in groups:
         for piece in group.pieces:
-            lengths[piece.site].append(piece.length)
-    waiting = [part_shapes(own, site.fan_in) for own, site in zip(lengths, sites, strict=True)]
+            site_lengths[piece.site].append(piece.length)
+    # for every site the shapes of its pieces, in the order in which the groups hold them
+    pending_shapes = []
+    for lengths, site in zip(site_lengths, sites, strict=True):
+        pending_shapes.append(run_shapes(lengths, site.fan_in))
     plans = []
     for number, (group, fold) in enumerate(zip(groups, folds, strict=True)):
-        shapes = tuple(waiting[piece.site].pop(0) for piece in group.pieces)
-        first = sites[group.pieces[0].site]
-        kron = (
-            projection == "none"
-            and fold.lefts > 0
-            and shapes == (fold.axes,) == ((first.out, first.fan_in),)
-            and first.out % fold.blocks == first.channels_in % fold.blocks == 0
-        )
-        plans.append(GroupPlan(f"group{number}", group, fold, projection, shapes, kron))
-    return Layout(tuple(plans), tuple((site.out, site.fan_in) for site in sites))
+        shapes = tuple(pending_shapes[piece.site].pop(0) for piece in group.pieces)
+        is_kron = projection == "none" and _is_kron(fold, shapes, sites[group.pieces[0].site])
+        plans.append(GroupPlan(f"group{number}", group, fold, projection, shapes, is_kron))
+    return AdapterPlan(tuple(plans), tuple((site.out, site.fan_in) for site in sites))
+
+
+def _is_kron(fold: Fold, shapes: tuple[tuple[int, int], ...], site: Site) -> bool:
+    """Whether a group's fold, uncut, is a Kronecker product that acts on the channels of its only site."""
+    if fold.num_dense == 0 or not shapes == (fold.axes,) == ((site.out, site.fan_in),):
+        return False
+    return site.out % fold.dense_product_size == 0 and site.channels_in % fold.dense_product_size == 0

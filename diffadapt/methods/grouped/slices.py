@@ -1,4 +1,4 @@
-"""Expressions for a layer's slice of a larger factored matrix, made from the rows it touches alone."""
+"""Expressions for a layer's slice of a larger factored matrix, made from the rows that it touches."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from diffadapt.algebra.layer_maps import LayerMap
 
 @dataclass(frozen=True)
 class KronRows(Expression):
-    """Some rows of a Kronecker product: row i is ``left[i] (b,)`` (x) ``right.matrix()[i] (d,)``."""
+    """Some rows of a Kronecker product: row `i` is `left[i] (b,)` (x) `right.matrix()[i] (d,)`."""
 
     left: Tensor
     right: Expression
 
     def matrix(self) -> Tensor:
-        return (self.left[:, :, None] * self.right.matrix()[:, None, :]).flatten(1)
+        # M[i, (b, d)] = left[i, b] right[i, d]
+        return (self.left[:, :, None] * self.right.matrix()[:, None, :]).flatten(1)  # (i, b d)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        blocks = grad.unflatten(1, (self.left.shape[1], -1))
+        blocks = grad.unflatten(1, (self.left.shape[1], -1))  # (i, b, d)
         grad_left = torch.einsum("ibd,id->ib", blocks, self.right.matrix())
-        return grad_left, *self.right.vjp(torch.einsum("ibd,ib->id", blocks, self.left))
+        grad_right = torch.einsum("ibd,ib->id", blocks, self.left)
+        return grad_left, *self.right.vjp(grad_right)
 
 
 @dataclass(frozen=True)
 class Slice(Expression):
-    """A run of entries of a larger matrix, read row by row, as the matrix ``shape``.
+    """A run of entries of a larger matrix, read row by row, as the matrix `shape`.
 
     Attributes:
-        rows: the larger matrix' rows that hold the run, possibly with more columns than it has.
-        height, padded: the shape of ``rows``.
-        columns: of the larger matrix; the rest of ``rows`` is surplus.
-        start: where in its first row the run begins.
-        shape: of the result.
+        rows: The rows of the larger matrix that hold the run, possibly with more columns than it has.
+        height: The number of these rows.
+        padded: Their columns; those after `columns` are surplus.
+        columns: Columns of the larger matrix.
+        start: Where in its first row the run begins.
+        shape: The shape of the result.
     """
 
     rows: Expression
@@ -49,20 +52,22 @@ class Slice(Expression):
     shape: tuple[int, int]
 
     def matrix(self) -> Tensor:
-        flat = self.rows.matrix()[:, : self.columns].reshape(-1)
-        return flat[self.start : self.start + self.shape[0] * self.shape[1]].reshape(self.shape)
+        entries = self.rows.matrix()[:, : self.columns].reshape(-1)  # (height columns,)
+        length = self.shape[0] * self.shape[1]
+        return entries[self.start : self.start + length].reshape(self.shape)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        behind = self.height * self.columns - self.start - grad.numel()
-        rows = F.pad(grad.reshape(-1), (self.start, behind)).reshape(self.height, self.columns)
-        return self.rows.vjp(F.pad(rows, (0, self.padded - self.columns)))
+        # the adjoint of cutting is padding with zeros: entries before and after the run, surplus columns
+        entries_after = self.height * self.columns - self.start - grad.numel()
+        grad_rows = F.pad(grad.reshape(-1), (self.start, entries_after)).reshape(self.height, self.columns)
+        return self.rows.vjp(F.pad(grad_rows, (0, self.padded - self.columns)))
 
 
 @dataclass(frozen=True)
 class Joined(Expression):
-    """The entries of ``first``, then those of ``second``, read row by row as the matrix ``shape``.
+    """The entries of `first`, then those of `second`, read row by row as the matrix `shape`.
 
-    ``border`` counts the entries of ``first``. Where it falls between two rows and both are factored, each
+    `border` is the number of entries of `first`. Where it falls between two rows and both are factored, each
     makes its share of the outputs.
     """
 
@@ -72,44 +77,61 @@ class Joined(Expression):
     shape: tuple[int, int]
 
     def matrix(self) -> Tensor:
-        entries = [part.matrix().reshape(-1) for part in (self.first, self.second)]
+        entries = [run.matrix().reshape(-1) for run in (self.first, self.second)]
         return torch.cat(entries).reshape(self.shape)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, second = grad.reshape(-1).tensor_split([self.border])
-        first = first.reshape(part_shape(first.numel(), self.shape[1]))
-        second = second.reshape(part_shape(second.numel(), self.shape[1]))
-        return *self.first.vjp(first), *self.second.vjp(second)
+        grad_first, grad_second = grad.reshape(-1).tensor_split([self.border])
+        grad_first = grad_first.reshape(run_shape(grad_first.numel(), self.shape[1]))
+        grad_second = grad_second.reshape(run_shape(grad_second.numel(), self.shape[1]))
+        return *self.first.vjp(grad_first), *self.second.vjp(grad_second)
 
     def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        above, inside_a_row = divmod(self.border, self.shape[1])
+        rows_of_first, inside_a_row = divmod(self.border, self.shape[1])
         if inside_a_row or getattr(layer, "groups", 1) > 1:
             return None
-        first = self.first.apply(layer, x, (above, *shape[1:]))
-        second = None if first is None else self.second.apply(layer, x, (shape[0] - above, *shape[1:]))
-        return None if second is None else torch.cat([first, second], layer.channel_dim)
+        rows_of_second = shape[0] - rows_of_first
+        y_first = self.first.apply(layer, x, (rows_of_first, *shape[1:]))
+        if y_first is None:
+            return None
+        y_second = self.second.apply(layer, x, (rows_of_second, *shape[1:]))
+        if y_second is None:
+            return None
+        return torch.cat([y_first, y_second], layer.channel_dim)
 
 
-def part_shape(length: int, columns: int) -> tuple[int, int]:
-    """The matrix shape of a run of entries: whole rows where it holds such, else one row."""
+def run_shape(length: int, columns: int) -> tuple[int, int]:
+    """The matrix shape of a run of entries: rows of `columns` entries where they divide it, else one row."""
     return (length // columns, columns) if length % columns == 0 else (1, length)
 
 
-def join(parts: Sequence[Expression], lengths: Sequence[int], shape: tuple[int, int]) -> Expression:
-    """Runs of entries, one behind the other, as one expression of the matrix ``shape``.
+def run_shapes(lengths: Sequence[int], columns: int) -> list[tuple[int, int]]:
+    """The shapes of all runs of entries that a matrix is cut into.
 
-    Every part has the shape that ``part_shapes`` gives it.
+    Args:
+        lengths: Number of entries of every run, in order.
+        columns: Columns of the matrix.
     """
-    if len(parts) == 1:
-        return parts[0]
-    rest = part_shape(sum(lengths[1:]), shape[1])
-    return Joined(parts[0], join(parts[1:], lengths[1:], rest), lengths[0], shape)
-
-
-def part_shapes(lengths: Sequence[int], columns: int) -> list[tuple[int, int]]:
-    """The shape of every part of a matrix with so many ``columns`` that is cut into runs of entries."""
     shapes = []
     for index, length in enumerate(lengths):
-        shapes.append(part_shape(length, columns))
-        columns = part_shape(sum(lengths[index + 1 :]), columns)[1] if lengths[index + 1 :] else columns
+        shapes.append(run_shape(length, columns))
+        following = lengths[index + 1 :]
+        if following:
+            # `join_runs` joins what follows into a matrix of its own first
+            columns = run_shape(sum(following), columns)[1]
     return shapes
+
+
+def join_runs(runs: Sequence[Expression], lengths: Sequence[int], shape: tuple[int, int]) -> Expression:
+    """Joins runs of entries, one behind the other, to the matrix `shape`.
+
+    Args:
+        runs: Every run in the shape that `run_shapes` gives it.
+        lengths: Number of entries of every run.
+        shape: The shape of the result.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    following_shape = run_shape(sum(lengths[1:]), shape[1])
+    following = join_runs(runs[1:], lengths[1:], following_shape)
+    return Joined(runs[0], following, lengths[0], shape)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffadapt.methods.grouped.grouping import group_sites, share_of, smallest_root
+from diffadapt.methods.grouped.grouping import ceil_share, group_sites, smallest_root
 from diffadapt.methods.site import Site
 
 SITES = [
@@ -22,10 +22,10 @@ def test_roots_are_the_smallest_side_that_holds_all_entries():
 
 
 def test_shares_are_exact_decimals():
-    assert share_of(565_248, 0.01) == 5_653
-    assert share_of(100, 0.07) == 7  # 0.07 * 100 is 7.000000000000001 in floating point
-    assert share_of(30, 0.1) == 3
-    assert share_of(3, 1.0) == 3
+    assert ceil_share(565_248, 0.01) == 5_653
+    assert ceil_share(100, 0.07) == 7  # 0.07 * 100 is 7.000000000000001 in floating point
+    assert ceil_share(30, 0.1) == 3
+    assert ceil_share(3, 1.0) == 3
 
 
 @pytest.mark.parametrize("groups", ["weight", "layer", 1, 2, 3, 5, 7, 37, 146])
