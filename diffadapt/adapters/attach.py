@@ -16,6 +16,7 @@ from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.adapters.method_state import MethodPlan, MethodState, plan_methods
 from diffadapt.adapters.peft_bridge import attach_peft
 from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites
+from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder, text_encoder_names
 from diffadapt.methods import Method
 from diffadapt.methods.peft_config import PeftMethod
 
@@ -63,7 +64,7 @@ def choose_sites(
     roots = components(model, text_encoder_targets is not None)
     found: list[TargetSite] = []
     for root, module in roots.items():
-        if root.startswith("text_encoder"):
+        if is_text_encoder(root):
             chosen = find_sites(module, text_encoder_targets, f"{root}.", extra_presets=method.extra_targets)
             found += _useful(chosen, root, roots, text_encoder_targets)
         else:
@@ -192,9 +193,9 @@ def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.
     """The models that can be adapted, by component name: a bare module is ``""``."""
     if isinstance(model, nn.Module):
         return {"": model}
-    names = ["unet", "transformer"]
+    names = list(DENOISERS)
     if with_text_encoders:
-        names += ["text_encoder", "text_encoder_2", "text_encoder_3"]
+        names += text_encoder_names(model)
     found = {key: getattr(model, key) for key in names if isinstance(getattr(model, key, None), nn.Module)}
     if not found:
         raise TypeError(

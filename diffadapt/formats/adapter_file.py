@@ -17,7 +17,13 @@ from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.peft_bridge import filling
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.common.safetensors_file import check_finite, checksums, read_header, read_tensors
+from diffadapt.common.pipeline_components import is_text_encoder
+from diffadapt.common.safetensors_file import (
+    check_finite,
+    checksums,
+    read_header,
+    read_tensors,
+)
 from diffadapt.formats.adapter_header import Configuration, read_configuration
 from diffadapt.formats.adapter_layout import check_tensors, expected_tensors, match_sites
 from diffadapt.formats.foreign import attach_foreign, open_foreign
@@ -87,7 +93,7 @@ def load(
     header, tensors = _read(Path(path))
     config = read_configuration(header.get("adapter"), path)
     method = read_method(config.method)
-    roots = components(model, any(site.component.startswith("text_encoder") for site in config.sites))
+    roots = components(model, any(is_text_encoder(site.component) for site in config.sites))
     found, ranks, names = match_sites(roots, config.sites, path)
     fill = _checked_filling(method, found, ranks, names, tensors, path)
     _check_base(config, found, path, strict=strict_base)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.method_state import plan_methods
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import did_you_mean
+from diffadapt.common.pipeline_components import is_text_encoder
 from diffadapt.common.safetensors_file import check_finite
 from diffadapt.formats.adapter_header import StoredSite
 from diffadapt.methods import Method
@@ -53,8 +54,8 @@ def match_sites(
 def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) -> str:
     if component in roots:
         return component
-    denoiser = next((root for root in roots if not root.startswith("text_encoder")), None)
-    if denoiser is not None and not component.startswith("text_encoder"):
+    denoiser = next((root for root in roots if not is_text_encoder(root)), None)
+    if denoiser is not None and not is_text_encoder(component):
         return denoiser  # saved from a bare model and loaded into a pipeline, or the other way
     raise ValueError(f"{path} changes the {component!r} of a pipeline; load it into one that has it")
 

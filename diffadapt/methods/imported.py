@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffadapt.algebra.expression import Update
 from diffadapt.algebra.full_rank import ColumnScaled
+from diffadapt.common.pipeline_components import without_denoiser
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.dora import rescale
 from diffadapt.methods.imported_forms import FORMS, Tensors
@@ -50,7 +51,7 @@ class Imported(Method):
         return f"imported({', '.join(f'{form}: {count}' for form, count in sorted(counts.items()))})"
 
     def supports(self, site: Site) -> bool:
-        return bare_path(site.name) in self.forms
+        return without_denoiser(site.name) in self.forms
 
     def trained_tensors(self, site: Site) -> Shapes:
         own = self._own(site)
@@ -88,7 +89,7 @@ class Imported(Method):
         return Update(ColumnScaled(base, delta, columns, multiplier), bias=bias)
 
     def _own(self, site: Site) -> dict:
-        return self.forms[bare_path(site.name)]
+        return self.forms[without_denoiser(site.name)]
 
     def _check(self, site: Site, tensors: Tensors) -> None:
         update = self.update(site, tensors, torch.empty(site.shape, device="meta"))
@@ -98,8 +99,3 @@ class Imported(Method):
             raise ValueError("another bias")
         if update.scale is not None and update.scale.shape != (site.out,):
             raise ValueError("another magnitude")
-
-
-def bare_path(name: str) -> str:
-    """A site's name without the denoiser's component, the same for a pipeline and its bare denoiser."""
-    return name.removeprefix("unet.").removeprefix("transformer.")

@@ -11,10 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
 from diffadapt.models.base_names import resolve
-
-_DENOISERS = ("unet", "transformer")
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module | SimpleNamespace:
@@ -35,10 +33,14 @@ def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module 
                 f"{source!r} is not a pipeline with text encoders; give a folder with model_index.json"
             )
         return _build(path / "config.json" if path.is_dir() else path)
+    denoisers = _component_folders(path, DENOISERS)
     if not text_encoders:
-        return _build(_present(path, _DENOISERS)[0] / "config.json")
-    folders = _present(path, _DENOISERS) + _present(path, _TEXT_ENCODERS)
-    return SimpleNamespace(**{folder.name: _build(folder / "config.json") for folder in folders})
+        return _build(denoisers[0] / "config.json")
+    names = sorted(folder.name for folder in path.iterdir() if is_text_encoder(folder.name))
+    model = SimpleNamespace()
+    for folder in denoisers + _component_folders(path, names or ["text_encoder"]):
+        setattr(model, folder.name, _build(folder / "config.json"))
+    return model
 
 
 def _local(source: str) -> Path:
@@ -55,11 +57,13 @@ def _local(source: str) -> Path:
     )
 
 
-def _present(folder: Path, names: Sequence[str]) -> list[Path]:
-    found = [folder / name for name in names if (folder / name / "config.json").is_file()]
-    if not found:
-        raise ValueError(f"{folder} has no {' or '.join(f'{name}/config.json' for name in names)}")
-    return found
+def _component_folders(pipeline: Path, names: Sequence[str]) -> list[Path]:
+    """The folders of a pipeline's components with a configuration, of those with the given names."""
+    configured = [pipeline / name for name in names if (pipeline / name / "config.json").is_file()]
+    if not configured:
+        files = [f"{name}/config.json" for name in names]
+        raise ValueError(f"{pipeline} has no {' or '.join(files)}")
+    return configured
 
 
 def _build(path: Path) -> nn.Module:

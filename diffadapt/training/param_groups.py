@@ -6,6 +6,7 @@ from typing import TypedDict
 from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.common.pipeline_components import is_in_text_encoder
 
 
 class RateGroup(TypedDict, total=False):
@@ -49,7 +50,7 @@ def _by_decay(adapter: Adapter, group: RateGroup) -> list[RateGroup]:
 
 def _of_text_encoders(part: nn.Module) -> Iterator[nn.Parameter]:
     """A part's tensors that serve layers of text encoders."""
-    is_text = [site.name.startswith("text_encoder") for site in part.sites]
+    is_text = [is_in_text_encoder(site.name) for site in part.sites]
     if all(is_text):
         yield from part.parameters()
     elif any(is_text):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffadapt.algebra.low_rank import LowRank
 from diffadapt.common.atomic_files import write_atomically
-from diffadapt.formats.export.diffusers import COMPONENTS, component_config, factor_keys
+from diffadapt.common.pipeline_components import DENOISERS
+from diffadapt.formats.export.diffusers import component_config, factor_keys, has_loader
 from diffadapt.formats.export.export_form import full_rank, nothing
 from diffadapt.formats.foreign import diffusers, peft
 from diffadapt.formats.foreign.layer_names import current_name
@@ -130,8 +131,10 @@ def _diffusers_config(layers: Sequence[Layer]) -> str:
 
 def _component(layer: Layer) -> tuple[str, str]:
     component, _, path = current_name(layer.name).partition(".")
-    if component not in COMPONENTS:
-        raise ValueError(f"{layer.name} does not begin with one of {', '.join(COMPONENTS)}; give --base")
+    if not has_loader(component):
+        raise ValueError(
+            f"{layer.name} does not begin with one of {', '.join(DENOISERS)}, text_encoder; give --base"
+        )
     return component, path
 
 

@@ -12,12 +12,12 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import pipeline_of
 from diffadapt.algebra.low_rank import LowRank
 from diffadapt.common.messages import shorten_list
+from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
 from diffadapt.formats.emulators.peft import geometry_refusal
 from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.export_form import full_rank, low_rank, nearest, nothing
 from diffadapt.formats.export.layer_names import clip_path
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _FULL_RANK_SHARE = 0.25  # of the adapted weights: few enough to be written whole, as factors of full rank
 
 
@@ -30,14 +30,34 @@ def check_loader(adapter: Adapter) -> None:
                 f"diffusers has no load_lora_weights for {type(pipeline).__name__}, so nothing could open "
                 "the file; use --to merged"
             )
+        _check_components(adapter, pipeline)
         return
     for name, model in adapter.roots.items():
-        is_denoiser = not name.startswith("text_encoder")  # pipelines load those of their text encoders
+        is_denoiser = not is_text_encoder(name)  # pipelines load those of their text encoders
         if is_denoiser and hasattr(model, "config") and not hasattr(model, "load_lora_adapter"):
             raise ValueError(
                 f"diffusers has no load_lora_adapter for {type(model).__name__}, so nothing could open "
                 "the file; use --to merged"
             )
+
+
+def _check_components(adapter: Adapter, pipeline: object) -> None:
+    """Raises ValueError for an adapted component that the pipeline's `load_lora_weights` passes over."""
+    loadable = getattr(pipeline, "_lora_loadable_modules", None)
+    if loadable is None:
+        return
+    for site in adapter.sites:
+        component = site.name.partition(".")[0]
+        if component in adapter.roots and component not in loadable:
+            raise ValueError(
+                f"{site.name}: load_lora_weights of {type(pipeline).__name__} loads files into "
+                f"{' and '.join(loadable)} only; use --to merged"
+            )
+
+
+def has_loader(component: str) -> bool:
+    """Whether LoRA files of diffusers hold layers of a component of that name."""
+    return component in DENOISERS or is_text_encoder(component)
 
 
 def diffusers_changes(changes: list[Change], rank: int | None) -> list[Change]:
@@ -118,14 +138,14 @@ def component_config(
 def factor_keys(component: str) -> tuple[str, str]:
     """The names of the factors ``down`` and ``up`` in the file."""
     # under PEFT's names diffusers does not load a text encoder whose attention is unchanged
-    if component.startswith("text_encoder"):
+    if is_text_encoder(component):
         return "lora_linear_layer.down", "lora_linear_layer.up"
     return "lora_A", "lora_B"
 
 
 def _magnitude_key(component: str) -> str:
     # transformers 5 puts the adapter's name before the last word, and finds no other spelling
-    return "lora_magnitude_vector.weight" if component.startswith("text_encoder") else "lora_magnitude_vector"
+    return "lora_magnitude_vector.weight" if is_text_encoder(component) else "lora_magnitude_vector"
 
 
 def _thin(change: Change, rank: int) -> Change:
@@ -153,7 +173,7 @@ def _magnitude(change: Change) -> Tensor:
 
 def _check_layers(changes: list[Change]) -> None:
     for change in changes:
-        if change.component not in COMPONENTS:
+        if not has_loader(change.component):
             raise ValueError(
                 f"{change.name}: diffusers loads LoRA files into pipelines with a unet or transformer; "
                 "use --to merged"

@@ -11,10 +11,11 @@ from diffadapt.adapters.attach import attach_sites, components
 from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import shorten_list
+from diffadapt.common.pipeline_components import without_denoiser
 from diffadapt.formats.foreign.layer_names import Names, Place, remedy
 from diffadapt.formats.foreign.open import Foreign
 from diffadapt.formats.foreign.stored_change import Form, fit
-from diffadapt.methods.imported import Imported, bare_path
+from diffadapt.methods.imported import Imported
 
 
 def attach_foreign(model: object, foreign: Foreign, *, name: str, strength: float) -> Adapter:
@@ -45,7 +46,7 @@ def attach_forms(
 ) -> Adapter:
     """An ``imported`` adapter with these forms by site name."""
     layout = {
-        bare_path(site): {
+        without_denoiser(site): {
             "form": form.form,
             "multiplier": form.multiplier,
             "shapes": {key: list(tensor.shape) for key, tensor in form.tensors.items()},

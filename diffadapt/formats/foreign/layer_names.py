@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from diffadapt.adapters.targets import layers_with_weight
+from diffadapt.common.pipeline_components import is_in_text_encoder, is_text_encoder
 from diffadapt.formats.sgm_names import ANY, sgm_path
 
 Place = tuple[str, str]  # component and path of a layer
@@ -20,11 +21,6 @@ _DENOISER = {
 _ORIGINAL_TRANSFORMERS = re.compile(
     r"(?:lora_unet_|lycoris_|diffusion_model\.|transformer\.|model\.)*(?:double|single|joint)_blocks[._]\d"
 )
-_ENCODERS = {
-    "text_encoder": {"dotted": ("text_encoder.", ""), "flat": ("lora_te_", "lora_te1_")},
-    "text_encoder_2": {"dotted": ("text_encoder_2.", ""), "flat": ("lora_te2_",)},
-    "text_encoder_3": {"dotted": ("text_encoder_3.", ""), "flat": ("lora_te3_",)},
-}
 # ends of paths -> what older files call them
 _OLD_ENDS = {
     ".to_out.0": ".to_out",
@@ -66,7 +62,7 @@ def remedy(missing: Iterable[str]) -> str:
 def current_name(layer: str) -> str:
     """A layer's name in an older file of diffusers as today's diffusers writes it."""
     name = layer.replace(".processor.", ".").removesuffix(".processor")
-    in_text = name.startswith("text_encoder")
+    in_text = is_in_text_encoder(name)
     for end, was in _OLD_ENDS.items():
         if name.endswith(was) and in_text == end.endswith("_proj"):
             return name.removesuffix(was) + end
@@ -75,11 +71,11 @@ def current_name(layer: str) -> str:
 
 def _names(root: str, path: str, resnets: int) -> Iterator[str]:
     """Every name of one layer."""
-    encoder = _ENCODERS.get(root)
+    encoder = _encoder_prefixes(root) if is_text_encoder(root) else None
     spellings = [path]
     if encoder is None and resnets:
         spellings += _sgm_spellings(path, resnets)
-    for prefixes in (encoder or _DENOISER, *(() if root else (_ENCODERS["text_encoder"],))):
+    for prefixes in (encoder or _DENOISER, *(() if root else (_encoder_prefixes("text_encoder"),))):
         for spelling in (*spellings, *_text_model(path)):
             old = [
                 spelling.removesuffix(end) + was for end, was in _OLD_ENDS.items() if spelling.endswith(end)
@@ -87,6 +83,15 @@ def _names(root: str, path: str, resnets: int) -> Iterator[str]:
             for form in (spelling, *old):
                 yield from (prefix + form for prefix in prefixes["dotted"])
                 yield from (prefix + form.replace(".", "_") for prefix in prefixes["flat"])
+
+
+def _encoder_prefixes(component: str) -> dict[str, tuple[str, ...]]:
+    """Prefixes of a text encoder's layers; kohya's programs number the encoders from 1: ``lora_te2_``."""
+    number = component.removeprefix("text_encoder").removeprefix("_") or "1"
+    flat = [f"lora_te{number}_"]
+    if number == "1":
+        flat.insert(0, "lora_te_")  # where the pipeline has only one
+    return {"dotted": (f"{component}.", ""), "flat": tuple(flat)}
 
 
 def _sgm_spellings(path: str, resnets: int) -> list[str]:
