@@ -186,7 +186,7 @@ def image_rows(
     if reference is not None and "features" in reference.roles and "features" in own.roles:
         if reference.n > REALISM_K:
             values["realism"] = realism(real=reference["features"], generated=own["features"], k=REALISM_K)
-        found = nearest_images(generated=own["unit"], training=reference["unit"])
+        found = nearest_images(training=reference["unit"], generated=own["unit"])
         values["nearest_similarity"] = found.similarity
         if real.load_image is not None:
             nearest = [real.infos[row].name for row in found.index.tolist()]

@@ -1,8 +1,8 @@
-"""The features of one set of images, and what several metrics derive from them, computed once."""
+"""The features of one image set, and what several metrics derive from them, computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ ROLES = (
     "texts",
     "pixels",
     "groups",
+    "subjects",
     "mirrored",
     "preference",
 )
-STATISTICS = {  # role of Frechet statistics -> role of the features they are of
+STATISTICS = {  # role of Frechet statistics -> role of the features they are computed from
     "statistics": "features",
     "raw_statistics": "raw",
     "spatial_statistics": "spatial",
@@ -33,21 +34,36 @@ NEIGHBOURS = 5  # distances kept per image: radii for every k up to this
 
 
 class FeatureSet:
-    """What metrics read of one set. Keep the reference's for all generated sets: what it derives is reused.
+    """What metrics read of one image set.
+
+    Use one object for a reference that several sets are compared with: what it derives is computed once.
 
     Args:
-        features: role -> tensor whose first axis is the images: "features" (N, D); "logits" (N, classes);
-            "unit" (N, D), of length 1, for cosines (without it "features" serve); "raw" (N, D), not scaled to
-            length 1, where "features" are; "spatial" (N, D), early features of all places in an image;
-            "texts" (N, D), of the text that belongs to image i; "pixels" (N, 3, H, W), uint8 or in [0, 1];
-            "groups" (N,), integers, the prompt or subject of each image; "mirrored" (N, D), features of the
-            images flipped left to right; "preference" (N, 1), one number per image.
-        statistics: published Frechet statistics by a role of STATISTICS; they go before those of the
-        features.
+        features: tensors by role; their first axis is the images:
+            "features" (N, D), for distances and neighbours;
+            "unit" (N, D), of length 1, for cosines; "features" where it is missing;
+            "raw" (N, D), not scaled to length 1, where "features" are;
+            "spatial" (N, D), early features of all places in an image;
+            "logits" (N, classes);
+            "texts" (N, D), the embedding of each image's text;
+            "pixels" (N, 3, H, W), uint8 or in [0, 1];
+            "groups" (N,), integers, the prompt of each image;
+            "subjects" (N,), integers, the subject of each image, an index into `subject_names`;
+            "mirrored" (N, D), features of the images flipped left to right;
+            "preference" (N, 1), one number per image.
+        statistics: published Frechet statistics by a role of STATISTICS, used in place of the features'.
+        subject_names: of role "subjects", for messages.
+
     Raises: ValueError for an unknown role, no role, or roles of different numbers of images.
     """
 
-    def __init__(self, features: Mapping[str, Tensor], *, statistics: Mapping[str, Statistics] | None = None):
+    def __init__(
+        self,
+        features: Mapping[str, Tensor],
+        *,
+        statistics: Mapping[str, Statistics] | None = None,
+        subject_names: Sequence[str] = (),
+    ):
         unknown = [role for role in features if role not in ROLES]
         if unknown:
             raise ValueError(f"unknown role {unknown[0]!r}; expected some of {', '.join(ROLES)}")
@@ -57,6 +73,7 @@ class FeatureSet:
         if not counts and not statistics:
             raise ValueError("a set without features")
         self.features = dict(features)
+        self.subject_names = tuple(subject_names)
         self._imported = dict(statistics or {})
         self._statistics: dict[str, Statistics] = {}
         self._samples: dict[tuple[int, int], FeatureSet] = {}
@@ -65,20 +82,26 @@ class FeatureSet:
 
     @classmethod
     def of_statistics(cls, statistics: Statistics) -> FeatureSet:
-        """A reference of which only the Frechet statistics are known."""
+        """A reference of which only Frechet statistics are known."""
         return cls({}, statistics={"statistics": statistics})
 
     @property
     def n(self) -> int | None:
-        """Images; None for statistics that do not say."""
-        return next((len(tensor) for tensor in self.features.values()), None)
+        """Number of images; None for statistics that do not say."""
+        for tensor in self.features.values():
+            return len(tensor)
+        return None
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """What the set can give; those of STATISTICS where a Frechet distance can be taken of it."""
-        unit = ["unit"] if "features" in self.features and "unit" not in self.features else []
-        known = [name for name, role in STATISTICS.items() if name in self._imported or role in self.features]
-        return (*self.features, *unit, *known)
+        """All roles that metrics can read, also those of STATISTICS."""
+        roles = list(self.features)
+        if "features" in self.features and "unit" not in self.features:
+            roles.append("unit")
+        for name, role in STATISTICS.items():
+            if name in self._imported or role in self.features:
+                roles.append(name)
+        return tuple(roles)
 
     def __getitem__(self, role: str) -> Tensor:
         if role == "unit" and role not in self.features:
@@ -87,11 +110,11 @@ class FeatureSet:
 
     @property
     def statistics(self) -> Statistics:
-        """Frechet statistics of "features"; their factor is kept."""
+        """Frechet statistics of "features"."""
         return self.statistics_of("statistics")
 
     def statistics_of(self, name: str) -> Statistics:
-        """Those of one of STATISTICS, imported or of the features; kept with their factor."""
+        """Frechet statistics by a role of STATISTICS, imported or of the features; kept with their factor."""
         if name in self._imported:
             return self._imported[name]
         if name not in self._statistics:
@@ -99,38 +122,47 @@ class FeatureSet:
         return self._statistics[name]
 
     def is_imported(self, role: str) -> bool:
-        """Whether a role is statistics that somebody published: their images are not these."""
+        """Whether a role is published statistics, whose images are not at hand."""
         return role in self._imported
 
     def count(self, role: str) -> int | None:
-        """Images behind a role; None for statistics that do not say."""
-        return self._imported[role].n if role in self._imported else self.n
+        """Number of images behind a role; None for statistics that do not say."""
+        if role in self._imported:
+            return self._imported[role].n
+        return self.n
 
     def neighbours(self, k: int) -> Tensor:
-        """Distances to at least k nearest others, (N, >= k)."""
+        """Distances of each image to its nearest others, (N, at least k), ascending."""
         depth = max(k, min(NEIGHBOURS, self.n - 1))
         if depth not in self._neighbours:
             self._neighbours[depth] = neighbour_distances(self["features"], depth)
         return self._neighbours[depth]
 
     def discrepancy(self, generated: FeatureSet) -> tuple[float, float]:
-        """What `kernel.discrepancy` gives between the features of both; kept for the last generated set."""
+        """MMD^2 of KID's kernel and its variance (`kernel.discrepancy`); kept for the last generated set."""
         if self._discrepancy is None or self._discrepancy[0] is not generated:
-            found = discrepancy(real=self["features"], generated=generated["features"])
-            self._discrepancy = generated, found
+            estimate = discrepancy(real=self["features"], generated=generated["features"])
+            self._discrepancy = (generated, estimate)
         return self._discrepancy[1]
 
+    def rows_by_subject(self) -> dict[int, Tensor]:
+        """Row numbers of each subject's images, subjects in order of first appearance."""
+        subjects = self["subjects"]
+        numbers = dict.fromkeys(subjects.tolist())
+        return {number: (subjects == number).nonzero()[:, 0] for number in numbers}
+
     def rows(self, rows: Tensor) -> FeatureSet:
-        """The set of some of the images."""
-        return FeatureSet({role: tensor[rows] for role, tensor in self.features.items()})
+        """The set of the images with these row numbers."""
+        features = {role: tensor[rows] for role, tensor in self.features.items()}
+        return FeatureSet(features, subject_names=self.subject_names)
 
     def sample(self, n: int, seed: int) -> FeatureSet:
-        """n images drawn without replacement; the same object for the same draw."""
+        """A random sample of n images without replacement; the same object for the same n and seed."""
         if n == self.n:
             return self
         if (n, seed) not in self._samples:
-            drawn = np.sort(np.random.default_rng(seed).permutation(self.n)[:n])
-            self._samples[n, seed] = self.rows(torch.from_numpy(drawn))
+            rows = np.sort(np.random.default_rng(seed).permutation(self.n)[:n])
+            self._samples[n, seed] = self.rows(torch.from_numpy(rows))
         return self._samples[n, seed]
 
     def parts(self, n: int, m: int, seed: int) -> tuple[FeatureSet, FeatureSet]:

@@ -1,4 +1,4 @@
-"""What the registry says of one metric."""
+"""The entry of one metric in the registry."""
 
 from __future__ import annotations
 
@@ -15,51 +15,70 @@ Minimum = Callable[[int, Mapping[str, object]], int]  # (width of the features, 
 Bias = Callable[[int, int], float]  # (generated, real images) -> sampling bias, up to a constant factor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric of the registry.
+    """A metric: what it needs, how it is computed, and how its number is to be read.
 
     Attributes:
-        key: its name on the command line.
-        scores: the numbers it gives; "precision_recall" gives two.
-        generated, real: roles it reads of each set (see `FeatureSet`); no `real` when it needs no reference.
-        better: "lower" or "higher".
-        value: the scores, in order.
-        estimate: the scores with intervals, in order.
-        minimum: images needed in the generated set.
-        minimum_real: the same for the reference; None: as many as generated ones.
-        options: what it can be given, with defaults; part of a score's identity. `metric_options.RULES` has
-            their types and ranges.
-        extractor: kind of extractor its own name belongs to.
-        equal_n: whether its value moves with the numbers of images, so that both sets are cut to one size.
-        floor: what real images get, of real images alone. "halves": between two parts of the reference;
-            "sizes": the same where the parts can have the sizes of the score, else none; "self": of as many
-            images of the reference as were generated; "self_any": the same or fewer; a function of the
-            reference; "": none. A metric whose mean moves with the numbers of images must not take parts of
-            other sizes, unless `bias` corrects for it.
-        bias: how the sampling bias goes with the sizes: a floor of two parts is multiplied by bias(sizes of
-            the score) / bias(sizes of the parts).
+        key: name on the command line.
+        scores: names of the numbers it computes; "precision_recall" has two.
+        generated: roles it reads of the generated set (see `FeatureSet`).
+        real: roles it reads of the reference; empty when it needs none.
         train: roles it reads of the generator's training images.
-        per_image: of a metric that is a mean over generated images, the figure of each, (M,).
-        is_extra: only computed when named: it needs a layer of its own, or much time.
+        extractor: kind of extractor that its published name belongs to.
+        better: "lower" or "higher".
+        estimate: computes the scores with their intervals.
+        value: computes the scores alone; None where the interval costs nothing more.
+        per_image: of a metric that is a mean over generated images, the value of each, (M,).
+        interval: how the 95 % interval is found.
+        source: authors, year and arXiv number; "" where docs/metrics.md defines the metric.
+        minimum: images needed in the generated set.
+        minimum_real: images needed in the reference; None: as many as in the generated set.
+        options: names and defaults of its options, part of a score's identity. `metric_options.RULES` has
+            their types and ranges.
+        equal_n: whether the value depends on the numbers of images, so that both sets are cut to one size.
+        per_subject: whether sets that know their subjects are averaged over prompts, then over subjects
+            (DreamBooth's protocol), which fixes the numbers of images itself.
+        floor: what real images get, of real images alone. "halves": between two disjoint parts of the
+            reference; "sizes": the same where the parts can have the sizes of the score, else none;
+            "self": of as many images of the reference as were generated; "self_any": the same or fewer;
+            a function of the reference, which may return None; "": none. A metric whose mean depends on
+            the numbers of images must not use parts of other sizes, unless `bias` corrects for it.
+        bias: how the sampling bias depends on the sizes: a floor of two parts is multiplied by
+            bias(sizes of the score) / bias(sizes of the parts).
+        is_extra: computed only when asked for by name: it needs a layer of its own, or much time.
         version: changed whenever the same features would give another value.
     """
 
     key: str
     scores: tuple[str, ...]
     generated: tuple[str, ...]
-    real: tuple[str, ...]
+    real: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    extractor: str = "inception"
     better: str
-    value: Callable[[MetricCall], tuple[float, ...]]
-    estimate: Callable[[MetricCall], tuple[Estimate, ...]]
+    estimate: Callable[[MetricCall], Estimate | tuple[Estimate, ...]]
+    value: Callable[[MetricCall], float] | None = None
+    per_image: Callable[[MetricCall], Tensor] | None = None
+    interval: str
+    source: str = ""
     minimum: Minimum
     minimum_real: Minimum | None = None
     options: Mapping[str, object] = field(default_factory=dict)
-    extractor: str = "inception"
     equal_n: bool = False
-    floor: str | Callable[[FeatureSet], tuple[float, ...]] = "halves"
+    per_subject: bool = False
+    floor: str | Callable[[FeatureSet], float | None] = "halves"
     bias: Bias | None = None
-    train: tuple[str, ...] = ()
-    per_image: Callable[[MetricCall], Tensor] | None = None
     is_extra: bool = False
     version: str = "1"
+
+    def estimates(self, call: MetricCall) -> tuple[Estimate, ...]:
+        """One value with its interval for each of `scores`."""
+        estimates = self.estimate(call)
+        return estimates if isinstance(estimates, tuple) else (estimates,)
+
+    def values(self, call: MetricCall) -> tuple[float, ...]:
+        """One value for each of `scores`, without intervals."""
+        if self.value is not None:
+            return (self.value(call),)
+        return tuple(estimate.value for estimate in self.estimates(call))

@@ -1,7 +1,7 @@
 """Cosines of embeddings: CLIP-I, DINO, CLIP-T of subject-driven generation (DreamBooth, arXiv 2208.12242,
-4.1).
+section 4.1).
 
-Rows are embeddings of images or texts; functions on unit vectors say so, the others normalise.
+Rows are embeddings of images or texts, of any length: all functions normalise them.
 """
 
 from __future__ import annotations
@@ -12,40 +12,57 @@ from torch.nn.functional import normalize
 from diffadapt.metrics.checks import Features, as_features, as_pair
 
 
-def mean_similarity(generated: Tensor, real: Tensor) -> float:
-    """Mean cosine over all pairs of unit vectors: how much the generated pictures look like the subject."""
-    return float((generated.double() @ real.double().T).mean())
-
-
-def nearest_similarity(generated: Tensor, real: Tensor) -> float:
-    """Mean cosine to the nearest training picture, of unit vectors: near 1 means copying."""
-    return float((generated.double() @ real.double().T).amax(dim=1).mean())
-
-
-def paired_similarity(first: Tensor, second: Tensor) -> float:
-    """Mean cosine of corresponding unit vectors: picture and text (CLIP-T), or one seed before and after."""
-    return float((first.double() * second.double()).sum(dim=1).mean())
-
-
 def image_similarities(*, real: Features, generated: Features) -> Tensor:
-    """Of each generated image, the mean cosine to all real ones (M,): its share of CLIP-I or DINO."""
+    """Mean cosine of each generated image to all real ones, (M,): its share of CLIP-I or DINO.
+
+    Args:
+        real, generated: (N, D), (M, D).
+    """
     real, generated = as_pair(real, generated, least=1)
-    return normalize(generated, dim=1) @ normalize(real, dim=1).mean(dim=0)
+    return normalize(generated, dim=1) @ normalize(real, dim=1).mean(dim=0)  # (M, D) @ (D,)
+
+
+def mean_similarity(*, real: Features, generated: Features) -> float:
+    """Mean cosine over all pairs of a real and a generated image: CLIP-I or DINO."""
+    return float(image_similarities(real=real, generated=generated).mean())
+
+
+def paired_similarities(*, first: Features, second: Features) -> Tensor:
+    """Cosine of corresponding rows, (N,), such as one seed before and after training.
+
+    Args:
+        first, second: (N, D) each.
+    """
+    first = as_features("first", first, least=1)
+    second = as_features("second", second, least=1)
+    if first.shape != second.shape:
+        raise ValueError(f"rows must correspond, got {tuple(first.shape)} and {tuple(second.shape)}")
+    return (normalize(first, dim=1) * normalize(second, dim=1)).sum(dim=1)
 
 
 def text_similarities(*, images: Features, texts: Features) -> Tensor:
-    """Of each image, the cosine to its own text (N,): its share of CLIP-T."""
-    images, texts = as_features("images", images, least=1), as_features("texts", texts, least=1)
+    """Cosine of each image to its own text, (N,): its share of CLIP-T.
+
+    Args:
+        images, texts: (N, D) each, in one order.
+    """
+    images = as_features("images", images, least=1)
+    texts = as_features("texts", texts, least=1)
     if images.shape != texts.shape:
         raise ValueError(
             f"one text embedding per image is needed, got {tuple(images.shape)} and {tuple(texts.shape)}"
         )
-    return (normalize(images, dim=1) * normalize(texts, dim=1)).sum(dim=1)
+    return paired_similarities(first=images, second=texts)
 
 
 def ceiling_similarity(*, real: Features) -> float:
-    """Mean cosine between different real images: CLIP-I or DINO of the subject itself."""
+    """Mean cosine between different real images: CLIP-I or DINO of the subject itself.
+
+        (|sum_i x_i|^2 - sum_i |x_i|^2) / (n (n - 1)),    x_i of length 1,
+
+    which needs no matrix of all pairs.
+    """
     rows = normalize(as_features("real", real), dim=1)
     n = len(rows)
-    of_all_pairs = rows.sum(dim=0).square().sum()  # without the matrix of pairs
+    of_all_pairs = rows.sum(dim=0).square().sum()
     return float((of_all_pairs - rows.square().sum()) / (n * (n - 1)))

@@ -19,7 +19,6 @@ from diffadapt.metrics import (
     score_name,
 )
 from diffadapt.metrics.analytic import analytic_cases
-from diffadapt.metrics.evaluate import real_floor
 from diffadapt.metrics.similarity import ceiling_similarity
 
 SMALL = {"kid_subsets": {"size": 20, "subsets": 5}, "inception_score": {"splits": 5}, "is_gap": {"splits": 5}}
@@ -134,16 +133,15 @@ def test_unequal_sets_are_cut_to_one_size_or_warned_of(sets):
 
 
 def test_floor_of_fid_is_of_disjoint_real_images_scaled_to_the_sizes_of_the_score(sets):
-    floors, n = real_floor("fid", real=sets["real"], n=90)
-    assert n == 60  # half of the reference
+    found = evaluate("fid", **sets)
+    floors = found.floor
+    assert found.floor_n == 60  # half of the reference
     first, second = sets["real"].parts(60, 60, 0)
     between = fid(real=second["features"], generated=first["features"])
     expected = between * (1 / 90 + 1 / 120) / (1 / 60 + 1 / 60)
     assert floors["fid"] == pytest.approx(expected)
     rows = torch.cat([first["features"], second["features"]])
     assert len(rows.unique(dim=0)) == 120
-    found = evaluate("fid", **sets)
-    assert found.floor == pytest.approx(floors)
     note = "floor of 60 against 60 other real images, its sampling bias scaled by 0.583 to 90 against 120"
     assert note in found.notes
     few = evaluate("fid", real=sets["real"], generated=sets["generated"].sample(30, 0))

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from diffadapt.evaluation.record import EvaluationRecord, Score
-from diffadapt.evaluation.report.references import PAPERS
+from diffadapt.metrics.registry import METRICS
 
 IMAGES = "generated / real"  # heading of the numbers of images
 COLUMNS = ("score", "set", "value", "95 % interval", "real against real", IMAGES)
@@ -76,8 +76,9 @@ def _notes_of(scores: Sequence[Score]) -> str:
     for remark, labels in sets_of.items():
         is_of_all = len(labels) == len(scores)
         parts.append(remark if is_of_all else f"{', '.join(labels)}: {remark}")
-    if scores[0].metric in PAPERS:
-        parts.append(PAPERS[scores[0].metric])
+    metric = METRICS.get(scores[0].metric)
+    if metric is not None and metric.source:
+        parts.append(metric.source)
     return "; ".join(parts)
 
 
