@@ -15,7 +15,7 @@ from diffadapt.evaluation.features.extractors import Extractor, load_extractor
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.metrics.digit_classifier import NAME as DIGITS
 from diffadapt.metrics.digit_classifier import class_agreement
-from diffadapt.metrics.frechet import fid
+from diffadapt.metrics.evaluate import metric_value
 from diffadapt.metrics.naming import score_name
 from diffadapt.models.sampling import ImageRequest
 from diffadapt.training.report.base import Figures, Pictures, Report
@@ -53,25 +53,28 @@ def at_most(examples: Sequence[Example], count: int) -> list[Example]:
 def figures(
     extractor: Extractor, *, real: Tensor, labels: Sequence[int], before: Pictures, after: Pictures
 ) -> Figures:
-    """Frechet distance of what was drawn from the real pictures; of digits, how many a classifier recognises.
+    """Frechet distance of generated from real images; of digits, the share that a classifier recognises.
 
     Args:
         real: (N, 3, H, W) in [0, 1].
-        labels: the data's class of each drawn picture.
+        labels: the data's class of each generated image.
     """
-    reference = _features(extractor, real)
-    name = score_name("fid", extractor.name, extractor.features)
-    values: Figures = {name: {}}
-    for when, pictures in (("before", before), ("after", after)):
-        drawn = _features(extractor, pictures["classes"])
-        values[name][when] = fid(real=reference[extractor.features], generated=drawn[extractor.features])
-        if extractor.name == DIGITS and max(labels) < drawn["logits"].shape[1]:
-            agreement = class_agreement(drawn["logits"], torch.tensor(labels))
-            values.setdefault(f"class_agreement[{extractor.name}]", {})[when] = agreement
+    distance_name = score_name("fid", extractor.name, extractor.features)
+    agreement_name = f"class_agreement[{extractor.name}]"
+    reference = {"features": _features(extractor, real)[extractor.features]}
+    values: Figures = {distance_name: {}}
+    for when, images in (("before", before), ("after", after)):
+        layers = _features(extractor, images["classes"])
+        generated = {"features": layers[extractor.features]}
+        values[distance_name][when] = metric_value("fid", real=reference, generated=generated)
+        if extractor.name == DIGITS and max(labels) < layers["logits"].shape[1]:
+            agreement = class_agreement(layers["logits"], torch.tensor(labels))
+            values.setdefault(agreement_name, {})[when] = agreement
     return values
 
 
 def _features(extractor: Extractor, images: Tensor) -> dict[str, Tensor]:
+    """(N, 3, H, W) in [0, 1] to features by layer, (N, D) each."""
     return extractor((images * 255).round().to(torch.uint8))
 
 

@@ -9,10 +9,10 @@ from diffadapt.common.contact_sheet import Panel, to_pil_images
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
 from diffadapt.data.trigger_words import add_trigger_word
+from diffadapt.metrics.evaluate import metric_value
 from diffadapt.metrics.features import ClipFeatures
-from diffadapt.metrics.frechet import fid
 from diffadapt.metrics.naming import score_name
-from diffadapt.metrics.similarity import paired_similarity
+from diffadapt.metrics.similarity import paired_similarities
 from diffadapt.models.sampling import ImageRequest, image_requests
 from diffadapt.training.report.base import Figures, Pictures, Report
 from diffadapt.training.report.held_out import HeldOutLoss, pixels_of
@@ -30,26 +30,29 @@ def figures(
     before: Pictures,
     after: Pictures,
 ) -> Figures:
-    """How near drawn pictures are to real ones in the style; every figure names its extractor.
+    """Likeness of generated images to real ones in the style; every figure names its extractor.
 
     Args:
-        real: (N, 3, H, W) in [0, 1]; the first of them have the captions of the drawn pictures.
-        shown: the examples whose captions were drawn.
-    Returns: mean cosine of drawn pictures with the real ones of their captions, and with the captions; the
-        Frechet distance between all drawn and all real pictures (of so few, for comparing only).
+        real: (N, 3, H, W) in [0, 1]; the first of them have the captions of the generated images.
+        shown: the examples whose captions were the prompts.
+
+    Returns: mean cosine of generated images with the real ones of their captions, and with the captions
+        (CLIP-T); the Frechet distance between all generated and all real images (of so few, for comparing
+        only).
     """
-    reference, words = extractor.images([real]), extractor.texts([str(e.caption) for e in shown])
-    distance = score_name("fid", extractor.name)
-    values: Figures = {}
-    for when, pictures in (("before", before), ("after", after)):
-        drawn = extractor.images([pictures["captions"]])
-        found = {
-            f"similarity_to_real[{extractor.name}]": paired_similarity(drawn, reference[: len(drawn)]),
-            f"text_agreement[{extractor.name}]": paired_similarity(drawn, words),
-            distance: fid(real=reference, generated=drawn),
-        }
-        for name, value in found.items():
-            values.setdefault(name, {})[when] = value
+    reference = extractor.images([real])  # (N, D)
+    texts = extractor.texts([str(example.caption) for example in shown])
+    similarity_name = f"similarity_to_real[{extractor.name}]"
+    agreement_name = f"text_agreement[{extractor.name}]"
+    distance_name = score_name("fid", extractor.name)
+    values: Figures = {similarity_name: {}, agreement_name: {}, distance_name: {}}
+    for when, images in (("before", before), ("after", after)):
+        features = extractor.images([images["captions"]])  # (M, D), M <= N
+        similarities = paired_similarities(first=features, second=reference[: len(features)])
+        generated = {"features": features, "texts": texts}
+        values[similarity_name][when] = float(similarities.mean())
+        values[agreement_name][when] = metric_value("clip_t", generated=generated)
+        values[distance_name][when] = metric_value("fid", real={"features": reference}, generated=generated)
     return values
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from diffadapt.common.contact_sheet import Panel, to_pil_images
 from diffadapt.data.folders import list_subject_images
 from diffadapt.data.scaled_images import training_pixels
+from diffadapt.metrics.copying import nearest_images
+from diffadapt.metrics.evaluate import metric_value
 from diffadapt.metrics.features import ClipFeatures
-from diffadapt.metrics.similarity import mean_similarity, nearest_similarity, paired_similarity
+from diffadapt.metrics.similarity import paired_similarities
 from diffadapt.models.base_names import resolve
 from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
 from diffadapt.models.sampling import ImageRequest, image_requests
@@ -53,33 +55,40 @@ def figures(
     after: Pictures,
     texts: Sequence[str],
 ) -> dict[str, dict[str, float]]:
-    """What changed, in cosines between features; every figure names its extractor.
+    """Cosines between features before and after training; every figure names its extractor.
 
     `subject_similarity` and `nearest_training_image` are of images of the training prompt,
     `context_similarity` and `text_agreement` of images of the context prompts. DreamBooth's likeness (arXiv
-    2208.12242) is of context prompts, and so lower than that of the prompt which was trained.
+    2208.12242) is of context prompts, and so lower than that of the prompt which was trained. Likeness is
+    the registry's CLIP-I, agreement its CLIP-T.
 
     Args:
-        real: (N, 3, H, W) training pictures.
-        texts: what the context shots should show, in words the extractor knows.
+        real: (N, 3, H, W) training images.
+        texts: what the context images should show, in words the extractor knows.
+
     Returns: figure -> {"before": ..., "after": ...}; drift has only "after".
     """
-    subject, words = extractor.images([real]), extractor.texts(texts)
+    real_features = {"unit": extractor.images([real])}  # (N, D)
+    texts_features = extractor.texts(texts)
     values: dict[str, dict[str, float]] = {
         "subject_similarity": {},
         "context_similarity": {},
         "text_agreement": {},
         "nearest_training_image": {},
     }
-    for when, pictures in (("before", before), ("after", after)):
-        drawn = extractor.images([pictures["subject"]])
-        values["subject_similarity"][when] = mean_similarity(drawn, subject)
-        elsewhere = extractor.images([pictures["contexts"]])
-        values["context_similarity"][when] = mean_similarity(elsewhere, subject)
-        values["text_agreement"][when] = paired_similarity(elsewhere, words)
-        values["nearest_training_image"][when] = nearest_similarity(drawn, subject)
-    pair = (extractor.images([pictures["unrelated"]]) for pictures in (before, after))
-    values["drift"] = {"after": 1 - paired_similarity(*pair)}
+    for when, images in (("before", before), ("after", after)):
+        subject = {"unit": extractor.images([images["subject"]])}
+        contexts = {"unit": extractor.images([images["contexts"]]), "texts": texts_features}
+        nearest = nearest_images(training=real_features["unit"], generated=subject["unit"])
+        values["subject_similarity"][when] = metric_value("clip_i", real=real_features, generated=subject)
+        values["context_similarity"][when] = metric_value("clip_i", real=real_features, generated=contexts)
+        values["text_agreement"][when] = metric_value("clip_t", generated=contexts)
+        values["nearest_training_image"][when] = float(nearest.similarity.mean())
+    unchanged = paired_similarities(
+        first=extractor.images([before["unrelated"]]),
+        second=extractor.images([after["unrelated"]]),
+    )
+    values["drift"] = {"after": 1 - float(unchanged.mean())}
     return {f"{name}[{extractor.name}]": value for name, value in values.items()}
 
 
