@@ -59,13 +59,13 @@ def figures(
         real: (N, 3, H, W) in [0, 1].
         labels: the data's class of each generated image.
     """
-    distance_name = score_name("fid", extractor.name, extractor.features)
+    distance_name = score_name("fid", extractor.name, extractor.feature_layer)
     agreement_name = f"class_agreement[{extractor.name}]"
-    reference = {"features": _features(extractor, real)[extractor.features]}
+    reference = {"features": _features(extractor, real)[extractor.feature_layer]}
     values: Figures = {distance_name: {}}
     for when, images in (("before", before), ("after", after)):
         layers = _features(extractor, images["classes"])
-        generated = {"features": layers[extractor.features]}
+        generated = {"features": layers[extractor.feature_layer]}
         values[distance_name][when] = metric_value("fid", real=reference, generated=generated)
         if extractor.name == DIGITS and max(labels) < layers["logits"].shape[1]:
             agreement = class_agreement(layers["logits"], torch.tensor(labels))
