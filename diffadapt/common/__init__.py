@@ -1,1 +1,1 @@
-"""What every room uses and nothing else: files, messages, images, random numbers, the process."""
+"""Helpers for all other packages: files, messages, images, random numbers, the process."""

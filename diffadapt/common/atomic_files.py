@@ -1,4 +1,4 @@
-"""Text files read alike on every system, and files written so that nothing is lost."""
+"""Text files that read the same on every system, and writes that never leave a torn file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 ON_WINDOWS = os.name == "nt"
-UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file that a person wrote: UTF-8 in every locale, without a byte order mark.
+    """Reads a file that a person wrote: UTF-8 in every locale, with or without a byte order mark.
 
-    Raises: OSError when it cannot be read, ValueError naming file, line and remedy when it is not UTF-8.
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8; the message names the file, the line and the remedy.
     """
     content = Path(path).read_bytes()
     if content.startswith(UTF_16_MARKS) or b"\0" in content:
-        raise ValueError(f"{path} is not UTF-8 text but looks like UTF-16, or is no text; save it as UTF-8")
+        raise ValueError(f"{path} is not UTF-8 text: it looks like UTF-16 or binary data; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -31,18 +33,22 @@ def read_text(path: str | Path) -> str:
 
 
 def text_lines(text: str) -> list[str]:
-    """The lines of a text, which end with a line feed.
+    """Splits a text at line feeds.
 
-    `str.splitlines` also splits at characters that stand within captions, such as U+2028 and U+0085.
+    `str.splitlines` also splits at characters that occur within captions, such as U+2028 and U+0085.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
+    if lines[-1] == "":  # the text ends with a line feed
+        lines.pop()
+    return lines
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it to ``path``.
+    """Writes a file so that a crash at any moment leaves the old file or the new one, never a part of it.
 
-    A stop at any moment leaves the old file or the new one, never a torn one. Makes missing parent folders.
+    Args:
+        path: The file to write. Missing parent folders are created.
+        write: Fills a temporary file beside `path`, which is then synced and renamed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,18 +63,18 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def write_utf8(path: str | Path, text: str) -> None:
-    """`write_atomically` of a text in UTF-8."""
+    """Writes a text in UTF-8 by `write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def check_writable(path: str | Path) -> None:
-    """Try whether a file can be written at ``path``, before the work whose result it shall hold.
+    """Checks that a file can be written, before the work whose result it will hold.
 
-    Nothing is left behind: a file is made and removed in the nearest folder that is there.
+    Nothing is left behind: a file is created and removed in the nearest existing folder.
 
     Raises:
-        ValueError: a folder is at ``path``, or a file where a folder of it should be.
-        OSError: nothing can be written there.
+        ValueError: `path` is a folder, or a parent of it is a file.
+        OSError: Nothing can be written there.
     """
     path = Path(path)
     if path.is_dir():
@@ -90,7 +96,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_writable_folder(folder: str | Path) -> None:
-    """The same for a folder that files are written to, which need not be there yet."""
+    """Checks that files can be written to a folder, which need not exist yet. See `check_writable`."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder")
@@ -98,9 +104,9 @@ def check_writable_folder(folder: str | Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk.
+    """Waits until a file, or the list of names of a folder, is on the disk.
 
-    Windows opens no folders, and syncs only files that are open for writing.
+    Windows cannot open folders, and syncs only files that are open for writing.
     """
     if ON_WINDOWS and path.is_dir():
         return

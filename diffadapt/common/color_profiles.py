@@ -1,4 +1,4 @@
-"""Color profiles: pixels as a camera or a program stored them, converted to sRGB as models expect them."""
+"""Conversion of images with an ICC color profile to sRGB, which models expect."""
 
 from functools import lru_cache
 from io import BytesIO
@@ -6,8 +6,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageCms
 
-UNCHANGED = 2  # of 255; profiles that move no color further are sRGB itself, rounded in their own way
-PROBE = 9  # levels of each channel on which a profile is compared with sRGB
+MAX_SRGB_DIFFERENCE = 2  # of 255; a profile that moves no color further is sRGB with its own rounding
+PROBE_LEVELS = 9  # levels of each channel at which a profile is compared with sRGB
 CHANNELS = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of a profile -> mode of Pillow
 WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
@@ -17,18 +17,24 @@ class UnusableProfile(ValueError):
 
 
 def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image with the colors of its ICC profile in sRGB; transparency stays.
+    """Converts the colors of an image from its ICC profile to sRGB; transparency stays.
 
     Args:
-        image: of any mode of at most 8 bits per channel.
-    Returns: RGB, or RGBA where something is transparent; the image itself where the profile is sRGB.
-    Raises: UnusableProfile.
+        image: An image of any mode with at most 8 bits per channel.
+        profile: The ICC profile.
+
+    Returns:
+        RGB, or RGBA if anything is transparent; the image itself if the profile is sRGB.
+
+    Raises:
+        UnusableProfile: The profile is damaged or does not fit the image.
     """
     if image.mode == "LAB":
-        return image  # has colors of its own, whatever the profile says
+        return image  # LAB defines its colors without a profile
     space = _color_space(profile)
     has_alpha = image.mode in WITH_ALPHA or "transparency" in image.info
-    colors = _channels(_opaque(image) if has_alpha else image, space)
+    opaque = _without_alpha(image) if has_alpha else image
+    colors = _in_profile_mode(opaque, space)
     if space == "RGB" and _is_srgb(profile):
         return image
     converted = _transform(profile, colors.mode).apply(colors)
@@ -38,22 +44,23 @@ def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _without_alpha(image: Image.Image) -> Image.Image:
     """The colors behind the transparency."""
     if image.mode in ("L", "LA"):
         return image.convert("L")
     return image.convert("RGBA").convert("RGB")
 
 
-def _channels(image: Image.Image, space: str) -> Image.Image:
-    """The image in the channels of a profile's color space, where that loses nothing."""
+def _in_profile_mode(image: Image.Image, space: str) -> Image.Image:
+    """The image in the channels of a profile's color space, if the conversion is lossless."""
     mode = CHANNELS[space]
-    usable = {
-        "RGB": image.mode != "CMYK",
-        "L": image.mode in ("1", "L"),
-        "CMYK": image.mode == "CMYK",
-    }
-    if not usable[mode]:
+    if mode == "L":
+        is_lossless = image.mode in ("1", "L")
+    elif mode == "CMYK":
+        is_lossless = image.mode == "CMYK"
+    else:
+        is_lossless = image.mode != "CMYK"
+    if not is_lossless:
         raise UnusableProfile(f"the profile is for {space}, the image is {image.mode}")
     return image if image.mode == mode else image.convert(mode)
 
@@ -72,7 +79,10 @@ def _color_space(profile: bytes) -> str:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """From the profile to sRGB as image viewers do it: relative colors, black to black."""
+    """The transform from the profile to sRGB that image viewers use.
+
+    It is relative colorimetric and maps black to black.
+    """
     try:
         return ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(BytesIO(profile)),
@@ -88,8 +98,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 @lru_cache(maxsize=32)
 def _is_srgb(profile: bytes) -> bool:
-    """Whether a profile leaves a grid of colors as they are."""
-    levels = np.linspace(0, 255, PROBE).round().astype(np.uint8)
-    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    """Whether an RGB profile leaves a grid of colors as they are, up to rounding."""
+    levels = np.linspace(0, 255, PROBE_LEVELS).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)  # (1, levels^3, RGB)
     converted = np.asarray(_transform(profile, "RGB").apply(Image.fromarray(grid)))
-    return bool(np.abs(converted.astype(int) - grid).max() <= UNCHANGED)
+    return bool(np.abs(converted.astype(int) - grid).max() <= MAX_SRGB_DIFFERENCE)

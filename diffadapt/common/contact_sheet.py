@@ -1,4 +1,4 @@
-"""Captioned picture grids: contact sheets and before/after comparisons."""
+"""Contact sheets: grids of images with headings and captions, for samples and before/after comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,98 +7,146 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-PAPER, INK, FAINT, ACCENT = "#ffffff", "#1d2433", "#6b7280", "#b4540a"
-CELL_SIDE = 192  # pixels a picture should at least have on the sheet
-GAP, MARGIN = 10, 28
-TITLE, HEADING, CAPTION = 32, 23, 17  # font sizes
+PAPER = "#ffffff"
+INK = "#1d2433"
+FAINT = "#6b7280"
+ACCENT = "#b4540a"
+FRAME = "#d8dce3"
+
+# Lengths in pixels.
+CELL_SIDE = 192  # longer side of an image on the sheet, at least
+GAP = 10  # between images
+MARGIN = 28  # between panels and around the sheet
+# Font sizes.
+TITLE = 32
+HEADING = 23
+NOTE = 19
+CAPTION = 17
+# Distances from one line of text to the next.
+TITLE_LINE = TITLE + 6
+HEADING_LINE = HEADING + 6
+NOTE_LINE = CAPTION + 8
+CAPTION_LINE = CAPTION + 4
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A block of pictures under one heading; captions, when given, stand under each picture."""
+    """A block of images under one heading.
+
+    Attributes:
+        heading: The text above the block.
+        images: The images, in rows.
+        columns: The number of images in a row.
+        captions: The text below each image; empty for none.
+    """
 
     heading: str
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     columns: int
     captions: Sequence[str] = ()
 
 
 def to_pil_images(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] -> 8-bit pictures."""
-    values = (images * 255).round().to("cpu").byte().permute(0, 2, 3, 1).numpy()
+    """8-bit images from a tensor (B, 3, H, W) in [0, 1]."""
+    values = (images * 255).round().to("cpu").byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     return [Image.fromarray(np.ascontiguousarray(value)) for value in values]
 
 
 def make_contact_sheet(rows: Sequence[Sequence[Panel]], *, title: str, note: str = "") -> Image.Image:
-    """Panels side by side in rows, under a title and a smaller note.
+    """Draws rows of panels side by side, under a title and a smaller note.
 
-    Small pictures are enlarged by whole factors without smoothing: one sees the pixels that were made.
+    Small images are enlarged by integer factors without smoothing, so that the generated pixels stay visible.
     """
-    sheets = [[_panel(panel) for panel in row] for row in rows]
-    width = max(sum(s.width for s in row) + MARGIN * (len(row) - 1) for row in sheets) + 2 * MARGIN
-    head = _head(title, note, width)
-    height = head.height + sum(max(s.height for s in row) + MARGIN for row in sheets)
-    page = Image.new("RGB", (width, height), PAPER)
+    panel_rows = [[_draw_panel(panel) for panel in row] for row in rows]
+    row_widths = []
+    row_heights = []
+    for row in panel_rows:
+        row_widths.append(sum(panel.width for panel in row) + MARGIN * (len(row) - 1))
+        row_heights.append(max(panel.height for panel in row) + MARGIN)
+    width = max(row_widths) + 2 * MARGIN
+    head = _draw_head(title, note, width)
+    page = Image.new("RGB", (width, head.height + sum(row_heights)), PAPER)
     page.paste(head, (0, 0))
     top = head.height
-    for row in sheets:
+    for row, row_height in zip(panel_rows, row_heights, strict=True):
         left = MARGIN
-        for sheet in row:
-            page.paste(sheet, (left, top))
-            left += sheet.width + MARGIN
-        top += max(s.height for s in row) + MARGIN
+        for panel in row:
+            page.paste(panel, (left, top))
+            left += panel.width + MARGIN
+        top += row_height
     return page
 
 
-def _panel(panel: Panel) -> Image.Image:
-    cells = [_enlarged(picture) for picture in panel.pictures]
+def _draw_panel(panel: Panel) -> Image.Image:
+    """The heading above a grid of square cells, each with an image and its caption."""
+    cells = [_fit_cell(image) for image in panel.images]
     side = max(max(cell.size) for cell in cells)
-    lines = [_wrapped(caption, side, CAPTION) for caption in panel.captions]
-    below = max((len(some) for some in lines), default=0) * (CAPTION + 4) + (4 if lines else 0)
+    captions = [_wrap(caption, side, CAPTION) for caption in panel.captions]
+    caption_height = 0
+    if captions:
+        caption_height = max(len(lines) for lines in captions) * CAPTION_LINE + 4
     columns = min(panel.columns, len(cells))
-    rows = -(-len(cells) // columns)
-    heading = _wrapped(panel.heading, columns * (side + GAP) - GAP, HEADING)
-    top = len(heading) * (HEADING + 6) + 6
-    sheet = Image.new("RGB", (columns * (side + GAP) - GAP, top + rows * (side + below + GAP)), PAPER)
+    row_count = -(-len(cells) // columns)
+    width = columns * (side + GAP) - GAP
+    heading = _wrap(panel.heading, width, HEADING)
+    heading_height = len(heading) * HEADING_LINE + 6
+    row_height = side + caption_height + GAP
+    sheet = Image.new("RGB", (width, heading_height + row_count * row_height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for index, line in enumerate(heading):
-        pen.text((0, index * (HEADING + 6)), line, fill=INK, font=_font(HEADING))
+    _draw_lines(pen, heading, left=0, top=0, color=INK, size=HEADING, line_height=HEADING_LINE)
     for index, cell in enumerate(cells):
-        left, upper = index % columns * (side + GAP), top + index // columns * (side + below + GAP)
-        sheet.paste(cell, (left, upper))
-        pen.rectangle((left, upper, left + side - 1, upper + side - 1), outline="#d8dce3")
-        for row, line in enumerate(lines[index] if lines else ()):
-            pen.text((left, upper + side + 4 + row * (CAPTION + 4)), line, fill=FAINT, font=_font(CAPTION))
+        row, column = divmod(index, columns)
+        left = column * (side + GAP)
+        top = heading_height + row * row_height
+        sheet.paste(cell, (left, top))
+        pen.rectangle((left, top, left + side - 1, top + side - 1), outline=FRAME)
+        lines = captions[index] if captions else []
+        below = top + side + 4
+        _draw_lines(pen, lines, left=left, top=below, color=FAINT, size=CAPTION, line_height=CAPTION_LINE)
     return sheet
 
 
-def _head(title: str, note: str, width: int) -> Image.Image:
-    titles, notes = (
-        _wrapped(title, width - 2 * MARGIN, TITLE),
-        _wrapped(note, width - 2 * MARGIN, CAPTION + 2),
-    )
-    height = MARGIN + len(titles) * (TITLE + 6) + len(notes) * (CAPTION + 8) + MARGIN // 2
+def _draw_head(title: str, note: str, width: int) -> Image.Image:
+    """The title and the note of a sheet of `width` pixels."""
+    titles = _wrap(title, width - 2 * MARGIN, TITLE)
+    notes = _wrap(note, width - 2 * MARGIN, NOTE)
+    height = MARGIN + len(titles) * TITLE_LINE + len(notes) * NOTE_LINE + MARGIN // 2
     head = Image.new("RGB", (width, height), PAPER)
-    pen, top = ImageDraw.Draw(head), MARGIN - 8
-    for line in titles:
-        pen.text((MARGIN, top), line, fill=INK, font=_font(TITLE))
-        top += TITLE + 6
-    for line in notes:
-        pen.text((MARGIN, top), line, fill=ACCENT, font=_font(CAPTION + 2))
-        top += CAPTION + 8
+    pen = ImageDraw.Draw(head)
+    top = MARGIN - 8
+    _draw_lines(pen, titles, left=MARGIN, top=top, color=INK, size=TITLE, line_height=TITLE_LINE)
+    top += len(titles) * TITLE_LINE
+    _draw_lines(pen, notes, left=MARGIN, top=top, color=ACCENT, size=NOTE, line_height=NOTE_LINE)
     return head
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    factor = max(1, -(-CELL_SIDE // max(picture.size)) if max(picture.size) < CELL_SIDE else 1)
-    if max(picture.size) > 2 * CELL_SIDE:
-        picture = picture.copy()
-        picture.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def _draw_lines(
+    pen: ImageDraw.ImageDraw,
+    lines: Sequence[str],
+    *,
+    left: int,
+    top: int,
+    color: str,
+    size: int,
+    line_height: int,
+) -> None:
+    for number, line in enumerate(lines):
+        pen.text((left, top + number * line_height), line, fill=color, font=_font(size))
 
 
-def _wrapped(text: str, width: int, size: int) -> list[str]:
-    """Words in lines that are not wider than `width` pixels."""
+def _fit_cell(image: Image.Image) -> Image.Image:
+    """The image enlarged to at least CELL_SIDE by an integer factor; if more than twice as large, reduced."""
+    longer_side = max(image.size)
+    if longer_side > 2 * CELL_SIDE:
+        image = image.copy()
+        image.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
+        longer_side = CELL_SIDE
+    factor = max(1, -(-CELL_SIDE // longer_side))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _wrap(text: str, width: int, size: int) -> list[str]:
+    """The words of a text in lines of at most `width` pixels; a longer word has a line of its own."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,4 +1,4 @@
-"""How a command ends: mistakes of the user give one line and exit code 2, without a traceback."""
+"""Exit codes of commands: a mistake of the user ends in one line and exit code 2, without a traceback."""
 
 import io
 import os
@@ -8,15 +8,23 @@ from collections.abc import Callable
 
 from diffadapt.common.launcher import end_with_launcher
 
-DEBUG = "DIFFADAPT_DEBUG"  # environment variable: show the traceback as well
+DEBUG = "DIFFADAPT_DEBUG"  # environment variable: print the traceback as well
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Runs a command, and ends with the launcher of the process. Returns its exit code."""
+    """Runs a command and turns errors into messages and exit codes.
+
+    Args:
+        main: The command; returns its exit code.
+
+    Returns:
+        The exit code: that of `main`, 2 for an error of the user, 130 for Ctrl-C.
+    """
     end_with_launcher()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no fault
+            # A character that the terminal cannot show must not end the command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:

@@ -1,4 +1,4 @@
-"""Pictures from disk to pixels: all common kinds are read alike, bad files are named before training."""
+"""Reading of images: from files of all common formats to tensors, with bad files named before training."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,14 +14,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffadapt.common.color_profiles import UnusableProfile, convert_to_srgb
+from diffadapt.common.color_profiles import WITH_ALPHA, UnusableProfile, convert_to_srgb
 from diffadapt.common.image_suffixes import IMAGE_SUFFIXES, describe_unused
 from diffadapt.common.messages import indented_list, notify
 from diffadapt.common.symlinks import escapes_root, visible_files
 
-MAX_PIXELS = 357_913_940  # of one image; Pillow takes more for a decompression bomb
-MAX_ASPECT = 32  # longer side / shorter side; scaled to the resolution, a thread of pixels fills the memory
-MANY = 200  # pictures from which on checking shows its progress
+MAX_PIXELS = 357_913_940  # of one image; above, Pillow takes it for a decompression bomb
+MAX_ASPECT = (
+    32  # longer side / shorter side; a thinner image, scaled to the resolution, would fill the memory
+)
+PROGRESS_FROM = 200  # number of images from which on checking shows a progress bar
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")  # that are read
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
@@ -30,17 +32,20 @@ GIT_LFS = b"version https://git-lfs"
 HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of more than 8 bits
 BITS_PER_SAMPLE = 258  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag
+TURNED_BY_90 = (5, 6, 7, 8)  # values of ORIENTATION that exchange width and height
 
 
 class ImageSource(Protocol):
-    """Where a picture comes from; a `Path` is one. `str` gives the name that messages use."""
+    """The place an image is read from; a `Path` is one. `str` gives its name for messages."""
 
-    def read_bytes(self) -> bytes: ...
+    def read_bytes(self) -> bytes:
+        """The content of the image file."""
+        ...
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A picture file held in memory."""
+    """An image file held in memory."""
 
     name: str
     data: bytes = field(repr=False)
@@ -53,84 +58,102 @@ class StoredImage:
 
 
 class PlannedImage(StoredImage):
-    """Stands for a picture that the base would draw before training."""
+    """A placeholder for an image that the base would generate before training."""
 
 
 @dataclass(frozen=True)
 class CropGeometry:
-    """Which part of a picture is trained on: (height, width) and (top, left) in pixels."""
+    """The part of an image that is trained on, as the size conditions of SDXL describe it.
 
-    original_size: tuple[int, int]  # of the upright picture
-    crop: tuple[int, int]  # corner of the part within the scaled picture (mirrored, when it is mirrored)
-    size: tuple[int, int]  # of the part
+    Attributes:
+        original_size: (height, width) of the upright image.
+        crop: (top, left) corner of the part within the scaled, and perhaps mirrored, image.
+        size: (height, width) of the part.
+    """
+
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    size: tuple[int, int]
 
 
 def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bool = False) -> list[Path]:
-    """The pictures of a folder (and of the folders in it) in the order of their names.
+    """Lists the images of a folder, sorted by path.
 
     Args:
-        follow_links: also where they lead out of the folder, or out of its repository in the hub's cache.
+        folder: The folder to list.
+        recursive: Include its subfolders.
+        follow_links: Follow links that lead out of the folder, or out of its repository in the hub's cache.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no picture in it, or links to pictures elsewhere.
+        FileNotFoundError: There is no such folder.
+        ValueError: There are no images in it, or links to images outside.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds your pictures")
-    files, outside = visible_files(folder, recursive=recursive, follow_links=follow_links)
+        raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds your images")
+    files, links_outside = visible_files(folder, recursive=recursive, follow_links=follow_links)
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not follow_links:
-        outside += [path for path in paths if escapes_root(path, folder)]
-    if outside:
+        links_outside += [path for path in paths if escapes_root(path, folder)]
+    if links_outside:
         raise ValueError(
             f"links out of {str(folder)!r}; copy the files instead, or give --follow_links:\n"
-            f"{indented_list([str(path) for path in outside])}"
+            f"{indented_list([str(path) for path in links_outside])}"
         )
     if not paths:
-        kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-        others = describe_unused(files, [] if recursive else folders)
-        raise ValueError(
-            f"no pictures in {str(folder)!r}; expected files ending in {kinds}"
-            + (f"; there are {others}" if others else "")
-        )
+        raise ValueError(_no_images(folder, files, recursive=recursive))
     return paths
 
 
+def _no_images(folder: Path, files: Sequence[Path], *, recursive: bool) -> str:
+    """The error for a folder without images: the readable suffixes, and the content of the folder."""
+    folders = []
+    if not recursive:
+        folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    message = f"no images in {str(folder)!r}; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
+    content = describe_unused(files, folders)
+    if content:
+        message += f"; there are {content}"
+    return message
+
+
 def open_image(source: str | ImageSource) -> Image.Image:
-    """One image as upright 8-bit RGB; transparency becomes white, an animation its first frame.
+    """Reads an image as upright 8-bit RGB; transparency becomes white, an animation its first frame.
 
-    Numbers are taken as stored, without a look at the color profile, as programs that score images do;
-    `to_srgb` reads them for training.
+    Values are taken as stored, regardless of the color profile, as programs that score images do. `to_srgb`
+    is the counterpart for training.
 
-    Raises: ValueError for an image above MAX_PIXELS (before it is unpacked) or MAX_ASPECT, and for a format
-    that needs a package; for damaged files whatever Pillow raises.
+    Raises:
+        ValueError: The image has more than MAX_PIXELS (found before it is decoded) or is thinner than
+            MAX_ASPECT, or its format needs a package. Pillow raises other errors for damaged files.
     """
     with open_undecoded(source) as image:
         return _over_white(_upright(image))
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """An image from `open_undecoded` as upright 8-bit RGB in sRGB, over white.
+    """Converts an image from `open_undecoded` to upright 8-bit RGB in sRGB, over white.
 
-    A profile that cannot be used is ignored; `check_images` tells of it.
+    A profile that cannot be used is ignored; `check_images` reports it.
     """
-    return _managed(image)[0]
+    converted, _ = _to_srgb(image)
+    return converted
 
 
 def open_undecoded(source: str | ImageSource) -> Image.Image:
-    """An image of one of the readable formats that is not unpacked yet.
+    """Opens an image of one of the readable formats without decoding it.
 
-    Pillow's other readers, of which one starts a program, never see the file.
+    No other reader of Pillow ever sees the file: one of them starts a program.
 
-    Raises: ValueError for an image above MAX_PIXELS or MAX_ASPECT, and for a format that needs a package; for
-    other files whatever Pillow raises.
+    Raises:
+        ValueError: The image has more than MAX_PIXELS or is thinner than MAX_ASPECT, or its format needs a
+            package. Pillow raises other errors for damaged files.
     """
     place = source if isinstance(source, str | Path) else BytesIO(source.read_bytes())
     formats = readable_formats()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit stands below
+        # Pillow warns from half of MAX_PIXELS on; _check_size applies the limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             image = Image.open(place, formats=formats)
         except UnidentifiedImageError:
@@ -148,7 +171,7 @@ def open_undecoded(source: str | ImageSource) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of what is read: FORMATS as far as Pillow has them, and HEIF with pillow-heif."""
+    """Pillow's names of the formats that are read: FORMATS if Pillow has them, and HEIF with pillow-heif."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
@@ -160,42 +183,51 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of a JPEG from `open_undecoded` once it is turned as EXIF says.
+    """The (width, height) of an undecoded JPEG after the rotation that its EXIF data ask for.
 
-    Of other formats the decoded image knows it: Pillow turns a TIFF file by itself.
+    For other formats take the size of the decoded image: Pillow rotates a TIFF file by itself.
     """
-    is_on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    return image.size[::-1] if is_on_its_side else image.size
+    if image.getexif().get(ORIENTATION) in TURNED_BY_90:
+        return image.size[::-1]
+    return image.size
 
 
 def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
-    """Reads every image once, so that nothing unreadable turns up in the middle of a run.
+    """Reads every image once, so that no unreadable file turns up in the middle of a run.
 
-    Color profiles that cannot be used are told. Of a JPEG all data is read, but not made into all pixels.
+    Color profiles that cannot be used are reported. All data of a JPEG is read, but at a reduced
+    size.
 
-    Returns: the (width, height) of each.
-    Raises: ValueError that lists the unreadable files.
+    Returns:
+        The (width, height) of each image.
+
+    Raises:
+        ValueError: Some images cannot be read; the message lists them.
     """
-    sizes, problems, ignored = [], [], []
-    for source in tqdm(sources, desc="checking images", disable=len(sources) < MANY):
+    sizes = []
+    problems = []
+    ignored_profiles = []
+    for source in tqdm(sources, desc="checking images", disable=len(sources) < PROGRESS_FROM):
         try:
             with open_undecoded(source) as image:
                 size = None
                 if image.format in JPEGS:
                     size = upright_size(image)
-                    image.draft(image.mode, (1, 1))
-                managed, profile_problem = _managed(image)
+                    image.draft(image.mode, (1, 1))  # decode at 1/8, the smallest size
+                converted, profile_problem = _to_srgb(image)
         except Exception as error:  # damaged files make Pillow raise almost anything
             problems.append(f"{source}: {error or type(error).__name__}")
             continue
-        sizes.append(size or managed.size)
+        sizes.append(size or converted.size)
         if profile_problem:
-            ignored.append(f"{source}: {profile_problem}")
+            ignored_profiles.append(f"{source}: {profile_problem}")
     if problems:
-        count = f"{len(problems)} of {len(sources)}"
-        raise ValueError(f"{count} pictures cannot be read; remove or repair:\n{indented_list(problems)}")
-    if ignored:
-        notify(f"color profiles that are ignored, the colors are taken as sRGB:\n{indented_list(ignored)}")
+        raise ValueError(
+            f"{len(problems)} of {len(sources)} images cannot be read; remove or repair them:\n"
+            f"{indented_list(problems)}"
+        )
+    if ignored_profiles:
+        notify(f"color profiles that are ignored (taken as sRGB):\n{indented_list(ignored_profiles)}")
     return sizes
 
 
@@ -206,19 +238,22 @@ def to_pixels(
     crop: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
 ) -> Tensor:
-    """Scales the picture to just cover `size`, cuts that part out and maps it to [-1, 1].
+    """Scales an image until it just covers `size`, crops it, and maps it to [-1, 1].
 
     Args:
-        size: (height, width) of the part, or the side of a square.
-        crop: where the part lies along (width, height), from 0 (left, top) to 1; (0.5, 0.5) is the centre.
-        flip: mirror the part left to right.
-    Returns: (3, height, width), float32.
+        image: An RGB image.
+        size: (height, width) of the crop, or the side of a square, in pixels.
+        crop: Position of the crop along (width, height), from 0 (left, top) to 1; (0.5, 0.5) is the middle.
+        flip: Mirror the crop left to right.
+
+    Returns:
+        (3, height, width), float32.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    scaled = covering_size(image.size, (height, width))
-    if scaled != image.size:
-        image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = _corner(scaled, (height, width), crop)
+    scaled_size = covering_size(image.size, (height, width))
+    if scaled_size != image.size:
+        image = image.resize(scaled_size, Image.Resampling.BICUBIC)
+    left, top = _crop_corner(scaled_size, (height, width), crop)
     image = image.crop((left, top, left + width, top + height))
     if flip:
         image = ImageOps.mirror(image)
@@ -227,9 +262,15 @@ def to_pixels(
 
 
 def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the image when it just covers `size` (height, width)."""
-    scale = max(size[0] / image_size[1], size[1] / image_size[0])
-    return max(size[1], round(image_size[0] * scale)), max(size[0], round(image_size[1] * scale))
+    """The (width, height) at which an image just covers `size`.
+
+    Args:
+        image_size: (width, height) of the image.
+        size: (height, width) to cover.
+    """
+    width, height = image_size
+    scale = max(size[0] / height, size[1] / width)
+    return max(size[1], round(width * scale)), max(size[0], round(height * scale))
 
 
 def crop_geometry(
@@ -239,19 +280,31 @@ def crop_geometry(
     crop: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
 ) -> CropGeometry:
-    """What `to_pixels` cuts from a picture of `image_size` (width, height), in numbers.
+    """The part that `to_pixels` crops from an image, in numbers.
 
-    A mirrored part has its corner where it lies in the mirrored picture, as in diffusers' SDXL scripts,
-    which mirror before they cut.
+    The corner of a mirrored part is its corner in the mirrored image, as in diffusers' SDXL scripts, which
+    mirror before they crop.
+
+    Args:
+        image_size: (width, height) of the image.
+        size: (height, width) of the crop.
+        crop: See `to_pixels`.
+        flip: See `to_pixels`.
     """
-    (height, width), scaled = size, covering_size(image_size, size)
-    left, top = _corner(scaled, (height, width), crop)
+    height, width = size
+    scaled_size = covering_size(image_size, size)
+    left, top = _crop_corner(scaled_size, size, crop)
     if flip:
-        left = scaled[0] - width - left
+        left = scaled_size[0] - width - left
     return CropGeometry(original_size=image_size[::-1], crop=(top, left), size=(height, width))
 
 
 def _check_size(size: tuple[int, int]) -> None:
+    """Refuses images that are too large or too thin.
+
+    Raises:
+        ValueError: The image of `size` (width, height) is one of them.
+    """
     width, height = size
     if width * height > MAX_PIXELS:
         raise ValueError(
@@ -262,12 +315,16 @@ def _check_size(size: tuple[int, int]) -> None:
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def _corner(scaled: tuple[int, int], size: tuple[int, int], crop: tuple[float, float]) -> tuple[int, int]:
-    """(left, top) of the part of `size` (height, width) in the scaled picture (width, height)."""
-    return round(crop[0] * (scaled[0] - size[1])), round(crop[1] * (scaled[1] - size[0]))
+def _crop_corner(
+    scaled_size: tuple[int, int], size: tuple[int, int], crop: tuple[float, float]
+) -> tuple[int, int]:
+    """(left, top) of a crop of `size` (height, width) in an image of `scaled_size` (width, height)."""
+    left = round(crop[0] * (scaled_size[0] - size[1]))
+    top = round(crop[1] * (scaled_size[1] - size[0]))
+    return left, top
 
 
-def _managed(image: Image.Image) -> tuple[Image.Image, str]:
+def _to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
     """The upright image in sRGB, over white; and why its color profile is ignored, or ""."""
     upright = _upright(image)
     profile = image.info.get("icc_profile")
@@ -280,32 +337,40 @@ def _managed(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as EXIF says, in at most 8 bits per channel."""
-    bits = _grey_bits(image)
+    """The image rotated as its EXIF data ask for, with at most 8 bits per channel."""
+    # exif_transpose drops what the conversion to 8 bits needs, so both are read before it.
+    bits = _gray_bits(image)
     transparent = image.info.get("transparency")
     image = ImageOps.exif_transpose(image)
-    return _to_eight_bits(image, bits, transparent) if image.mode in HIGH_DEPTH else image
+    if image.mode in HIGH_DEPTH:
+        return _to_eight_bits(image, bits, transparent)
+    return image
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    """The image as RGB, with white behind transparency."""
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 
-def _grey_bits(image: Image.Image) -> int:
-    """Bits of a grey value as the file stores it: 16, unless a TIFF file says fewer (microscopes: 12)."""
+def _gray_bits(image: Image.Image) -> int:
+    """The bits of a gray value in the file: 16, unless a TIFF file says fewer (microscopes store 12)."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     return bits if 8 < bits < 16 else 16
 
 
 def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.Image:
-    """Grey values of `bits` bits, or floats, as 8-bit grey; Pillow's own conversion would clip them to white.
+    """Scales gray values to 8 bits; Pillow's own conversion would clip them to white.
 
-    Only floats, whose file does not say what is white, are judged by their largest value.
+    Args:
+        image: A gray image of a mode in HIGH_DEPTH.
+        bits: The bits of its values. A file of floats does not say which value is white, so there it is
+            judged by the largest value.
+        transparent: The gray value that a PNG file declares transparent, or anything else.
     """
     values = np.asarray(image, dtype=np.float64)
     white = 2.0**bits - 1
@@ -314,17 +379,17 @@ def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.
         white = next((level for level in (1.0, 255.0) if largest <= level), 65535.0)
     if image.mode == "I" and not 0 <= values.min() <= values.max() <= white:
         raise ValueError(
-            f"its grey values, {values.min():.0f} to {values.max():.0f}, are not of {bits} bits; "
+            f"its gray values, {values.min():.0f} to {values.max():.0f}, do not fit into {bits} bits; "
             "save it with 8 or 16 bits"
         )
-    grey = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
+    gray = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
     if isinstance(transparent, int):
-        grey[values == transparent] = 255  # PNG's transparent grey, over white
-    return Image.fromarray(grey)
+        gray[values == transparent] = 255  # transparency over white
+    return Image.fromarray(gray)
 
 
 def _first_bytes(place: str | Path | BytesIO) -> bytes:
-    """The bytes in which a format shows itself."""
+    """The first bytes of a file, by which its format is recognized."""
     if isinstance(place, BytesIO):
         return place.getvalue()[: len(GIT_LFS)]
     with open(place, "rb") as file:
@@ -332,11 +397,19 @@ def _first_bytes(place: str | Path | BytesIO) -> bytes:
 
 
 def _refuse_without_reader(start: bytes, formats: Sequence[str]) -> None:
-    """Raises: ValueError with the remedy for HEIF and AVIF files where nothing installed reads them, and for
-    what stands in for a file that Git LFS has not downloaded.
+    """Raises the error with the right remedy for a file that Pillow cannot identify, if there is one.
+
+    Args:
+        start: The first bytes of the file.
+        formats: The readable formats.
+
+    Raises:
+        ValueError: The file is HEIF or AVIF and no installed package reads it, or it is the pointer that Git
+            LFS leaves in place of a file.
     """
     if start.startswith(GIT_LFS):
         raise ValueError("Git LFS has not downloaded this file; run git lfs pull")
+    # ISO base media files (ISO/IEC 14496-12): bytes 4 to 8 are "ftyp", 8 to 12 the brand.
     if start[4:8] != b"ftyp":
         return
     if start[8:12] in HEIF_BRANDS and "HEIF" not in formats:

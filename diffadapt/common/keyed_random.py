@@ -1,7 +1,8 @@
-"""Randomness as a function: every draw depends on its key alone, never on what was drawn before it.
+"""Random numbers as a function of a key: no value depends on what was drawn before it.
 
-A key is a tuple such as ("noise", seed, epoch, sample). Resuming needs only a position, and any number of
-workers or processes sees the same values. Draws are made on the CPU, so they agree on every device.
+A key is a tuple such as ("noise", seed, epoch, sample). So a resumed run needs its position only, and any
+number of workers or processes draws the same values. They are drawn on the CPU, which makes them the same for
+every device.
 """
 
 import hashlib
@@ -15,12 +16,13 @@ Key = tuple[str | int, ...]
 
 
 def seed_from(key: Key) -> int:
-    """A 63-bit seed from a key (a hash, so that neighbouring keys share nothing)."""
+    """A seed of 63 bits from a key; it is a hash, so that seeds of similar keys are unrelated."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(key: Key) -> torch.Generator:
+    """A generator on the CPU, seeded by a key."""
     return torch.Generator("cpu").manual_seed(seed_from(key))
 
 
@@ -30,7 +32,7 @@ def normal(key: Key, shape: Sequence[int]) -> Tensor:
 
 
 def integer(key: Key, limit: int) -> int:
-    """A whole number in [0, limit)."""
+    """An integer in [0, limit)."""
     return int(torch.randint(limit, (1,), generator=generator(key)))
 
 
@@ -41,5 +43,5 @@ def uniform(key: Key, count: int) -> list[float]:
 
 @lru_cache(maxsize=64)
 def permutation(key: Key, length: int) -> Tensor:
-    """The numbers below `length` in random order, int64; recent ones are kept."""
+    """The integers below `length` in random order, int64. The latest results are cached."""
     return torch.randperm(length, generator=generator(key))

@@ -35,10 +35,10 @@ def shorten_list(names: Sequence[str], *, limit: int = 8) -> str:
 
 def indented_list(lines: Sequence[str], *, limit: int = 20) -> str:
     """The first `limit` lines, each indented on a line of its own, and how many more there are."""
-    shown = list(lines[:limit])
+    first_lines = list(lines[:limit])
     if len(lines) > limit:
-        shown.append(f"... and {len(lines) - limit} more")
-    return "\n".join(f"  {line}" for line in shown)
+        first_lines.append(f"... and {len(lines) - limit} more")
+    return "\n".join(f"  {line}" for line in first_lines)
 
 
 def notify(text: str) -> None:

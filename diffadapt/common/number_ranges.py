@@ -1,4 +1,4 @@
-"""Ranges of numbers on a command line."""
+"""Checks of numeric command-line options."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 
 def require_at_least(arguments: argparse.Namespace, minima: Mapping[str, float]) -> None:
-    """Checks options against the smallest value they may have; options that were not given pass.
+    """Checks options against their smallest allowed values; options that were not given pass.
 
-    Raises: ValueError naming the first option out of its range, its value and the range.
+    Raises:
+        ValueError: An option is too small or not finite; the message names it, its value and the minimum.
     """
     for name, minimum in minima.items():
         value = getattr(arguments, name)
@@ -19,9 +20,12 @@ def require_at_least(arguments: argparse.Namespace, minima: Mapping[str, float])
 
 
 def require_seed(seed: int, option: str = "seed") -> None:
-    """Checks a seed: adapter files take signed numbers of 64 bits, and torch's generators the next ones too.
+    """Checks that a seed is a signed integer of 64 bits, as adapter files store it.
 
-    Raises: ValueError naming the option, its value and the range.
+    torch's generators would take larger ones too.
+
+    Raises:
+        ValueError: It is not; the message names the option, its value and the range.
     """
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"--{option} must be at least -2**63 and below 2**63, got {seed}")

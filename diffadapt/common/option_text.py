@@ -1,4 +1,4 @@
-"""Options written as text: ``rank=8,init=gaussian``, ``1lora+lora(rank=4)``. Nothing in them is run."""
+"""Parsing of options written as text, such as `1lora+lora(rank=4)`. No text is run as code."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import ast
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The pieces between the separators (one character) that stand outside of brackets, without blanks."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if char == separator and depth == 0:
-            parts.append("")
+    """Splits a text at a separator of one character outside of brackets, and strips the pieces."""
+    pieces = [""]
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == separator and depth == 0:
+            pieces.append("")
         else:
-            parts[-1] += char
-    return [part.strip() for part in parts]
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces]
 
 
 def parse_literal(text: str) -> object:
-    """A number, list, true, false or none; anything else is a bare word, such as gaussian."""
+    """Parses a number, a list, `true`, `false` or `none`; any other text is returned as it is."""
+    python_text = text.capitalize() if text in ("true", "false", "none") else text
     try:
-        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+        return ast.literal_eval(python_text)
     except (ValueError, SyntaxError):
         return text

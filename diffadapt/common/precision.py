@@ -1,7 +1,7 @@
-"""Precision of activations in training, sampling and evaluation: from machine, option and launcher.
+"""The precision of activations in training, sampling and evaluation, chosen from option, launcher and device.
 
-bf16 pays where the processor computes in it. Where it is emulated (every CPU without AVX512_BF16, AMX or
-Arm's bf16, GPUs before compute capability 8.0) it is slower than float32 and less exact.
+bf16 pays off where the processor computes in it. Where it is emulated (CPUs without AVX512_BF16, AMX or Arm's
+bf16, GPUs before compute capability 8.0) it is slower than float32 and less exact.
 """
 
 import os
@@ -25,11 +25,11 @@ ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a device decides.
+    """The properties of a device that decide the precision.
 
     Attributes:
-        device: type of the torch device: cpu, cuda, ...
-        has_bf16: whether it computes in bf16 natively.
+        device: The type of the torch device: cpu, cuda, ...
+        has_bf16: Whether it computes in bf16 natively.
     """
 
     device: str
@@ -38,12 +38,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Precision:
-    """A decision.
+    """The chosen precision and the reason for it.
 
     Attributes:
         name: "no" (float32), "fp16" or "bf16".
-        reason: why, for a summary.
-        notices: what a person should know before it is used, a sentence each.
+        reason: The reason, for a summary.
+        notices: Sentences that the user should read before the run.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Precision of autocast; None without."""
+        """The dtype of autocast; None without autocast."""
         return DTYPES.get(self.name)
 
     def __str__(self) -> str:
@@ -60,27 +60,27 @@ class Precision:
 
 
 def choose_precision(option: str | None, device: torch.device, *, preferred: str) -> Precision:
-    """The precision on this machine, under this launcher.
+    """Chooses the precision on this device, under this launcher.
 
     Args:
-        option: `--mixed_precision`; None where it is not given.
-        preferred: what is used where it is fast: "bf16", "fp16" or "no".
+        option: The value of `--mixed_precision`; None if it is not given.
+        device: The device of the run.
+        preferred: The precision to use where it is fast: "bf16", "fp16" or "no".
 
     Raises:
-        ValueError: for a precision that the device does not have.
+        ValueError: The device does not support the requested precision.
     """
-    return resolve_precision(
-        _machine(device), option, os.environ.get("ACCELERATE_MIXED_PRECISION"), preferred=preferred
-    )
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return resolve_precision(_machine(device), option, launcher, preferred=preferred)
 
 
 def sampling_precision(option: str | None, device: torch.device) -> Precision:
-    """The precision of sampling from files. See `choose_precision`."""
+    """Chooses the precision of sampling from files. See `choose_precision`."""
     return choose_precision(option, device, preferred="fp16")
 
 
 def fast_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16 where the device computes in it natively; elsewhere float32, as it is."""
+    """Autocast to bf16 if the device computes in it natively; otherwise no autocast."""
     if not _machine(device).has_bf16:
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
@@ -89,27 +89,31 @@ def fast_autocast(device: torch.device) -> AbstractContextManager:
 def resolve_precision(
     machine: Machine, option: str | None, launcher: str | None, *, preferred: str
 ) -> Precision:
-    """The option counts, then the launcher, then what is fast on the machine.
+    """Chooses the precision: the option takes precedence, then the launcher, then what the device does fast.
 
     Args:
-        launcher: value of ACCELERATE_MIXED_PRECISION. `accelerate launch` exports "no" where nobody chose
-            anything, so "no" leaves the decision open.
+        machine: The device.
+        option: The value of `--mixed_precision`; None if it is not given.
+        launcher: The value of ACCELERATE_MIXED_PRECISION. `accelerate launch` sets "no" if the user chose
+            nothing, so "no" leaves the decision open.
+        preferred: The precision to use where it is fast.
 
     Raises:
-        ValueError: for a precision that does not exist here.
+        ValueError: The device does not support the requested precision.
     """
     if option is not None:
-        precision = _as_demanded(machine, option, "--mixed_precision")
-        if launcher not in (None, "no", option):
-            notice = f"--mixed_precision {option} is used, not the {launcher} of accelerate launch"
-            return Precision(option, precision.reason, (notice, *precision.notices))
-        return precision
+        precision = _requested(machine, option, "--mixed_precision")
+        if launcher in (None, "no", option):
+            return precision
+        notice = f"--mixed_precision {option} is used, not the {launcher} of accelerate launch"
+        return Precision(option, precision.reason, (notice, *precision.notices))
     if launcher not in (None, "no"):
-        return _as_demanded(machine, launcher, "accelerate launch --mixed_precision")
+        return _requested(machine, launcher, "accelerate launch --mixed_precision")
     return _fast(machine, preferred)
 
 
-def _as_demanded(machine: Machine, name: str, source: str) -> Precision:
+def _requested(machine: Machine, name: str, source: str) -> Precision:
+    """The precision that the user asked for, by the option or launcher named `source`."""
     if name not in CHOICES:
         raise ValueError(f"{source} {name} is not supported; give --mixed_precision {', '.join(CHOICES)}")
     if name == "fp16" and machine.device == "cpu":
@@ -130,7 +134,7 @@ def _slow_bf16(machine: Machine, source: str) -> str:
 
 
 def _fast(machine: Machine, preferred: str) -> Precision:
-    """What the base or the command prefers, as far as the machine is fast in it."""
+    """The preferred precision, or the nearest one that the device is fast in."""
     device = machine.device
     if preferred == "no":
         return Precision("no", "default of this base")
@@ -159,20 +163,21 @@ def cpu_has_bf16(features: Mapping[str, object], environment: Mapping[str, str])
     `torch.ops.mkldnn._is_mkldnn_bf16_supported` does not tell: it is true where AVX-512 emulates bf16.
 
     Args:
-        features: instruction sets by torch's names, as `torch.cpu.get_capabilities` lists them.
-        environment: may limit oneDNN to an older instruction set.
+        features: The instruction sets of the CPU, as `torch.cpu.get_capabilities` names them.
+        environment: The environment variables, which may limit oneDNN to an older instruction set.
     """
     limit = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "DEFAULT"))
     if limit.upper() in ISA_WITHOUT_BF16 or not torch.backends.mkldnn.is_available():
         return False
-    kind = "arm" if platform.machine().lower() in ("arm64", "aarch64") else "x86"
-    return any(bool(features.get(name)) for name in BF16_FEATURES[kind])
+    processor = "arm" if platform.machine().lower() in ("arm64", "aarch64") else "x86"
+    return any(bool(features.get(name)) for name in BF16_FEATURES[processor])
 
 
 def _cpu_features() -> Mapping[str, object]:
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    return {  # older torch tells of x86 alone
+    # Older versions of torch know the instruction sets of x86 only.
+    return {
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx_bf16": torch.cpu._is_amx_tile_supported(),
     }

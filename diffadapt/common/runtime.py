@@ -1,4 +1,4 @@
-"""The surroundings of a run: accelerator, precision, processor cores, quiet libraries."""
+"""The environment of a run: accelerator, precision of the base, CPU threads, output of libraries."""
 
 import logging
 import os
@@ -25,25 +25,32 @@ def make_accelerator(
     logging_dir: str | None = None,
     timeout: timedelta | None = None,
 ) -> Accelerator:
-    """An accelerator that uses the machine: on a CPU all idle cores, unless told otherwise.
+    """Creates the accelerator of a run and sets the number of CPU threads.
 
     Args:
-        timeout: how long processes wait for each other before the run is given up; None: torch's default.
+        mixed_precision: "no", "fp16" or "bf16".
+        num_threads: See `set_cpu_threads`.
+        trackers: Names of accelerate's trackers.
+        logging_dir: The folder they write to.
+        timeout: The time processes wait for each other before the run fails; None for torch's default.
     """
+    handlers = None
+    if timeout is not None:
+        handlers = [InitProcessGroupKwargs(timeout=timeout)]
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         # The training loop accumulates; accelerate would divide by the launcher's number once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(trackers) or None,
         project_dir=logging_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if timeout is not None else None,
+        kwargs_handlers=handlers,
     )
     set_cpu_threads(num_threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return accelerator
 
 
 def expected_device() -> torch.device:
-    """The device that `make_accelerator` will use, without an index."""
+    """The type of device that `make_accelerator` will choose, without an index."""
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if use_cpu or not torch.accelerator.is_available():
         return torch.device("cpu")
@@ -51,10 +58,10 @@ def expected_device() -> torch.device:
 
 
 def launcher_accumulation() -> int:
-    """Microsteps per optimizer step that the launcher exports; 1 where it exports none.
+    """The gradient accumulation steps that the launcher sets; 1 if it sets none.
 
     Raises:
-        ValueError: for what is no number of steps.
+        ValueError: The environment variable is not a number of steps.
     """
     text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if text == "auto":
@@ -64,42 +71,51 @@ def launcher_accumulation() -> int:
     return int(text)
 
 
-def weight_dtype(accelerator: Accelerator, wish: str | None = None) -> torch.dtype:
-    """Precision of the frozen base: as wished, else half with mixed precision on a GPU. On a CPU half costs
-    digits, and pays only for bases of real size."""
-    if wish is not None:
-        return DTYPES.get(wish, torch.float32)
+def weight_dtype(accelerator: Accelerator, requested: str | None = None) -> torch.dtype:
+    """The dtype of the frozen base.
+
+    Args:
+        accelerator: The accelerator of the run.
+        requested: "fp16", "bf16" or "fp32". None is the mixed precision on a GPU, and float32 on a CPU, where
+            half precision costs accuracy and pays off for large bases only.
+    """
+    if requested is not None:
+        return DTYPES.get(requested, torch.float32)
     if accelerator.device.type == "cpu":
         return torch.float32
     return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """Precision of activations when drawing; None without mixed precision."""
+    """The dtype of activations in sampling; None without mixed precision."""
     return DTYPES.get(accelerator.mixed_precision)
 
 
 def set_cpu_threads(num_threads: int | None = None, *, processes: int = 1) -> None:
-    """Set torch's threads: as asked for, else one per core that nobody uses.
+    """Sets the number of torch's CPU threads; by default one for each idle core.
 
-    OpenMP's threads wait for each other at full load: two of them on a machine whose other core is busy take
-    three to ten times as long for a step as one (measured on two cores; letting them sleep instead, by
-    OMP_WAIT_POLICY, takes 2.5 times as long on an idle machine).
+    OpenMP's threads wait for each other at full load. On two cores, one of them busy with another program,
+    two threads take three to ten times as long for a step as one. With OMP_WAIT_POLICY=PASSIVE they wait
+    asleep, but take 2.5 times as long on an idle machine.
 
     Args:
-        num_threads: `--num_threads`.
-        processes: on this machine; they share the cores.
+        num_threads: The value of `--num_threads`; None to choose. OMP_NUM_THREADS takes precedence over the
+            choice, unless a launcher set it by itself.
+        processes: The number of processes on this machine, which share its cores.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    elif not _threads_are_set():
-        cores = available_cores()
-        idle = cores / processes if processes > 1 else cores - busy_cores()
-        torch.set_num_threads(max(1, int(idle + 0.5)))
+        return
+    if _threads_are_set():
+        return
+    cores = available_cores()
+    # Processes of one run are busy themselves, so what they use is not measured but shared out.
+    idle_cores = cores / processes if processes > 1 else cores - busy_cores()
+    torch.set_num_threads(max(1, int(idle_cores + 0.5)))
 
 
 def _threads_are_set() -> bool:
-    """Whether a person set OMP_NUM_THREADS: launchers export 1 where nobody did."""
+    """Whether the user set OMP_NUM_THREADS; launchers set it to 1 if the user did not."""
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is None:
         return False
@@ -110,39 +126,46 @@ def _threads_are_set() -> bool:
 
 
 def busy_cores(seconds: float = 0.2) -> float:
-    """Cores of those this process may use that other programs keep busy now; 0 where the system does not say.
+    """The number of usable cores that other programs keep busy; 0 if the system does not tell.
 
     Args:
-        seconds: how long to look, asleep.
+        seconds: The time to measure over; this process sleeps meanwhile.
     """
     before = _idle_and_total_ticks()
     time.sleep(seconds)
     after = _idle_and_total_ticks()
     busy = 0.0
-    for core, (idle, total) in before.items():
-        ticks = after[core][1] - total
+    for core, (idle_before, total_before) in before.items():
+        idle_after, total_after = after[core]
+        ticks = total_after - total_before
         if ticks > 0:
-            busy += 1 - (after[core][0] - idle) / ticks
+            busy += 1 - (idle_after - idle_before) / ticks
     return busy
 
 
 def _idle_and_total_ticks() -> dict[int, tuple[int, int]]:
-    """Core -> time it was idle and time that passed, from /proc/stat (Linux); empty elsewhere."""
+    """Core -> idle time and total time since boot, from /proc/stat (Linux); empty on other systems.
+
+    A line is "cpu0 user nice system idle iowait irq softirq steal ...", see proc_stat(5).
+    """
     try:
         text = Path("/proc/stat").read_text(encoding="utf-8")
     except OSError:
         return {}
     cores = usable_cores()
     ticks = {}
-    for name, *numbers in map(str.split, text.splitlines()):
-        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
-            times = [int(number) for number in numbers[:8]]  # user nice system idle iowait irq softirq steal
-            ticks[int(name[3:])] = (times[3] + times[4], sum(times))
+    for line in text.splitlines():
+        name, *numbers = line.split()
+        number = name.removeprefix("cpu")
+        if not name.startswith("cpu") or not number.isdecimal() or int(number) not in cores:
+            continue
+        times = [int(value) for value in numbers[:8]]
+        ticks[int(number)] = (times[3] + times[4], sum(times))
     return ticks
 
 
 def silence_libraries() -> None:
-    """No loading bars and notices from the libraries; their warnings stay."""
+    """Turns off progress bars and info messages of diffusers, transformers and torch.distributed."""
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -151,12 +174,12 @@ def silence_libraries() -> None:
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores this process may use."""
     return len(usable_cores())
 
 
 def usable_cores() -> set[int]:
-    """The cores this process may use; where the system does not say, those of the machine."""
+    """The cores this process may use; all cores of the machine if the system does not tell."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""Safetensors files: read whole, and the hash of what is in them."""
+"""Safetensors files: reading, checking and hashing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,30 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors. Raises FileNotFoundError, or ValueError for a file that cannot be read."""
+    """Reads a whole file.
+
+    Returns:
+        The metadata of its header, and the tensors by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
+    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                tensors[key] = file.get_tensor(key)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    return metadata, tensors
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header alone; empty where the file is no safetensors file."""
+    """Reads the metadata of a file's header only; empty if it is not a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -34,17 +46,26 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises ValueError naming the first tensor that holds anything but finite floating-point numbers."""
+    """Checks that all tensors of a file are of floating-point type and finite.
+
+    Raises:
+        ValueError: One is not; the message names it and the file.
+    """
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-            raise ValueError(f"{path}: {key} is of type {tensor.dtype}; adapters are {known}")
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+            raise ValueError(f"{path}: {key} is of type {tensor.dtype}; adapters are {dtypes}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {key} holds values that are not finite numbers")
 
 
 def checksums(tensors: Mapping[str, Tensor], configuration: str) -> dict[str, str]:
-    """What a file's header says of the rest of the file, so that no damage goes unseen."""
+    """The hashes that a header stores of its file's content, so that damage is noticed.
+
+    Args:
+        tensors: All tensors of the file.
+        configuration: The JSON of the adapter, as the header stores it.
+    """
     return {
         "sha256": hash_tensors(tensors),
         "adapter_sha256": hashlib.sha256(configuration.encode("utf-8", "surrogatepass")).hexdigest(),

@@ -1,6 +1,6 @@
-"""JSON that every reader accepts. It has no NaN and no infinity: they are written as strings.
+"""JSON that every reader accepts: NaN and infinity, which JSON does not have, are written as strings.
 
-"NaN", "Infinity" and "-Infinity" are the names that ECMAScript gives them (ECMA-262, section 6.1.6.1).
+"NaN", "Infinity" and "-Infinity" are their names in ECMAScript (ECMA-262, section 6.1.6.1).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_json(content: object) -> str:
-    """Strict JSON, indented, with a line's end.
+    """Strict JSON, indented and ending with a line feed.
 
     Args:
-        content: what `json.dumps` takes; floats that are not finite may stand anywhere in it.
+        content: Anything `json.dumps` takes; floats in it need not be finite.
 
-    Raises: TypeError for anything else.
+    Raises:
+        TypeError: The content cannot be written as JSON.
     """
     return json.dumps(_without_constants(content), indent=1, allow_nan=False) + "\n"
 
@@ -26,7 +27,8 @@ def to_json(content: object) -> str:
 def parse_number(value: object) -> float | int | None:
     """A number as `to_json` wrote it; None stays None.
 
-    Raises: ValueError for anything else.
+    Raises:
+        ValueError: The value is not a number.
     """
     if isinstance(value, str) and value in NAMES:
         return NAMES[value]
@@ -36,6 +38,7 @@ def parse_number(value: object) -> float | int | None:
 
 
 def _without_constants(content: object) -> object:
+    """The content with every float that is not finite replaced by its name."""
     if isinstance(content, float):
         return content if math.isfinite(content) else _name(content)
     if isinstance(content, Mapping):

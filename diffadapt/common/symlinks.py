@@ -1,7 +1,7 @@
-"""Files of a folder, and how far links in it are followed.
+"""Listing of folders, with a limit on where symbolic links may lead.
 
-A link may lead anywhere within the data's root. Data of a stranger can hold a link to a file of yours; so a
-link out of the root is followed only when a person says so (`--follow_links`).
+Data from a stranger can hold a link to a private file. So a link is followed only within the root of the
+data, unless the user allows more (`--follow_links`).
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-SNAPSHOTS = "snapshots"  # in the hub's cache: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/SHA256
+# Layout of the hub's cache: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/SHA256
+SNAPSHOTS = "snapshots"
 BLOBS = "blobs"
 
 
 def is_inside(path: Path, folder: str | Path) -> bool:
-    """Whether a path, with all links followed, lies within a folder; a link to itself leads nowhere else."""
+    """Whether a path, with all links resolved, lies within a folder. A link to itself counts as inside."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def link_root(folder: str | Path) -> Path:
-    """The folder that links of `folder` must not leave.
+    """The folder that links in `folder` must not leave.
 
-    It is the folder itself. A snapshot in the Hugging Face hub's cache, or a folder in one, consists of links
-    into the repository's `blobs`: there it is the folder of the repository.
+    It is the folder itself, with one exception: a snapshot in the cache of the Hugging Face hub consists of
+    links to the `blobs` of its repository, so its root is the folder of the repository.
     """
     folder = Path(folder).absolute()
     for candidate in (folder, *folder.parents):
@@ -33,26 +34,27 @@ def link_root(folder: str | Path) -> Path:
 
 
 def escapes_root(path: Path, folder: str | Path) -> bool:
-    """Whether a path in a folder is a link, or stands behind one, that leaves the folder's root."""
+    """Whether a path in a folder leads, by a link in any part of it, out of the folder's root."""
     return not is_inside(path, folder) and not is_inside(path, link_root(folder))
 
 
 def visible_files(
     folder: str | Path, *, recursive: bool = False, follow_links: bool = False
 ) -> tuple[list[Path], list[Path]]:
-    """The files of a folder that are not hidden, in the order of their names.
+    """Lists the files of a folder that are not hidden, sorted by path.
 
     Args:
-        recursive: with those of the folders in it, links to folders too.
-        follow_links: also where links lead out of the folder's root.
+        folder: The folder to list.
+        recursive: Include its subfolders, and links to folders.
+        follow_links: Enter links that lead out of the folder's root too.
 
     Returns:
-        The files (a link to nothing is one of them, to be named when it is read), and the links to folders
-        that were not entered because they lead out of the root.
+        The files, and the links to folders that were not entered because they lead out of the root. A broken
+        link counts as a file, so that reading it raises an error that names it.
     """
     folder = Path(folder)
     files: list[Path] = []
-    refused: list[Path] = []
+    refused_links: list[Path] = []
 
     def collect(place: Path, ancestors: tuple[Path, ...]) -> None:
         for path in place.iterdir():
@@ -62,12 +64,12 @@ def visible_files(
                 files.append(path)
                 continue
             target = path.resolve()
-            if not recursive or target in ancestors:  # a link to a folder above it would never end
+            if not recursive or target in ancestors:  # a link to a parent folder would never end
                 continue
             if follow_links or not escapes_root(path, folder):
                 collect(path, (*ancestors, target))
             else:
-                refused.append(path)
+                refused_links.append(path)
 
     collect(folder, (folder.resolve(),))
-    return sorted(files), sorted(refused)
+    return sorted(files), sorted(refused_links)

@@ -76,12 +76,12 @@ def test_unreadable_files_are_all_listed(tmp_path):
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     whole = saved(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     whole.write_bytes(whole.read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"2 of 3 pictures cannot be read(.|\n)*cut.png(.|\n)*text.png"):
+    with pytest.raises(ValueError, match=r"2 of 3 images cannot be read(.|\n)*cut.png(.|\n)*text.png"):
         check_images(list_images(tmp_path))
 
 
 def test_an_empty_folder_says_what_is_expected(tmp_path):
-    with pytest.raises(ValueError, match=r"no pictures in .* expected files ending in"):
+    with pytest.raises(ValueError, match=r"no images in .* expected files ending in"):
         list_images(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         list_images(tmp_path / "nowhere")
@@ -139,7 +139,7 @@ def test_files_cut_anywhere_are_listed_and_never_crash(tmp_path, kind):
     whole = saved(tmp_path / f"whole.{kind}", pixels).read_bytes()
     for cut in range(0, len(whole), max(1, len(whole) // 12)):
         (tmp_path / f"cut-{cut}.{kind}").write_bytes(whole[:cut])
-    with pytest.raises(ValueError, match=r"pictures cannot be read; remove or repair:\n .*cut-0"):
+    with pytest.raises(ValueError, match=r"images cannot be read; remove or repair them:\n .*cut-0"):
         check_images(list_images(tmp_path))
 
 

@@ -150,7 +150,7 @@ def test_a_file_that_git_lfs_has_not_downloaded_is_told_apart(tmp_path):
 @pytest.mark.parametrize("value", [-1, 70_000])
 def test_grey_of_32_bits_beyond_16_is_refused_and_not_white(tmp_path, value):
     Image.new("I", (8, 8), value).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="are not of 16 bits"):
+    with pytest.raises(ValueError, match="do not fit into 16 bits"):
         open_image(tmp_path / "a.tif")
 
 

@@ -114,7 +114,7 @@ def test_class_folders_are_numbered_by_name_and_numbers_by_value(tmp_path):
     assert names == ["1", "2", "10"]
     assert [(e.source.parent.name, e.caption) for e in examples[::2]] == [("1", 0), ("2", 1), ("10", 2)]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no pictures in .*empty"):
+    with pytest.raises(ValueError, match=r"no images in .*empty"):
         read_class_folders(tmp_path)
     with pytest.raises(ValueError, match="no class folders"):
         read_class_folders(tmp_path / "1")
@@ -252,7 +252,7 @@ def test_what_is_not_used_is_told_in_one_line(tmp_path, capsys):
         assert "1 .heic (to read them: pip install pillow-heif)" in line
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "text": "b"}', encoding="utf-8")
     (tmp_path / "picture-0.png").rename(tmp_path / "images.zip")
-    with pytest.raises(ValueError, match=r"no pictures in .*1 \.zip \(unpack it first\)"):
+    with pytest.raises(ValueError, match=r"no images in .*1 \.zip \(unpack it first\)"):
         read_instance_folder(tmp_path, "a sks dog")
 
 
@@ -271,7 +271,7 @@ def test_kohya_s_folders_repeat_their_images(tmp_path, capsys):
     assert told.count(("1_toy", "a sks dog")) == 1
     assert "'3_sks dog' 3 times" in capsys.readouterr().out
     write_pictures(tmp_path / "beach", 1)
-    with pytest.raises(ValueError, match="no pictures in"):
+    with pytest.raises(ValueError, match="no images in"):
         read_instance_folder(tmp_path, "a sks dog")
 
 

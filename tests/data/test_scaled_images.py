@@ -92,8 +92,8 @@ def test_a_kept_image_is_not_decoded_again_and_memory_is_bounded(tmp_path, monke
 def test_checking_a_large_jpeg_reads_all_of_it_without_making_all_pixels(tmp_path, monkeypatch):
     path = photo(tmp_path / "a.jpg", (1200, 800), orientation=ON_ITS_SIDE)
     unpacked = []
-    original = images._managed
-    monkeypatch.setattr(images, "_managed", lambda image: unpacked.append(image.size) or original(image))
+    original = images._to_srgb
+    monkeypatch.setattr(images, "_to_srgb", lambda image: unpacked.append(image.size) or original(image))
     assert check_images([path]) == [(800, 1200)]
     assert unpacked == [(150, 100)]
     path.write_bytes(path.read_bytes()[:-300])

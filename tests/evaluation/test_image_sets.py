@@ -90,7 +90,7 @@ def test_embedded_sets():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("/nowhere", "no images at"), ("set.csv", "is no set of images"), ("empty", "no pictures")],
+    [("/nowhere", "no images at"), ("set.csv", "is no set of images"), ("empty", "no images in")],
 )
 def test_what_is_no_set_is_named(tmp_path, name, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
