@@ -9,7 +9,7 @@ import torch
 from helpers.example_records import IDENTITY, record
 
 from diffadapt.evaluation.features.feature_file import SetFeatures, write_features
-from diffadapt.evaluation.report.compared_runs import points, read_runs
+from diffadapt.evaluation.report.compared_runs import pareto_points, read_runs
 from diffadapt.evaluation.report.comparison import Difference, compare, paired_rows
 from diffadapt.evaluation.sets.image_files import ImageInfo
 from diffadapt.metrics.intervals import Interval, mean_interval
@@ -191,11 +191,11 @@ def test_costs_come_from_the_record_from_beside_it_or_from_the_given_file(tmp_pa
     path = written(tmp_path / "all.json", labels=("a", "b"))
     runs = read_runs([path])
     assert [run.costs["parameters"] for run in runs] == [1000, 2000]
-    assert [(p.cost, p.value) for p in points(runs, NAME, "seconds")] == [(60, 0.02), (59, 0.03)]
+    assert [(p.cost, p.value) for p in pareto_points(runs, NAME, "seconds")] == [(60, 0.02), (59, 0.03)]
     bare = record(("c",))
     sets = {label: replace(own, made={}) for label, own in bare.sets.items()}
     replace(bare, sets=sets).write(tmp_path / "c" / "evaluation.json")
-    assert points(read_runs([tmp_path / "c" / "evaluation.json"]), NAME, "seconds") == []
+    assert pareto_points(read_runs([tmp_path / "c" / "evaluation.json"]), NAME, "seconds") == []
     (tmp_path / "c" / "run.json").write_text(
         json.dumps({"parameters": 5, "seconds": 7.5, "method": "lora"}), encoding="utf-8"
     )

@@ -6,7 +6,6 @@ import pytest
 import weights as script
 from helpers.perturb import perturb
 from PIL import Image
-from weights_plots import mean_curve
 
 import diffadapt as da
 from diffadapt.evaluation.adapter_analysis import analyse
@@ -80,7 +79,7 @@ def test_labels_are_as_short_as_they_can_be():
 
 
 def test_a_mean_curve_goes_over_the_layers_that_are_long_enough():
-    assert mean_curve([[1.0, 3.0, 5.0], [3.0, 5.0]]) == [2.0, 4.0, 5.0]
+    assert script.mean_curve([[1.0, 3.0, 5.0], [3.0, 5.0]]) == [2.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("option", ["k", "rank", "directions"])

@@ -16,10 +16,10 @@ from helpers.example_records import picture, record
 from PIL import Image
 
 from diffadapt.evaluation.report import plots
-from diffadapt.evaluation.report.contact_sheets import sheets
-from diffadapt.evaluation.report.page import THUMBNAIL, page, thumbnail, write_page
+from diffadapt.evaluation.report.contact_sheets import contact_sheets
+from diffadapt.evaluation.report.page import MAX_SIDE, page, thumbnail, write_page
 from diffadapt.evaluation.report.plots import (
-    Point,
+    ParetoPoint,
     histogram,
     interval_plot,
     pareto_front,
@@ -85,19 +85,19 @@ def test_the_stamp_stands_on_top_and_in_the_title(options, stamp):
 
 def test_best_worst_and_nearest_images_are_those_of_their_figures():
     made = record(("lora",))
-    best, worst, chosen, nearest = sheets(made, "lora", count=5)
+    best, worst, chosen, nearest = contact_sheets(made, "lora", count=5)
     assert [cell.images[0][1] for cell in best.cells] == [f"lora-{i:03d}.png" for i in (29, 28, 27, 26, 25)]
     assert [cell.images[0][1] for cell in worst.cells] == [f"lora-{i:03d}.png" for i in range(5)]
     assert len({cell.images for cell in chosen.cells}) == 5
     assert nearest.cells[0].images == (("lora", "lora-000.png"), ("reference", "real-0.png"))
-    few = sheets(record(("lora",), count=5), "lora")
+    few = contact_sheets(record(("lora",), count=5), "lora")
     assert [len(sheet.cells) for sheet in few[:3]] == [2, 2, 5]
 
 
 def test_images_without_figures_are_shown_at_random_only():
     made = record(("lora",))
     bare = replace(made, images=tuple(replace(row, values={}, nearest=None) for row in made.images))
-    assert [sheet.heading for sheet in sheets(bare, "lora")] == ["Random"]
+    assert [sheet.heading for sheet in contact_sheets(bare, "lora")] == ["Random"]
     assert "Images of lora" in page(bare, picture)
 
 
@@ -110,7 +110,7 @@ def test_large_images_become_small_and_small_ones_keep_their_pixels():
     uri, is_small = thumbnail(Image.new("RGB", (900, 450)))
     stored = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert not is_small
-    assert stored.size == (THUMBNAIL, THUMBNAIL // 2)
+    assert stored.size == (MAX_SIDE, MAX_SIDE // 2)
 
 
 def test_a_page_without_images_or_scores_is_still_a_page():
@@ -174,7 +174,8 @@ def test_the_page_links_to_the_files_beside_it_and_to_the_papers_and_is_open_in_
 
 
 def test_the_front_holds_the_points_no_other_beats():
-    points = [Point("a", 1, 5), Point("b", 2, 3), Point("c", 3, 4), Point("d", 4, 1), Point("e", 1, 6)]
+    costs_and_scores = {"a": (1, 5), "b": (2, 3), "c": (3, 4), "d": (4, 1), "e": (1, 6)}
+    points = [ParetoPoint(label, cost, score) for label, (cost, score) in costs_and_scores.items()]
     assert [point.label for point in pareto_front(points, better="lower")] == ["a", "b", "d"]
     assert [point.label for point in pareto_front(points, better="higher")] == ["e"]
 

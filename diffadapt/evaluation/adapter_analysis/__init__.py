@@ -1,4 +1,4 @@
-"""What an adapter did to the weights: sizes, ranks, directions, and how near a dense fine-tune it came."""
+"""Analysis of adapters: sizes, ranks and directions of weight changes, and distances to a dense fine-tune."""
 
 from diffadapt.evaluation.adapter_analysis.formulas import (
     alignment,
@@ -10,14 +10,14 @@ from diffadapt.evaluation.adapter_analysis.formulas import (
     subspace_similarity,
 )
 from diffadapt.evaluation.adapter_analysis.layers import (
-    LayerFigures,
+    LayerMeasures,
     analyse,
     configured_rank,
     summary,
 )
 
 __all__ = [
-    "LayerFigures",
+    "LayerMeasures",
     "alignment",
     "amplification_factor",
     "analyse",

@@ -1,4 +1,4 @@
-"""Formulas on the singular vectors of a change of weights, in float64."""
+"""Formulas on the singular vectors of a weight change, in float64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ Singular = tuple[Tensor, Tensor, Tensor]  # U (out, n), S (n,), Vh (n, fan_in)
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the singular values ``(n,)`` scaled to sum 1 (Roy and Vetterli 2007): in [1, n],
-    n when all are equal; 0 for the zero matrix."""
+    """The effective rank of a matrix: in [1, n], n when all singular values are equal; 0 for the zero matrix.
+
+        exp(-sum_i p_i log p_i),    p_i = s_i / sum_j s_j
+
+    Args:
+        values: singular values (n,).
+
+    Source: Roy and Vetterli, 2007.
+    """
     total = values.sum()
     if total == 0:
         return 0.0
@@ -24,8 +31,14 @@ def effective_rank(values: Tensor) -> float:
 
 
 def numerical_rank(values: Tensor, shape: Sequence[int]) -> int:
-    """Singular values above the rounding of float32, in which adapters are trained: of the rest, the
-    directions mean nothing."""
+    """The number of singular values above the rounding of float32, in which adapters are trained.
+
+    The directions of smaller ones mean nothing.
+
+    Args:
+        values: singular values (n,), largest first.
+        shape: of the matrix.
+    """
     if not len(values):
         return 0
     floor = values[0] * max(shape) * torch.finfo(torch.float32).eps
@@ -33,33 +46,57 @@ def numerical_rank(values: Tensor, shape: Sequence[int]) -> int:
 
 
 def subspace_similarity(dense: Singular, variant: Singular, *, k: int = 5) -> tuple[float, float]:
-    """SuperLoRA's ``d_L`` and ``d_R`` (supplement, equations 4 and 5), in [0, 1].
+    """SuperLoRA's `d_L` and `d_R`, in [0, 1].
 
-        d_L = |U_dense[:, :k]^T U_variant[:, :k]|_F / sqrt(k)        d_R likewise with the rows of Vh
+        d_L = |U_dense[:, :k]^T U_variant[:, :k]|_F / sqrt(k)
+        d_R = |Vh_dense[:k] Vh_variant[:k]^T|_F / sqrt(k)
 
-    The paper writes the norm as ``|.|_2`` and says that the figures converge to 1, which the Frobenius norm
-    does and the spectral norm does not. Directions of zero singular values are none: a change of rank r < k
-    reaches at most sqrt(r / k).
+    The paper writes the norm as `|.|_2` and says that the values converge to 1, which holds for the Frobenius
+    norm and not for the spectral norm. Directions of zero singular values do not count: a change of rank
+    r < k reaches at most sqrt(r / k).
+
+    Args:
+        dense: of the dense fine-tune's change.
+        variant: of the adapter's change.
+        k: singular vectors compared.
+
+    Source: SuperLoRA, supplement, equations 4 and 5.
     """
-    counts = [min(k, numerical_rank(s, (u.shape[0], vh.shape[1]))) for u, s, vh in (dense, variant)]
-    left = dense[0][:, : counts[0]].T @ variant[0][:, : counts[1]]
-    right = dense[2][: counts[0]] @ variant[2][: counts[1]].T
-    return tuple(float(overlap.norm()) / math.sqrt(k) for overlap in (left, right))
+    dense_left, dense_values, dense_right = dense
+    variant_left, variant_values, variant_right = variant
+    shape = (dense_left.shape[0], dense_right.shape[1])
+    k_dense = min(k, numerical_rank(dense_values, shape))
+    k_variant = min(k, numerical_rank(variant_values, shape))
+    left = dense_left[:, :k_dense].T @ variant_left[:, :k_variant]  # (k_dense, k_variant)
+    right = dense_right[:k_dense] @ variant_right[:k_variant].T  # (k_dense, k_variant)
+    return float(left.norm()) / math.sqrt(k), float(right.norm()) / math.sqrt(k)
 
 
 def relative_distance(dense: Tensor, variant: Tensor) -> float | None:
-    """SuperLoRA's ``d_E`` (supplement, equation 6): ``|dense - variant|_F / |dense|_F``: 0 for the same
-    change, 1 as far as no change. None where the dense fine-tune changed nothing."""
+    """SuperLoRA's `d_E`: `|dense - variant|_F / |dense|_F`.
+
+    0 for the same change, 1 for one as far off as no change. None where the dense fine-tune changed nothing.
+
+    Source: SuperLoRA, supplement, equation 6.
+    """
     norm = dense.norm()
     return float((dense - variant).norm() / norm) if norm > 0 else None
 
 
 def amplification_factor(weight: Tensor, change: Singular, *, rank: int) -> float | None:
-    """The feature amplification factor ``|dW|_F / |U^T W V|_F`` (LoRA, FLoRA's Figure 4).
+    """The feature amplification factor: how much stronger the change's directions are in it than in `weight`.
 
-    ``U`` and ``V`` are the first ``rank`` singular vectors of the change, as far as it has them: how much
-    stronger than in ``weight (out, fan_in)`` its directions become. None for no change or weights without
-    any share in those directions.
+        |dW|_F / |U^T W V|_F
+
+    Args:
+        weight: W (out, fan_in).
+        change: of dW; U and V are its first `rank` singular vectors, as far as it has them.
+        rank: number of directions.
+
+    Returns:
+        The factor; None without a change, or where the weight has no share in its directions.
+
+    Source: LoRA, section 7.3; FLoRA, Figure 4.
     """
     left, values, right = change
     count = min(rank, numerical_rank(values, weight.shape))
@@ -68,18 +105,32 @@ def amplification_factor(weight: Tensor, change: Singular, *, rank: int) -> floa
 
 
 def alignment(directions: Tensor, vector: Tensor) -> Tensor:
-    """|cosine| between each row of ``directions (n, fan_in)``, unit vectors, and ``vector (fan_in,)`` (1LoRA,
-    Figure 9). Of two unrelated vectors it is about sqrt(2 / (pi * fan_in))."""
+    """|cosine| between each direction and a vector, (n,); about sqrt(2 / (pi fan_in)) if they are unrelated.
+
+    Args:
+        directions: (n, fan_in), unit vectors.
+        vector: (fan_in,).
+
+    Source: 1LoRA, Figure 9.
+    """
     return (directions @ vector).abs() / vector.norm()
 
 
 def compression_vectors(fan_in: int, learned: Tensor | None, *, seed: int = 0) -> dict[str, Tensor]:
-    """What can turn ``fan_in`` inputs into one number: their sum (1LoRA), a frozen normal vector (VeRA), and
-    the one that was learned, where there is one."""
-    ones = torch.ones(fan_in, dtype=torch.float64)
+    """Vectors that turn `fan_in` inputs into one number, by name, each (fan_in,).
+
+    "summation" is 1LoRA's, "random" a frozen normal vector as VeRA has them, "learned" the given one.
+
+    Args:
+        fan_in: number of inputs.
+        learned: a trained vector; None where there is none.
+        seed: of the random vector.
+    """
     generator = named_generator(seed, "analysis", str(fan_in))
     vectors = {
-        "summation": ones,
+        "summation": torch.ones(fan_in, dtype=torch.float64),
         "random": torch.randn(fan_in, dtype=torch.float64, generator=generator),
     }
-    return vectors if learned is None else vectors | {"learned": learned}
+    if learned is not None:
+        vectors["learned"] = learned
+    return vectors

@@ -1,6 +1,7 @@
-"""Runs against a first one: differences of their scores and of their images' figures, or a refusal.
+"""Differences between runs: of their scores and of the values of their images, with intervals.
 
-Images drawn with the same prompts and seeds are pairs: their differences vary less than the images do.
+Images generated with the same prompts and seeds are pairs: their differences vary less than the images do.
+Scores that were not computed in the same way are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from diffadapt.evaluation.features.feature_file import file_name, read_features
 from diffadapt.evaluation.record import ImageRow, Score, differences
-from diffadapt.evaluation.report.compared_runs import Run
+from diffadapt.evaluation.report.compared_runs import ComparedRun
 from diffadapt.metrics.bindings import MetricCall
 from diffadapt.metrics.evaluate import evaluate
 from diffadapt.metrics.feature_set import FeatureSet
@@ -30,15 +31,23 @@ from diffadapt.metrics.kernel import paired_kid_difference
 from diffadapt.metrics.metric import Metric
 from diffadapt.metrics.registry import METRICS
 
+Pairs = list[tuple[ImageRow, ImageRow]]  # images of one prompt and seed: of the first run, of the other
+
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one score or figure of two runs.
+    """The difference of one score, or of one value of the images, between two runs.
 
     Attributes:
-        value: the run's minus the first run's.
-        paired: over the same prompts and seeds.
-        note: why there is no interval, "" where nothing is to be said.
+        name: of the score or value.
+        label: of the other run.
+        first: the first run's score.
+        other: the other run's score.
+        value: the other run's score minus the first run's.
+        interval: 95 % interval of the difference; None where there is none.
+        paired: whether it is taken over images of the same prompts and seeds.
+        better: "lower", "higher", or "" where neither is.
+        note: why there is no interval; "" where there is nothing to say.
     """
 
     name: str
@@ -53,56 +62,113 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """better, worse, or what the interval leaves open."""
+        """ "better" or "worse", or what the interval leaves open."""
         if self.interval is None:
             return "no interval"
         if self.interval.low <= 0 <= self.interval.high:
             return "no clear difference"
         if not self.better:
             return "differs"
-        return "better" if (self.value < 0) == (self.better == "lower") else "worse"
+        is_lower = self.value < 0
+        return "better" if is_lower == (self.better == "lower") else "worse"
 
 
-def compare(runs: Sequence[Run]) -> list[Difference]:
-    """Every run against the first, score by score, then figure by figure of the images.
+@dataclass(frozen=True)
+class _Values:
+    """The fields of a `Difference` before its interval is known."""
 
-    Raises: ValueError when there is nothing to compare, or naming the first run and field of a score's
-        identity that differs.
+    name: str
+    label: str
+    first: float
+    other: float
+    better: str
+
+    @property
+    def change(self) -> float:
+        return self.other - self.first
+
+    def difference(self, interval: Interval | None, *, paired: bool, note: str = "") -> Difference:
+        """The difference with an interval.
+
+        An interval of no width is left out: that nothing varied does not make a difference certain.
+        """
+        is_point = interval is not None and interval.high - interval.low <= 1e-9 * abs(self.change)
+        if is_point and self.change != 0:
+            interval = None
+            note = "no interval: the difference was the same in all parts of the images"
+        return Difference(
+            name=self.name,
+            label=self.label,
+            first=self.first,
+            other=self.other,
+            value=self.change,
+            interval=interval,
+            paired=paired,
+            better=self.better,
+            note=note,
+        )
+
+
+def compare(runs: Sequence[ComparedRun]) -> list[Difference]:
+    """Compares every run with the first, score by score, then value by value of the images.
+
+    Raises:
+        ValueError: there is nothing to compare, or a score was not computed in the same way; names the first
+            run and the fields that differ.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs two generated sets, got {len(runs)}")
-    first, found = runs[0], []
+    first = runs[0]
+    results = []
     for run in runs[1:]:
-        shared = [name for name in first.scores if name in run.scores]
-        if not shared:
+        shared_names = [name for name in first.scores if name in run.scores]
+        if not shared_names:
             raise ValueError(
                 f"{first.label} and {run.label} have no score in common: {', '.join(first.scores) or 'none'} "
                 f"against {', '.join(run.scores) or 'none'}"
             )
-        _refuse_different(first, run, shared)
+        _refuse_different_identities(first, run, shared_names)
         pairs = paired_rows(first.rows, run.rows)
-        found += [_score_difference(first, run, name, pairs) for name in shared]
-        covered = {first.scores[name].metric for name in shared}
-        both = (name for a, b in pairs for name in a.values if name in b.values)
-        names = dict.fromkeys(name for name in both if name not in covered)
-        names = [name for name in names if _finite_pairs(pairs, name)]
-        found += [_figure_difference(run.label, name, pairs) for name in names]
-    return found
+        for name in shared_names:
+            results.append(_score_difference(first, run, name, pairs))
+        compared_metrics = {first.scores[name].metric for name in shared_names}
+        for name in _names_of_image_values(pairs):
+            finite_pairs = _finite_pairs(pairs, name)
+            if name not in compared_metrics and finite_pairs:
+                results.append(_image_value_difference(run.label, name, finite_pairs))
+    return results
 
 
-def paired_rows(first: Sequence[ImageRow], other: Sequence[ImageRow]) -> list[tuple[ImageRow, ImageRow]]:
-    """Images of one prompt and seed in both sets; none where prompts or seeds are not known or not unique."""
-
-    def by_origin(rows: Sequence[ImageRow]) -> dict[tuple, ImageRow]:
-        known = [row for row in rows if row.prompt is not None and row.seed is not None]
-        found = {(row.prompt, row.seed): row for row in known}
-        return found if len(found) == len(known) else {}
-
-    known = by_origin(other)
-    return [(row, known[key]) for key, row in by_origin(first).items() if key in known]
+def paired_rows(first: Sequence[ImageRow], other: Sequence[ImageRow]) -> Pairs:
+    """Images of one prompt and seed in both sets; none where prompts or seeds are unknown or not unique."""
+    first_by_origin = _rows_by_origin(first)
+    other_by_origin = _rows_by_origin(other)
+    return [(row, other_by_origin[key]) for key, row in first_by_origin.items() if key in other_by_origin]
 
 
-def _refuse_different(first: Run, run: Run, names: Sequence[str]) -> None:
+def _rows_by_origin(rows: Sequence[ImageRow]) -> dict[tuple[str, int], ImageRow]:
+    """(prompt, seed) -> image; empty where two images share both."""
+    by_origin: dict[tuple[str, int], ImageRow] = {}
+    for row in rows:
+        if row.prompt is None or row.seed is None:
+            continue
+        if (row.prompt, row.seed) in by_origin:
+            return {}
+        by_origin[row.prompt, row.seed] = row
+    return by_origin
+
+
+def _names_of_image_values(pairs: Pairs) -> list[str]:
+    """The values that both images of some pair have, in the order of first appearance."""
+    names: dict[str, None] = {}
+    for first, other in pairs:
+        for name in first.values:
+            if name in other.values:
+                names.setdefault(name)
+    return list(names)
+
+
+def _refuse_different_identities(first: ComparedRun, run: ComparedRun, names: Sequence[str]) -> None:
     for name in names:
         reasons = differences(first.scores[name], run.scores[name])
         if reasons:
@@ -112,150 +178,178 @@ def _refuse_different(first: Run, run: Run, names: Sequence[str]) -> None:
             )
 
 
-def _score_difference(first: Run, run: Run, name: str, pairs: list) -> Difference:
-    a = first.scores[name]
-    b = run.scores[name]
-    value = b.value - a.value
-    facts = {"name": name, "label": run.label, "first": a.value, "other": b.value, "value": value}
-    facts["better"] = a.better
-    is_complete = len(pairs) == len(first.rows) == len(run.rows)
-    if is_complete and len(pairs) > 1:
-        if all(a.metric in row.values for pair in pairs for row in pair):
-            return _judged(facts, _paired_interval(pairs, a.metric), paired=True)
-        of_pairs = _PairedScore.of(first, run, a, pairs)
-        if of_pairs is not None:
+def _score_difference(first: ComparedRun, run: ComparedRun, name: str, pairs: Pairs) -> Difference:
+    """The difference of one score, with the narrowest interval that the records allow.
+
+    In order of preference: over pairs of images whose values the score is the mean of; over pairs of images
+    whose features the records kept; from both scores' intervals, as of independent sets.
+    """
+    first_score = first.scores[name]
+    other_score = run.scores[name]
+    values = _Values(name, run.label, first_score.value, other_score.value, first_score.better)
+    is_fully_paired = len(pairs) == len(first.rows) == len(run.rows)
+    if is_fully_paired and len(pairs) > 1:
+        if _have_value(pairs, first_score.metric):
+            return values.difference(_paired_interval(pairs, first_score.metric), paired=True)
+        paired_score = _PairedScore.of(first, run, first_score, pairs)
+        if paired_score is not None:
             try:
-                return _judged(facts, of_pairs.interval(value), paired=True)
+                return values.difference(paired_score.interval(values.change), paired=True)
             except ValueError as error:
-                return Difference(**facts, interval=None, paired=True, note=f"no interval: {error}")
-    if a.interval is None or b.interval is None:
-        return Difference(**facts, interval=None, paired=False)
-    error = math.hypot(*((own.high - own.low) / (2 * Z) for own in (a.interval, b.interval)))
+                return values.difference(None, paired=True, note=f"no interval: {error}")
+    if first_score.interval is None or other_score.interval is None:
+        return values.difference(None, paired=False)
+    standard_errors = []
+    for interval in (first_score.interval, other_score.interval):
+        standard_errors.append((interval.high - interval.low) / (2 * Z))
     method = "normal, both intervals' widths as of independent sets"
-    return _judged(facts, normal_interval(value, error, method), paired=False)
+    interval = normal_interval(values.change, math.hypot(*standard_errors), method)
+    return values.difference(interval, paired=False)
 
 
-def _judged(facts: dict, interval: Interval, *, paired: bool) -> Difference:
-    """The difference; an interval of no width is left out: that nothing varied does not make it sure."""
-    is_point = interval.high - interval.low <= 1e-9 * abs(facts["value"])
-    if is_point and facts["value"] != 0:
-        note = "no interval: the difference was the same in all parts of the images"
-        return Difference(**facts, interval=None, paired=paired, note=note)
-    return Difference(**facts, interval=interval, paired=paired)
-
-
-def _figure_difference(label: str, name: str, pairs: list) -> Difference:
-    pairs = _finite_pairs(pairs, name)
-    means = [sum(row.values[name] for row in side) / len(pairs) for side in zip(*pairs, strict=True)]
-    value = means[1] - means[0]
-    facts = {"name": f"{name} of each image", "label": label, "first": means[0], "other": means[1]}
-    facts |= {"value": value, "better": ""}
+def _image_value_difference(label: str, name: str, pairs: Pairs) -> Difference:
+    """The mean difference of one value of the images over pairs that both have it."""
+    first_mean = sum(first.values[name] for first, _ in pairs) / len(pairs)
+    other_mean = sum(other.values[name] for _, other in pairs) / len(pairs)
+    values = _Values(f"{name} of each image", label, first_mean, other_mean, better="")
     if len(pairs) < 2:
-        return Difference(**facts, interval=None, paired=True)
-    return _judged(facts, _paired_interval(pairs, name), paired=True)
+        return values.difference(None, paired=True)
+    return values.difference(_paired_interval(pairs, name), paired=True)
 
 
-def _finite_pairs(pairs: list, name: str) -> list:
-    """The pairs of which a figure can be subtracted; the realism of a copy of a real image is infinite."""
-    return [pair for pair in pairs if all(math.isfinite(row.values.get(name, math.nan)) for row in pair)]
+def _have_value(pairs: Pairs, name: str) -> bool:
+    return all(name in first.values and name in other.values for first, other in pairs)
 
 
-def _paired_interval(pairs: list, name: str) -> Interval:
-    """Interval of the mean change of a figure from image to image of a pair."""
-    changes = torch.tensor([b.values[name] - a.values[name] for a, b in pairs], dtype=torch.float64)
-    return _interval_of_changes(changes, pairs)
+def _finite_pairs(pairs: Pairs, name: str) -> Pairs:
+    """The pairs whose values can be subtracted; the realism of a copy of a real image is infinite."""
+    finite_pairs = []
+    for first, other in pairs:
+        values = (first.values.get(name, math.nan), other.values.get(name, math.nan))
+        if all(math.isfinite(value) for value in values):
+            finite_pairs.append((first, other))
+    return finite_pairs
 
 
-def _interval_of_changes(changes: Tensor, pairs: list) -> Interval:
+def _paired_interval(pairs: Pairs, name: str) -> Interval:
+    """Interval of the mean change of a value from image to image of a pair."""
+    changes = [other.values[name] - first.values[name] for first, other in pairs]
+    return _interval_of_changes(torch.tensor(changes, dtype=torch.float64), pairs)
+
+
+def _interval_of_changes(changes: Tensor, pairs: Pairs) -> Interval:
     over, clusters = _clusters(pairs)
     if clusters is None:
         return mean_interval(changes, over="paired images")
     return clustered_interval(changes, clusters, over=over)
 
 
-def _clusters(pairs: list) -> tuple[str, list | None]:
-    """Images of one subject (the folder of their names), or else of one prompt, resemble each other.
+def _clusters(pairs: Pairs) -> tuple[str, list | None]:
+    """Groups of images that resemble each other: of one subject (the folder of their names) or one prompt.
 
-    Returns: what the clusters are called, and that of each pair; None where no two pairs share one.
+    Returns:
+        The name of the clusters, and the cluster of each pair; None where no two pairs share one.
     """
-    groups = {
-        "folders of paired images": [row.name.rpartition("/")[0] for row, _ in pairs],
-        "prompts of paired images": [row.prompt for row, _ in pairs],
-    }
-    for over, clusters in groups.items():
-        if 2 <= len(set(clusters)) < len(clusters):
-            return over, clusters
+    folders = [first.name.rpartition("/")[0] for first, _ in pairs]
+    if 2 <= len(set(folders)) < len(folders):
+        return "folders of paired images", folders
+    prompts = [first.prompt for first, _ in pairs]
+    if 2 <= len(set(prompts)) < len(prompts):
+        return "prompts of paired images", prompts
     return "", None
 
 
 @dataclass(frozen=True)
 class _PairedScore:
-    """A score of two runs whose records kept their features, image by image in the same order."""
+    """A score of two runs whose records kept their features, image by image in the same order.
+
+    Attributes:
+        metric: of the score.
+        score: the first run's.
+        options: of the metric.
+        sides: the features of the first run's images and of the other's.
+        real: the features of the reference; None for a metric without one.
+        pairs: the images.
+    """
 
     metric: Metric
     score: Score
     options: dict[str, object]
     sides: tuple[FeatureSet, FeatureSet]
     real: FeatureSet | None
-    pairs: list
+    pairs: Pairs
 
     @classmethod
-    def of(cls, first: Run, run: Run, score: Score, pairs: list) -> _PairedScore | None:
+    def of(cls, first: ComparedRun, run: ComparedRun, score: Score, pairs: Pairs) -> _PairedScore | None:
         """None where a record kept no features, or the metric reads more than they hold."""
         metric = METRICS.get(score.metric)
         if metric is None or len(metric.generated) != 1 or metric.train:
             return None
-        sides = (_features(first, first.generated, score), _features(run, run.generated, score))
-        real = _features(first, "reference", score) if metric.real else None
-        if None in sides or (metric.real and real is None):
+        first_features = _stored_features(first, first.generated, score)
+        other_features = _stored_features(run, run.generated, score)
+        if first_features is None or other_features is None:
+            return None
+        real = _stored_features(first, "reference", score) if metric.real else None
+        if metric.real and real is None:
             return None
         options = {name: value for name, value in score.identity["options"].items() if name in metric.options}
-        return cls(metric, score, options, sides, real, pairs)
+        return cls(metric, score, options, (first_features, other_features), real, pairs)
 
-    def interval(self, value: float) -> Interval:
-        """Of the difference of both scores, by the best method there is for the metric.
+    def interval(self, change: float) -> Interval:
+        """Interval of the difference of both scores, by the best method that there is for the metric.
 
-        Raises: ValueError where the images are too few for one.
+        Args:
+            change: the difference.
+
+        Raises:
+            ValueError: there are too few images.
         """
         over, clusters = _clusters(self.pairs)
+        first, other = self.sides
         if self.metric.per_image is not None:
-            first, other = (
-                self.metric.per_image(MetricCall(side, self.real, self.options)) for side in self.sides
-            )
-            return _interval_of_changes(other - first, self.pairs)
+            first_values = self.metric.per_image(MetricCall(first, self.real, self.options))
+            other_values = self.metric.per_image(MetricCall(other, self.real, self.options))
+            return _interval_of_changes(other_values - first_values, self.pairs)
         if self.metric.key == "kid" and clusters is None:
-            first, other = (side["features"] for side in self.sides)
-            _, variance = paired_kid_difference(real=self.real["features"], first=first, other=other)
-            return normal_interval(value, variance**0.5, "normal, variance of the U-statistic of the pairs")
+            _, variance = paired_kid_difference(
+                real=self.real["features"], first=first["features"], other=other["features"]
+            )
+            method = "normal, variance of the U-statistic of the pairs"
+            return normal_interval(change, variance**0.5, method)
         k = self.options.get("k")
         if k is not None and len(self.pairs) // 2 <= 2 * k:
             raise ValueError(f"halves of {len(self.pairs)} pairs are too few for {k} neighbours")
-        return half_samples_interval(value, self._difference, len(self.pairs), clusters=clusters, over=over)
+        return half_samples_interval(
+            change, self._subset_change, len(self.pairs), clusters=clusters, over=over
+        )
 
-    def _difference(self, rows: Tensor) -> float:
+    def _subset_change(self, rows: Tensor) -> float:
         """The difference of the scores of some of the pairs."""
-        place = self.metric.scores.index(self.score.identity.get("score", self.metric.scores[0]))
-        quick = {"intervals": False, "floor": False, "allow_small": True, "metric_options": self.options}
-        found = []
-        for side in self.sides:
-            made = evaluate(
-                self.metric.key,
-                generated=side.rows(rows),
-                real=self.real,
-                seed=self.score.identity["seed"],
-                **quick,
-            )
-            found.append(list(made.values.values())[place].value)
-        return found[1] - found[0]
+        first, other = self.sides
+        return self._subset_score(other, rows) - self._subset_score(first, rows)
+
+    def _subset_score(self, inputs: FeatureSet, rows: Tensor) -> float:
+        result = evaluate(
+            self.metric.key,
+            generated=inputs.rows(rows),
+            real=self.real,
+            seed=self.score.identity["seed"],
+            intervals=False,
+            floor=False,
+            allow_small=True,
+            metric_options=self.options,
+        )
+        position = self.metric.scores.index(self.score.identity.get("score", self.metric.scores[0]))
+        return list(result.values.values())[position].value
 
 
-def _features(run: Run, label: str, score: Score) -> FeatureSet | None:
+def _stored_features(run: ComparedRun, label: str, score: Score) -> FeatureSet | None:
+    """The features of a set that the record kept, in the role that the score's metric reads."""
     folder = run.record.sets[label].features if label in run.record.sets else None
     if folder is None or score.metric not in METRICS:
         return None
     path = run.path.parent / folder / file_name(score.identity["extractor"])
     if not path.is_file():
         return None
-    return FeatureSet(
-        {METRICS[score.metric].generated[0]: read_features(path).layers[score.identity["layer"]]}
-    )
+    role = METRICS[score.metric].generated[0]
+    return FeatureSet({role: read_features(path).layers[score.identity["layer"]]})

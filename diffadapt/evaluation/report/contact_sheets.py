@@ -1,8 +1,9 @@
-"""Which images of an evaluation are shown: the best, the worst, some at random, and those like a real one."""
+"""The images that a page shows: the best, the worst, some at random, and those most like a real image."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow
@@ -22,7 +23,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ContactSheet:
     """Cells under a heading; `note` says how they were chosen."""
 
     heading: str
@@ -30,43 +31,66 @@ class Sheet:
     cells: tuple[Cell, ...]
 
 
-def sheets(record: EvaluationRecord, label: str, *, count: int = 12, seed: int = 0) -> list[Sheet]:
-    """The contact sheets of one generated set, at most `count` cells each; no image is best and worst."""
+def contact_sheets(
+    record: EvaluationRecord, label: str, *, count: int = 12, seed: int = 0
+) -> list[ContactSheet]:
+    """The contact sheets of one generated set. No image is both among the best and among the worst.
+
+    Args:
+        record: the evaluation.
+        label: of the generated set.
+        count: most cells of a sheet.
+        seed: of the random choice.
+    """
     rows = [row for row in record.images if row.generated == label]
-    found, key = [], ranking_key(rows)
+    key = ranking_key(rows)
+    sheets = []
     if key is not None:
         ranked = sorted((row for row in rows if key in row.values), key=lambda row: -row.values[key])
-        shown = min(count, len(ranked) // 2)
-        if shown:
-            found += [
-                Sheet("Best", f"highest {key}", tuple(_single(row, key) for row in ranked[:shown])),
-                Sheet(
-                    "Worst", f"lowest {key}", tuple(_single(row, key) for row in ranked[: -shown - 1 : -1])
-                ),
-            ]
-    chosen = random.Random(seed).sample(rows, min(count, len(rows)))
-    if chosen:
-        found.append(Sheet("Random", f"chosen with seed {seed}", tuple(_single(row, key) for row in chosen)))
-    near = [row for row in rows if row.nearest is not None]
-    near.sort(key=lambda row: -row.values.get(NEAREST, 0.0))
-    if near:
-        pairs = tuple(_pair(row) for row in near[: count * 2 // 3])
-        found.append(Sheet("Nearest real images", "generated left, its nearest real image right", pairs))
-    return found
+        num_shown = min(count, len(ranked) // 2)
+        if num_shown:
+            best = ranked[:num_shown]
+            worst = ranked[::-1][:num_shown]
+            sheets.append(ContactSheet("Best", f"highest {key}", _single_cells(best, key)))
+            sheets.append(ContactSheet("Worst", f"lowest {key}", _single_cells(worst, key)))
+    sample = random.Random(seed).sample(rows, min(count, len(rows)))
+    if sample:
+        sheets.append(ContactSheet("Random", f"chosen with seed {seed}", _single_cells(sample, key)))
+    with_nearest = [row for row in rows if row.nearest is not None]
+    with_nearest.sort(key=lambda row: -row.values.get(NEAREST, 0.0))
+    if with_nearest:
+        cells = tuple(_pair_cell(row) for row in with_nearest[: count * 2 // 3])  # a pair takes more room
+        note = "generated left, its nearest real image right"
+        sheets.append(ContactSheet("Nearest real images", note, cells))
+    return sheets
 
 
-def ranking_key(rows: list[ImageRow]) -> str | None:
-    """The figure by which images are called best and worst: the first of RANKING that they have."""
-    present = dict.fromkeys(name for row in rows for name in row.values)
-    return next((name for wanted in RANKING for name in present if name.partition("[")[0] == wanted), None)
+def ranking_key(rows: Sequence[ImageRow]) -> str | None:
+    """The value by which images are called best and worst: the first of RANKING that they have."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(row.values)
+    for metric in RANKING:
+        for name in names:
+            if name.partition("[")[0] == metric:
+                return name
+    return None
 
 
-def _single(row: ImageRow, key: str | None) -> Cell:
-    figure = "" if key is None or key not in row.values else f"{number(row.values[key])} · "
-    return Cell(((row.generated, row.name),), figure + (row.prompt or row.name))
+def _single_cells(rows: Sequence[ImageRow], key: str | None) -> tuple[Cell, ...]:
+    cells = []
+    for row in rows:
+        caption = row.prompt or row.name
+        if key is not None and key in row.values:
+            caption = f"{number(row.values[key])} · {caption}"
+        cells.append(Cell(((row.generated, row.name),), caption))
+    return tuple(cells)
 
 
-def _pair(row: ImageRow) -> Cell:
-    real = (row.nearest_in or REFERENCE, row.nearest)
-    figure = f"{number(row.values[NEAREST])} · " if NEAREST in row.values else ""
-    return Cell(((row.generated, row.name), real), f"{figure}{row.name} | {row.nearest}")
+def _pair_cell(row: ImageRow) -> Cell:
+    """A generated image beside its nearest real image."""
+    caption = f"{row.name} | {row.nearest}"
+    if NEAREST in row.values:
+        caption = f"{number(row.values[NEAREST])} · {caption}"
+    images = ((row.generated, row.name), (row.nearest_in or REFERENCE, row.nearest))
+    return Cell(images, caption)

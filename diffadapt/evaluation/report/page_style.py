@@ -1,4 +1,4 @@
-"""How the page of an evaluation looks, from a phone's width to a desk's."""
+"""The style sheet of evaluation pages, for phones, desktops and print."""
 
 STYLE = """
 :root { --ink: #1d2433; --faint: #6b7280; --line: #e2e5ea; --accent: #b4540a; --soft: #f6f7f9; }

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from diffadapt.evaluation.record import EvaluationRecord, Score
 from diffadapt.metrics.registry import METRICS
@@ -18,13 +18,15 @@ MEANING = {
     "higher": "higher is better",
 }
 WIDTH = 110  # characters of a line of notes, and of a table in a terminal
-SHORTEST = 16  # characters that are left of a name that is cut to fit
+MIN_CELL_WIDTH = 16  # characters to which cells may be cut to fit a terminal
 
 
 def number(value: float) -> str:
     """Four significant digits, without exponents where a reader does not need them."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "infinite" if value > 0 else "-infinite"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
     if value == 0 or 1e-3 <= abs(value) < 1000:
         return f"{value:.4g}"
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.2e}"
@@ -45,65 +47,49 @@ def score_cells(score: Score) -> dict[str, str]:
 
 
 def score_rows(record: EvaluationRecord) -> list[dict[str, str]]:
-    """The rows of the table of scores: every score of all sets together, in the order of first appearance."""
-    places = {name: i for i, name in enumerate(dict.fromkeys(score.name for score in record.scores))}
-    return [score_cells(score) for score in sorted(record.scores, key=lambda score: places[score.name])]
+    """The rows of the table of scores: each score of all sets together, in the order of first appearance."""
+    rows = []
+    for scores in _scores_by_name(record).values():
+        rows += [score_cells(score) for score in scores]
+    return rows
 
 
 def score_notes(record: EvaluationRecord) -> dict[str, str]:
-    """Scores -> what their values mean, how intervals were found, their paper, and what limits them.
+    """Names of scores -> the meaning of their values, the method of intervals, their paper, their limits.
 
-    What holds of some sets alone names them; scores of which the same is to be said stand together.
+    Remarks about some sets only name those sets; scores with the same notes share an entry.
     """
-    by_name: dict[str, list[Score]] = {}
-    for score in record.scores:
-        by_name.setdefault(score.name, []).append(score)
-    names_of: dict[str, list[str]] = {}
-    for name, scores in by_name.items():
-        names_of.setdefault(_notes_of(scores), []).append(name)
-    return {", ".join(names): text for text, names in names_of.items()}
-
-
-def _notes_of(scores: Sequence[Score]) -> str:
-    sets_of: dict[str, list[str]] = {}  # remark -> the sets it is of
-    for score in scores:
-        remarks = [MEANING[score.better]] if score.better in MEANING else []
-        if score.interval is not None:
-            remarks.append(f"interval: {score.interval.method}")
-        for remark in (*remarks, *score.notes):
-            sets_of.setdefault(remark, []).append(score.generated)
-    parts = []
-    for remark, labels in sets_of.items():
-        is_of_all = len(labels) == len(scores)
-        parts.append(remark if is_of_all else f"{', '.join(labels)}: {remark}")
-    metric = METRICS.get(scores[0].metric)
-    if metric is not None and metric.source:
-        parts.append(metric.source)
-    return "; ".join(parts)
+    names_by_note: dict[str, list[str]] = {}
+    for name, scores in _scores_by_name(record).items():
+        names_by_note.setdefault(_note_of(scores), []).append(name)
+    return {", ".join(names): note for note, names in names_by_note.items()}
 
 
 def remarks_of_run(record: EvaluationRecord) -> list[str]:
-    """Warnings, those of several sets together where they say the same, and what was not computed."""
-    labels_of: dict[str, list[str]] = {}
+    """Warnings, the same one of several sets once, and the scores that were not computed."""
+    labels_by_text: dict[str, list[str]] = {}
     for warning in record.warnings:
         label, separator, text = warning.partition(": ")
-        is_of_set = bool(separator) and label in record.sets
-        labels = labels_of.setdefault(text if is_of_set else warning, [])
-        if is_of_set:
-            labels.append(label)
+        if separator and label in record.sets:
+            labels_by_text.setdefault(text, []).append(label)
+        else:
+            labels_by_text.setdefault(warning, [])
     lines = []
-    for text, labels in labels_of.items():
+    for text, labels in labels_by_text.items():
         lines.append(f"warning: {', '.join(labels)}: {text}" if labels else f"warning: {text}")
-    return [*lines, *(f"not computed: {what}: {why}" for what, why in record.refused.items())]
+    for name, reason in record.refused.items():
+        lines.append(f"not computed: {name}: {reason}")
+    return lines
 
 
 def markdown(record: EvaluationRecord, *, width: int | None = None) -> str:
     """Scores, their notes, warnings and refusals as Markdown, under the record's stamp.
 
     Args:
-        width: characters of a table's lines, for a terminal: a table for each extractor, without its name in
-            those of the scores, and what is still too long is cut. The notes have the names in full.
-            None: one table, which cuts none.
+        record: the evaluation.
+        width: characters of a table's lines, for a terminal: one table for each extractor, whose name is
+            left out of the names of the scores, and cells that are still too long are cut. The notes have
+            the names in full. None: one table with whole names.
     """
     lines = [f"**{record.stamp}**", ""] if record.stamp else []
     rows = score_rows(record)
@@ -116,17 +102,44 @@ def markdown(record: EvaluationRecord, *, width: int | None = None) -> str:
     notes = [f"`{name}`: {text}" for name, text in score_notes(record).items() if text]
     for block in (notes, remarks_of_run(record)):
         if block:
-            lines += ["", *(line for note in block for line in list_item(note))]
+            lines += ["", *list_items(block)]
     return "\n".join(lines) + "\n"
 
 
 def report(record: EvaluationRecord) -> str:
-    """`markdown`, and below it what one needs to cite the scores or to make them again."""
-    return markdown(record) + "\n" + "\n".join(["## How it was made", "", *_making(record)]) + "\n"
+    """`markdown`, and below it what one needs to cite the scores or to compute them again."""
+    return markdown(record) + "\n" + "\n".join(["## How it was made", "", *_provenance(record)]) + "\n"
 
 
-def _making(record: EvaluationRecord) -> list[str]:
-    extractors = [
+def _scores_by_name(record: EvaluationRecord) -> dict[str, list[Score]]:
+    by_name: dict[str, list[Score]] = {}
+    for score in record.scores:
+        by_name.setdefault(score.name, []).append(score)
+    return by_name
+
+
+def _note_of(scores: Sequence[Score]) -> str:
+    """The note of one score of several sets."""
+    labels_by_remark: dict[str, list[str]] = {}
+    for score in scores:
+        remarks = [MEANING[score.better]] if score.better in MEANING else []
+        if score.interval is not None:
+            remarks.append(f"interval: {score.interval.method}")
+        for remark in (*remarks, *score.notes):
+            labels_by_remark.setdefault(remark, []).append(score.generated)
+    parts = []
+    for remark, labels in labels_by_remark.items():
+        applies_to_all = len(labels) == len(scores)
+        parts.append(remark if applies_to_all else f"{', '.join(labels)}: {remark}")
+    metric = METRICS.get(scores[0].metric)
+    if metric is not None and metric.source:
+        parts.append(metric.source)
+    return "; ".join(parts)
+
+
+def _provenance(record: EvaluationRecord) -> list[str]:
+    """Extractors, sets, seeds, versions, device and command."""
+    extractor_rows = [
         {
             "extractor": extractor.name,
             "resize": f"{extractor.preset} to {extractor.side}",
@@ -135,7 +148,7 @@ def _making(record: EvaluationRecord) -> list[str]:
         }
         for extractor in record.extractors
     ]
-    sets = [
+    set_rows = [
         {
             "set": label,
             "role": summary.role,
@@ -146,57 +159,76 @@ def _making(record: EvaluationRecord) -> list[str]:
         for label, summary in record.sets.items()
     ]
     lines: list[str] = []
-    for rows in (extractors, sets):
+    for rows in (extractor_rows, set_rows):
         if rows:
             lines += [*markdown_table(list(rows[0]), rows), ""]
+    command = record.settings.get("command")
     facts = {
         "seeds": ", ".join(f"{name} {seed}" for name, seed in record.seeds.items()),
         "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
         "device": str(record.settings.get("device") or ""),
         "protocol": str(record.settings.get("protocol") or ""),
-        "command": f"`{record.settings['command']}`" if record.settings.get("command") else "",
+        "command": f"`{command}`" if command else "",
     }
-    return lines + [line for name, text in facts.items() if text for line in list_item(f"{name}: {text}")]
+    return lines + list_items(f"{name}: {text}" for name, text in facts.items() if text)
 
 
 def tables_by_extractor(
     columns: Sequence[str], rows: Sequence[Mapping[str, str]], *, width: int
 ) -> list[str]:
-    """The lines of tables of scores, whose extractors, `precision[EXTRACTOR]`, stand above their tables."""
-    rows_of: dict[str, list[dict[str, str]]] = {}
+    """The lines of tables of scores, one for each extractor, whose name stands above its table.
+
+    Args:
+        columns: headings, in order; one of them is "score".
+        rows: cells by column, with scores named `precision[EXTRACTOR]`.
+        width: characters of a line.
+    """
+    rows_by_extractor: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         name, _, extractor = row["score"].removesuffix("]").partition("[")
-        rows_of.setdefault(extractor, []).append({**row, "score": name})
+        rows_by_extractor.setdefault(extractor, []).append({**row, "score": name})
     lines: list[str] = []
-    for extractor, those in rows_of.items():
+    for extractor, extractor_rows in rows_by_extractor.items():
         if lines:
             lines.append("")
         if extractor:
             lines += [f"extractor: {extractor}", ""]
-        lines += markdown_table(columns, those, width=width)
+        lines += markdown_table(columns, extractor_rows, width=width)
     return lines
 
 
 def markdown_table(
     columns: Sequence[str], rows: Sequence[Mapping[str, str]], *, width: int | None = None
 ) -> list[str]:
-    """The lines of a table, columns aligned; columns without any value are left out.
+    """The lines of a table with aligned columns; columns without any value are left out.
 
     Args:
+        columns: headings, in order.
+        rows: cells by column; missing cells are empty.
         width: characters of a line, to which the longest cells are cut in their middle; None cuts none.
     """
-    used = [column for column in columns if any(row.get(column) for row in rows)]
-    cells = [[_cell(row.get(column, "")) for column in used] for row in rows]
-    table = [[_cell(column) for column in used], *cells]
-    widths = [max(len(row[place]) for row in table) for place in range(len(used))]
-    while width is not None and sum(widths) + 3 * len(widths) + 1 > width and max(widths) > SHORTEST:
-        widths[widths.index(max(widths))] -= 1
+    used_columns = [column for column in columns if any(row.get(column) for row in rows)]
+    table = [[_escape_cell(column) for column in used_columns]]
+    for row in rows:
+        table.append([_escape_cell(row.get(column, "")) for column in used_columns])
+    widths = []
+    for column_cells in zip(*table, strict=True):
+        widths.append(max(len(cell) for cell in column_cells))
+    if width is not None:
+        _shrink(widths, width)
     lines = []
-    for row in table:
-        padded = (shortened(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True))
+    for cells in table:
+        padded = [shortened(cell, size).ljust(size) for cell, size in zip(cells, widths, strict=True)]
         lines.append(f"| {' | '.join(padded)} |")
-    rule = f"|{'|'.join('-' * (size + 2) for size in widths)}|"
-    return [lines[0], rule, *lines[1:]]
+    rule = "|".join("-" * (size + 2) for size in widths)
+    return [lines[0], f"|{rule}|", *lines[1:]]
+
+
+def _shrink(widths: list[int], line_width: int) -> None:
+    """Shrinks the widest columns until a line fits, or none is wider than MIN_CELL_WIDTH."""
+    separators = 3 * len(widths) + 1
+    while sum(widths) + separators > line_width and max(widths) > MIN_CELL_WIDTH:
+        widths[widths.index(max(widths))] -= 1
 
 
 def shortened(text: str, length: int) -> str:
@@ -207,50 +239,56 @@ def shortened(text: str, length: int) -> str:
 
 
 def per_image_csv(record: EvaluationRecord) -> str:
-    """A row per generated image: its set, name, prompt, seed, nearest real image, and every figure of it.
+    """A row per generated image: its set, name, prompt, seed, nearest real image, and all its values.
 
-    Under a stamp every row carries it, in a last column.
+    If the record has a stamp, every row carries it in a last column.
     """
     stamp = [record.stamp] if record.stamp else []
-    figures = list(dict.fromkeys(name for row in record.images for name in row.values))
+    value_names: dict[str, None] = {}
+    for row in record.images:
+        value_names |= dict.fromkeys(row.values)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    head = ["set", "image", "prompt", "seed", "nearest", "nearest_in", *figures]
-    writer.writerow([*head, "stamp"] if stamp else head)
+    heading = ["set", "image", "prompt", "seed", "nearest", "nearest_in", *value_names]
+    writer.writerow([*heading, "stamp"] if stamp else heading)
     for row in record.images:
-        facts = [row.generated, row.name, row.prompt, row.seed, row.nearest, row.nearest_in]
-        writer.writerow([*facts, *(row.values.get(name) for name in figures), *stamp])
+        cells = [row.generated, row.name, row.prompt, row.seed, row.nearest, row.nearest_in]
+        cells += [row.values.get(name) for name in value_names]
+        writer.writerow(cells + stamp)
     return text.getvalue()
 
 
-def _cell(text: str) -> str:
-    return _one_line(text).replace("|", "\\|")
+def notes_by_name(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """List items of notes about scores; names with the same note share an item.
 
-
-def items_of(notes: Sequence[tuple[str, str]]) -> list[str]:
-    """Names and what is to be said of them as items of a list: once for all names of which the same holds."""
-    names_of: dict[str, list[str]] = {}
-    for name, text in notes:
-        names = names_of.setdefault(text, [])
+    Args:
+        notes: (name, note); empty notes are left out.
+    """
+    names_by_note: dict[str, list[str]] = {}
+    for name, note in notes:
+        names = names_by_note.setdefault(note, [])
         if name not in names:
             names.append(name)
+    return list_items(f"`{', '.join(names)}`: {note}" for note, names in names_by_note.items() if note)
+
+
+def list_items(texts: Iterable[str]) -> list[str]:
+    """The lines, of WIDTH characters, of a list with these items; line breaks in an item become commas."""
     lines: list[str] = []
-    for text, names in names_of.items():
-        if text:
-            lines += list_item(f"`{', '.join(names)}`: {text}")
+    for text in texts:
+        joined = text.replace(":\n", ": ").replace("\n", ", ")
+        lines += textwrap.wrap(
+            f"- {_one_line(joined)}",
+            WIDTH,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return lines
 
 
-def list_item(text: str) -> list[str]:
-    """An item of a list, in lines of WIDTH; what it lists line by line stands behind commas."""
-    text = text.replace(":\n", ": ").replace("\n", ", ")
-    return textwrap.wrap(
-        f"- {_one_line(text)}",
-        WIDTH,
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _escape_cell(text: str) -> str:
+    return _one_line(text).replace("|", "\\|")
 
 
 def _one_line(text: str) -> str:
