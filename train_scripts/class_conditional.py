@@ -39,7 +39,7 @@ from diffadapt.training.report.class_mapping import (
 )
 from diffadapt.training.report.classes import ClassReport
 from diffadapt.training.run import Run
-from diffadapt.training.setup import make_batches, make_trainer, set_up
+from diffadapt.training.setup import make_batches, make_train_state, prepare_run
 from diffadapt.training.start_command import start_command
 
 DEMO = {
@@ -103,16 +103,16 @@ def main() -> int:
     options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
     examples, names = training_data(options)
     held_out = held_out_data(options, names)
-    setup = set_up(options, fitting=lambda options, model: with_new_table(options, model, names))
+    setup = prepare_run(options, fitting=lambda options, model: with_new_table(options, model, names))
     options = setup.options
-    trainer = make_trainer(setup)
+    train_state = make_train_state(setup)
     rows = labels_of(setup.model, names, options.class_labels)
-    trainer.notes["classes"] = json.dumps(class_names(names, rows))
+    train_state.metadata["classes"] = json.dumps(class_names(names, rows))
     examples = renumbered(examples, rows)
     held_out = renumbered(held_out, rows)
     batches = make_batches(setup, examples, caption_dropout=options.label_dropout)
     report = ClassReport(setup, examples, held_out, rows=rows, names=names)
-    training = Run(trainer, batches, report)
+    training = Run(train_state, batches, report)
     for step in training.steps():
         training.log(step)
         training.validate(step)

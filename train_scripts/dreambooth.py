@@ -31,7 +31,7 @@ from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.report.subject import SubjectReport
 from diffadapt.training.run import Run
-from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
+from diffadapt.training.setup import Setup, make_batches, make_train_state, prepare_run
 from diffadapt.training.start_command import start_command
 
 DEMO = {
@@ -80,11 +80,11 @@ def main() -> int:
     options = choose_base(options, DEMO, data="instance_data_dir", command=FULL_COMMAND)
     if options.with_prior_preservation and not options.class_prompt:
         raise ValueError('--with_prior_preservation needs --class_prompt, as "a photo of a dog"')
-    setup = set_up(options)
+    setup = prepare_run(options)
     report = SubjectReport(setup)
     batches = encode_data(setup, report)
-    trainer = make_trainer(setup, prior_weight=prior_weight(options))
-    training = Run(trainer, batches, report)
+    train_state = make_train_state(setup, prior_weight=prior_weight(options))
+    training = Run(train_state, batches, report)
     for step in training.steps():
         training.log(step)
         training.validate(step)

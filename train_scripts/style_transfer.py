@@ -31,7 +31,7 @@ from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.report.style import StyleReport
 from diffadapt.training.run import Run
-from diffadapt.training.setup import Setup, make_batches, make_trainer, set_up
+from diffadapt.training.setup import Setup, make_batches, make_train_state, prepare_run
 from diffadapt.training.start_command import start_command
 
 DEMO = {
@@ -97,7 +97,7 @@ def main() -> int:
         held_out = read_captioned_folder(
             resolve(options.validation_data_dir), **reading(options), with_other_columns=True
         )
-    setup = set_up(options)
+    setup = prepare_run(options)
     batches = make_batches(
         setup,
         examples,
@@ -107,7 +107,7 @@ def main() -> int:
         is_streaming=options.streaming,
     )
     report = StyleReport(setup, batches, held_out)
-    training = Run(make_trainer(setup), batches, report)
+    training = Run(make_train_state(setup), batches, report)
     for step in training.steps():
         training.log(step)
         training.validate(step)

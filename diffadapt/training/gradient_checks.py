@@ -20,7 +20,7 @@ def check_precision(adapter: Adapter) -> None:
         )
 
 
-class GradientWatch:
+class GradientFlowCheck:
     """Finds trained tensors that no gradient reaches in the first steps of a run.
 
     Factors that start at zero hide the gradient of others until they moved, so what counts is the first

@@ -20,7 +20,7 @@ from diffadapt.common.keyed_random import seed_from
 from diffadapt.common.precision import Precision
 from diffadapt.data.batches import Batches
 from diffadapt.training.ema import AdapterAverage
-from diffadapt.training.gradient_checks import GradientWatch, check_precision, nonfinite_message
+from diffadapt.training.gradient_checks import GradientFlowCheck, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
 from diffadapt.training.optimizers import make_optimizer
 from diffadapt.training.option_effects import SCHEDULE_OPTIONS, check_effects
@@ -47,7 +47,7 @@ class Step:
 
 
 @dataclass
-class Trainer:
+class TrainState:
     """Everything that changes while training, and the position in the run."""
 
     accelerator: Accelerator
@@ -57,9 +57,9 @@ class Trainer:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     options: TrainOptions
     average: AdapterAverage | None = None
-    notes: dict[str, str] = field(default_factory=dict)  # of a script, kept in the adapter's file
+    metadata: dict[str, str] = field(default_factory=dict)  # of a script, kept in the adapter's file
     data: Mapping[str, object] = field(default_factory=dict)  # as `data_record` describes it
-    run: str = field(default_factory=lambda: uuid.uuid4().hex)  # id of the run, in all its checkpoints
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # id of the run, in all its checkpoints
     precision: Precision | None = None  # why the accelerator's precision was chosen
     step: int = 0  # optimizer steps made
     position: int = 0  # of the next sample in the endless stream
@@ -75,7 +75,7 @@ class Trainer:
         )
 
 
-def prepare(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> Trainer:
+def initial_state(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> TrainState:
     """Optimizer, schedule, average and the wrapped objective, at step 0.
 
     Raises: TypeError for trained tensors of low precision, ValueError for an optimizer that cannot be made,
@@ -105,7 +105,7 @@ def prepare(accelerator: Accelerator, objective: Objective, options: TrainOption
     wrapped.train()
     objective.denoiser.eval()  # a base's own dropout would be randomness without a key
     average = AdapterAverage(adapter, options.ema_decay) if options.use_ema else None
-    return Trainer(accelerator, wrapped, adapter, optimizer, scheduler, options, average)
+    return TrainState(accelerator, wrapped, adapter, optimizer, scheduler, options, average)
 
 
 def warmup_steps(options: TrainOptions) -> int:
@@ -113,99 +113,99 @@ def warmup_steps(options: TrainOptions) -> int:
     return min(options.lr_warmup_steps, int(WARMUP_SHARE * options.max_train_steps))
 
 
-def train(trainer: Trainer, batches: Batches) -> Iterator[Step]:
-    """Trains from the trainer's position to the end of the run.
+def train(train_state: TrainState, batches: Batches) -> Iterator[Step]:
+    """Trains from the train_state's position to the end of the run.
 
     Raises: FloatingPointError when more steps than `--skip_nonfinite` have a loss or gradient that is not
         finite; ValueError for trained tensors that no gradient reaches.
     """
-    watch = GradientWatch(trainer.adapter) if trainer.step == 0 else None
-    while trainer.step < trainer.options.max_train_steps:
+    watch = GradientFlowCheck(train_state.adapter) if train_state.step == 0 else None
+    while train_state.step < train_state.options.max_train_steps:
         started = time.perf_counter()
-        rates = trainer.scheduler.get_last_lr()
+        rates = train_state.scheduler.get_last_lr()
         rate = rates[0]
-        text_rate = None if trainer.options.text_encoder_lr is None else rates[-1]
-        losses = _accumulate(trainer, batches)
-        norm = _clip(trainer)
-        loss = _mean_loss(trainer, losses)
+        text_rate = None if train_state.options.text_encoder_lr is None else rates[-1]
+        losses = _accumulate(train_state, batches)
+        norm = _clip(train_state)
+        loss = _mean_loss(train_state, losses)
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if not math.isfinite(loss) or not (finite or _scales(trainer)):
-            _count_skipped(trainer, batches, losses.tolist(), norm)
+        if not math.isfinite(loss) or not (finite or _scales(train_state)):
+            _count_skipped(train_state, batches, losses.tolist(), norm)
         elif finite and watch is not None and not watch.is_done:
             watch.look(rate)
-        _update(trainer, make_step=finite or _scales(trainer))
-        trainer.step += 1
-        trainer.position += trainer.batch_size
+        _update(train_state, make_step=finite or _scales(train_state))
+        train_state.step += 1
+        train_state.position += train_state.batch_size
         seconds = time.perf_counter() - started
-        yield Step(trainer.step, loss, rate, norm, trainer.batch_size, seconds, not finite, text_rate)
+        yield Step(train_state.step, loss, rate, norm, train_state.batch_size, seconds, not finite, text_rate)
 
 
-def positions(trainer: Trainer, microstep: int) -> Sequence[int]:
+def positions(train_state: TrainState, microstep: int) -> Sequence[int]:
     """This process's samples: the processes' microbatches lie side by side in the stream, so 2 equal 1."""
-    size, world = trainer.options.train_batch_size, trainer.accelerator.num_processes
-    start = trainer.position + (microstep * world + trainer.accelerator.process_index) * size
+    size, world = train_state.options.train_batch_size, train_state.accelerator.num_processes
+    start = train_state.position + (microstep * world + train_state.accelerator.process_index) * size
     return range(start, start + size)
 
 
-def _accumulate(trainer: Trainer, batches: Batches) -> torch.Tensor:
+def _accumulate(train_state: TrainState, batches: Batches) -> torch.Tensor:
     """All microsteps of a step; gradients are in place afterwards. Returns this process's loss of each."""
-    accelerator, microsteps = trainer.accelerator, trainer.options.gradient_accumulation_steps
+    accelerator, microsteps = train_state.accelerator, train_state.options.gradient_accumulation_steps
     losses = []
     for microstep in range(microsteps):
-        batch = batches.batch(positions(trainer, microstep)).to(accelerator.device)
-        key = ("dropout", trainer.options.seed, trainer.step, microstep, accelerator.process_index)
-        trainer.adapter.set_dropout_seed(seed_from(key))
+        batch = batches.batch(positions(train_state, microstep)).to(accelerator.device)
+        key = ("dropout", train_state.options.seed, train_state.step, microstep, accelerator.process_index)
+        train_state.adapter.set_dropout_seed(seed_from(key))
         last = microstep == microsteps - 1
-        if not last or trainer.step + 1 < trainer.options.max_train_steps:
-            batches.read_ahead(positions(trainer, microstep + 1))
-        with nullcontext() if last else accelerator.no_sync(trainer.objective), attention(batch.latents):
-            loss = trainer.objective(batch)
+        if not last or train_state.step + 1 < train_state.options.max_train_steps:
+            batches.read_ahead(positions(train_state, microstep + 1))
+        with nullcontext() if last else accelerator.no_sync(train_state.objective), attention(batch.latents):
+            loss = train_state.objective(batch)
             accelerator.backward(loss / microsteps)
         losses.append(loss.detach())
-    if trainer.options.shard_base:
-        average_gradients(accelerator, trainer.adapter)
+    if train_state.options.shard_base:
+        average_gradients(accelerator, train_state.adapter)
     return torch.stack(losses)
 
 
-def _mean_loss(trainer: Trainer, losses: torch.Tensor) -> float:
+def _mean_loss(train_state: TrainState, losses: torch.Tensor) -> float:
     """The mean over microsteps and processes."""
     loss = losses.mean()
-    if trainer.accelerator.num_processes > 1:
-        loss = trainer.accelerator.reduce(loss, reduction="mean")
+    if train_state.accelerator.num_processes > 1:
+        loss = train_state.accelerator.reduce(loss, reduction="mean")
     return loss.item()
 
 
-def _clip(trainer: Trainer) -> float:
+def _clip(train_state: TrainState) -> float:
     """Scales the gradients down to the largest norm allowed; 0 allows any. Returns their norm before."""
-    largest = trainer.options.max_grad_norm or math.inf
-    return float(trainer.accelerator.clip_grad_norm_(trainer.adapter.parameters(), largest))
+    largest = train_state.options.max_grad_norm or math.inf
+    return float(train_state.accelerator.clip_grad_norm_(train_state.adapter.parameters(), largest))
 
 
-def _scales(trainer: Trainer) -> bool:
+def _scales(train_state: TrainState) -> bool:
     """Whether gradients are scaled (fp16): the scaler leaves out steps by itself while it finds its scale."""
-    return trainer.accelerator.scaler is not None
+    return train_state.accelerator.scaler is not None
 
 
-def _count_skipped(trainer: Trainer, batches: Batches, losses: Sequence[float], norm: float) -> None:
+def _count_skipped(train_state: TrainState, batches: Batches, losses: Sequence[float], norm: float) -> None:
     """One more step that is left out; the same on every process, since loss and gradient are shared."""
-    trainer.skipped += 1
-    tolerated = trainer.options.skip_nonfinite
-    if trainer.skipped > tolerated:
-        names = [batches.names(positions(trainer, microstep)) for microstep in range(len(losses))]
+    train_state.skipped += 1
+    tolerated = train_state.options.skip_nonfinite
+    if train_state.skipped > tolerated:
+        names = [batches.names(positions(train_state, microstep)) for microstep in range(len(losses))]
         raise FloatingPointError(
             nonfinite_message(
-                step=trainer.step + 1, losses=losses, norm=norm, names=names, tolerated=tolerated
+                step=train_state.step + 1, losses=losses, norm=norm, names=names, tolerated=tolerated
             )
         )
 
 
-def _update(trainer: Trainer, *, make_step: bool) -> None:
+def _update(train_state: TrainState, *, make_step: bool) -> None:
     if make_step:
-        trainer.optimizer.step()
-        if trainer.average is not None:
-            trainer.average.update()
-    trainer.scheduler.step()
-    trainer.optimizer.zero_grad()
+        train_state.optimizer.step()
+        if train_state.average is not None:
+            train_state.average.update()
+    train_state.scheduler.step()
+    train_state.optimizer.zero_grad()
 
 
 def attention(latents: torch.Tensor) -> AbstractContextManager:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffadapt.data.batches import Batches
-from diffadapt.training.loop import Trainer, attention, positions
+from diffadapt.training.loop import TrainState, attention, positions
 from diffadapt.training.optimizers import state_values
 
 
@@ -32,31 +32,36 @@ class MemoryEstimate:
         return f"about {size_text(self.total)}: {listed}"
 
 
-def estimate_memory(trainer: Trainer, batches: Batches, pipe: DiffusionPipeline) -> MemoryEstimate:
+def estimate_memory(train_state: TrainState, batches: Batches, pipe: DiffusionPipeline) -> MemoryEstimate:
     """Counts the models, and what one forward pass at the run's batch size keeps. No training state changes.
 
     Raises: ValueError with the remedy when the device's memory does not suffice for that.
     """
     models = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     weights = [tensor for model in models for tensor in [*model.parameters(), *model.buffers()]]
-    trained = _bytes([p for p in trainer.adapter.parameters() if p.requires_grad])
-    copies = 2 + state_values(trainer.options) + bool(trainer.options.use_ema)  # itself, gradient, state
+    trained = _bytes([p for p in train_state.adapter.parameters() if p.requires_grad])
+    copies = (
+        2 + state_values(train_state.options) + bool(train_state.options.use_ema)
+    )  # itself, gradient, state
     try:
-        activations = _kept_by_forward(trainer, batches, weights)
+        activations = _kept_by_forward(train_state, batches, weights)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"a batch of {trainer.options.train_batch_size} does not fit into memory ({error}); lower "
+            f"a batch of {train_state.options.train_batch_size} does not fit into memory ({error}); lower "
             "--train_batch_size or --resolution, or use --gradient_checkpointing"
         ) from None
     return MemoryEstimate(_bytes(weights), int(trained * copies), activations)
 
 
-def _kept_by_forward(trainer: Trainer, batches: Batches, weights: list[Tensor]) -> int:
+def _kept_by_forward(train_state: TrainState, batches: Batches, weights: list[Tensor]) -> int:
     """Bytes of the tensors that autograd keeps, each storage once, without those of the models."""
-    objective, accelerator = trainer.accelerator.unwrap_model(trainer.objective), trainer.accelerator
-    batch = batches.batch(positions(trainer, 0)).to(accelerator.device)
-    trainer.adapter.set_dropout_seed(0)
-    owned = [*weights, *trainer.adapter.parameters()]
+    objective, accelerator = (
+        train_state.accelerator.unwrap_model(train_state.objective),
+        train_state.accelerator,
+    )
+    batch = batches.batch(positions(train_state, 0)).to(accelerator.device)
+    train_state.adapter.set_dropout_seed(0)
+    owned = [*weights, *train_state.adapter.parameters()]
     with kept_storages(owned) as kept, accelerator.autocast(), attention(batch.latents):
         objective.forward(batch)
     return sum(storage.nbytes() for storage in kept.values())

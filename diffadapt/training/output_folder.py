@@ -10,7 +10,7 @@ from diffadapt.data.class_images import count_images
 from diffadapt.data.hub_tables import SAVED_DATASET_FILES
 from diffadapt.formats.export import FORMATS
 from diffadapt.models.base_names import is_embedded, resolve
-from diffadapt.training.checkpoint.checkpoint_files import checkpoints, find, run_of
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint, list_checkpoints, run_id_of
 from diffadapt.training.options import OptionsT, TrainOptions
 from diffadapt.training.parsing import write_config
 from diffadapt.training.start_command import this_command
@@ -24,14 +24,14 @@ DATA_FOLDERS = (
     "dataset_name",
 )
 MODEL_FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "extractor")
-MARKS_OF_A_RUN = ("config.yaml", "log.jsonl")
-RUN_LINE = "# run "  # of config.yaml, before the id of the run that wrote it
+RUN_FILES = ("config.yaml", "log.jsonl")
+RUN_ID_PREFIX = "# run "  # of config.yaml, before the id of the run that wrote it
 EXPORTS = tuple(f"adapter{ending}" for ending in FORMATS.values())
 RESULTS = ("adapter.safetensors", *EXPORTS, "run.json", "README.md", "grid.png")
 PROGRESS = ("config.yaml", "log.jsonl", "samples/before", "samples/after", "logs/diffadapt")
 
 
-def settled(options: OptionsT) -> tuple[OptionsT, list[str]]:
+def resolve_output_dir(options: OptionsT) -> tuple[OptionsT, list[str]]:
     """The options with an output folder that this run may use, and what a person is told about it.
 
     A script's default folder is numbered: where it holds a run, a new one goes into a folder beside it.
@@ -53,18 +53,18 @@ def settled(options: OptionsT) -> tuple[OptionsT, list[str]]:
         if folder != options.output_dir:
             notices.append(f"{options.output_dir} holds an earlier run; this one is in {folder}")
         options = dataclasses.replace(options, output_dir=folder)
-    if options.resume_from_checkpoint == "latest" and not checkpoints(options.output_dir):
+    if options.resume_from_checkpoint == "latest" and not list_checkpoints(options.output_dir):
         notices.append(f"no checkpoint in {options.output_dir} yet: a new run begins")
         options = dataclasses.replace(options, resume_from_checkpoint=None)
-    present = results_in(options.output_dir)
+    present = existing_results(options.output_dir)
     if options.resume_from_checkpoint:
-        _check_resumed(options, find(options.resume_from_checkpoint, options.output_dir))
+        _check_resumed(options, find_checkpoint(options.resume_from_checkpoint, options.output_dir))
     elif present and not options.overwrite_output_dir:
         raise ValueError(_in_use(options.output_dir, present))
     return options, notices
 
 
-def written_folders(options: TrainOptions) -> dict[str, str]:
+def output_folders(options: TrainOptions) -> dict[str, str]:
     """Option -> folder that the run writes into."""
     folders = {"output_dir": options.output_dir}
     if options.cache_latents == "disk" and options.cache_dir is not None:
@@ -86,7 +86,7 @@ def check_outside_data(options: TrainOptions) -> None:
         the output folder of an earlier run, or where this run writes and removes files.
     """
     output = Path(options.output_dir).resolve()
-    written = {name: Path(folder).resolve() for name, folder in written_folders(options).items()}
+    written = {name: Path(folder).resolve() for name, folder in output_folders(options).items()}
     for name in DATA_FOLDERS:
         value = getattr(options, name, None)
         if not value or is_embedded(value):
@@ -94,7 +94,7 @@ def check_outside_data(options: TrainOptions) -> None:
         folder = Path(resolve(value)).resolve()
         if not folder.is_dir() or any((folder / mark).exists() for mark in SAVED_DATASET_FILES):
             continue
-        if all((folder / mark).exists() for mark in MARKS_OF_A_RUN):
+        if all((folder / mark).exists() for mark in RUN_FILES):
             raise ValueError(
                 f"--{name} {value!r} is the output folder of an earlier run, whose grid and samples would "
                 "become training images; move your images into a folder that holds nothing else"
@@ -159,7 +159,7 @@ def check_writable(folder: str, option: str) -> None:
                 place.rmdir()
 
 
-def check_places(folder: str) -> None:
+def check_subfolders(folder: str) -> None:
     """Raises: FileExistsError for a file where a run makes a folder, which would be noticed hours later."""
     output = Path(folder)
     places = [output / name for name in ("samples", "validation", "logs", "class_images")]
@@ -170,19 +170,19 @@ def check_places(folder: str) -> None:
             )
 
 
-def prepare(options: TrainOptions, run: str, *, is_resumed: bool) -> None:
+def initialize(options: TrainOptions, run: str, *, is_resumed: bool) -> None:
     """Removes what an older run left in the output folder and writes config.yaml with the id of this run.
 
     Files that no run writes stay; class images stay too.
     """
     output = Path(options.output_dir)
     if not is_resumed:
-        for path in checkpoints(output):
+        for path in list_checkpoints(output):
             shutil.rmtree(path)
         remove(output, [*RESULTS, *PROGRESS])
         for path in output.glob("validation/step-*"):
             shutil.rmtree(path)
-    write_config(options, output, heading=f"{RUN_LINE}{run}\n")
+    write_config(options, output, heading=f"{RUN_ID_PREFIX}{run}\n")
 
 
 def remove(folder: Path, names: Sequence[str]) -> None:
@@ -195,30 +195,30 @@ def remove(folder: Path, names: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def results_in(folder: str | Path) -> list[str]:
+def existing_results(folder: str | Path) -> list[str]:
     """Names of results and checkpoints in a folder, and of files of others that a run would replace."""
     folder = Path(folder)
     names = [name for name in RESULTS if (folder / name).exists()]
-    names += [path.name for path in checkpoints(folder)]
-    if run_in(folder) is None:
+    names += [path.name for path in list_checkpoints(folder)]
+    if run_id_in(folder) is None:
         names += [name for name in PROGRESS if (folder / name).exists()]
         names += ["validation"] if (folder / "validation").is_dir() else []
     return names
 
 
-def run_in(folder: str | Path) -> str | None:
+def run_id_in(folder: str | Path) -> str | None:
     """The id of the run that a folder belongs to; None where its config.yaml names none."""
     config = Path(folder) / "config.yaml"
     if not config.is_file():
         return None
     lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.removeprefix(RUN_LINE) for line in lines if line.startswith(RUN_LINE)), None)
+    return next((line.removeprefix(RUN_ID_PREFIX) for line in lines if line.startswith(RUN_ID_PREFIX)), None)
 
 
 def _numbered(options: TrainOptions) -> str:
     """The default folder or the first of folder-2, folder-3, ... that is free; to resume, the last in use."""
     candidates, number = [options.output_dir], 2
-    while results_in(candidates[-1]):
+    while existing_results(candidates[-1]):
         candidates.append(f"{options.output_dir}-{number}")
         number += 1
     if options.overwrite_output_dir:
@@ -230,15 +230,15 @@ def _numbered(options: TrainOptions) -> str:
 
 def _check_resumed(options: TrainOptions, checkpoint: Path) -> None:
     """Raises: ValueError when the folder belongs to another run, or has gone on without the changes."""
-    output, run = Path(options.output_dir), run_of(checkpoint)
-    owner = run_in(output)
-    present = results_in(output)
+    output, run = Path(options.output_dir), run_id_of(checkpoint)
+    owner = run_id_in(output)
+    present = existing_results(output)
     if present and run is not None and owner != run:
         raise ValueError(
             f"{output} holds another run ({_listed(present)}) than {checkpoint}; go on in another folder "
             "with --output_dir"
         )
-    newest = checkpoints(output, run=run)[-1:]
+    newest = list_checkpoints(output, run=run)[-1:]
     inside = checkpoint.resolve().parent == output.resolve()
     if options.accept_changes and inside and newest and newest[0].name != checkpoint.name:
         raise ValueError(
@@ -249,7 +249,7 @@ def _check_resumed(options: TrainOptions, checkpoint: Path) -> None:
 
 def _in_use(folder: str, present: Sequence[str]) -> str:
     number = 2
-    while results_in(f"{folder}-{number}"):
+    while existing_results(f"{folder}-{number}"):
         number += 1
     return (
         f"{folder} holds a run already ({_listed(present)}).\n"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.strict_json import to_json
-from diffadapt.training.loop import Step, Trainer
+from diffadapt.training.loop import Step, TrainState
 from diffadapt.training.trackers import Trackers
 
 try:
@@ -69,13 +69,15 @@ class Log:
 class Progress:
     """The progress bar, the log and the trackers of one run."""
 
-    def __init__(self, trainer: Trainer, trackers: Trackers):
-        options, self.trackers = trainer.options, trackers
-        self.main = trainer.accelerator.is_main_process
-        self.log = Log(Path(options.output_dir) / "log.jsonl", resumed_step=trainer.step, enabled=self.main)
+    def __init__(self, train_state: TrainState, trackers: Trackers):
+        options, self.trackers = train_state.options, trackers
+        self.main = train_state.accelerator.is_main_process
+        self.log = Log(
+            Path(options.output_dir) / "log.jsonl", resumed_step=train_state.step, enabled=self.main
+        )
         self._said = 0  # failures of trackers
         self.bar = tqdm(
-            desc="steps", total=options.max_train_steps, initial=trainer.step, disable=not self.main
+            desc="steps", total=options.max_train_steps, initial=train_state.step, disable=not self.main
         )
 
     def __enter__(self) -> "Progress":
@@ -100,7 +102,7 @@ class Progress:
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
-    def track_pictures(self, name: str, images: Tensor, step: int) -> None:
+    def log_images(self, name: str, images: Tensor, step: int) -> None:
         """Pictures (N, 3, H, W) in [0, 1] to the trackers."""
         self.trackers.log_images(name, images, step)
         self._say_failures()

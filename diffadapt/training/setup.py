@@ -1,4 +1,4 @@
-"""From options to a trainer at the first step: what every script does in the same way."""
+"""From options to a train_state at the first step: what every script does in the same way."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from diffadapt.training.base_defaults import (
     recommended_rate,
     text_targets,
 )
-from diffadapt.training.loop import Trainer, prepare
+from diffadapt.training.loop import TrainState, initial_state
 from diffadapt.training.objective import Objective
 from diffadapt.training.option_effects import check_effects
 from diffadapt.training.options import OptionsT, TrainOptions
@@ -52,7 +52,7 @@ class Setup(Generic[OptionsT]):
     precision: Precision
 
 
-def set_up(
+def prepare_run(
     options: OptionsT, *, fitting: Callable[[OptionsT, Base], OptionsT] | None = None
 ) -> Setup[OptionsT]:
     """Checks what can be checked, starts the accelerator, loads the base and completes the options.
@@ -66,7 +66,7 @@ def set_up(
     check_ranges(options)
     parse_formats(options.export_formats)
     check_effects(options, base_family(options))
-    options, notices = output_folder.settled(options)
+    options, notices = output_folder.resolve_output_dir(options)
     output_folder.check_outside_data(options)
     output_folder.check_outside_models(options)
     trackers = check_trackers(options.report_to)
@@ -85,9 +85,9 @@ def set_up(
     )
     if accelerator.is_main_process:
         try_trackers(trackers)
-        for name, folder in output_folder.written_folders(options).items():
+        for name, folder in output_folder.output_folders(options).items():
             output_folder.check_writable(folder, name)
-        output_folder.check_places(options.output_dir)
+        output_folder.check_subfolders(options.output_dir)
     for notice in (*notices, *precision.notices, *accumulation_notices(options)):
         accelerator.print(notice)
     model = load_base(
@@ -175,7 +175,7 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: 
         )
 
 
-def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
+def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> TrainState:
     """Attaches the adapter and prepares objective and optimizer, at step 0; `Run` puts a checkpoint into it.
 
     Args:
@@ -197,6 +197,6 @@ def make_trainer(setup: Setup, *, prior_weight: float | None = None) -> Trainer:
         prior_weight=prior_weight,
         snr_gamma=options.snr_gamma,
     )
-    trainer = prepare(setup.accelerator, objective, options)
-    trainer.precision = setup.precision
-    return trainer
+    train_state = initial_state(setup.accelerator, objective, options)
+    train_state.precision = setup.precision
+    return train_state

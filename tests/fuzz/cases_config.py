@@ -15,7 +15,7 @@ from mutations import mutated_tensors, mutated_text, mutated_value
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
-from diffadapt.training.checkpoint import state as run_state
+from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.state_check import state_digest
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import parse, write_config
@@ -29,8 +29,8 @@ class Configs:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder / "checkpoint-1", seed
         self.renew()
-        run_state.save(self.trainer, folder)
-        write_config(self.trainer.options, self.folder)
+        checkpoint_io.save_checkpoint(self.train_state, folder)
+        write_config(self.train_state.options, self.folder)
         self.options = (self.folder / "config.yaml").read_text(encoding="utf-8")
         self.values = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         self.tensors = load_file(self.folder / "state.safetensors")
@@ -44,7 +44,7 @@ class Configs:
         self.model(image()).square().mean().backward()
         optimizer.step()
         scheduler.step()
-        self.trainer = SimpleNamespace(
+        self.train_state = SimpleNamespace(
             adapter=adapter,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -97,8 +97,8 @@ class Configs:
         if path.name == "config.yaml":
             dataclasses.asdict(parse(TrainOptions, ["--config", str(path)]))
             return
-        run_state.restore(self.trainer, self.folder)
-        if not all(torch.isfinite(tensor).all() for tensor in self.trainer.adapter.state_dict().values()):
+        checkpoint_io.restore_checkpoint(self.train_state, self.folder)
+        if not all(torch.isfinite(tensor).all() for tensor in self.train_state.adapter.state_dict().values()):
             raise AssertionError("values that are no numbers are restored")
         self.renew()
 
@@ -107,11 +107,15 @@ class Configs:
             raise AssertionError("the run is not as before")
 
     def _now(self) -> list:
-        trainer = self.trainer
-        tensors = [*trainer.adapter.state_dict().values()]
-        for own in trainer.optimizer.state_dict()["state"].values():
+        train_state = self.train_state
+        tensors = [*train_state.adapter.state_dict().values()]
+        for own in train_state.optimizer.state_dict()["state"].values():
             tensors += own.values()
-        values = [trainer.step, trainer.optimizer.param_groups[0]["lr"], str(trainer.scheduler.state_dict())]
+        values = [
+            train_state.step,
+            train_state.optimizer.param_groups[0]["lr"],
+            str(train_state.scheduler.state_dict()),
+        ]
         return [state(self.model), [str(value) for value in tensors], values]
 
     def _choose(self, number: int) -> tuple[str, random.Random]:

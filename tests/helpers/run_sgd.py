@@ -15,7 +15,7 @@ from diffadapt.common import runtime
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
-from diffadapt.training.loop import prepare, train
+from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 
@@ -25,7 +25,9 @@ def main(base: str, pictures: str, output: str, batch: str) -> None:
     batches = Batches(model, folder_examples(pictures, "a sks dog"), resolution=32, center_crop=True, seed=5)
     adapter = da.attach(model.pipe, da.make_method("flora", rank=4), targets="attention+conv", seed=0)
     objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
-    trainer = prepare(accelerator, objective, train_options(train_batch_size=int(batch), max_train_steps=20))
+    train_state = initial_state(
+        accelerator, objective, train_options(train_batch_size=int(batch), max_train_steps=20)
+    )
     parameters = list(adapter.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.05)
     first: dict[str, torch.Tensor] = {}
@@ -35,8 +37,8 @@ def main(base: str, pictures: str, output: str, batch: str) -> None:
             first.update({f"gradient.{i}": p.grad.detach().clone() for i, p in enumerate(parameters)})
 
     optimizer.register_step_pre_hook(note)
-    trainer = dataclasses.replace(trainer, optimizer=accelerator.prepare(optimizer))
-    losses = [step.loss for step in train(trainer, batches)]
+    train_state = dataclasses.replace(train_state, optimizer=accelerator.prepare(optimizer))
+    losses = [step.loss for step in train(train_state, batches)]
     if accelerator.is_main_process:
         weights = {f"weight.{i}": p.detach().clone() for i, p in enumerate(parameters)}
         processes = torch.tensor(accelerator.num_processes)

@@ -8,7 +8,7 @@ from helpers.pipelines import WIDTH, tiny_unet, train_options
 import diffadapt as da
 from diffadapt.common.keyed_random import integer, normal
 from diffadapt.data.batches import Batch
-from diffadapt.training.loop import prepare
+from diffadapt.training.loop import initial_state
 from diffadapt.training.objective import Objective
 
 
@@ -45,19 +45,19 @@ def predict(denoiser, noisy, timesteps, conditions):
     return denoiser(noisy, timesteps, return_dict=False, **conditions)[0]
 
 
-def small_trainer(method="lora(rank=2)", *, targets="attention", objective=None, **given):
-    """A trainer at step 0."""
+def small_train_state(method="lora(rank=2)", *, targets="attention", objective=None, **given):
+    """A train_state at step 0."""
     torch.manual_seed(0)
     denoiser = tiny_unet()
     adapter = da.attach(denoiser, da.make_method(method), targets)
     schedule = DDPMScheduler(**(objective or {}))
     made = Objective(denoiser, adapter, predict=predict, schedule=schedule, snr_gamma=given.get("snr_gamma"))
-    return prepare(Accelerator(cpu=True), made, train_options(**given))
+    return initial_state(Accelerator(cpu=True), made, train_options(**given))
 
 
-def bits(trainer):
+def bits(train_state):
     """Every trained tensor, copied."""
-    return {name: value.detach().clone() for name, value in trainer.adapter.state_dict().items()}
+    return {name: value.detach().clone() for name, value in train_state.adapter.state_dict().items()}
 
 
 def same_bits(one, other):

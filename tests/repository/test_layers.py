@@ -71,7 +71,7 @@ def test_nothing_lies_outside_the_rooms():
 @pytest.mark.parametrize(
     "line",
     [
-        "from diffadapt.training.loop import Trainer",
+        "from diffadapt.training.loop import TrainState",
         "import diffadapt.training.loop",
         "from diffadapt import training",
         "def late():\n    from diffadapt.cli import main",

@@ -188,7 +188,7 @@ def test_held_out_classes_are_matched_by_name(run, base, pictures, tmp_path):
         raise ValueError("measured")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ClassReport, "begin", measure)
+        patched.setattr(ClassReport, "before_training", measure)
         assert (
             run(*arguments(base, tmp_path / "out", train_data_dir=pictures, held_out=tmp_path / "held")) == 2
         )

@@ -4,10 +4,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
+from helpers.small_run import SmallBatches, bits, same_bits, small_train_state
 from safetensors.torch import load_file
 
-from diffadapt.training.checkpoint import state
+from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.loop import train
 from diffadapt.training.run_log import Log
 
@@ -16,47 +16,49 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def steps_of(trainer, folder):
+def steps_of(train_state, folder):
     """Trains and saves after every step."""
-    for _ in train(trainer, SmallBatches()):
-        state.save(trainer, folder)
+    for _ in train(train_state, SmallBatches()):
+        checkpoint_io.save_checkpoint(train_state, folder)
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    steps_of(small_trainer(max_train_steps=11, checkpoints_total_limit=2), tmp_path)
+    steps_of(small_train_state(max_train_steps=11, checkpoints_total_limit=2), tmp_path)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
-    steps_of(small_trainer(max_train_steps=3), tmp_path / "all")
+    steps_of(small_train_state(max_train_steps=3), tmp_path / "all")
     assert len(names(tmp_path / "all")) == 3
 
 
 def test_old_ones_stay_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
-    trainer = small_trainer(max_train_steps=3, checkpoints_total_limit=1)
-    steps = train(trainer, SmallBatches())
+    train_state = small_train_state(max_train_steps=3, checkpoints_total_limit=1)
+    steps = train(train_state, SmallBatches())
     next(steps)
-    state.save(trainer, tmp_path)
+    checkpoint_io.save_checkpoint(train_state, tmp_path)
     next(steps)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(state, "save_file", full)
+        patched.setattr(checkpoint_io, "save_file", full)
         with pytest.raises(OSError, match=r"the last good one is .*checkpoint-1; make room"):
-            state.save(trainer, tmp_path)
+            checkpoint_io.save_checkpoint(train_state, tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
-    state.restore(small_trainer(max_train_steps=3, checkpoints_total_limit=1), tmp_path / "checkpoint-1")
+    checkpoint_io.restore_checkpoint(
+        small_train_state(max_train_steps=3, checkpoints_total_limit=1), tmp_path / "checkpoint-1"
+    )
 
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path):
     for rest in (".unfinished-checkpoint-1", ".removed-checkpoint-2"):
         (tmp_path / rest).mkdir()
-    steps_of(small_trainer(max_train_steps=1), tmp_path)
+    steps_of(small_train_state(max_train_steps=1), tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
 
 
 def test_one_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):
-    trainer = small_trainer(max_train_steps=1)
-    steps_of(trainer, tmp_path)
+    train_state = small_train_state(max_train_steps=1)
+    steps_of(train_state, tmp_path)
 
     def killed(path, **_):
         if (path / "state.safetensors").exists():
@@ -64,12 +66,12 @@ def test_one_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(state.shutil, "rmtree", killed)
+        patched.setattr(checkpoint_io.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            state.save(trainer, tmp_path)
-    again = small_trainer(max_train_steps=1)
-    state.restore(again, state.find("latest", tmp_path))
-    assert same_bits(bits(trainer), bits(again))
+            checkpoint_io.save_checkpoint(train_state, tmp_path)
+    again = small_train_state(max_train_steps=1)
+    checkpoint_io.restore_checkpoint(again, checkpoint_io.find_checkpoint("latest", tmp_path))
+    assert same_bits(bits(train_state), bits(again))
 
 
 @pytest.fixture
@@ -85,23 +87,23 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_with_a_message_and_the_last_checkpoint_whole(small_disk):
-    trainer = small_trainer("lora(rank=16)", max_train_steps=9)
+    train_state = small_train_state("lora(rank=16)", max_train_steps=9)
     kept, message = {}, ""
-    for _ in train(trainer, SmallBatches()):
+    for _ in train(train_state, SmallBatches()):
         try:
-            state.save(trainer, small_disk)
+            checkpoint_io.save_checkpoint(train_state, small_disk)
         except OSError as error:
             message = str(error)
             break
-        kept = bits(trainer)
-    latest = state.find("latest", small_disk)
+        kept = bits(train_state)
+    latest = checkpoint_io.find_checkpoint("latest", small_disk)
     assert "No space left" in message or "os error 28" in message
     assert f"the last good one is {latest}; make room" in message
-    assert 1 < trainer.step < 9
-    assert latest.name == f"checkpoint-{trainer.step - 1}"
+    assert 1 < train_state.step < 9
+    assert latest.name == f"checkpoint-{train_state.step - 1}"
     assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]
-    again = small_trainer("lora(rank=16)", max_train_steps=9)
-    state.restore(again, latest)
+    again = small_train_state("lora(rank=16)", max_train_steps=9)
+    checkpoint_io.restore_checkpoint(again, latest)
     assert same_bits(kept, bits(again))
     load_file(latest / "adapter.safetensors")
 

@@ -16,7 +16,7 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.folders import read_class_folders
 from diffadapt.models.families import load_base
 from diffadapt.pipelines import ClassConditionalPipeline
-from diffadapt.training.loop import prepare, train
+from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 STEPS, BATCH, RATE, SEED, DROPPED = 20, 3, 1e-3, 3, 0.3
@@ -36,8 +36,8 @@ def our_run(base, examples, method, targets="attention"):
     ]
     options = train_options(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=RATE)
     told = {"predict": model.predict, "schedule": model.training_schedule()}
-    trainer = prepare(Accelerator(cpu=True), Objective(model.denoiser, adapter, **told), options)
-    return [step.loss for step in train(trainer, batches)], start, draws, adapter, model
+    train_state = initial_state(Accelerator(cpu=True), Objective(model.denoiser, adapter, **told), options)
+    return [step.loss for step in train(train_state, batches)], start, draws, adapter, model
 
 
 def with_peft(denoiser, start):

@@ -76,7 +76,7 @@ def test_a_run_draws_only_with_what_is_awake(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(encoder_offload, "_move", lambda parts, to, device: seen.append((len(parts), to)))
     monkeypatch.setattr(
-        "diffadapt.training.report.base.Report._draw",
+        "diffadapt.training.report.base.Report._generate",
         lambda self, wanted, label: seen.append("draw") or torch.zeros(len(wanted), 3, 8, 8),
     )
     away, home = (2, torch.device("cpu")), (2, "home")

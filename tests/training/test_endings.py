@@ -7,13 +7,13 @@ import pytest
 from helpers.class_pipelines import tiny_class_unet
 from helpers.pipelines import tiny_clip, tiny_sd_pipeline, tiny_unet, write_pictures
 from helpers.scripts import runner
-from helpers.small_run import SmallBatches, bits, small_trainer
+from helpers.small_run import SmallBatches, bits, small_train_state
 from safetensors.torch import load_file
 
 import diffadapt as da
 from diffadapt.training import run as run_module
 from diffadapt.training.base_defaults import check_ranges
-from diffadapt.training.checkpoint.state import save_adapter
+from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import train
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.report.base import Report
@@ -133,8 +133,8 @@ def test_every_method_can_be_stored_and_read_before_the_first_step(tmp_path, met
         pytest.importorskip("peft")
     model = tiny_class_unet() if method == "class_embedding" else tiny_unet()
     adapter = da.attach(model, da.make_method(method), "attention", seed=-1)
-    trainer = SimpleNamespace(adapter=adapter, options=TrainOptions(), step=0, average=None, notes={})
-    path = save_adapter(trainer, tmp_path)
+    train_state = SimpleNamespace(adapter=adapter, options=TrainOptions(), step=0, average=None, notes={})
+    path = save_adapter(train_state, tmp_path)
     before = {name: value.clone() for name, value in adapter.state_dict().items()}
     assert da.read_metadata(path)["adapter"]["seed"] == -1
     da.detach(adapter)
@@ -215,10 +215,13 @@ def test_figures_that_are_not_finite_are_strict_json(run, tmp_path, monkeypatch)
 
 
 def test_a_largest_norm_of_0_scales_nothing():
-    free, clipped = small_trainer(max_grad_norm=0, max_train_steps=2), small_trainer(max_train_steps=2)
-    huge = small_trainer(max_grad_norm=1e9, max_train_steps=2)
-    for trainer in (free, clipped, huge):
-        list(train(trainer, SmallBatches()))
+    free, clipped = (
+        small_train_state(max_grad_norm=0, max_train_steps=2),
+        small_train_state(max_train_steps=2),
+    )
+    huge = small_train_state(max_grad_norm=1e9, max_train_steps=2)
+    for train_state in (free, clipped, huge):
+        list(train(train_state, SmallBatches()))
     assert all((value == bits(huge)[name]).all() for name, value in bits(free).items())
 
 

@@ -4,29 +4,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
+from helpers.small_run import SmallBatches, bits, same_bits, small_train_state
 
 from diffadapt.training.loop import train
 from diffadapt.training.memory import estimate_memory
 
 
-def estimate(trainer):
+def estimate(train_state):
     return estimate_memory(
-        trainer, SmallBatches(), SimpleNamespace(components={"unet": trainer.objective.denoiser})
+        train_state, SmallBatches(), SimpleNamespace(components={"unet": train_state.objective.denoiser})
     )
 
 
 def test_weights_gradients_and_states_are_counted():
-    trainer = small_trainer(use_ema=True)
-    memory, denoiser = estimate(trainer), trainer.objective.denoiser
+    train_state = small_train_state(use_ema=True)
+    memory, denoiser = estimate(train_state), train_state.objective.denoiser
     assert memory.base == 4 * sum(p.numel() for p in denoiser.parameters())
-    list(train(trainer, SmallBatches()))
-    state = [v for s in trainer.optimizer.state.values() for v in s.values() if v.dim() > 0]
+    list(train(train_state, SmallBatches()))
+    state = [v for s in train_state.optimizer.state.values() for v in s.values() if v.dim() > 0]
     held = [
-        *trainer.adapter.parameters(),
-        *trainer.adapter.parameters(),
+        *train_state.adapter.parameters(),
+        *train_state.adapter.parameters(),
         *state,
-        *trainer.average.state()["values"],
+        *train_state.average.state()["values"],
     ]
     assert memory.training == sum(4 * tensor.numel() for tensor in held)
     assert memory.total == memory.base + memory.training + memory.activations
@@ -34,18 +34,22 @@ def test_weights_gradients_and_states_are_counted():
 
 @pytest.mark.parametrize(("name", "values"), [("prodigy", 4), ("adamw", 2)])
 def test_what_an_optimizer_keeps_is_known(name, values):
-    trainer = small_trainer(optimizer=name, max_train_steps=1)
-    list(train(trainer, SmallBatches()))
-    state = sum(v.numel() for s in trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v))
-    per_value = state / trainer.adapter.num_parameters
+    train_state = small_train_state(optimizer=name, max_train_steps=1)
+    list(train(train_state, SmallBatches()))
+    state = sum(
+        v.numel() for s in train_state.optimizer.state.values() for v in s.values() if torch.is_tensor(v)
+    )
+    per_value = state / train_state.adapter.num_parameters
     assert 0.85 * values < per_value < 1.01 * values  # Prodigy keeps no start of tensors that start at zero
 
 
 def test_activations_grow_with_the_batch_shrink_with_checkpointing_and_change_nothing():
-    one, four = small_trainer(train_batch_size=1), small_trainer(train_batch_size=4)
+    one, four = small_train_state(train_batch_size=1), small_train_state(train_batch_size=4)
     before = bits(four)
     small, large = estimate(one).activations, estimate(four).activations
     assert same_bits(before, bits(four))
     assert all(p.grad is None for p in four.adapter.parameters())
     assert large == pytest.approx(4 * small, rel=0.1)
-    assert estimate(small_trainer(train_batch_size=4, gradient_checkpointing=True)).activations < large / 2
+    assert (
+        estimate(small_train_state(train_batch_size=4, gradient_checkpointing=True)).activations < large / 2
+    )

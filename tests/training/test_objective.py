@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from helpers.small_run import SmallBatches, predict, small_trainer
+from helpers.small_run import SmallBatches, predict, small_train_state
 
 from diffadapt.training.loop import train
 from diffadapt.training.objective import min_snr_weight, target_of
@@ -38,22 +38,22 @@ def test_no_signal_at_the_last_timestep_gives_the_limit_and_no_nan(kind, last):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_weighted_mean(kind):
-    trainer = small_trainer(objective={"prediction_type": kind}, snr_gamma=0.5, max_train_steps=1)
-    objective, batch = trainer.objective, SmallBatches().batch(range(2))
+    train_state = small_train_state(objective={"prediction_type": kind}, snr_gamma=0.5, max_train_steps=1)
+    objective, batch = train_state.objective, SmallBatches().batch(range(2))
     noisy = objective.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad():
         predicted = predict(objective.denoiser, noisy, batch.timesteps, batch.conditions)
     target = target_of(objective.schedule, batch.latents, batch.noise, batch.timesteps)
     squares = (predicted - target).double().square().mean(dim=(1, 2, 3))
     weights = min_snr_weight(objective.schedule, batch.timesteps, 0.5).double()
-    (step,) = train(trainer, SmallBatches())
+    (step,) = train(train_state, SmallBatches())
     assert step.loss == pytest.approx(float((weights * squares).mean()), rel=1e-5)
     assert step.loss != pytest.approx(float(squares.mean()), rel=1e-3)
 
 
 def test_training_at_a_zero_terminal_ratio_is_finite():
     settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    trainer = small_trainer(objective=settings, snr_gamma=5.0, max_train_steps=2)
+    train_state = small_train_state(objective=settings, snr_gamma=5.0, max_train_steps=2)
 
     class Last(SmallBatches):
         def batch(self, positions):
@@ -61,4 +61,4 @@ def test_training_at_a_zero_terminal_ratio_is_finite():
             batch.timesteps[:] = torch.tensor([999, 500])
             return batch
 
-    assert all(step.loss > 0 and step.grad_norm > 0 for step in train(trainer, Last()))
+    assert all(step.loss > 0 and step.grad_norm > 0 for step in train(train_state, Last()))

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 from helpers.pipelines import train_options
-from helpers.small_run import SmallBatches, bits, same_bits, small_trainer
+from helpers.small_run import SmallBatches, bits, same_bits, small_train_state
 
 import diffadapt as da
 from diffadapt.methods.parse_method import make_method
 from diffadapt.training.base_defaults import recommended_rate
-from diffadapt.training.checkpoint import state
+from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.state_dict_json import pack, unpack
 from diffadapt.training.loop import train
 from diffadapt.training.optimizers import OTHERS, make_optimizer
@@ -32,26 +32,26 @@ def test_4_steps_equal_2_and_a_resume_of_2_with_any_optimizer(tmp_path, name):
     if name in OTHERS:
         pytest.importorskip(OTHERS[name][2])
     options = {"max_train_steps": 4, "optimizer": name, **OPTIMIZERS[name]}
-    whole, batches = small_trainer(**options), SmallBatches()
+    whole, batches = small_train_state(**options), SmallBatches()
     losses = [step.loss for step in train(whole, batches)]
-    first = small_trainer(**options)
+    first = small_train_state(**options)
     steps = train(first, batches)
     next(steps)
     next(steps)
-    checkpoint = state.save(first, tmp_path)
-    second = small_trainer(**options)
+    checkpoint = checkpoint_io.save_checkpoint(first, tmp_path)
+    second = small_train_state(**options)
     start = bits(second)
-    state.restore(second, checkpoint)
+    checkpoint_io.restore_checkpoint(second, checkpoint)
     assert [step.loss for step in train(second, batches)] == losses[2:]
     assert same_bits(bits(whole), bits(second))
     assert not same_bits(start, bits(second))
 
 
 def test_the_scalars_of_prodigy_are_in_the_state(tmp_path):
-    trainer = small_trainer(max_train_steps=3, optimizer="prodigy", learning_rate=1.0)
-    list(train(trainer, SmallBatches()))
-    stored = (state.save(trainer, tmp_path) / "state.json").read_text(encoding="utf-8")
-    group = trainer.optimizer.param_groups[0]
+    train_state = small_train_state(max_train_steps=3, optimizer="prodigy", learning_rate=1.0)
+    list(train(train_state, SmallBatches()))
+    stored = (checkpoint_io.save_checkpoint(train_state, tmp_path) / "state.json").read_text(encoding="utf-8")
+    group = train_state.optimizer.param_groups[0]
     assert group["d_numerator"] != 0
     assert json.dumps(["k", 3]) in stored
     assert json.dumps(["d_numerator", group["d_numerator"]]) in stored

@@ -13,7 +13,7 @@ from helpers.scripts import runner, stop_after
 from safetensors.torch import load_file
 
 from diffadapt.training import output_folder
-from diffadapt.training.checkpoint.checkpoint_files import checkpoints, run_of
+from diffadapt.training.checkpoint.checkpoint_files import list_checkpoints, run_id_of
 from diffadapt.training.options import TrainOptions, option
 
 STEPS = 4
@@ -54,7 +54,7 @@ def run(base, tmp_path, monkeypatch):
 
 
 def names(folder):
-    return sorted(path.name for path in checkpoints(folder))
+    return sorted(path.name for path in list_checkpoints(folder))
 
 
 def test_a_new_run_asks_before_it_uses_the_folder_of_another(run, tmp_path, capsys):
@@ -135,14 +135,14 @@ def test_a_resumed_run_is_the_one_that_stopped_and_removes_its_own_checkpoints_o
     with monkeypatch.context() as patched:
         stop_after(1, signal.SIGTERM, patched)
         assert run() == 128 + signal.SIGTERM
-    stopped = run_of(tmp_path / "out" / "checkpoint-2")
+    stopped = run_id_of(tmp_path / "out" / "checkpoint-2")
     other = tmp_path / "out" / "checkpoint-1"
     other.mkdir()
     (other / "state.json").write_text('{"run": "another"}', encoding="utf-8")
     limit = {"checkpoints_total_limit": 1, "checkpointing_steps": 1}
     assert run(resume_from_checkpoint=tmp_path / "out" / "checkpoint-2", **limit) == 0
     assert names(tmp_path / "out") == ["checkpoint-1", f"checkpoint-{STEPS}"]
-    assert run_of(tmp_path / "out" / f"checkpoint-{STEPS}") == stopped
+    assert run_id_of(tmp_path / "out" / f"checkpoint-{STEPS}") == stopped
     assert run(resume_from_checkpoint="latest") == 2  # which run is the latest?
 
 
@@ -243,9 +243,9 @@ def test_a_folder_with_all_class_images_need_not_be_writable(tmp_path):
         num_class_images: int = option(2, "how many")
 
     options = Options(output_dir="out", class_data_dir=str(tmp_path / "class"))
-    assert "class_data_dir" not in output_folder.written_folders(options)
+    assert "class_data_dir" not in output_folder.output_folders(options)
     more = Options(output_dir="out", class_data_dir=str(tmp_path / "class"), num_class_images=3)
-    assert "class_data_dir" in output_folder.written_folders(more)
+    assert "class_data_dir" in output_folder.output_folders(more)
 
 
 @pytest.mark.parametrize("place", [".", "runs/one"])
@@ -272,13 +272,15 @@ def test_the_default_folder_is_numbered_where_it_holds_a_run(tmp_path, monkeypat
         output_dir: str = option("runs/default", "where")
 
     monkeypatch.chdir(tmp_path)
-    assert output_folder.settled(Options())[0].output_dir == "runs/default"
+    assert output_folder.resolve_output_dir(Options())[0].output_dir == "runs/default"
     (tmp_path / "runs" / "default").mkdir(parents=True)
     (tmp_path / "runs" / "default" / "run.json").write_text("{}", encoding="utf-8")
-    options, notices = output_folder.settled(Options())
+    options, notices = output_folder.resolve_output_dir(Options())
     assert options.output_dir == "runs/default-2"
     assert notices == ["runs/default holds an earlier run; this one is in runs/default-2"]
-    assert output_folder.settled(Options(overwrite_output_dir=True))[0].output_dir == "runs/default"
+    assert (
+        output_folder.resolve_output_dir(Options(overwrite_output_dir=True))[0].output_dir == "runs/default"
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,12 +292,12 @@ def test_the_default_folder_is_numbered_where_it_holds_a_run(tmp_path, monkeypat
 )
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        output_folder.settled(TrainOptions(**{"output_dir": "x", **given}))
+        output_folder.resolve_output_dir(TrainOptions(**{"output_dir": "x", **given}))
 
 
 def test_config_yaml_names_its_run_and_stays_readable(run, tmp_path):
     assert run() == 0
-    assert output_folder.run_in(tmp_path / "out") == run_of(tmp_path / "out" / "checkpoint-4")
+    assert output_folder.run_id_in(tmp_path / "out") == run_id_of(tmp_path / "out" / "checkpoint-4")
     assert (
         yaml.safe_load((tmp_path / "out" / "config.yaml").read_text(encoding="utf-8"))["max_train_steps"]
         == STEPS

@@ -12,13 +12,13 @@ import diffadapt as da
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
-from diffadapt.training.checkpoint import state
-from diffadapt.training.loop import prepare, train
+from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 
 def make(tmp_path, **given):
-    """A trainer at step 0 and its batches, with random crops, a posterior and dropout."""
+    """A train_state at step 0 and its batches, with random crops, a posterior and dropout."""
     base = tmp_path / "base"
     if not base.exists():
         tiny_sd_pipeline(base, vae="kl")
@@ -32,11 +32,11 @@ def make(tmp_path, **given):
     batches = Batches(model, examples, resolution=32, center_crop=False, seed=options.seed)
     adapter = da.attach(model.pipe, da.make_method("lora", rank=2, dropout=0.3), seed=options.seed)
     objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
-    return prepare(Accelerator(cpu=True), objective, options), batches
+    return initial_state(Accelerator(cpu=True), objective, options), batches
 
 
-def tensors(trainer):
-    return {name: value.detach().clone() for name, value in trainer.adapter.state_dict().items()}
+def tensors(train_state):
+    return {name: value.detach().clone() for name, value in train_state.adapter.state_dict().items()}
 
 
 def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
@@ -46,10 +46,10 @@ def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
     first, batches = make(tmp_path)
     steps = train(first, batches)
     part = [next(steps).loss for _ in range(3)]
-    state.save(first, tmp_path / "run")
+    checkpoint_io.save_checkpoint(first, tmp_path / "run")
 
     second, batches = make(tmp_path)
-    state.restore(second, state.find("latest", tmp_path / "run"))
+    checkpoint_io.restore_checkpoint(second, checkpoint_io.find_checkpoint("latest", tmp_path / "run"))
     part += [step.loss for step in train(second, batches)]
 
     assert part == losses
@@ -59,9 +59,9 @@ def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
 
 
 def test_a_checkpoint_holds_no_pickle_and_a_usable_adapter(tmp_path):
-    trainer, batches = make(tmp_path)
-    next(train(trainer, batches))
-    folder = state.save(trainer, tmp_path / "run")
+    train_state, batches = make(tmp_path)
+    next(train(train_state, batches))
+    folder = checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter.safetensors",
         "state.json",
@@ -73,21 +73,21 @@ def test_a_checkpoint_holds_no_pickle_and_a_usable_adapter(tmp_path):
 
 
 def test_an_unfinished_checkpoint_is_never_taken(tmp_path):
-    trainer, batches = make(tmp_path)
-    next(train(trainer, batches))
-    state.save(trainer, tmp_path / "run")
+    train_state, batches = make(tmp_path)
+    next(train(train_state, batches))
+    checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
     (tmp_path / "run" / ".unfinished-checkpoint-2").mkdir()
     (tmp_path / "run" / "checkpoint-9").mkdir()
-    assert state.find("latest", tmp_path / "run").name == "checkpoint-1"
+    assert checkpoint_io.find_checkpoint("latest", tmp_path / "run").name == "checkpoint-1"
 
 
 def test_other_options_than_the_checkpoints_are_an_error_that_names_them(tmp_path):
-    trainer, batches = make(tmp_path)
-    next(train(trainer, batches))
-    checkpoint = state.save(trainer, tmp_path / "run")
+    train_state, batches = make(tmp_path)
+    next(train(train_state, batches))
+    checkpoint = checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
     other, _ = make(tmp_path, adam_beta2=0.99)
     with pytest.raises(ValueError, match=r"adam_beta2: 0.999 then, 0.99 now"):
-        state.restore(other, checkpoint)
+        checkpoint_io.restore_checkpoint(other, checkpoint)
 
 
 def test_a_run_at_a_constant_rate_can_be_made_longer(tmp_path):
@@ -97,29 +97,29 @@ def test_a_run_at_a_constant_rate_can_be_made_longer(tmp_path):
     whole, _ = make(tmp_path, **constant, max_train_steps=4)
     losses = [step.loss for step in train(whole, batches)]
     first = [step.loss for step in train(short, batches)]
-    state.restore(long, state.save(short, tmp_path / "run"))
+    checkpoint_io.restore_checkpoint(long, checkpoint_io.save_checkpoint(short, tmp_path / "run"))
     assert first + [step.loss for step in train(long, batches)] == losses
 
 
 def test_a_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path):
-    trainer, batches = make(tmp_path)
-    next(train(trainer, batches))
-    checkpoint = state.save(trainer, tmp_path / "run")
+    train_state, batches = make(tmp_path)
+    next(train(train_state, batches))
+    checkpoint = checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
     file = checkpoint / "state.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="use an earlier checkpoint"):
-        state.restore(make(tmp_path)[0], checkpoint)
+        checkpoint_io.restore_checkpoint(make(tmp_path)[0], checkpoint)
 
 
 def test_no_checkpoint_lists_those_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are: none"):
-        state.find("latest", tmp_path)
+        checkpoint_io.find_checkpoint("latest", tmp_path)
 
 
 def test_a_state_that_lacks_a_value_of_the_optimizer_leaves_the_run_as_it_was(tmp_path, monkeypatch):
-    trainer, batches = make(tmp_path)
-    next(train(trainer, batches))
-    whole = state._state
+    train_state, batches = make(tmp_path)
+    next(train(train_state, batches))
+    whole = checkpoint_io._state
 
     def without_steps(saved):
         content = whole(saved)
@@ -128,13 +128,13 @@ def test_a_state_that_lacks_a_value_of_the_optimizer_leaves_the_run_as_it_was(tm
         return content
 
     with monkeypatch.context() as patched:
-        patched.setattr(state, "_state", without_steps)
-        checkpoint = state.save(trainer, tmp_path / "run")
-    next(train(trainer, batches))
-    values = tensors(trainer)
-    moments = trainer.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+        patched.setattr(checkpoint_io, "_state", without_steps)
+        checkpoint = checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
+    next(train(train_state, batches))
+    values = tensors(train_state)
+    moments = train_state.optimizer.state_dict()["state"][0]["exp_avg"].clone()
     with pytest.raises(ValueError, match="has no state of adamw"):
-        state.restore(trainer, checkpoint)
-    assert all(torch.equal(value, values[name]) for name, value in tensors(trainer).items())
-    assert torch.equal(trainer.optimizer.state_dict()["state"][0]["exp_avg"], moments)
-    assert trainer.step == 2
+        checkpoint_io.restore_checkpoint(train_state, checkpoint)
+    assert all(torch.equal(value, values[name]) for name, value in tensors(train_state).items())
+    assert torch.equal(train_state.optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    assert train_state.step == 2

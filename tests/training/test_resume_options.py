@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from helpers.small_run import SmallBatches, same_bits, small_trainer
+from helpers.small_run import SmallBatches, same_bits, small_train_state
 from PIL import Image
 
 from diffadapt.data.examples import Example, OrderedExamples, ShuffledOrder
-from diffadapt.training.checkpoint import state
+from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.data_record import data_changes, data_record
-from diffadapt.training.checkpoint.resume_options import Facts, check_continuation
+from diffadapt.training.checkpoint.resume_options import ResumeFacts, check_resumable
 from diffadapt.training.loop import train
 
 
@@ -65,28 +65,28 @@ OPTIONS = {"lr_scheduler": "cosine", "learning_rate": 1.0, "train_data_dir": "x"
 
 
 def facts(*, processes=1, data=None, **options):
-    return Facts({**OPTIONS, **options}, data or {}, processes)
+    return ResumeFacts({**OPTIONS, **options}, data or {}, processes)
 
 
 def test_changes_are_refused_with_the_option_that_accepts_them(tmp_path):
     with pytest.raises(ValueError, match=r"--accept_changes learning_rate,processes") as error:
-        check_continuation(facts(), facts(learning_rate=0.5, processes=2), tmp_path)
+        check_resumable(facts(), facts(learning_rate=0.5, processes=2), tmp_path)
     assert "learning_rate: 1.0 then, 0.5 now" in str(error.value)
     assert "processes: 1 then, 2 now" in str(error.value)
     now = facts(learning_rate=0.5, processes=2, accept_changes="learning_rate, processes")
-    assert check_continuation(facts(), now, tmp_path) == {"learning_rate", "processes"}
+    assert check_resumable(facts(), now, tmp_path) == {"learning_rate", "processes"}
 
 
 def test_other_data_are_accepted_by_name_and_a_moved_folder_needs_no_word(tmp_path):
     one = record(tmp_path / "one", TWO)
     other = record(tmp_path / "two", {**TWO, "b.bmp": ("green", "a disc")})
-    assert check_continuation(facts(data=one), facts(data=one, train_data_dir="y"), tmp_path) == set()
+    assert check_resumable(facts(data=one), facts(data=one, train_data_dir="y"), tmp_path) == set()
     with pytest.raises(ValueError, match="--accept_changes data"):
-        check_continuation(facts(data=one), facts(data=other), tmp_path)
+        check_resumable(facts(data=one), facts(data=other), tmp_path)
     accepted = facts(data=other, accept_changes="data")
-    assert check_continuation(facts(data=one), accepted, tmp_path) == {"data"}
+    assert check_resumable(facts(data=one), accepted, tmp_path) == {"data"}
     with pytest.raises(ValueError, match="train_data_dir: 'x' then, 'y' now"):  # a stream is not compared
-        check_continuation(facts(), facts(train_data_dir="y"), tmp_path)
+        check_resumable(facts(), facts(train_data_dir="y"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -95,32 +95,32 @@ def test_other_data_are_accepted_by_name_and_a_moved_folder_needs_no_word(tmp_pa
 )
 def test_what_cannot_be_accepted_is_said(tmp_path, names, message):
     with pytest.raises(ValueError, match=message):
-        check_continuation(facts(), facts(accept_changes=names), tmp_path)
+        check_resumable(facts(), facts(accept_changes=names), tmp_path)
 
 
 def test_an_accepted_rate_is_the_rate_of_the_next_step(tmp_path):
-    first = small_trainer(max_train_steps=6)
+    first = small_train_state(max_train_steps=6)
     steps = train(first, SmallBatches())
     for _ in range(3):
         next(steps)
-    checkpoint = state.save(first, tmp_path)
+    checkpoint = checkpoint_io.save_checkpoint(first, tmp_path)
     accepted = {"accept_changes": "learning_rate,adam_beta1", "learning_rate": 5e-4, "adam_beta1": 0.8}
-    second = small_trainer(max_train_steps=6, **accepted)
-    state.restore(second, checkpoint)
+    second = small_train_state(max_train_steps=6, **accepted)
+    checkpoint_io.restore_checkpoint(second, checkpoint)
     assert next(train(second, SmallBatches())).lr == 5e-4
     assert second.optimizer.param_groups[0]["betas"][0] == 0.8
 
 
 def test_another_batch_size_goes_on_with_the_samples_that_were_next(tmp_path):
-    first = small_trainer(max_train_steps=6, train_batch_size=2)
+    first = small_train_state(max_train_steps=6, train_batch_size=2)
     steps = train(first, SmallBatches())
     for _ in range(2):
         next(steps)
-    checkpoint = state.save(first, tmp_path)
-    second = small_trainer(max_train_steps=6, train_batch_size=4, accept_changes="train_batch_size")
-    state.restore(second, checkpoint)
+    checkpoint = checkpoint_io.save_checkpoint(first, tmp_path)
+    second = small_train_state(max_train_steps=6, train_batch_size=4, accept_changes="train_batch_size")
+    checkpoint_io.restore_checkpoint(second, checkpoint)
     assert second.position == 4
-    unchanged = small_trainer(max_train_steps=6, train_batch_size=2)
-    state.restore(unchanged, checkpoint)
+    unchanged = small_train_state(max_train_steps=6, train_batch_size=2)
+    checkpoint_io.restore_checkpoint(unchanged, checkpoint)
     assert [step.loss for step in train(unchanged, SmallBatches())] == [step.loss for step in steps]
     assert same_bits(dict(first.adapter.state_dict()), dict(unchanged.adapter.state_dict()))

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from helpers.small_run import small_trainer
+from helpers.small_run import small_train_state
 
 from diffadapt.training.loop import warmup_steps
 
@@ -12,12 +12,12 @@ STEPS, RATE = 20, 1e-3
 
 def rates(**given):
     """The rate of every step of a run."""
-    trainer = small_trainer(max_train_steps=STEPS, learning_rate=RATE, **given)
+    train_state = small_train_state(max_train_steps=STEPS, learning_rate=RATE, **given)
     found = []
     for _ in range(STEPS):
-        found.append(trainer.scheduler.get_last_lr()[0])
-        trainer.optimizer.step()
-        trainer.scheduler.step()
+        found.append(train_state.scheduler.get_last_lr()[0])
+        train_state.optimizer.step()
+        train_state.scheduler.step()
     return found
 
 
@@ -25,7 +25,7 @@ def test_a_warm_up_is_at_most_a_tenth_of_the_run():
     found = rates(lr_scheduler="constant_with_warmup", lr_warmup_steps=500)
     assert found == pytest.approx([0, RATE / 2, *[RATE] * 18])
     assert rates(lr_scheduler="constant_with_warmup", lr_warmup_steps=1) == pytest.approx([0, *[RATE] * 19])
-    short = small_trainer(max_train_steps=9, lr_scheduler="linear", lr_warmup_steps=5)
+    short = small_train_state(max_train_steps=9, lr_scheduler="linear", lr_warmup_steps=5)
     assert warmup_steps(short.options) == 0
 
 
@@ -51,4 +51,4 @@ def test_the_polynomial_has_the_power_asked_for():
 )
 def test_settings_that_a_schedule_does_not_use_are_refused_in_python_too(given, message):
     with pytest.raises(ValueError, match=message):
-        small_trainer(max_train_steps=STEPS, **given)
+        small_train_state(max_train_steps=STEPS, **given)

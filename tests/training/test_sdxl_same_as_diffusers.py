@@ -18,7 +18,7 @@ from diffadapt.common.keyed_random import normal
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
-from diffadapt.training.loop import prepare, train
+from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 STEPS, BATCH, RATE, SIDE = 20, 2, 1e-3, 32
@@ -62,8 +62,8 @@ def _our_losses(base, instances, classes, with_text):
         schedule=model.training_schedule(),
         prior_weight=PRIOR_WEIGHT if classes else None,
     )
-    trainer = prepare(Accelerator(cpu=True), objective, options)
-    return [step.loss for step in train(trainer, batches)], start, draws
+    train_state = initial_state(Accelerator(cpu=True), objective, options)
+    return [step.loss for step in train(train_state, batches)], start, draws
 
 
 def _their_losses(base, start, draws, instances, classes, with_text):

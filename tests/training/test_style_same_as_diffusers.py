@@ -18,7 +18,7 @@ from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.data.batches import Batches
 from diffadapt.data.folders import read_captioned_folder
 from diffadapt.models.families import load_base
-from diffadapt.training.loop import prepare, train
+from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 STEPS, BATCH, RATE, SEED = 20, 2, 1e-3, 3
@@ -58,8 +58,8 @@ def _our_losses(base, data, *, snr_gamma, noise_offset):
     timesteps = [batches.batch(some).timesteps for some in places]
     options = train_options(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=RATE)
     told = {"predict": model.predict, "schedule": model.training_schedule(), "snr_gamma": snr_gamma}
-    trainer = prepare(Accelerator(cpu=True), Objective(model.denoiser, adapter, **told), options)
-    return [step.loss for step in train(trainer, batches)], start, draws, timesteps
+    train_state = initial_state(Accelerator(cpu=True), Objective(model.denoiser, adapter, **told), options)
+    return [step.loss for step in train(train_state, batches)], start, draws, timesteps
 
 
 def _their_losses(base, data, start, draws, timesteps, *, snr_gamma, noise_offset):

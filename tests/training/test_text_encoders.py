@@ -15,8 +15,8 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
-from diffadapt.training.checkpoint import state
-from diffadapt.training.loop import prepare, train
+from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 WRITERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
 
 
 def make(folder, method="lora(rank=2)", steps=4, **given):
-    """A trainer at step 0, its batches and its base."""
+    """A train_state at step 0, its batches and its base."""
     model = load_base(str(folder))
     model.train_text_encoder = True
     examples = folder_examples(folder.parent / "pictures", "a sks dog")
@@ -41,11 +41,11 @@ def make(folder, method="lora(rank=2)", steps=4, **given):
     objective = Objective(model.denoiser, adapter, predict=model.predict, schedule=model.training_schedule())
     given = {"max_train_steps": steps, "learning_rate": 1e-2, **given}
     options = train_options(pretrained_model_name_or_path=str(folder), **given)
-    return prepare(Accelerator(cpu=True), objective, options), batches, model
+    return initial_state(Accelerator(cpu=True), objective, options), batches, model
 
 
-def tensors(trainer):
-    return {name: value.detach().clone() for name, value in trainer.adapter.state_dict().items()}
+def tensors(train_state):
+    return {name: value.detach().clone() for name, value in train_state.adapter.state_dict().items()}
 
 
 @pytest.mark.parametrize("family", WRITERS)
@@ -60,40 +60,40 @@ def test_captions_are_kept_as_token_ids(folders, family):
 @pytest.mark.parametrize("method", ["lora(rank=2)", "superlora(rank=2, projection=linear)", "liera(rank=2)"])
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_trained_tensor_gets_a_gradient(folders, family, method):
-    trainer, batches, _ = make(folders[family], method, steps=2)
-    before = tensors(trainer)
-    assert len(list(train(trainer, batches))) == 2
-    still = [name for name, value in tensors(trainer).items() if torch.equal(value, before[name])]
+    train_state, batches, _ = make(folders[family], method, steps=2)
+    before = tensors(train_state)
+    assert len(list(train(train_state, batches))) == 2
+    still = [name for name, value in tensors(train_state).items() if torch.equal(value, before[name])]
     assert not still
-    roots = {site.name.partition(".")[0] for site in trainer.adapter.sites}
+    roots = {site.name.partition(".")[0] for site in train_state.adapter.sites}
     assert roots == {"unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])}
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2)", "lora(rank=2)+norms", "peft:LORA"])
 def test_text_encoders_learn_at_their_own_rate(folders, method):
-    trainer, batches, _ = make(
+    train_state, batches, _ = make(
         folders["sdxl"], method, steps=2, text_encoder_lr=1e-4, lr_scheduler="linear", optimizer="SGD"
     )
-    before = {name: p.detach().clone() for name, p in trainer.adapter.named_parameters()}
+    before = {name: p.detach().clone() for name, p in train_state.adapter.named_parameters()}
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(name, parameter):
         gradients[name] = parameter.grad.detach().clone()
 
-    for name, parameter in trainer.adapter.named_parameters():
+    for name, parameter in train_state.adapter.named_parameters():
         parameter.register_post_accumulate_grad_hook(partial(keep, name))
-    trainer.options = replace(trainer.options, max_grad_norm=1e9)
-    made = next(train(trainer, batches))
+    train_state.options = replace(train_state.options, max_grad_norm=1e9)
+    made = next(train(train_state, batches))
     assert (made.lr, made.text_encoder_lr) == (1e-2, 1e-4)
-    groups = [{id(p) for p in group["params"]} for group in trainer.optimizer.param_groups]
+    groups = [{id(p) for p in group["params"]} for group in train_state.optimizer.param_groups]
     assert all(groups)
     assert not groups[0] & groups[1]
-    for name, parameter in trainer.adapter.named_parameters():
+    for name, parameter in train_state.adapter.named_parameters():
         rate = 1e-2 if id(parameter) in groups[0] else 1e-4
         expected = before[name].double() - rate * gradients[name].double()
         assert (parameter.double() - expected).abs().max() <= 1e-7, name
-    assert trainer.scheduler.get_last_lr() == [1e-2 / 2, 1e-4 / 2]
-    of_text = sum(site.name.startswith("text_encoder") for site in trainer.adapter.sites)
+    assert train_state.scheduler.get_last_lr() == [1e-2 / 2, 1e-4 / 2]
+    of_text = sum(site.name.startswith("text_encoder") for site in train_state.adapter.sites)
     assert len(groups[1]) >= of_text > 0
 
 
@@ -143,16 +143,16 @@ def test_4_steps_equal_2_and_a_resume_of_2_and_the_file_gives_the_images(folders
     first, batches, _ = make(folders[family])
     steps = train(first, batches)
     part = [next(steps).loss for _ in range(2)]
-    state.save(first, tmp_path / "run")
+    checkpoint_io.save_checkpoint(first, tmp_path / "run")
     second, batches, _ = make(folders[family])
-    state.restore(second, state.find("latest", tmp_path / "run"))
+    checkpoint_io.restore_checkpoint(second, checkpoint_io.find_checkpoint("latest", tmp_path / "run"))
     part += [step.loss for step in train(second, batches)]
 
     assert part == losses
     for name, value in tensors(whole).items():
         assert torch.equal(value, tensors(second)[name]), name
 
-    file = state.save_adapter(whole, tmp_path)
+    file = checkpoint_io.save_adapter(whole, tmp_path)
     fresh = load_base(str(folders[family])).pipe
     plain = generate_all(fresh, image_requests("a sks dog", 2), SAMPLER)
     da.load(fresh, file)

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.scripts import runner
-from helpers.small_run import SmallBatches, small_trainer
+from helpers.small_run import SmallBatches, small_train_state
 
 from diffadapt.common import runtime
 from diffadapt.training import trackers as tracking
@@ -28,18 +28,20 @@ FIGURES = ("loss", "lr", "grad_norm", "seconds")
 def run(folder, steps, *, tracker="tensorboard", stop=None, start=0):
     """Trains and tracks up to step `stop`, as if resumed at `start`. Returns the lines of the log."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = small_trainer(max_train_steps=steps, output_dir=str(folder), report_to=tracker)
-    trainer.accelerator = Accelerator(cpu=True, log_with=[tracker], project_dir=str(folder / "logs"))
-    trainer.step = start
-    trackers = Trackers(trainer.accelerator, dataclasses.asdict(trainer.options), step=trainer.step)
-    with Progress(trainer, trackers) as progress:
-        for step in train(trainer, SmallBatches()):
+    train_state = small_train_state(max_train_steps=steps, output_dir=str(folder), report_to=tracker)
+    train_state.accelerator = Accelerator(cpu=True, log_with=[tracker], project_dir=str(folder / "logs"))
+    train_state.step = start
+    trackers = Trackers(
+        train_state.accelerator, dataclasses.asdict(train_state.options), step=train_state.step
+    )
+    with Progress(train_state, trackers) as progress:
+        for step in train(train_state, SmallBatches()):
             progress.show(step, {"change_norm": 0.5} if step.index == 2 else {})
-            progress.track_pictures("validation", torch.rand(2, 3, 8, 8), step.index)
+            progress.log_images("validation", torch.rand(2, 3, 8, 8), step.index)
             if step.index == stop:
                 break
     assert trackers.close() == []
-    trainer.accelerator.end_training()
+    train_state.accelerator.end_training()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

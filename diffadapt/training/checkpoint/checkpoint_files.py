@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 
-def checkpoints(folder: str | Path, *, run: str | None = None) -> list[Path]:
+def list_checkpoints(folder: str | Path, *, run: str | None = None) -> list[Path]:
     """The complete checkpoints of a folder, the newest last.
 
     Args:
@@ -14,10 +14,10 @@ def checkpoints(folder: str | Path, *, run: str | None = None) -> list[Path]:
     complete = [path for path in present if _number(path) >= 0 and (path / "state.json").is_file()]
     if run is None:
         return complete
-    return [path for path in complete if run_of(path) == run]
+    return [path for path in complete if run_id_of(path) == run]
 
 
-def run_of(checkpoint: Path) -> str | None:
+def run_id_of(checkpoint: Path) -> str | None:
     """The id of the run that wrote a checkpoint; None where it cannot be read."""
     try:
         content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -26,15 +26,15 @@ def run_of(checkpoint: Path) -> str | None:
         return None
 
 
-def find(name: str, folder: str | Path) -> Path:
+def find_checkpoint(name: str, folder: str | Path) -> Path:
     """The checkpoint called `name`: 'latest' of `folder`, or a path, or a name inside `folder`.
 
     Raises: FileNotFoundError that lists the checkpoints there are; ValueError when the folder holds those of
         several runs and 'latest' could mean either.
     """
-    present = checkpoints(folder)
+    present = list_checkpoints(folder)
     if name == "latest" and present:
-        runs = {run_of(path) for path in present} - {None}
+        runs = {run_id_of(path) for path in present} - {None}
         if len(runs) > 1:
             listed = ", ".join(path.name for path in present)
             raise ValueError(

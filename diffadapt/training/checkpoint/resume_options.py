@@ -8,7 +8,7 @@ from pathlib import Path
 from diffadapt.common.messages import did_you_mean
 from diffadapt.training.checkpoint.data_record import data_changes, is_compared
 
-FREE_OPTIONS = frozenset(  # may differ between the run and its continuation
+RESUMABLE_OPTIONS = frozenset(  # may differ between the run and its continuation
     (
         "output_dir",
         "checkpointing_steps",
@@ -59,7 +59,7 @@ DATA_OPTIONS = frozenset(  # where the data come from: the data themselves are c
     )
 )
 PATHS = frozenset(("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"))
-FIXED_OPTIONS = frozenset(  # the state has their form: with others it is another adapter or optimizer
+STATE_OPTIONS = frozenset(  # the state has their form: with others it is another adapter or optimizer
     (
         "adapter",
         "rank",
@@ -78,7 +78,7 @@ FIXED_OPTIONS = frozenset(  # the state has their form: with others it is anothe
 
 
 @dataclass(frozen=True)
-class Facts:
+class ResumeFacts:
     """What a run and its continuation must have in common."""
 
     options: Mapping[str, object]
@@ -86,7 +86,7 @@ class Facts:
     processes: int
 
 
-def check_continuation(before: Facts, now: Facts, checkpoint: Path) -> set[str]:
+def check_resumable(before: ResumeFacts, now: ResumeFacts, checkpoint: Path) -> set[str]:
     """The changes that `--accept_changes` allows: names of options, `data` and `processes`.
 
     Raises: ValueError that lists every other difference, with the way to accept it; for a checkpoint behind
@@ -94,7 +94,7 @@ def check_continuation(before: Facts, now: Facts, checkpoint: Path) -> set[str]:
     """
     options = json.loads(json.dumps(now.options))
     accepted = _accepted(options)
-    changes = _option_changes(before, Facts(options, now.data, now.processes))
+    changes = _option_changes(before, ResumeFacts(options, now.data, now.processes))
     if before.processes != now.processes:
         changes["processes"] = f"{before.processes} then, {now.processes} now"
     listed = data_changes(before.data, now.data)
@@ -103,7 +103,7 @@ def check_continuation(before: Facts, now: Facts, checkpoint: Path) -> set[str]:
     differing = [name for name in sorted(changes) if name not in accepted]
     if differing:
         lines = "\n".join(f"  {name}: {changes[name]}" for name in differing)
-        acceptable = [name for name in differing if name not in FIXED_OPTIONS]
+        acceptable = [name for name in differing if name not in STATE_OPTIONS]
         remedy = f"; on purpose: --accept_changes {','.join([*sorted(accepted), *acceptable])}"
         raise ValueError(
             f"{checkpoint} belongs to a run with other options or data; repeat them or start anew"
@@ -124,18 +124,18 @@ def check_length(step: int, max_train_steps: int, checkpoint: Path) -> None:
 def _accepted(options: Mapping[str, object]) -> set[str]:
     """The names of `--accept_changes`."""
     names = {name.strip().removeprefix("--") for name in (options["accept_changes"] or "").split(",")} - {""}
-    possible = {*options, "data", "processes"} - FIXED_OPTIONS
+    possible = {*options, "data", "processes"} - STATE_OPTIONS
     for name in sorted(names):
-        if name in FIXED_OPTIONS:
+        if name in STATE_OPTIONS:
             raise ValueError(f"--accept_changes {name}: it has another form of state; start anew")
         if name not in possible:
             raise ValueError(f"--accept_changes: no option {name!r}{did_you_mean(name, possible)}")
     return names
 
 
-def _option_changes(before: Facts, now: Facts) -> dict[str, str]:
+def _option_changes(before: ResumeFacts, now: ResumeFacts) -> dict[str, str]:
     """Options that differ although they matter: name -> both values."""
-    free = set(FREE_OPTIONS)
+    free = set(RESUMABLE_OPTIONS)
     if now.options["lr_scheduler"] == "constant":  # the rate does not depend on the length
         free.add("max_train_steps")
     if is_compared(before.data, now.data):

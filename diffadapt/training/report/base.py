@@ -29,11 +29,11 @@ from diffadapt.models.base_names import is_embedded
 from diffadapt.models.families import DEFAULTS
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 from diffadapt.models.text_conditioned import truncated_prompts
-from diffadapt.training.checkpoint.state import save_adapter
-from diffadapt.training.loop import Trainer
+from diffadapt.training.checkpoint.checkpoint_io import save_adapter
+from diffadapt.training.loop import TrainState
 from diffadapt.training.parsing import write_config
 from diffadapt.training.report.model_card import write_card
-from diffadapt.training.report.summary import closing_words
+from diffadapt.training.report.summary import closing_message
 from diffadapt.training.run_log import write_run
 from diffadapt.training.setup import Setup
 
@@ -61,75 +61,75 @@ class Report(ABC):
             width=options.resolution,
             autocast=runtime.autocast_dtype(setup.accelerator),
         )
-        self.shots: dict[str, list[ImageRequest]] = {}
-        self.pictures: dict[str, Pictures] = {}
+        self.requests: dict[str, list[ImageRequest]] = {}
+        self.images: dict[str, Pictures] = {}
         self.failures: list[str] = []  # what went wrong beside the result itself
         self.export_note: str | None = None  # why the default format will not be written
 
     @abstractmethod
     def panels(self) -> list[list[Panel]]:
-        """Rows of panels of the grid, from `self.pictures["before"]` and `["after"]`."""
+        """Rows of panels of the grid, from `self.images["before"]` and `["after"]`."""
 
     @abstractmethod
     def subject(self) -> str:
         """What was trained, in few words, for titles: a prompt, or the name of a data set."""
 
     @abstractmethod
-    def data_note(self) -> str:
+    def data_summary(self) -> str:
         """What it was trained on, as "5 training pictures"."""
 
     @abstractmethod
-    def draw_command(self) -> str:
+    def prompt_options(self) -> str:
         """The options of `diffadapt sample` that say what to draw, as `--prompt 'a sks dog'`."""
 
     @abstractmethod
-    def next_command(self) -> str:
+    def own_data_command(self) -> str:
         """After the demonstration: the full command for own data on a real base."""
 
     def figures(self) -> Figures:
-        """Figures of `self.pictures`; only asked for with `--extractor`."""
+        """Figures of `self.images`; only asked for with `--extractor`."""
         return {}
 
-    def losses(self) -> Figures:
+    def heldout_losses(self) -> Figures:
         """Figures of the model itself, which need neither pictures nor an extractor."""
         return {}
 
-    def told(self) -> dict[str, str]:
+    def summary_rows(self) -> dict[str, str]:
         """Further rows of the summary before the first step: name -> text."""
         return {}
 
-    def cut_prompts(self) -> dict[str, str]:
+    def truncated_prompts(self) -> dict[str, str]:
         """For the summary: which words of the prompts that are drawn the base does not read."""
-        prompts = [shot.prompt for some in self.shots.values() for shot in some if shot.label is None]
+        prompts = [shot.prompt for some in self.requests.values() for shot in some if shot.label is None]
         cuts = truncated_prompts(self.model.pipe, prompts) if self.options.num_validation_images else []
         return {"prompts": describe_truncated_captions(cuts)} if cuts else {}
 
-    def details(self) -> dict[str, object]:
+    def run_json_fields(self) -> dict[str, object]:
         """Further values of run.json."""
         return {}
 
-    def untrained(self) -> AbstractContextManager:
+    def base_model(self) -> AbstractContextManager:
         """Within the context the model is as before training."""
         return disabled(self.model.pipe)
 
-    def validation_shots(self) -> list[ImageRequest]:
+    def validation_requests(self) -> list[ImageRequest]:
         """What is drawn in between: as many as `--num_validation_images`, of every kind in turn."""
-        kinds = [some for some in self.shots.values() if some]
+        kinds = [some for some in self.requests.values() if some]
         mixed = [some[i] for i in range(max(map(len, kinds), default=0)) for some in kinds if i < len(some)]
         return mixed[: self.options.num_validation_images]
 
-    def begin(self) -> None:
+    def before_training(self) -> None:
         """Draws the pictures of the untrained base."""
         if self.options.num_validation_images:
-            self._take("before")
+            self._generate_all("before")
 
     def validate(self, folder: Path) -> Tensor:
         """Draws the validation shots with what is attached now into folder/000-seed0.png, ... and sheet.png.
 
         Returns: (N, 3, H, W) in [0, 1].
         """
-        wanted = self.validation_shots()
-        images = self._draw(wanted, f"pictures of {folder.name}")
+        wanted = self.validation_requests()
+        images = self._generate(wanted, f"pictures of {folder.name}")
         pictures = to_pil_images(images)
         for index, (shot, picture) in enumerate(zip(wanted, pictures, strict=True)):
             picture.save(folder / f"{index:03d}-seed{shot.seed}.png")
@@ -140,7 +140,7 @@ class Report(ABC):
         sheet.save(folder / "sheet.png")
         return images
 
-    def finish(self, adapter: Adapter) -> str:
+    def after_training(self, adapter: Adapter) -> str:
         """Generates again; writes figures, grid, run.json and the model card.
 
         What fails costs itself only and is noted in `self.failures`; run.json is there before and after.
@@ -150,19 +150,19 @@ class Report(ABC):
         self.write_record(adapter, {})
         values: Figures = {}
         with self.attempt("the loss on images"):
-            values |= self.losses()
+            values |= self.heldout_losses()
         if options.num_validation_images:
             with self.attempt("images after training"):
-                self._take("after")
-        if "after" in self.pictures:
+                self._generate_all("after")
+        if "after" in self.images:
             if options.extractor:
                 with self.attempt("figures"):
                     values |= self.figures()
             with self.attempt("grid.png"):
                 self._grid(adapter).save(Path(options.output_dir) / "grid.png")
         record = self.write_record(adapter, values)
-        words = {"draw": self._sample_options(), "further": self.next_command()}
-        return closing_words(options, values, seconds=record["seconds"], **words)
+        words = {"draw": self._sample_options(), "further": self.own_data_command()}
+        return closing_message(options, values, seconds=record["seconds"], **words)
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
@@ -172,7 +172,7 @@ class Report(ABC):
         except Exception as error:  # models, trackers and the hub raise kinds of their own
             self.failures.append(f"{what}: {str(error) or type(error).__name__}")
 
-    def rehearse(self, trainer: Trainer) -> None:
+    def try_outputs(self, train_state: TrainState) -> None:
         """Tries, before the first step, what a run needs at its end.
 
         Raises: ValueError or OSError of what could not be done then: reading the extractor, exporting and
@@ -184,13 +184,13 @@ class Report(ABC):
                 self.load_extractor()
             except (OSError, ValueError) as error:
                 raise ValueError(f"--extractor {options.extractor} cannot be loaded: {error}") from error
-        if trainer.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
-            self.check_exports(trainer.adapter)
+        if train_state.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
+            self.check_exports(train_state.adapter)
         with TemporaryDirectory() as folder:
-            if trainer.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
-                da.read_metadata(save_adapter(trainer, folder))
+            if train_state.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
+                da.read_metadata(save_adapter(train_state, folder))
             write_config(options, folder)
-            record = self._record(trainer.adapter, {})
+            record = self._record(train_state.adapter, {})
             write_card(Path(folder), options, record, title=self._title(), draw=self._sample_options())
 
     def check_exports(self, adapter: Adapter) -> None:
@@ -230,14 +230,14 @@ class Report(ABC):
             "steps": options.max_train_steps,
             "seconds": round(time.perf_counter() - self._started, 1),
             "figures": values,
-            **self.details(),
+            **self.run_json_fields(),
             **({"failures": list(self.failures)} if self.failures else {}),
             "options": dataclasses.asdict(options),
         }
 
     def _sample_options(self) -> str:
         """Options of `diffadapt sample` that make the pictures of this run again."""
-        options, parts = self.options, [self.draw_command()]
+        options, parts = self.options, [self.prompt_options()]
         for name in ("num_inference_steps", "guidance_scale"):
             value = getattr(options, name)
             parts += [f"--{name} {value:g}"] if value != DEFAULTS[self.model.family].get(name) else []
@@ -245,7 +245,7 @@ class Report(ABC):
             parts + [f"--mixed_precision {options.mixed_precision}"] * bool(self.sampler.autocast)
         )
 
-    def _draw(self, wanted: Sequence[ImageRequest], label: str) -> Tensor:
+    def _generate(self, wanted: Sequence[ImageRequest], label: str) -> Tensor:
         images = []
         with tqdm(desc=label, total=len(wanted), leave=False) as bar:
             for batch in generate(self.model.pipe, wanted, self.sampler):
@@ -253,13 +253,13 @@ class Report(ABC):
                 bar.update(len(batch))
         return torch.cat(images)
 
-    def _take(self, when: str) -> None:
-        everything = [shot for some in self.shots.values() for shot in some]
-        parts = self._draw(everything, f"pictures {when}").split([len(s) for s in self.shots.values()])
-        self.pictures[when] = dict(zip(self.shots, parts, strict=True))
+    def _generate_all(self, when: str) -> None:
+        everything = [shot for some in self.requests.values() for shot in some]
+        parts = self._generate(everything, f"pictures {when}").split([len(s) for s in self.requests.values()])
+        self.images[when] = dict(zip(self.requests, parts, strict=True))
         folder = Path(self.options.output_dir) / "samples" / when
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, images in self.pictures[when].items():
+        for kind, images in self.images[when].items():
             for index, picture in enumerate(to_pil_images(images)):
                 picture.save(folder / f"{kind}-{index:02d}.png")
 
@@ -270,7 +270,7 @@ class Report(ABC):
 
     def _grid(self, adapter: Adapter) -> Image.Image:
         steps, count = self.options.max_train_steps, adapter.num_parameters
-        note = f"{self.data_note()}, {steps} steps, {count:,} trained parameters"
+        note = f"{self.data_summary()}, {steps} steps, {count:,} trained parameters"
         if is_embedded(self.options.pretrained_model_name_or_path):
             note += " · a small base shipped for demonstration; for real pictures name a real base"
         return make_contact_sheet(self.panels(), title=self._title(adapter), note=note)

@@ -103,25 +103,25 @@ class ClassReport(Report):
         self.is_held_out = bool(held_out)
         count, seed = self.options.num_validation_images, self.options.seed
         self._new_table = new_table(setup.method)
-        self.shots = {"classes": class_shots(rows, names, count=count, seed=seed)}
+        self.requests = {"classes": class_shots(rows, names, count=count, seed=seed)}
         self._accelerator, self._losses = setup.accelerator, {}
 
-    def begin(self) -> None:
+    def before_training(self) -> None:
         cut = {"resolution": self.options.resolution, "rounds": LOSS_ROUNDS}
         self._loss = HeldOutLoss(self.model, self.measured, self._accelerator, **cut)
         self._losses["before"] = self._loss.measure()
-        super().begin()
+        super().before_training()
 
-    def told(self) -> dict[str, str]:
+    def summary_rows(self) -> dict[str, str]:
         return {"classes": table_note(self.model, self.rows)}
 
-    def details(self) -> dict[str, object]:
+    def run_json_fields(self) -> dict[str, object]:
         return {"classes": class_names(self.names, self.rows)}
 
     @contextmanager
-    def untrained(self) -> Iterator[None]:
+    def base_model(self) -> Iterator[None]:
         """The base; with a new class table the base with that table as it starts, which knows all labels."""
-        with super().untrained():
+        with super().base_model():
             if self._new_table is None:
                 yield
                 return
@@ -132,7 +132,7 @@ class ClassReport(Report):
             finally:
                 detach(adapter)
 
-    def losses(self) -> Figures:
+    def heldout_losses(self) -> Figures:
         which = "held_out_loss" if self.is_held_out else "loss_on_training_pictures"
         return {which: {**self._losses, "after": self._loss.measure()}}
 
@@ -140,15 +140,15 @@ class ClassReport(Report):
         return load_extractor(self.options.extractor)
 
     def figures(self) -> Figures:
-        count, drawn = len(self.rows), len(self.shots["classes"])
+        count, drawn = len(self.rows), len(self.requests["classes"])
         if min(drawn, len(self.measured)) < 2:  # no distance between sets of one picture
             return {}
         return figures(
             self.load_extractor(),
             real=pixels_of(self.measured, self.options.resolution),
             labels=[index % count for index in range(drawn)],
-            before=self.pictures["before"],
-            after=self.pictures["after"],
+            before=self.images["before"],
+            after=self.images["after"],
         )
 
     def panels(self) -> list[list[Panel]]:
@@ -157,7 +157,7 @@ class ClassReport(Report):
         which = ", held out from training" if self.is_held_out else ""
         blocks = {f"real{which}: {', '.join(self.names[:shown])}": self._real_block(shown)}
         for when in ("before", "after"):
-            drawn = self.pictures[when]["classes"]
+            drawn = self.images[when]["classes"]
             turns = range(0, min(len(drawn), SHOWN_EACH * len(self.rows)), len(self.rows))
             blocks[when] = torch.cat([drawn[turn : turn + shown] for turn in turns])
         return [[Panel(heading, to_pil_images(block), shown)] for heading, block in blocks.items()]
@@ -165,13 +165,13 @@ class ClassReport(Report):
     def subject(self) -> str:
         return self.options.dataset_name or self.options.train_data_dir
 
-    def data_note(self) -> str:
+    def data_summary(self) -> str:
         return f"{len(self.examples)} pictures of {len(self.rows)} classes"
 
-    def draw_command(self) -> str:
+    def prompt_options(self) -> str:
         return f"--class_labels {','.join(map(str, self.rows[:SHOWN_CLASSES]))}"
 
-    def next_command(self) -> str:
+    def own_data_command(self) -> str:
         return (
             f"{start_command('class_conditional')} --adapter {shlex.quote(self.options.adapter)} "
             "--pretrained_model_name_or_path facebook/DiT-XL-2-256 --train_data_dir CLASS_FOLDERS "

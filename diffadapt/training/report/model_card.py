@@ -10,7 +10,7 @@ from huggingface_hub import metadata_load
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.models.base_names import is_embedded, resolve
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.report.summary import figures_rows
+from diffadapt.training.report.summary import figure_rows
 from diffadapt.training.start_command import this_command
 
 
@@ -68,7 +68,7 @@ def _body(
     if (output / "grid.png").is_file():
         parts.append("![before and after](grid.png)")
     if record["figures"]:
-        rows = [f"| {name} | {before} | {after} |" for name, before, after in figures_rows(record["figures"])]
+        rows = [f"| {name} | {before} | {after} |" for name, before, after in figure_rows(record["figures"])]
         parts.append("\n".join(["| figure | before | after |", "|---|---|---|", *rows]))
     licence = base_licence(base) or "not named by a card at hand; look it up at the base"
     parts += [

@@ -69,19 +69,19 @@ class StyleReport(Report):
         count, prompt = options.num_validation_images, options.validation_prompt
         self.shown = [] if prompt else self._shown(count)
         captions = [add_trigger_word(e.caption, options.trigger_word) for e in self.shown]
-        self.shots = {"captions": [ImageRequest(c, options.seed + i) for i, c in enumerate(captions)]}
+        self.requests = {"captions": [ImageRequest(c, options.seed + i) for i, c in enumerate(captions)]}
         if prompt:
-            self.shots = {"captions": image_requests(prompt, count, seed=options.seed)}
+            self.requests = {"captions": image_requests(prompt, count, seed=options.seed)}
         self._accelerator, self._losses = setup.accelerator, {}
 
-    def begin(self) -> None:
+    def before_training(self) -> None:
         if self.held_out:
             cut = {"resolution": self.options.resolution, "trigger_word": self.options.trigger_word}
             self._loss = HeldOutLoss(self.model, self.held_out, self._accelerator, **cut)
             self._losses["before"] = self._loss.measure()
-        super().begin()
+        super().before_training()
 
-    def losses(self) -> Figures:
+    def heldout_losses(self) -> Figures:
         if not self.held_out:
             return {}
         return {"held_out_loss": {**self._losses, "after": self._loss.measure()}}
@@ -94,13 +94,13 @@ class StyleReport(Report):
             self.load_extractor(),
             real=pixels_of([*self.shown, *others], self.options.resolution),
             shown=self.shown,
-            before=self.pictures["before"],
-            after=self.pictures["after"],
+            before=self.images["before"],
+            after=self.images["after"],
         )
 
     def panels(self) -> list[list[Panel]]:
         """Real pictures | their captions before | after, of the captions that `chosen` gives."""
-        chosen, drawn = self.chosen(), self.shots["captions"]
+        chosen, drawn = self.chosen(), self.requests["captions"]
         captions, row = [drawn[i].prompt for i in chosen], []
         if self.shown:
             kind = "held out from training" if self.held_out else "trained on"
@@ -109,31 +109,31 @@ class StyleReport(Report):
             real = pixels_of([self.shown[i] for i in chosen], self.options.resolution)
             row.append(Panel(heading, to_pil_images(real), COLUMNS, captions))
         for when in ("before", "after"):
-            row.append(Panel(when, to_pil_images(self.pictures[when]["captions"][chosen]), COLUMNS, captions))
+            row.append(Panel(when, to_pil_images(self.images[when]["captions"][chosen]), COLUMNS, captions))
         return [row]
 
     def chosen(self) -> list[int]:
         """Which drawn captions the grid shows: those whose pictures agree best with them before training, so
         that one sees what they are; without an extractor the first ones."""
         if not self.shown or not self.options.extractor:
-            return list(range(min(SHOWN, len(self.shots["captions"]))))
+            return list(range(min(SHOWN, len(self.requests["captions"]))))
         extractor = self.load_extractor()
-        drawn = extractor.images([self.pictures["before"]["captions"]])
+        drawn = extractor.images([self.images["before"]["captions"]])
         agreement = (drawn * extractor.texts([str(e.caption) for e in self.shown])).sum(dim=1)
         return agreement.argsort(descending=True)[:SHOWN].tolist()
 
     def subject(self) -> str:
         return self.options.dataset_name or self.options.train_data_dir
 
-    def data_note(self) -> str:
+    def data_summary(self) -> str:
         return self.batches.description.splitlines()[0]
 
-    def draw_command(self) -> str:
-        drawn = self.shots["captions"]
+    def prompt_options(self) -> str:
+        drawn = self.requests["captions"]
         prompt = drawn[0].prompt if drawn else add_trigger_word("a cat", self.options.trigger_word)
         return f"--prompt {shlex.quote(prompt)}"
 
-    def next_command(self) -> str:
+    def own_data_command(self) -> str:
         adapter = shlex.quote(self.options.adapter)
         return (
             f"{start_command('style_transfer')} --adapter {adapter} "

@@ -103,7 +103,7 @@ class SubjectReport(Report):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         options = self.options
-        self.shots = showing(
+        self.requests = showing(
             self.model.family,
             options.instance_prompt,
             count=options.num_validation_images,
@@ -117,18 +117,18 @@ class SubjectReport(Report):
         return figures(
             self.load_extractor(),
             real=self._real(),
-            before=self.pictures["before"],
-            after=self.pictures["after"],
-            texts=[without_identifier(shot.prompt, **prompts) for shot in self.shots["contexts"]],
+            before=self.images["before"],
+            after=self.images["after"],
+            texts=[without_identifier(shot.prompt, **prompts) for shot in self.requests["contexts"]],
         )
 
     def panels(self) -> list[list[Panel]]:
         """The real subject | before | after, below them new contexts before | after."""
-        prompt = self.shots["subject"][0].prompt
-        captions = [shot.prompt for shot in self.shots["contexts"][:SHOWN_CONTEXTS]]
+        prompt = self.requests["subject"][0].prompt
+        captions = [shot.prompt for shot in self.requests["contexts"][:SHOWN_CONTEXTS]]
         top, below = [Panel("the real subject", to_pil_images(self._real()[:SHOWN_SUBJECTS]), 3)], []
         for when in ("before", "after"):
-            drawn, elsewhere = (self.pictures[when][kind] for kind in ("subject", "contexts"))
+            drawn, elsewhere = (self.images[when][kind] for kind in ("subject", "contexts"))
             top.append(Panel(f"{when}: “{prompt}”", to_pil_images(drawn[:SHOWN_SUBJECTS]), 3))
             pictures, columns = to_pil_images(elsewhere[:SHOWN_CONTEXTS]), min(5, len(captions))
             below.append(Panel(f"new contexts, {when}", pictures, columns, captions))
@@ -137,13 +137,13 @@ class SubjectReport(Report):
     def subject(self) -> str:
         return f"“{self.options.instance_prompt}”"
 
-    def data_note(self) -> str:
+    def data_summary(self) -> str:
         return f"{len(self._paths())} training pictures"
 
-    def draw_command(self) -> str:
+    def prompt_options(self) -> str:
         return f"--prompt {shlex.quote(self.options.instance_prompt)}"
 
-    def next_command(self) -> str:
+    def own_data_command(self) -> str:
         return (
             f"{start_command('dreambooth')} --adapter {shlex.quote(self.options.adapter)} "
             "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "

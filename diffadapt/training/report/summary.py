@@ -9,27 +9,28 @@ from diffusers import DiffusionPipeline
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.data.batches import Batches
 from diffadapt.models.base_names import is_embedded
-from diffadapt.training.loop import Trainer, warmup_steps
+from diffadapt.training.loop import TrainState, warmup_steps
 from diffadapt.training.memory import estimate_memory, size_text
 from diffadapt.training.options import TrainOptions
 
 
-def before_training(
-    trainer: Trainer, batches: Batches, pipe: DiffusionPipeline, told: Mapping[str, str] | None = None
+def summary_text(
+    train_state: TrainState, batches: Batches, pipe: DiffusionPipeline, told: Mapping[str, str] | None = None
 ) -> str:
     """What is trained, on what, how long, and the memory it needs.
 
     Args:
         told: further rows of a script's report.
     """
-    options, adapter = trainer.options, trainer.adapter
-    base_parameters = trainer.accelerator.unwrap_model(trainer.objective).denoiser.num_parameters()
-    rate = trainer.optimizer.param_groups[0]["initial_lr"]
+    options, adapter = train_state.options, train_state.adapter
+    base_parameters = train_state.accelerator.unwrap_model(train_state.objective).denoiser.num_parameters()
+    rate = train_state.optimizer.param_groups[0]["initial_lr"]
     factors = (
         options.train_batch_size,
         options.gradient_accumulation_steps,
-        trainer.accelerator.num_processes,
+        train_state.accelerator.num_processes,
     )
+    batch = f"{train_state.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors)
     rates = f"{rate:g}"
     if options.text_encoder_lr is not None:
         rates += f", of the text encoders {options.text_encoder_lr:g}"
@@ -41,17 +42,17 @@ def before_training(
         "adapter": _adapter(adapter, base_parameters),
         "data": batches.description,
         **(told or {}),
-        "batch": f"{trainer.batch_size} a step: {{}} x accumulation {{}} x processes {{}}".format(*factors),
+        "batch": batch,
         "steps": f"{options.max_train_steps}, rate {rates} ({schedule}), seed {options.seed}",
-        "memory": str(estimate_memory(trainer, batches, pipe)),
-        "machine": _machine(trainer),
+        "memory": str(estimate_memory(train_state, batches, pipe)),
+        "machine": _machine(train_state),
         "output": options.output_dir,
     }
     lines = [f"{name:<8} " + text.replace("\n", "\n" + " " * 11) for name, text in rows.items()]
     return "\n".join(f"  {line}" for line in lines)
 
 
-def figures_rows(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+def figure_rows(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
     """(name, before, after) of every figure, as text; what was not measured is empty."""
     return [
         (name, *(f"{values[when]:.3f}" if when in values else "" for when in ("before", "after")))
@@ -61,11 +62,11 @@ def figures_rows(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, s
 
 def figures_table(figures: dict[str, dict[str, float]]) -> str:
     """The figures of a run, one a line."""
-    rows = [("", "before", "after"), *figures_rows(figures)]
+    rows = [("", "before", "after"), *figure_rows(figures)]
     return "\n".join(f"  {name:<44} {before:>8} {after:>8}" for name, before, after in rows)
 
 
-def closing_words(
+def closing_message(
     options: TrainOptions, figures: dict[str, dict[str, float]], *, seconds: float, draw: str, further: str
 ) -> str:
     """Figures, where to look, and what to do next.
@@ -94,11 +95,11 @@ def closing_words(
     return "\n".join(lines)
 
 
-def _machine(trainer: Trainer) -> str:
+def _machine(train_state: TrainState) -> str:
     """Device, threads of a CPU, and the precision with the reason for it."""
-    device = trainer.accelerator.device
+    device = train_state.accelerator.device
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    precision = trainer.precision or trainer.options.mixed_precision
+    precision = train_state.precision or train_state.options.mixed_precision
     return f"{device}{threads}, mixed precision: {precision}"
 
 
