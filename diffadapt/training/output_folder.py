@@ -238,7 +238,7 @@ def _check_resumed(options: TrainOptions, checkpoint: Path) -> None:
             f"{output} holds another run ({_listed(present)}) than {checkpoint}; go on in another folder "
             "with --output_dir"
         )
-    newest = list_checkpoints(output, run=run)[-1:]
+    newest = list_checkpoints(output, run_id=run)[-1:]
     inside = checkpoint.resolve().parent == output.resolve()
     if options.accept_changes and inside and newest and newest[0].name != checkpoint.name:
         raise ValueError(

@@ -23,6 +23,7 @@ from diffadapt.evaluation.adapter_analysis import summary
 from diffadapt.formats.export import write_formats
 from diffadapt.training import output_folder
 from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.checkpoint.data_record import data_record
 from diffadapt.training.encoder_offload import idle_parts, resting, woken
 from diffadapt.training.loop import Step, TrainState, train
@@ -112,9 +113,7 @@ class Run:
         classes = json.loads(train_state.metadata["classes"]) if "classes" in train_state.metadata else None
         train_state.data = data_record(batches.order, classes, is_streamed=batches.is_streaming)
         if self.options.resume_from_checkpoint:
-            checkpoint = checkpoint_io.find_checkpoint(
-                self.options.resume_from_checkpoint, self.options.output_dir
-            )
+            checkpoint = find_checkpoint(self.options.resume_from_checkpoint, self.options.output_dir)
             checkpoint_io.restore_checkpoint(train_state, checkpoint)
 
     def log(self, step: Step) -> None:

@@ -11,7 +11,7 @@ from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.scripts import FOLDER, runner
 
 from diffadapt.common import launcher
-from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 
 ROOT = FOLDER.parent
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
@@ -91,7 +91,7 @@ def test_training_ends_with_a_checkpoint_when_its_launcher_is_stopped(
     said = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     assert f"{said}: stops after this step and saves a checkpoint" in errors
     assert process.returncode == exit_code, errors[-3000:]
-    step = int(checkpoint_io.find_checkpoint("latest", tmp_path / "out").name.removeprefix("checkpoint-"))
+    step = int(find_checkpoint("latest", tmp_path / "out").name.removeprefix("checkpoint-"))
     assert not (tmp_path / "out" / "run.json").exists()
 
     more = [*arguments, "--max_train_steps", step + 1, "--resume_from_checkpoint", "latest"]

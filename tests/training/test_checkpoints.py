@@ -8,6 +8,7 @@ from helpers.small_run import SmallBatches, bits, same_bits, small_train_state
 from safetensors.torch import load_file
 
 from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.loop import train
 from diffadapt.training.run_log import Log
 
@@ -70,7 +71,7 @@ def test_one_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             checkpoint_io.save_checkpoint(train_state, tmp_path)
     again = small_train_state(max_train_steps=1)
-    checkpoint_io.restore_checkpoint(again, checkpoint_io.find_checkpoint("latest", tmp_path))
+    checkpoint_io.restore_checkpoint(again, find_checkpoint("latest", tmp_path))
     assert same_bits(bits(train_state), bits(again))
 
 
@@ -96,7 +97,7 @@ def test_a_full_disk_ends_with_a_message_and_the_last_checkpoint_whole(small_dis
             message = str(error)
             break
         kept = bits(train_state)
-    latest = checkpoint_io.find_checkpoint("latest", small_disk)
+    latest = find_checkpoint("latest", small_disk)
     assert "No space left" in message or "os error 28" in message
     assert f"the last good one is {latest}; make room" in message
     assert 1 < train_state.step < 9

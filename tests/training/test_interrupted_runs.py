@@ -12,7 +12,7 @@ from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.scripts import runner
 
 from diffadapt.common import exit_codes
-from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.run import Run
 from diffadapt.training.signals import StopRequest
 
@@ -43,9 +43,7 @@ def test_ctrl_c_saves_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch
     pairs = [part for name, value in arguments.items() for part in (f"--{name}", value)]
     assert runner("dreambooth", monkeypatch)(*pairs) == 130
     assert "the same command with --resume_from_checkpoint latest" in "".join(capsys.readouterr())
-    assert (
-        checkpoint_io.find_checkpoint("latest", tmp_path / "out").name == "checkpoint-3"
-    )  # the step it fell into
+    assert find_checkpoint("latest", tmp_path / "out").name == "checkpoint-3"  # the step it fell into
     assert not (tmp_path / "out" / "run.json").exists()
     assert signal.getsignal(signal.SIGINT) is before
 

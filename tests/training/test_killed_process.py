@@ -9,7 +9,7 @@ from pathlib import Path
 from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.torchrun import ROOT, torchrun
 
-from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 
 WAIT = 240  # seconds, on a slow machine
 
@@ -40,4 +40,4 @@ def test_a_killed_process_ends_the_other_with_a_message(tmp_path):
         launcher.kill()
     assert launcher.returncode != 0
     assert "SIGKILL" in said  # torchrun names the process and the signal
-    assert checkpoint_io.find_checkpoint("latest", tmp_path / "out").name.startswith("checkpoint-")
+    assert find_checkpoint("latest", tmp_path / "out").name.startswith("checkpoint-")

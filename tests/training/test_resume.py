@@ -13,6 +13,7 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
 from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
@@ -49,7 +50,7 @@ def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
     checkpoint_io.save_checkpoint(first, tmp_path / "run")
 
     second, batches = make(tmp_path)
-    checkpoint_io.restore_checkpoint(second, checkpoint_io.find_checkpoint("latest", tmp_path / "run"))
+    checkpoint_io.restore_checkpoint(second, find_checkpoint("latest", tmp_path / "run"))
     part += [step.loss for step in train(second, batches)]
 
     assert part == losses
@@ -78,7 +79,7 @@ def test_an_unfinished_checkpoint_is_never_taken(tmp_path):
     checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
     (tmp_path / "run" / ".unfinished-checkpoint-2").mkdir()
     (tmp_path / "run" / "checkpoint-9").mkdir()
-    assert checkpoint_io.find_checkpoint("latest", tmp_path / "run").name == "checkpoint-1"
+    assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-1"
 
 
 def test_other_options_than_the_checkpoints_are_an_error_that_names_them(tmp_path):
@@ -113,7 +114,7 @@ def test_a_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path):
 
 def test_no_checkpoint_lists_those_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are: none"):
-        checkpoint_io.find_checkpoint("latest", tmp_path)
+        find_checkpoint("latest", tmp_path)
 
 
 def test_a_state_that_lacks_a_value_of_the_optimizer_leaves_the_run_as_it_was(tmp_path, monkeypatch):

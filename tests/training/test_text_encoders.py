@@ -16,6 +16,7 @@ from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 from diffadapt.training.checkpoint import checkpoint_io
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
@@ -145,7 +146,7 @@ def test_4_steps_equal_2_and_a_resume_of_2_and_the_file_gives_the_images(folders
     part = [next(steps).loss for _ in range(2)]
     checkpoint_io.save_checkpoint(first, tmp_path / "run")
     second, batches, _ = make(folders[family])
-    checkpoint_io.restore_checkpoint(second, checkpoint_io.find_checkpoint("latest", tmp_path / "run"))
+    checkpoint_io.restore_checkpoint(second, find_checkpoint("latest", tmp_path / "run"))
     part += [step.loss for step in train(second, batches)]
 
     assert part == losses

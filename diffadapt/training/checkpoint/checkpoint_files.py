@@ -1,20 +1,23 @@
-"""The checkpoints of a folder: which there are, which run wrote them, and which one a name means."""
+"""The checkpoint folders of a run: listing them, finding one by name, and the run that wrote it."""
 
 import json
 from pathlib import Path
 
 
-def list_checkpoints(folder: str | Path, *, run: str | None = None) -> list[Path]:
+def list_checkpoints(folder: str | Path, *, run_id: str | None = None) -> list[Path]:
     """The complete checkpoints of a folder, the newest last.
 
     Args:
-        run: only those of the run with this id.
+        run_id: only those of the run with this id.
     """
-    present = sorted(Path(folder).glob("checkpoint-*"), key=_number)
-    complete = [path for path in present if _number(path) >= 0 and (path / "state.json").is_file()]
-    if run is None:
+    complete = []
+    for path in sorted(Path(folder).glob("checkpoint-*"), key=_step_of):
+        # state.json comes with the rename that completes a checkpoint.
+        if _step_of(path) >= 0 and (path / "state.json").is_file():
+            complete.append(path)
+    if run_id is None:
         return complete
-    return [path for path in complete if run_id_of(path) == run]
+    return [path for path in complete if run_id_of(path) == run_id]
 
 
 def run_id_of(checkpoint: Path) -> str | None:
@@ -29,26 +32,27 @@ def run_id_of(checkpoint: Path) -> str | None:
 def find_checkpoint(name: str, folder: str | Path) -> Path:
     """The checkpoint called `name`: 'latest' of `folder`, or a path, or a name inside `folder`.
 
-    Raises: FileNotFoundError that lists the checkpoints there are; ValueError when the folder holds those of
-        several runs and 'latest' could mean either.
+    Raises:
+        FileNotFoundError: that lists the checkpoints there are.
+        ValueError: when the folder holds those of several runs and 'latest' could mean either.
     """
-    present = list_checkpoints(folder)
-    if name == "latest" and present:
-        runs = {run_id_of(path) for path in present} - {None}
-        if len(runs) > 1:
-            listed = ", ".join(path.name for path in present)
+    checkpoints = list_checkpoints(folder)
+    names = ", ".join(path.name for path in checkpoints)
+    if name == "latest" and checkpoints:
+        run_ids = {run_id_of(path) for path in checkpoints} - {None}
+        if len(run_ids) > 1:
             raise ValueError(
-                f"{str(folder)!r} holds checkpoints of {len(runs)} runs ({listed}); name the one to go on "
+                f"{str(folder)!r} holds checkpoints of {len(run_ids)} runs ({names}); name the one to go on "
                 "from with --resume_from_checkpoint, and another --output_dir"
             )
-        return present[-1]
+        return checkpoints[-1]
     for path in (Path(name), Path(folder) / name):
         if name != "latest" and (path / "state.json").is_file():
             return path
-    listed = ", ".join(path.name for path in present) or "none"
-    raise FileNotFoundError(f"no checkpoint {name!r}; in {str(folder)!r} there are: {listed}")
+    raise FileNotFoundError(f"no checkpoint {name!r}; in {str(folder)!r} there are: {names or 'none'}")
 
 
-def _number(path: Path) -> int:
+def _step_of(path: Path) -> int:
+    """The number in `checkpoint-N`; -1 for another name."""
     number = path.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else -1

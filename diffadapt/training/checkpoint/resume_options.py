@@ -1,4 +1,4 @@
-"""What of a run may change when it goes on from a checkpoint."""
+"""Which options and data of a run may change when it is resumed from a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ RESUMABLE_OPTIONS = frozenset(  # may differ between the run and its continuatio
         "cache_dir",
         "cache_latents",
         "validation_data_dir",
-        "class_prompt",  # its use, the captions of class images, is compared with the data
+        "class_prompt",  # the captions of class images, which come from it, are compared with the data
         "accept_changes",
         "overwrite_output_dir",
     )
@@ -58,8 +58,8 @@ DATA_OPTIONS = frozenset(  # where the data come from: the data themselves are c
         "num_class_images",
     )
 )
-PATHS = frozenset(("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"))
-STATE_OPTIONS = frozenset(  # the state has their form: with others it is another adapter or optimizer
+PATH_OPTIONS = frozenset(("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"))
+STATE_OPTIONS = frozenset(  # the saved state has their form: with others it is another adapter or optimizer
     (
         "adapter",
         "rank",
@@ -79,7 +79,7 @@ STATE_OPTIONS = frozenset(  # the state has their form: with others it is anothe
 
 @dataclass(frozen=True)
 class ResumeFacts:
-    """What a run and its continuation must have in common."""
+    """The facts in which a run and its continuation must agree."""
 
     options: Mapping[str, object]
     data: Mapping[str, object]  # as `data_record` gives it
@@ -87,33 +87,42 @@ class ResumeFacts:
 
 
 def check_resumable(before: ResumeFacts, now: ResumeFacts, checkpoint: Path) -> set[str]:
-    """The changes that `--accept_changes` allows: names of options, `data` and `processes`.
+    """Compares the run that wrote a checkpoint with the run that resumes from it.
 
-    Raises: ValueError that lists every other difference, with the way to accept it; for a checkpoint behind
-        the end of the run; and for a name that is no option, or cannot be changed.
+    Returns:
+        The differences that `--accept_changes` allows: names of options, `data` and `processes`.
+
+    Raises:
+        ValueError: that lists every other difference, with the way to accept it; and for a name in
+            `--accept_changes` that is no option, or cannot be changed.
     """
-    options = json.loads(json.dumps(now.options))
-    accepted = _accepted(options)
+    options = json.loads(json.dumps(now.options))  # tuples become lists, as in the checkpoint
+    accepted = _accepted_names(options)
     changes = _option_changes(before, ResumeFacts(options, now.data, now.processes))
     if before.processes != now.processes:
         changes["processes"] = f"{before.processes} then, {now.processes} now"
-    listed = data_changes(before.data, now.data)
-    if listed:
-        changes["data"] = "".join(f"\n    {line}" for line in listed)
-    differing = [name for name in sorted(changes) if name not in accepted]
-    if differing:
-        lines = "\n".join(f"  {name}: {changes[name]}" for name in differing)
-        acceptable = [name for name in differing if name not in STATE_OPTIONS]
-        remedy = f"; on purpose: --accept_changes {','.join([*sorted(accepted), *acceptable])}"
+    data_lines = data_changes(before.data, now.data)
+    if data_lines:
+        changes["data"] = "".join(f"\n    {line}" for line in data_lines)
+    refused = [name for name in sorted(changes) if name not in accepted]
+    if refused:
+        remedy = ""
+        if not STATE_OPTIONS.intersection(refused):
+            remedy = f"; on purpose: --accept_changes {','.join([*sorted(accepted), *refused])}"
+        lines = "\n".join(f"  {name}: {changes[name]}" for name in refused)
         raise ValueError(
             f"{checkpoint} belongs to a run with other options or data; repeat them or start anew"
-            f"{remedy if len(acceptable) == len(differing) else ''}:\n{lines}"
+            f"{remedy}:\n{lines}"
         )
     return set(changes)
 
 
 def check_length(step: int, max_train_steps: int, checkpoint: Path) -> None:
-    """Raises: ValueError for a checkpoint behind the last step of the run."""
+    """Checks that a checkpoint lies within the run.
+
+    Raises:
+        ValueError: for a checkpoint behind the last step.
+    """
     if step > max_train_steps:
         raise ValueError(
             f"{checkpoint} has made {step} steps, more than --max_train_steps {max_train_steps}; give "
@@ -121,38 +130,45 @@ def check_length(step: int, max_train_steps: int, checkpoint: Path) -> None:
         )
 
 
-def _accepted(options: Mapping[str, object]) -> set[str]:
+def _accepted_names(options: Mapping[str, object]) -> set[str]:
     """The names of `--accept_changes`."""
-    names = {name.strip().removeprefix("--") for name in (options["accept_changes"] or "").split(",")} - {""}
     possible = {*options, "data", "processes"} - STATE_OPTIONS
-    for name in sorted(names):
+    accepted = set()
+    for word in (options["accept_changes"] or "").split(","):
+        name = word.strip().removeprefix("--")
+        if name:
+            accepted.add(name)
+    for name in sorted(accepted):
         if name in STATE_OPTIONS:
             raise ValueError(f"--accept_changes {name}: it has another form of state; start anew")
         if name not in possible:
             raise ValueError(f"--accept_changes: no option {name!r}{did_you_mean(name, possible)}")
-    return names
+    return accepted
 
 
 def _option_changes(before: ResumeFacts, now: ResumeFacts) -> dict[str, str]:
     """Options that differ although they matter: name -> both values."""
-    free = set(RESUMABLE_OPTIONS)
-    if now.options["lr_scheduler"] == "constant":  # the rate does not depend on the length
-        free.add("max_train_steps")
+    ignored = set(RESUMABLE_OPTIONS)
+    if now.options["lr_scheduler"] == "constant":  # the rate does not depend on the length of the run
+        ignored.add("max_train_steps")
     if is_compared(before.data, now.data):
-        free |= DATA_OPTIONS
+        ignored |= DATA_OPTIONS
     changes = {}
     for name, value in now.options.items():
-        if name in free or name not in before.options or before.options[name] == value:
+        if name in ignored or name not in before.options or before.options[name] == value:
             continue
-        if name in PATHS and _same_place(before.options[name], value):
+        if name in PATH_OPTIONS and _is_same_place(before.options[name], value):
             continue
         changes[name] = f"{before.options[name]!r} then, {value!r} now"
     return changes
 
 
-def _same_place(first: object, second: object) -> bool:
+def _is_same_place(first: object, second: object) -> bool:
     """Whether two names are paths to one existing file or folder."""
     if not isinstance(first, str) or not isinstance(second, str):
         return False
-    paths = [Path(name).expanduser() for name in (first, second)]
-    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
+    first_path = Path(first).expanduser()
+    second_path = Path(second).expanduser()
+    if not first_path.exists() or not second_path.exists():
+        return False
+    return first_path.resolve() == second_path.resolve()

@@ -1,4 +1,4 @@
-"""Whether a saved state is whole and fits the run that asks for it, before any of it is used."""
+"""Checks of a saved state before any of it is used: whether it is intact, and fits the run that resumes."""
 
 import hashlib
 import json
@@ -12,58 +12,94 @@ from diffadapt.common.safetensors_file import FLOAT_DTYPES, hash_tensors
 
 def state_digest(content: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
     """A SHA-256 over the JSON of a state and its tensors."""
-    return hashlib.sha256((json.dumps(content) + hash_tensors(tensors)).encode()).hexdigest()
+    text = json.dumps(content) + hash_tensors(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_state(saved: object, own: Mapping[str, object]) -> None:
-    """Raises ValueError naming the first value that the run's `own` state has with another kind or shape.
+def check_state(saved: object, current: Mapping[str, object]) -> None:
+    """Compares a saved state with the current one of the run that is to continue from it.
 
-    What an optimizer keeps for a parameter is its own business, beyond being tensors and finite numbers; its
-    groups may hold anything besides the parameters' numbers (Prodigy adds values and knows infinity).
+    What an optimizer keeps for a parameter may differ, beyond being tensors and finite numbers; its groups
+    may hold anything besides the parameters' numbers (Prodigy adds values and knows infinity).
+
+    Raises:
+        ValueError: naming the first value that differs in type, name or shape.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("optimizer"), dict):
         raise ValueError("it holds no state of an optimizer")
-    kept = saved["optimizer"].get("state")
-    count = sum(len(group["params"]) for group in own["optimizer"]["param_groups"])
-    if not isinstance(kept, dict) or not all(type(key) is int and 0 <= key < count for key in kept):
+    current_groups = current["optimizer"]["param_groups"]
+    parameter_count = sum(len(group["params"]) for group in current_groups)
+    optimizer_state = saved["optimizer"].get("state")
+    _check_optimizer_state(optimizer_state, parameter_count)
+    _check_groups(saved["optimizer"].get("param_groups"), current_groups)
+
+    # The optimizer was checked above; everything else must be like the current state.
+    saved_optimizer = {**saved["optimizer"], "param_groups": []}
+    current_optimizer = {**current["optimizer"], "state": optimizer_state, "param_groups": []}
+    check_like({**saved, "optimizer": saved_optimizer}, {**current, "optimizer": current_optimizer}, "state")
+    if saved["step"] < 0 or saved["skipped"] < 0:
+        raise ValueError(f"the step is {saved['step']} and {saved['skipped']} were skipped")
+
+
+def _check_optimizer_state(state: object, parameter_count: int) -> None:
+    """Checks parameter number -> name -> tensor or finite number."""
+    if not isinstance(state, dict):
         raise ValueError("the optimizer's state is not by the number of parameters")
-    for values in kept.values():
+    for number, values in state.items():
+        if type(number) is not int or not 0 <= number < parameter_count:
+            raise ValueError("the optimizer's state is not by the number of parameters")
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise ValueError("the optimizer's state of a parameter is not by name")
         for key, value in values.items():
             if not isinstance(value, torch.Tensor | int | float | None):
                 raise ValueError(f"optimizer.{key} is {value!r:.100}, neither a tensor nor a number")
             check_like(value, value, f"optimizer.{key}")
-    groups, numbers = saved["optimizer"].get("param_groups"), own["optimizer"]["param_groups"]
-    if not isinstance(groups, list) or [_numbers(group) for group in groups] != list(map(_numbers, numbers)):
+
+
+def _check_groups(saved: object, current: list[dict[str, object]]) -> None:
+    """Checks that the groups hold the same parameters, by number."""
+    saved_numbers = None
+    if isinstance(saved, list):
+        saved_numbers = [group.get("params") if isinstance(group, dict) else None for group in saved]
+    if saved_numbers != [group["params"] for group in current]:
         raise ValueError("the optimizer's groups are of other parameters")
-    own = {**own, "optimizer": {**own["optimizer"], "state": kept, "param_groups": []}}
-    saved = {**saved, "optimizer": {**saved["optimizer"], "param_groups": []}}
-    check_like(saved, own, "state")
-    if saved["step"] < 0 or saved["skipped"] < 0:
-        raise ValueError(f"the step is {saved['step']} and {saved['skipped']} were skipped")
 
 
-def _numbers(group: object) -> object:
-    return group.get("params") if isinstance(group, dict) else None
+def check_like(saved: object, current: object, name: str) -> None:
+    """Checks that both values have the same types, names and shapes, and `saved` finite numbers.
+
+    Raises:
+        ValueError: with the value and where it stands.
+    """
+    if not _is_like(saved, current):
+        raise ValueError(f"{name} is {saved!r:.100} where this run has {current!r:.100}")
+    if isinstance(current, dict):
+        for key, value in current.items():
+            check_like(saved[key], value, f"{name}.{key}")
+    elif isinstance(current, list | tuple):
+        for index, value in enumerate(current):
+            check_like(saved[index], value, f"{name}.{index}")
 
 
-def check_like(saved: object, own: object, name: str) -> None:
-    """Raises ValueError unless both have the same kinds, names and shapes, and `saved` finite numbers."""
-    same = type(saved) is type(own) or (type(saved) in (int, float) and type(own) in (int, float))
-    if isinstance(own, torch.Tensor):
-        same = same and (saved.shape, saved.dtype) == (own.shape, own.dtype)
-        whole = not saved.is_floating_point() and not saved.is_complex() if same else False
-        same = same and (whole or (saved.dtype in FLOAT_DTYPES and bool(saved.isfinite().all())))
-    elif isinstance(own, dict):
-        same = same and saved.keys() == own.keys()
-    elif isinstance(own, list | tuple):
-        same = same and len(saved) == len(own)
-    elif isinstance(own, float):
-        same = same and math.isfinite(saved)
-    if not same:
-        raise ValueError(f"{name} is {saved!r:.100} where this run has {own!r:.100}")
-    for key, inner in own.items() if isinstance(own, dict) else ():
-        check_like(saved[key], inner, f"{name}.{key}")
-    for index, inner in enumerate(own) if isinstance(own, list | tuple) else ():
-        check_like(saved[index], inner, f"{name}.{index}")
+def _is_like(saved: object, current: object) -> bool:
+    """`check_like` without what dictionaries and lists contain."""
+    are_numbers = type(saved) in (int, float) and type(current) in (int, float)
+    if type(saved) is not type(current) and not are_numbers:
+        return False
+    if isinstance(current, torch.Tensor):
+        return _is_like_tensor(saved, current)
+    if isinstance(current, dict):
+        return saved.keys() == current.keys()
+    if isinstance(current, list | tuple):
+        return len(saved) == len(current)
+    if isinstance(current, float):
+        return math.isfinite(saved)
+    return True
+
+
+def _is_like_tensor(saved: torch.Tensor, current: torch.Tensor) -> bool:
+    if saved.shape != current.shape or saved.dtype != current.dtype:
+        return False
+    if not saved.is_floating_point() and not saved.is_complex():
+        return True
+    return saved.dtype in FLOAT_DTYPES and bool(saved.isfinite().all())

@@ -12,14 +12,20 @@ Packed = object  # what `json` writes
 
 
 def pack(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Packed:
-    """The JSON form of a value; its tensors are added to `tensors` under names that start with `name`.
+    """Converts a value to JSON and moves its tensors into a dictionary.
 
-    Raises: TypeError for a kind of value that would need pickling.
+    Args:
+        name: beginning of the names of its tensors.
+        tensors: name -> tensor, to which those of the value are added.
+
+    Raises:
+        TypeError: for a kind of value that would need pickling.
     """
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
+        # Pairs, because keys of JSON objects are texts and an optimizer's are numbers.
         pairs = [[key, pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]
         return {"dict": pairs}
     if isinstance(value, list | tuple):
@@ -31,7 +37,12 @@ def pack(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Packed:
 
 
 def unpack(packed: Packed, tensors: Mapping[str, torch.Tensor]) -> object:
-    """The value that was packed. Raises: KeyError when a tensor is missing, ValueError for other JSON."""
+    """The value that was packed.
+
+    Raises:
+        KeyError: for a tensor that is missing.
+        ValueError: for other JSON.
+    """
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()
