@@ -14,7 +14,14 @@ from torch import Tensor
 from diffadapt.algebra.combined_weight import HALF
 from diffadapt.algebra.expression import Expression
 from diffadapt.algebra.full_rank import Scaled, Sum
-from diffadapt.algebra.layer_maps import ChainStep, LayerMap, LinearMap, as_rows, widest, without_autocast
+from diffadapt.algebra.layer_maps import (
+    ChainStep,
+    LayerMap,
+    LinearMap,
+    as_rows,
+    common_dtype,
+    without_autocast,
+)
 
 Term = tuple[Expression, float, Tensor]  # a change, its coefficient, and the input it sees
 
@@ -36,7 +43,7 @@ class ChainProduct(torch.autograd.Function):
         needed = [step.trained and ctx.thin for step in steps]
         needed[0] = steps[0].trained or not ctx.thin
         kept = [tensor if keep else None for tensor, keep in zip(seen, needed, strict=True)]
-        own = form.saves_step_weights and x.dtype == widest(factors)
+        own = form.saves_step_weights and x.dtype == common_dtype(factors)
         ctx.bare = [ChainStep(step.map, None, step.trained) for step in steps] if own else None
         ctx.count = 0 if own and not form.backward_needs_factors else len(factors)
         ctx.save_for_backward(weight, *factors[: ctx.count], *kept, *[step.weight for step in steps if own])
@@ -128,7 +135,7 @@ def _sum(
 
 def _own(form: Expression, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a change's tensors, in their precision, given those of its steps' weights."""
-    wide = widest(form.tensors())
+    wide = common_dtype(form.tensors())
     return form.steps_backward([value if value is None else value.to(wide) for value in grads])
 
 
@@ -183,7 +190,7 @@ class WeightSpaceProduct(torch.autograd.Function):
         form = form.with_tensors(factors)
         ctx.layer, ctx.form, ctx.shape = layer, form, shape
         ctx.save_for_backward(x, weight, *factors)
-        if x.dtype == widest(factors) and weight is not None:
+        if x.dtype == common_dtype(factors) and weight is not None:
             return layer.apply(x, form.added_to(weight.flatten(1)).reshape(shape), bias)
         y = layer.apply(x, form.matrix().reshape(shape).to(x.dtype))
         return y if weight is None else layer.apply(x, weight, bias) + y
@@ -191,7 +198,7 @@ class WeightSpaceProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, *factors = ctx.saved_tensors
-        layer, form, wide = ctx.layer, ctx.form.with_tensors(factors), widest(factors)
+        layer, form, wide = ctx.layer, ctx.form.with_tensors(factors), common_dtype(factors)
         grad_x = None
         if ctx.needs_input_grad[3] and x.dtype == wide and weight is not None:
             grad_x = layer.input_grad(grad, x, form.added_to(weight.flatten(1)).reshape(ctx.shape))

@@ -2,8 +2,8 @@
 
     W' = scale * (W + multiplier * delta)        b' = bias_scale * (b + bias)
 
-``W`` is the weight seen as a matrix ``(out, fan_in)``. From the expression ``delta`` follow, once for all
-methods, the fast forward (``apply``), the lean backward (``vjp``) and the exact merge (``matrix``).
+`W` is the weight seen as a matrix `(out, fan_in)`. From the expression `delta` follow, once for all methods,
+the fast forward (`steps`), the lean backward (`steps_backward`, `vjp`) and the exact merge (`matrix`).
 """
 
 from __future__ import annotations
@@ -18,40 +18,72 @@ from diffadapt.algebra.layer_maps import ChainStep, LayerMap
 
 
 class Expression:
-    """A change of the weight matrix. Fields that are tensors or expressions are its factors, in order.
+    """A change `delta` of a weight, seen as a matrix `(out, fan_in)`.
 
-    ``saves_step_weights``: whether backward keeps the weights of ``steps``: views of the factors, or small.
+    A subclass is a frozen dataclass. Those of its fields that are tensors or expressions are its factors; all
+    others are constants. It defines `matrix` and `vjp`. One that can be applied without building its matrix
+    defines `is_thin`, `steps` and `steps_backward` too.
+
+    The contract:
+
+    - Order: `tensors`, `with_tensors` and the gradients that `vjp` and `steps_backward` return follow the
+      fields, depth first. A factor that is never trained (a base weight, a frozen start) has the gradient
+      None.
+    - Precision: `matrix` and `vjp` compute in the precision of the factors. Callers cast the weights of
+      `steps` to the precision of the activations, and the gradients by them back to that of the factors.
+    - Chain: `steps` holds at least two maps, of which the first acts on `x`. Coefficients are multiplied into
+      the input of the last one, which should therefore be thin: of few channels.
+    - Backward: what is kept from forward follows from the two flags below; all else is computed again.
+    - In place: no method changes a factor, an argument or a gradient. Results may be views of them, so
+      callers change no result either.
+
+    Class attributes:
+        saves_step_weights: whether backward keeps the weights of `steps` instead of computing them again:
+            they are views of the factors, or small.
+        backward_needs_factors: whether `steps_backward` reads the factors, not the gradients alone.
     """
 
     saves_step_weights = False
-    backward_needs_factors = True  # whether ``steps_backward`` reads the factors, not the gradients alone
+    backward_needs_factors = True
 
     def matrix(self) -> Tensor:
-        """The exact change ``(out, fan_in)`` in the factors' precision."""
+        """The exact change `delta (out, fan_in)`."""
         raise TypeError(f"{type(self).__name__} does not define matrix()")
 
     def base_weight(self, weight: Tensor) -> Tensor:
-        """What the change is added to: the weight, but for tables that grow."""
+        """What the change is added to: the weight, except for class tables that gain rows."""
         return weight
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """``weight (out, fan_in)`` plus the change, in as few passes over it as there are."""
+        """`weight + delta` for a matrix `weight (out, fan_in)`, in as few passes over it as possible."""
         return weight + self.matrix()
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``tensors()`` given the gradient ``(out, fan_in)`` of ``matrix()``."""
+        """The vector-Jacobian product of `matrix`.
+
+        Args:
+            grad: the gradient of the loss by `matrix()`, `(out, fan_in)`.
+
+        Returns:
+            the gradients by `tensors()`.
+        """
         raise TypeError(f"{type(self).__name__} does not define vjp()")
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        """Whether the change, as a layer's weight of that ``shape``, is a chain of maps cheaper than it."""
+        """Whether applying the change through `steps` is cheaper than through its matrix.
+
+        Args:
+            layer: the map of the layer whose weight is changed.
+            shape: of that weight, `(out, in / groups, *kernel)`.
+        """
         return False
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
-        """That chain: at least two maps, the last thin on its input."""
+        """The chain of maps that applies the change, the first map first; arguments as of `is_thin`."""
         raise TypeError(f"{type(self).__name__} does not define steps()")
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of ``tensors()`` given those of the weights of ``steps``."""
+        """The gradients by `tensors()`, given those by the weights of `steps` (None for untrained steps)."""
         raise TypeError(f"{type(self).__name__} does not define steps_backward()")
 
     def for_dtype(self, dtype: torch.dtype) -> Expression:
@@ -59,7 +91,10 @@ class Expression:
         return self
 
     def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """``layer(x)`` with the change alone as its weight, through its chain; None where it has none."""
+        """The output of the layer for `x` with `delta` alone as its weight; None where it is not thin.
+
+        Every step is differentiated by autograd, which keeps more than `autograd.chain_product` does.
+        """
         if not self.is_thin(layer, shape):
             return None
         for step in self.steps(layer, shape):
@@ -68,34 +103,40 @@ class Expression:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every factor, depth first."""
-        found: list[Tensor] = []
-        for name in self.__match_args__:  # the dataclass' fields
+        tensors: list[Tensor] = []
+        for name in self.__match_args__:  # the fields of the dataclass
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                found.append(value)
+                tensors.append(value)
             elif isinstance(value, Expression):
-                found.extend(value.tensors())
-        return tuple(found)
+                tensors.extend(value.tensors())
+        return tuple(tensors)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Expression:
-        """The same expression over other factors, given in the order of ``tensors()``."""
-        rest, values = list(tensors), []
-        for name in self.__match_args__:  # the dataclass' fields
+        """The same expression over other factors, given in the order of `tensors()`."""
+        remaining = list(tensors)
+        values = []
+        for name in self.__match_args__:  # the fields of the dataclass
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                value = rest.pop(0)
+                value = remaining.pop(0)
             elif isinstance(value, Expression):
                 count = len(value.tensors())
-                value, rest = value.with_tensors(rest[:count]), rest[count:]
+                value = value.with_tensors(remaining[:count])
+                del remaining[:count]
             values.append(value)
         return type(self)(*values)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one method does to one layer. Row vectors are ``(out,)``; all in the adapter's precision.
+    """What one method does to one layer: the equations at the top of this module.
 
-    ``recompute``: make the unscaled product again in backward, where ``scale`` needs it; do not keep it.
+    Row vectors are `(out,)`; all tensors are in the adapter's precision. None stands for no change.
+
+    Attributes:
+        recompute: whether backward computes the product before `scale`, which the gradient by `scale` needs,
+            again instead of keeping it.
     """
 
     delta: Expression | None = None
@@ -106,7 +147,7 @@ class Update:
     recompute: bool = False
 
     def weight(self, base: Tensor) -> Tensor:
-        """The exact ``W'`` for a base weight of any shape; it has the shape of ``base_weight``."""
+        """The exact `W'` for a base weight of any shape; it has the shape of `base_weight(base)`."""
         weight = self.base_weight(base)
         if self.delta is not None:
             weight = weight + self.multiplier * self.delta.matrix().reshape(weight.shape)
@@ -115,13 +156,13 @@ class Update:
         return weight
 
     def base_weight(self, base: Tensor) -> Tensor:
-        """The weight without the change: the base, with the new rows of a table as they start."""
+        """What the change is added to: the base, with the initial values of rows that a class table gains."""
         return base if self.delta is None else self.delta.base_weight(base)
 
     def changes_bias(self) -> bool:
         return self.bias is not None or self.bias_scale is not None
 
     def bias_vector(self, base: Tensor) -> Tensor:
-        """The exact ``b'``; a layer without a bias passes zeros."""
+        """The exact `b' (out,)`; a layer without a bias passes zeros."""
         vector = base if self.bias is None else base + self.bias
         return vector if self.bias_scale is None else self.bias_scale * vector

@@ -14,8 +14,35 @@ from diffadapt.algebra.low_rank import LowRank
 
 
 @dataclass(frozen=True)
+class Dense(Expression):
+    """`delta = value`, any tensor of the weight's own shape or `(out, fan_in)`."""
+
+    value: Tensor
+
+    def matrix(self) -> Tensor:
+        return self.value.reshape(self.value.shape[0], -1)
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor]:
+        return (grad.reshape(self.value.shape),)
+
+
+@dataclass(frozen=True)
+class Replacement(Expression):
+    """`delta = table - weight`: a whole new `table` in the place of `weight`."""
+
+    weight: Tensor
+    table: Tensor
+
+    def matrix(self) -> Tensor:
+        return (self.table - self.weight).reshape(self.table.shape[0], -1)
+
+    def vjp(self, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.reshape(self.table.shape)
+
+
+@dataclass(frozen=True)
 class Scaled(Expression):
-    """``factor`` times an inner expression."""
+    """`delta = factor * inner`."""
 
     inner: Expression
     factor: float
@@ -27,12 +54,13 @@ class Scaled(Expression):
         return torch.add(weight, self.inner.matrix(), alpha=self.factor)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if own is None else self.factor * own for own in self.inner.vjp(grad))
+        inner_grads = self.inner.vjp(grad)
+        return tuple(None if inner is None else self.factor * inner for inner in inner_grads)
 
 
 @dataclass(frozen=True)
 class Sum(Expression):
-    """``first + second``."""
+    """`delta = first + second`."""
 
     first: Expression
     second: Expression
@@ -48,35 +76,8 @@ class Sum(Expression):
 
 
 @dataclass(frozen=True)
-class Dense(Expression):
-    """Any matrix ``value``, of the weight's own shape or ``(out, fan_in)``."""
-
-    value: Tensor
-
-    def matrix(self) -> Tensor:
-        return self.value.reshape(self.value.shape[0], -1)
-
-    def vjp(self, grad: Tensor) -> tuple[Tensor]:
-        return (grad.reshape(self.value.shape),)
-
-
-@dataclass(frozen=True)
-class Replacement(Expression):
-    """A whole new ``table`` in the place of ``weight``: their difference."""
-
-    weight: Tensor
-    table: Tensor
-
-    def matrix(self) -> Tensor:
-        return (self.table - self.weight).reshape(self.table.shape[0], -1)
-
-    def vjp(self, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad.reshape(self.table.shape)
-
-
-@dataclass(frozen=True)
 class ReshapedLowRank(Expression):
-    """A low-rank matrix of another shape, read row by row into ``shape (out, fan_in)``."""
+    """A low-rank matrix of another shape, read row by row into `shape (out, fan_in)`."""
 
     inner: LowRank
     shape: tuple[int, int]
@@ -90,7 +91,7 @@ class ReshapedLowRank(Expression):
 
 @dataclass(frozen=True)
 class RelativeChange(Expression):
-    """``weight * factor``, or ``weight * (exp(factor) - 1)``: a change relative to each entry."""
+    """`delta = weight * F`, or `weight * (exp(F) - 1)`, entry by entry, for the matrix `F` of `factor`."""
 
     weight: Tensor
     factor: Expression
@@ -98,25 +99,30 @@ class RelativeChange(Expression):
 
     def matrix(self) -> Tensor:
         factor = self.factor.matrix()
-        return self._flat(factor) * (torch.expm1(factor) if self.exponential else factor)
+        return self._weight_matrix(factor) * self._relative(factor)
 
     def added_to(self, weight: Tensor) -> Tensor:
         factor = self.factor.matrix()
-        return torch.addcmul(weight, self._flat(factor), torch.expm1(factor) if self.exponential else factor)
+        return torch.addcmul(weight, self._weight_matrix(factor), self._relative(factor))
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad * self._flat(grad)
+        # d F = G * weight, or G * weight * exp(F)
+        grad = grad * self._weight_matrix(grad)
         if self.exponential:
             grad = grad * self.factor.matrix().exp()
         return None, *self.factor.vjp(grad)
 
-    def _flat(self, like: Tensor) -> Tensor:
+    def _relative(self, factor: Tensor) -> Tensor:
+        return torch.expm1(factor) if self.exponential else factor
+
+    def _weight_matrix(self, like: Tensor) -> Tensor:
+        """The weight as a matrix `(out, fan_in)` in the precision of `like`."""
         return self.weight.reshape(self.weight.shape[0], -1).to(like.dtype)
 
 
 @dataclass(frozen=True)
 class ColumnScaled(Expression):
-    """``(weight + multiplier * inner) * columns - weight``: each column scaled by ``columns (fan_in,)``."""
+    """`delta = (weight + multiplier * inner) diag(columns) - weight`, with `columns (fan_in,)`."""
 
     weight: Tensor
     inner: Expression
@@ -124,17 +130,23 @@ class ColumnScaled(Expression):
     multiplier: float
 
     def matrix(self) -> Tensor:
-        weight = self.weight.flatten(1).to(self.columns.dtype)
-        return (weight + self.multiplier * self.inner.matrix()) * self.columns - weight
+        return self._unscaled() * self.columns - self._weight_matrix()
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        whole = self.weight.flatten(1).to(self.columns.dtype) + self.multiplier * self.inner.matrix()
-        return None, *self.inner.vjp(self.multiplier * grad * self.columns), (grad * whole).sum(0)
+        # for U = weight + multiplier * inner: d inner = multiplier G diag(columns), d columns = sum_o G * U
+        inner_grads = self.inner.vjp(self.multiplier * grad * self.columns)
+        return None, *inner_grads, (grad * self._unscaled()).sum(0)
+
+    def _unscaled(self) -> Tensor:
+        return self._weight_matrix() + self.multiplier * self.inner.matrix()
+
+    def _weight_matrix(self) -> Tensor:
+        return self.weight.flatten(1).to(self.columns.dtype)
 
 
 @dataclass(frozen=True)
 class EntrywiseProduct(Expression):
-    """The entrywise product of any two changes, such as the Tucker products of LoHa files."""
+    """`delta = first * second`, entry by entry: of any two changes, as the Tucker products of LoHa files."""
 
     first: Expression
     second: Expression
@@ -146,30 +158,38 @@ class EntrywiseProduct(Expression):
         return torch.addcmul(weight, self.first.matrix(), self.second.matrix())
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *self.first.vjp(grad * self.second.matrix()), *self.second.vjp(grad * self.first.matrix())
+        first_grads = self.first.vjp(grad * self.second.matrix())
+        second_grads = self.second.vjp(grad * self.first.matrix())
+        return *first_grads, *second_grads
 
 
 @dataclass(frozen=True)
 class LowRankHadamard(EntrywiseProduct):
-    """The entrywise product of two low-rank matrices (LoHa)."""
+    """`delta = (u1 @ v1) * (u2 @ v2)`, entry by entry (LoHa): of rank `r1 r2` at most.
+
+    It equals the low-rank product over pairs of ranks `sum_pq (u1_p * u2_q) (v1_p * v2_q)^T`, where `u_p`
+    is a column of `u` and `v_p` a row of `v` (face-splitting products).
+    """
 
     first: LowRank
     second: LowRank
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        (_, fan_in), rank = self.first.down.shape, self.first.up.shape[1] * self.second.up.shape[1]
-        folded = layer.groups == 1 or rank * (layer.groups * fan_in + shape[0]) < shape[0] * fan_in
-        return folded and 4 * rank < min(shape[0], fan_in)
+        fan_in = self.first.down.shape[1]
+        rank = self.first.up.shape[1] * self.second.up.shape[1]
+        is_smaller = layer.groups == 1 or rank * (layer.groups * fan_in + shape[0]) < shape[0] * fan_in
+        return is_smaller and 4 * rank < min(shape[0], fan_in)
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
-        # rows of the Khatri-Rao product: (u1 v1) o (u2 v2) = (u1 o u2)(v1 o v2) over all pairs of ranks
-        up = (self.first.up[:, :, None] * self.second.up[:, None, :]).flatten(1)
-        down = (self.first.down[:, None, :] * self.second.down[None, :, :]).flatten(0, 1)
+        up = (self.first.up[:, :, None] * self.second.up[:, None, :]).flatten(1)  # (out, r1 * r2)
+        down = (self.first.down[:, None, :] * self.second.down[None, :, :]).flatten(0, 1)  # (r1 * r2, fan_in)
         return LowRank(up, down).steps(layer, shape)
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        ranks = self.first.up.shape[1], self.second.up.shape[1]
-        up, down = grads[1].reshape(-1, *ranks), grads[0].reshape(*ranks, -1)
+        # up[o, p, q] = u1[o, p] u2[o, q], down[p, q, i] = v1[p, i] v2[q, i]
+        ranks = (self.first.up.shape[1], self.second.up.shape[1])
+        down = grads[0].reshape(*ranks, -1)  # (r1, r2, fan_in)
+        up = grads[1].reshape(-1, *ranks)  # (out, r1, r2)
         return (
             (up * self.second.up[:, None, :]).sum(2),
             (down * self.second.down[None, :, :]).sum(1),
@@ -180,35 +200,45 @@ class LowRankHadamard(EntrywiseProduct):
 
 @dataclass(frozen=True)
 class Kron(Expression):
-    """``left (a, b)`` Kronecker ``right (c, d * kernel)``: the change ``(a * c, b * d * kernel)``."""
+    """The Kronecker product of `left (a, b)` and `right (c, d * kernel)`: `delta (a * c, b * d * kernel)`.
+
+    Entry by entry `delta[(a, c), (b, m)] = left[a, b] right[c, m]`. Applied to `x`, the same `right` acts on
+    every one of `b` runs of channels, and `left` mixes the results.
+    """
 
     left: Tensor
     right: Expression
 
     def matrix(self) -> Tensor:
         right = self.right.matrix()
-        return torch.einsum("ab,cm->acbm", self.left, right).reshape(self.left.shape[0] * right.shape[0], -1)
+        product = torch.einsum("ab,cm->acbm", self.left, right)
+        return product.reshape(self.left.shape[0] * right.shape[0], -1)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        right, (rows, columns) = self.right.matrix(), self.left.shape
-        blocks = grad.reshape(rows, right.shape[0], columns, right.shape[1])
+        right = self.right.matrix()
+        rows, columns = self.left.shape
+        blocks = grad.reshape(rows, right.shape[0], columns, right.shape[1])  # (a, c, b, m)
         grad_left = torch.einsum("acbm,cm->ab", blocks, right)
-        return grad_left, *self.right.vjp(torch.einsum("acbm,ab->cm", blocks, self.left))
+        grad_right = torch.einsum("acbm,ab->cm", blocks, self.left)
+        return grad_left, *self.right.vjp(grad_right)
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
         return layer.groups == 1
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
         rows, columns = self.left.shape
-        block = (shape[0] // rows, shape[1] // columns, *shape[2:])
-        inner = (ChainStep(layer, self.right.matrix().reshape(block)),)
+        block = (shape[0] // rows, shape[1] // columns, *shape[2:])  # of right, as a weight of the layer
         if self.right.is_thin(layer, block):
-            inner = self.right.steps(layer, block)
-        shared = [ChainStep(ChannelGroups(step.map, columns), step.weight, step.trained) for step in inner]
-        return *shared, ChainStep(GroupMix(layer.channel_dim), self.left)
+            right_steps = self.right.steps(layer, block)
+        else:
+            right_steps = (ChainStep(layer, self.right.matrix().reshape(block)),)
+        steps = []
+        for step in right_steps:
+            steps.append(ChainStep(ChannelGroups(step.map, columns), step.weight, step.trained))
+        return *steps, ChainStep(GroupMix(layer.channel_dim), self.left)
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        *inner, left = grads
-        if len(inner) > 1:
-            return left, *self.right.steps_backward(inner)
-        return left, *self.right.vjp(inner[0].flatten(1))
+        *right_grads, left = grads
+        if len(right_grads) > 1:
+            return left, *self.right.steps_backward(right_grads)
+        return left, *self.right.vjp(right_grads[0].flatten(1))

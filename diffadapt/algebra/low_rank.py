@@ -1,4 +1,9 @@
-"""Low-rank expressions: products of thin factors, some of them made from smaller trained tensors."""
+"""Low-rank expressions: products of thin factors, some of them made from smaller trained tensors.
+
+A chain applies such a change without building its matrix: for `delta = up @ down` a layer computes
+`up (down x)`, whose middle has `r` channels. In a convolution `down` becomes `r` kernels of the layer's own
+geometry and `up` a 1x1 convolution.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from diffadapt.algebra.layer_maps import ChainStep, ChannelGroups, ChannelSum, C
 
 @dataclass(frozen=True)
 class LowRank(Expression):
-    """``up (out, r) @ down (r, fan_in)``."""
+    """`delta = up @ down`, with `up (out, r)` and `down (r, fan_in)`."""
 
     up: Tensor
     down: Tensor
@@ -31,27 +36,40 @@ class LowRank(Expression):
         return torch.addmm(weight, self.up, self.down)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # d up = G down^T, d down = up^T G
         return grad @ self.down.T, self.up.T @ grad
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        # with groups every group has all r channels in the middle
         return layer.groups == 1 or layer.groups * self.down.numel() + self.up.numel() < math.prod(shape)
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
+        # y = up (down x); of a grouped convolution y_g = up_g (down x_g) for every group g
         if isinstance(layer, LinearMap):
             return ChainStep(layer, self.down), ChainStep(layer, self.up)
         kernels = self.down.reshape(-1, *shape[1:])  # (r, in/groups, *kernel)
-        first = layer if layer.groups == 1 else ChannelGroups(layer.whole(), layer.groups)
-        return ChainStep(first, kernels), ChainStep(
-            layer.pointwise(layer.groups), pointwise_weight(self.up, layer)
-        )
+        first = layer if layer.groups == 1 else ChannelGroups(layer.ungrouped(), layer.groups)
+        last = layer.pointwise(layer.groups)
+        return ChainStep(first, kernels), ChainStep(last, pointwise_weight(self.up, layer))
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return grads[1].flatten(1), grads[0].flatten(1)
+        down, up = grads
+        return up.flatten(1), down.flatten(1)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        # as in the base class, spelled out because every forward of the commonest change calls it
+        return self.up, self.down
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> LowRank:
+        return LowRank(*tensors)
 
 
 @dataclass(frozen=True)
 class Tucker(Expression):
-    """``core (r_out, r_in, *kernel)`` between ``up (out, r_out)`` and ``down (r_in, in/groups)``."""
+    """`delta[o, i, k] = sum_ab up[o, a] core[a, b, k] down[b, i]` for the kernel positions `k`.
+
+    Shapes: `up (out, r_out)`, `core (r_out, r_in, *kernel)`, `down (r_in, in/groups)`.
+    """
 
     up: Tensor
     core: Tensor
@@ -61,11 +79,13 @@ class Tucker(Expression):
     backward_needs_factors = False
 
     def matrix(self) -> Tensor:
-        inner = torch.einsum("ab...,bi->ai...", self.core, self.down)
-        return self.up @ inner.flatten(1)
+        return self.up @ self._core_by_down().flatten(1)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        inner = torch.einsum("ab...,bi->ai...", self.core, self.down)
+        # with inner = core . down: d up = G inner^T, and d inner = up^T G leads to
+        # d core[a, b, k] = sum_i d_inner[a, i, k] down[b, i]
+        # d down[b, i] = sum_ak core[a, b, k] d_inner[a, i, k]
+        inner = self._core_by_down()  # (r_out, in/groups, *kernel)
         grad_inner = (self.up.T @ grad).reshape(inner.shape)
         grad_core = torch.einsum("ai...,bi->ab...", grad_inner, self.down)
         grad_down = self.core.transpose(0, 1).flatten(1) @ grad_inner.movedim(1, -1).flatten(0, -2)
@@ -76,179 +96,37 @@ class Tucker(Expression):
         return layer.groups == 1 or layer.groups * inner + self.up.numel() < math.prod(shape)
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
+        # y = up (core * (down x)): the convolution `core` has the layer's geometry, the others are 1x1
         if isinstance(layer, LinearMap):
             raise TypeError("a Tucker product needs a convolution; multiply the core into a low-rank factor")
-        maps = layer.pointwise(), layer
+        first = layer.pointwise()
+        middle = layer
         if layer.groups > 1:
-            maps = ChannelGroups(maps[0], layer.groups), ChannelGroups(layer.whole(), layer.groups)
-        first, last = pointwise_weight(self.down, layer), pointwise_weight(self.up, layer)
+            first = ChannelGroups(first, layer.groups)
+            middle = ChannelGroups(layer.ungrouped(), layer.groups)
         return (
-            ChainStep(maps[0], first),
-            ChainStep(maps[1], self.core),
-            ChainStep(layer.pointwise(layer.groups), last),
+            ChainStep(first, pointwise_weight(self.down, layer)),
+            ChainStep(middle, self.core),
+            ChainStep(layer.pointwise(layer.groups), pointwise_weight(self.up, layer)),
         )
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return grads[2].flatten(1), grads[1], grads[0].flatten(1)
+        down, core, up = grads
+        return up.flatten(1), core, down.flatten(1)
 
-
-class Reparametrized(Expression):
-    """Equal to a ``as_low_rank`` expression whose factors are small products of this one's tensors."""
-
-    def as_low_rank(self) -> LowRank | Tucker:
-        raise TypeError(f"{type(self).__name__} does not define plain()")
-
-    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Gradients of ``tensors()`` given those of the tensors of ``plain()``."""
-        raise TypeError(f"{type(self).__name__} does not define derive()")
-
-    def matrix(self) -> Tensor:
-        return self.as_low_rank().matrix()
-
-    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return self.as_low_rank_vjp(self.as_low_rank().vjp(grad))
-
-    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        return layer.groups == 1 or self.as_low_rank().is_thin(layer, shape)
-
-    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
-        return self.as_low_rank().steps(layer, shape)
-
-    def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        up, *core, down = reversed(grads)
-        return self.as_low_rank_vjp((up.flatten(1), *core, down.flatten(1)))
-
-
-@dataclass(frozen=True)
-class LowRankWithCore(Reparametrized):
-    """``up (out, r_out) @ core (r_out, r_in) @ down (r_in, fan_in)``; the core goes into the shorter side."""
-
-    up: Tensor
-    core: Tensor
-    down: Tensor
-
-    @property
-    def _tall(self) -> bool:
-        return self.up.shape[0] > self.down.shape[1]
-
-    def as_low_rank(self) -> LowRank:
-        if self._tall:
-            return LowRank(self.up, self.core @ self.down)
-        return LowRank(self.up @ self.core, self.down)
-
-    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        up, down = grads
-        if self._tall:
-            return up, down @ self.down.T, self.core.T @ down
-        return up @ self.core.T, self.up.T @ up, down
-
-
-@dataclass(frozen=True)
-class TuckerWithKernelFactors(Reparametrized):
-    """A Tucker product with the core ``core (r_out, r_in, *ranks)`` times one factor for each kernel axis.
-
-    The factors ``kernel_0``, ... are ``(size, rank)`` each, as many as the convolution has dimensions.
-    """
-
-    up: Tensor
-    core: Tensor
-    down: Tensor
-    kernel_0: Tensor
-    kernel_1: Tensor | None = None
-    kernel_2: Tensor | None = None
-
-    saves_step_weights = True  # the full core is small, and making it takes many operators
-
-    def as_low_rank(self) -> Tucker:
-        core = self._rows(self.core) @ self._whole(self._spread()).T
-        sizes = [kernel.shape[0] for kernel in self._kernels]
-        return Tucker(self.up, core.reshape(*self.core.shape[:2], *sizes), self.down)
-
-    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        up, core, down = grads
-        rows, spread = self._rows(core), self._spread()
-        grad_core = (rows @ self._whole(spread)).reshape(self.core.shape)
-        own = torch.mm(rows.T, self._rows(self.core))  # of the product of all axes
-        sizes, ranks = zip(*[kernel.shape for kernel in self._kernels], strict=True)
-        return up, grad_core, down, *_axes_vjp(own.reshape(*sizes, *ranks), spread)
-
-    @property
-    def _kernels(self) -> list[Tensor]:
-        return [kernel for kernel in (self.kernel_0, self.kernel_1, self.kernel_2) if kernel is not None]
-
-    def _rows(self, core: Tensor) -> Tensor:
-        """A core with one row for each pair of channels."""
-        return core.reshape(core.shape[0] * core.shape[1], -1)
-
-    def _spread(self) -> list[Tensor]:
-        """Every factor with its size and rank on its own axes of ``(*sizes, *ranks)``, 1 on the others."""
-        dims = len(self._kernels)
-        shapes = [[1] * 2 * dims for _ in range(dims)]
-        for axis, kernel in enumerate(self._kernels):
-            shapes[axis][axis], shapes[axis][dims + axis] = kernel.shape
-        return [kernel.reshape(shape) for kernel, shape in zip(self._kernels, shapes, strict=True)]
-
-    def _whole(self, spread: Sequence[Tensor]) -> Tensor:
-        """The product of all axes ``(entries, ranks)``."""
-        sizes = math.prod([kernel.shape[0] for kernel in self._kernels])
-        return functools.reduce(torch.mul, spread).reshape(sizes, -1)
-
-
-def _axes_vjp(grad: Tensor, spread: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the factors given that of their product ``(*sizes, *ranks)``."""
-    dims, grads = len(spread), []
-    for axis in range(dims):
-        others = [factor for number, factor in enumerate(spread) if number != axis]
-        summed = [dim for dim in range(2 * dims) if dim % dims != axis]
-        own = functools.reduce(torch.mul, others, grad)
-        grads.append(own.sum(summed) if summed else own)
-    return grads
-
-
-@dataclass(frozen=True)
-class ScaledFactors(Reparametrized):
-    """``diag(out_scale) up diag(rank_scale) down``."""
-
-    up: Tensor
-    down: Tensor
-    out_scale: Tensor
-    rank_scale: Tensor
-
-    def as_low_rank(self) -> LowRank:
-        return LowRank(self.out_scale[:, None] * self.up * self.rank_scale, self.down)
-
-    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[None, None, Tensor, Tensor]:
-        entries = grads[0] * self.up
-        return None, None, entries @ self.rank_scale, self.out_scale @ entries
-
-
-@dataclass(frozen=True)
-class LowRankDifference(Reparametrized):
-    """``up @ down - start_up @ start_down`` as one product of rank 2 r.
-
-    Written as ``(up - start_up) @ down + start_up @ (down - start_down)``: the differences are taken before
-    any rounding to half precision, and the start is exactly zero.
-    """
-
-    up: Tensor
-    down: Tensor
-    start_up: Tensor
-    start_down: Tensor
-
-    def as_low_rank(self) -> LowRank:
-        up = torch.cat([self.up - self.start_up, self.start_up], 1)
-        return LowRank(up, torch.cat([self.down, self.down - self.start_down], 0))
-
-    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, None, None]:
-        rank = self.up.shape[1]
-        return grads[0][:, :rank], grads[1][:rank] + grads[1][rank:], None, None
+    def _core_by_down(self) -> Tensor:
+        """`inner[a, i, k] = sum_b core[a, b, k] down[b, i]`, of shape `(r_out, in/groups, *kernel)`."""
+        return torch.einsum("ab...,bi->ai...", self.core, self.down)
 
 
 @dataclass(frozen=True)
 class FeatureSum(Expression):
-    """The sum over an output's receptive field times ``vector (out,)``: keeps the sum, never ``x``.
+    """`delta[o, i] = vector[o]`: the sum over an output's receptive field times `vector (out,)`.
 
-    ``share``: what the steps multiply the sum by, and divide the vector by.
+    It has rank 1. Its forward keeps the sum alone, never `x`.
+
+    Attributes:
+        share: what the steps multiply the sum by and divide the vector by, to keep the sum in range.
     """
 
     vector: Tensor
@@ -265,7 +143,9 @@ class FeatureSum(Expression):
         return True
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
-        groups, column = layer.groups, self.vector[:, None]
+        # y = (vector / share) (ones * (share sum_i x_i)): channels are summed first, then the kernel's window
+        groups = layer.groups
+        column = self.vector[:, None]  # (out, 1)
         if self.share != 1:
             column = column / self.share
         total = ChainStep(ChannelSum(layer.channel_dim, groups, self.share), trained=False)
@@ -282,10 +162,191 @@ class FeatureSum(Expression):
         """In float16 thousands of features would add up to more than 65,504, the largest number there."""
         if dtype != torch.float16:
             return self
-        bits = math.ceil(math.log2(self.fan_in) / 2)  # half of what keeps any sum in range: vectors have one
+        # log2(fan_in) bits would keep every sum in range; half of them, because the vector, which is divided
+        # by the same share, has a range too
+        bits = math.ceil(math.log2(self.fan_in) / 2)
         return FeatureSum(self.vector, self.fan_in, 2.0**-bits)
 
 
+class Reparametrized(Expression):
+    """Equal to a low-rank expression whose factors are small products of this one's tensors.
+
+    Those products are computed again in backward, so nothing beside the trained tensors is kept.
+    """
+
+    def as_low_rank(self) -> LowRank | Tucker:
+        """The equal expression."""
+        raise TypeError(f"{type(self).__name__} does not define as_low_rank()")
+
+    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients by `tensors()`, given those by the tensors of `as_low_rank()`."""
+        raise TypeError(f"{type(self).__name__} does not define as_low_rank_vjp()")
+
+    def matrix(self) -> Tensor:
+        return self.as_low_rank().matrix()
+
+    def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return self.as_low_rank_vjp(self.as_low_rank().vjp(grad))
+
+    def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
+        return layer.groups == 1 or self.as_low_rank().is_thin(layer, shape)
+
+    def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
+        return self.as_low_rank().steps(layer, shape)
+
+    def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        # steps run from down to up, the tensors of both low-rank expressions from up to down
+        up, *core, down = reversed(grads)
+        return self.as_low_rank_vjp((up.flatten(1), *core, down.flatten(1)))
+
+
+@dataclass(frozen=True)
+class LowRankWithCore(Reparametrized):
+    """`delta = up @ core @ down`; the core is multiplied into the factor of the shorter side.
+
+    Shapes: `up (out, r_out)`, `core (r_out, r_in)`, `down (r_in, fan_in)`.
+    """
+
+    up: Tensor
+    core: Tensor
+    down: Tensor
+
+    def as_low_rank(self) -> LowRank:
+        if self._is_tall():
+            return LowRank(self.up, self.core @ self.down)  # (out, r_out), (r_out, fan_in)
+        return LowRank(self.up @ self.core, self.down)  # (out, r_in), (r_in, fan_in)
+
+    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        # down' = core down: d core = D' down^T, d down = core^T D'
+        # up' = up core:     d up = U' core^T,   d core = up^T U'
+        up, down = grads
+        if self._is_tall():
+            return up, down @ self.down.T, self.core.T @ down
+        return up @ self.core.T, self.up.T @ up, down
+
+    def _is_tall(self) -> bool:
+        return self.up.shape[0] > self.down.shape[1]
+
+
+@dataclass(frozen=True)
+class TuckerWithKernelFactors(Reparametrized):
+    """A Tucker product whose core is itself factored over the axes of the kernel.
+
+    In two dimensions `core'[a, b, h, w] = sum_pq core[a, b, p, q] kernel_0[h, p] kernel_1[w, q]`. Shapes:
+    `core (r_out, r_in, *ranks)`, and one factor `kernel_n (size_n, rank_n)` for each dimension of the
+    convolution.
+    """
+
+    up: Tensor
+    core: Tensor
+    down: Tensor
+    kernel_0: Tensor
+    kernel_1: Tensor | None = None
+    kernel_2: Tensor | None = None
+
+    saves_step_weights = True  # the full core is small, and making it takes many operators
+
+    def as_low_rank(self) -> Tucker:
+        kernel_product = _kernel_product(self._spread_kernels())  # (sizes, ranks)
+        core = _channel_rows(self.core) @ kernel_product.T  # (r_out * r_in, sizes)
+        sizes = [kernel.shape[0] for kernel in self._kernels()]
+        return Tucker(self.up, core.reshape(*self.core.shape[:2], *sizes), self.down)
+
+    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # with C' = C K^T, K the product of the kernel factors: d C = D K, d K = D^T C for D = d C'
+        up, core, down = grads
+        grad_rows = _channel_rows(core)  # (r_out * r_in, sizes)
+        spread = self._spread_kernels()
+        grad_core = (grad_rows @ _kernel_product(spread)).reshape(self.core.shape)
+        grad_product = torch.mm(grad_rows.T, _channel_rows(self.core))  # (sizes, ranks)
+        kernels = self._kernels()
+        sizes = [kernel.shape[0] for kernel in kernels]
+        ranks = [kernel.shape[1] for kernel in kernels]
+        return up, grad_core, down, *_kernels_vjp(grad_product.reshape(*sizes, *ranks), spread)
+
+    def _kernels(self) -> list[Tensor]:
+        return [kernel for kernel in (self.kernel_0, self.kernel_1, self.kernel_2) if kernel is not None]
+
+    def _spread_kernels(self) -> list[Tensor]:
+        """Every kernel factor with its two axes at their places among `(*sizes, *ranks)`, 1 elsewhere."""
+        kernels = self._kernels()
+        dims = len(kernels)
+        spread = []
+        for axis, kernel in enumerate(kernels):
+            shape = [1] * (2 * dims)
+            shape[axis], shape[dims + axis] = kernel.shape
+            spread.append(kernel.reshape(shape))
+        return spread
+
+
+def _channel_rows(core: Tensor) -> Tensor:
+    """A core `(r_out, r_in, *axes)` as a matrix with one row for each pair of channels."""
+    return core.reshape(core.shape[0] * core.shape[1], -1)
+
+
+def _kernel_product(spread: Sequence[Tensor]) -> Tensor:
+    """`K[(h, w), (p, q)] = kernel_0[h, p] kernel_1[w, q]`, the Kronecker product of the kernel factors."""
+    product = functools.reduce(torch.mul, spread)  # (*sizes, *ranks)
+    return product.reshape(math.prod(product.shape[: len(spread)]), -1)
+
+
+def _kernels_vjp(grad: Tensor, spread: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the kernel factors, given that of their product `(*sizes, *ranks)`.
+
+    For two factors `d kernel_0[h, p] = sum_wq grad[h, w, p, q] kernel_1[w, q]`.
+    """
+    dims = len(spread)
+    grads = []
+    for axis in range(dims):
+        other_kernels = [kernel for number, kernel in enumerate(spread) if number != axis]
+        summed_axes = [dim for dim in range(2 * dims) if dim % dims != axis]
+        product = functools.reduce(torch.mul, other_kernels, grad)
+        grads.append(product.sum(summed_axes) if summed_axes else product)
+    return grads
+
+
+@dataclass(frozen=True)
+class ScaledFactors(Reparametrized):
+    """`delta = diag(out_scale) up diag(rank_scale) down`, of which the two scales are trained."""
+
+    up: Tensor
+    down: Tensor
+    out_scale: Tensor
+    rank_scale: Tensor
+
+    def as_low_rank(self) -> LowRank:
+        return LowRank(self.out_scale[:, None] * self.up * self.rank_scale, self.down)
+
+    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[None, None, Tensor, Tensor]:
+        # up'[o, r] = out_scale[o] up[o, r] rank_scale[r]
+        entries = grads[0] * self.up  # (out, r)
+        return None, None, entries @ self.rank_scale, self.out_scale @ entries
+
+
+@dataclass(frozen=True)
+class LowRankDifference(Reparametrized):
+    """`delta = up @ down - start_up @ start_down` as one product of rank 2 r.
+
+    Computed as `(up - start_up) @ down + start_up @ (down - start_down)`: the differences are taken before
+    any rounding to half precision, and the start is exactly zero.
+    """
+
+    up: Tensor
+    down: Tensor
+    start_up: Tensor
+    start_down: Tensor
+
+    def as_low_rank(self) -> LowRank:
+        up = torch.cat([self.up - self.start_up, self.start_up], 1)  # (out, 2 r)
+        down = torch.cat([self.down, self.down - self.start_down], 0)  # (2 r, fan_in)
+        return LowRank(up, down)
+
+    def as_low_rank_vjp(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, None, None]:
+        up, down = grads
+        rank = self.up.shape[1]
+        return up[:, :rank], down[:rank] + down[rank:], None, None
+
+
 def pointwise_weight(matrix: Tensor, layer: ConvMap) -> Tensor:
-    """A matrix as the weight of a 1x1 convolution."""
+    """A matrix `(out, in)` as the weight `(out, in, 1, ...)` of a 1x1 convolution."""
     return matrix.reshape(*matrix.shape, *(1,) * layer.dims)
