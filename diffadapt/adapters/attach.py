@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.adapters.class_table import check_new_table, follow_dropout
+from diffadapt.adapters.class_table import check_new_table, label_dropout_hooks
 from diffadapt.adapters.fused_projections import FusingRefused
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, LayerState, layer_state_of
 from diffadapt.adapters.merge import merge, unmerge
@@ -246,8 +246,8 @@ def _swap(
         adapter.layer_states[choice.site.name] = layer_state
     adapter.hooks += [FusingRefused(root) for root in adapter.roots.values()]
     for part in adapter.parts:
-        if getattr(part.methods[0], "classes", None) is not None:
-            adapter.hooks += [handle for root in adapter.roots.values() for handle in follow_dropout(root)]
+        for root in adapter.roots.values():
+            adapter.hooks += label_dropout_hooks(part.methods[0], root)
         if part.grouped:
             for root in adapter.roots.values():
                 adapter.hooks.append(root.register_forward_pre_hook(part.prepare))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from diffadapt.adapters.class_table import follow_rows
+from diffadapt.adapters.class_table import sync_table_sizes
 from diffadapt.adapters.layers import Entry, LayerState
 from diffadapt.algebra.combined_weight import (
     HALF,
@@ -59,7 +59,7 @@ def fold_merged(layer_states: Iterable[LayerState], models: Iterable[nn.Module])
         layer_lost, layer_changed = _fold(layer_state, merged)
         lost += layer_lost
         changed += layer_changed
-    follow_rows(models)
+    sync_table_sizes(models)
     return (lost / changed) ** 0.5 if changed else 0.0
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from diffadapt.algebra.autograd import Term, branch_sum, rescaled_product, scaled_channels
 from diffadapt.algebra.combined_weight import (
+    changed_shape,
     changed_weight,
     effective_bias,
-    largest_class_table,
     to_compute_dtype,
 )
 from diffadapt.algebra.expression import Update
@@ -238,11 +238,10 @@ def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
     """The whole changed weight, for layers whose weight is small beside their activations."""
     layer_state, base = layer._diffadapt, layer._diffadapt.base()
     updates = layer_state.updates(entries)
-    if largest_class_table(base, updates) is None and layer.weight.shape == base.shape:
+    if changed_shape(base, updates) == layer.weight.shape == base.shape:
         return changed_weight(to_compute_dtype(base), updates, resident=layer.weight)
-    return changed_weight(
-        to_compute_dtype(base), layer_state.updates(layer_state.entries)
-    )  # merged rows stand elsewhere
+    # rows of a merged class table stand elsewhere than the base's, so all entries are added up again
+    return changed_weight(to_compute_dtype(base), layer_state.updates(layer_state.entries))
 
 
 def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:

@@ -1,4 +1,8 @@
-"""Several changes of one weight, added up: ``W + sum_i t_i (W'_i - W)``, and the same for biases."""
+"""Several changes of one weight, added up: `W + sum_i t_i (W'_i - W)`, and the same for biases.
+
+A new class table may have more rows than the base's (`class_table_expression`): the changed weight then has
+those of the largest one, and `W` stands for the base with its new rows as they start.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.class_table_rows import NewRows, padded
+from diffadapt.algebra.class_table_expression import NewClassTable, largest_class_table, pad_table
 from diffadapt.algebra.expression import Update
 
 HALF = (torch.bfloat16, torch.float16)
@@ -15,44 +19,63 @@ Weighted = Sequence[tuple[float, Update]]  # strengths and changes
 
 
 def changed_weight(base: Tensor, updates: Weighted, *, resident: Tensor | None = None) -> Tensor:
-    """The changed weight for the frozen ``base``; of class tables that grow, with the rows of the largest.
+    """`W + sum_i t_i (W'_i - W)` for the frozen weight `base`.
 
     Args:
-        resident: what the changes are added to where no table grows; the base by default.
+        base: The frozen weight, in its own shape.
+        updates: Strengths `t_i` and changes.
+        resident: What the changes are added to where the weight keeps its shape; the base by default.
     """
-    updates = [(strength, update) for strength, update in updates if strength != 0]
-    grown = largest_class_table(base, updates)
-    if grown is None:
-        total = base if resident is None else resident
-        for strength, update in updates:
-            total = total + strength * (update.weight(base) - base)
-        return total
-    total = grown.base_weight(base)
+    largest_table = largest_class_table(base, updates)
+    if largest_table is not None:
+        start = largest_table.base_weight(base)
+    else:
+        start = base if resident is None else resident
+    return _add_changes(start, base, updates, largest_table)
+
+
+def weight_change(base: Tensor, updates: Weighted) -> Tensor:
+    """`sum_i t_i (W'_i - W)`: differences are added up, so that no small one is rounded away beside `W`."""
+    largest_table = largest_class_table(base, updates)
+    zeros = base.new_zeros(changed_shape(base, updates))
+    return _add_changes(zeros, base, updates, largest_table)
+
+
+def start_weight(base: Tensor, updates: Weighted) -> Tensor:
+    """`W`, what the changes are added to: the base, with the new rows of a class table as they start."""
+    largest_table = largest_class_table(base, updates)
+    return base if largest_table is None else largest_table.base_weight(base)
+
+
+def changed_shape(base: Tensor, updates: Weighted) -> torch.Size:
+    """The shape of the changed weight: the base's, but for a class table with more rows."""
+    largest_table = largest_class_table(base, updates)
+    if largest_table is None:
+        return base.shape
+    return torch.Size((largest_table.num_rows, *base.shape[1:]))
+
+
+def _add_changes(
+    total: Tensor, base: Tensor, updates: Weighted, largest_table: NewClassTable | None
+) -> Tensor:
     for strength, update in updates:
-        change = padded(
-            update.weight(base) - update.base_weight(base), grown.rows, null_class=grown.null_class
-        )
+        if strength == 0:
+            continue
+        change = update.weight(base) - update.base_weight(base)
+        if largest_table is not None:
+            change = pad_table(change, largest_table.num_rows, null_class=largest_table.null_class)
         total = total + strength * change
     return total
 
 
-def start_weight(base: Tensor, updates: Weighted) -> Tensor:
-    """What those changes are added to: the base, with the rows of the largest class table as they start."""
-    grown = largest_class_table(base, updates)
-    return base if grown is None else grown.base_weight(base)
-
-
-def largest_class_table(base: Tensor, updates: Weighted) -> NewRows | None:
-    """Of the changes that act, the class table with most rows; None where none has more than the base."""
-    most, rows = None, len(base)
-    for strength, update in updates:
-        if strength != 0 and isinstance(update.delta, NewRows) and update.delta.rows > rows:
-            most, rows = update.delta, update.delta.rows
-    return most
-
-
 def effective_bias(base: Tensor | None, resident: Tensor | None, updates: Weighted) -> Tensor | None:
-    """``b + sum_i t_i (b'_i - b)`` over (strength, update); None for a layer that has none and gets none."""
+    """`b + sum_i t_i (b'_i - b)`; None for a layer that has no bias and gets none.
+
+    Args:
+        base: The frozen bias `(out,)`; None where the layer has none.
+        resident: What the changes are added to; None where the layer has no bias.
+        updates: Strengths `t_i` and changes.
+    """
     total = resident
     for strength, update in updates:
         if not update.changes_bias() or (base is None and update.bias is None):

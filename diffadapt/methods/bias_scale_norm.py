@@ -17,7 +17,12 @@ from diffadapt.methods.site import LayerKind, Site
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """``b' = b + bias`` for every layer that has a bias. Parameters: out. Source: arXiv 2106.10199."""
+    """`b' = b + bias` for every layer that has a bias.
+
+    Parameters: out.
+
+    Source: arXiv 2106.10199.
+    """
 
     name: ClassVar[str] = "bitfit"
     learning_rate: ClassVar[float] = 1e-3
@@ -34,9 +39,11 @@ class BitFit(Method):
 
 @dataclass(frozen=True)
 class Gamma(Method):
-    """``y' = gamma * y``: every output of a layer, bias included, times a trained factor that starts at 1.
+    """`y' = gamma * y`: every output of a layer, bias included, times a trained factor that starts at 1.
 
-    Parameters: out. Source: the scale factors of DiffFit, arXiv 2304.06648, section 3.2, one per layer.
+    Parameters: out.
+
+    Source: the scale factors of DiffFit, arXiv 2304.06648, section 3.2, one per layer.
     """
 
     name: ClassVar[str] = "gamma"
@@ -54,12 +61,16 @@ class Gamma(Method):
         tensors["gamma"].fill_(1)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        # gamma (W x + b): W' = gamma W by rows, b' = gamma b
         return Update(scale=tensors["gamma"], bias_scale=tensors["gamma"])
 
 
 @dataclass(frozen=True)
 class Norms(Method):
-    """Weights and biases of every LayerNorm and GroupNorm, whatever the targets. Parameters: 2 a channel."""
+    """`W' = W + weight`, `b' = b + bias` of every LayerNorm and GroupNorm, whatever the targets.
+
+    Parameters: two per channel.
+    """
 
     name: ClassVar[str] = "norms"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"norm"})
@@ -70,7 +81,10 @@ class Norms(Method):
         return ("norm",)
 
     def trained_tensors(self, site: Site) -> Shapes:
-        return {"weight": site.shape} | ({"bias": site.shape} if site.has_bias else {})
+        shapes = {"weight": site.shape}
+        if site.has_bias:
+            shapes["bias"] = site.shape
+        return shapes
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         return Update(Dense(tensors["weight"]), bias=tensors.get("bias"))

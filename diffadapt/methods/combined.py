@@ -1,4 +1,4 @@
-"""Several methods as one adapter in one file: every part changes the frozen base, and the changes add up."""
+"""Several methods as one adapter in one file: every member changes the frozen base; the changes add up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffadapt.methods.base import Method
 
 @dataclass(frozen=True)
 class Combined(Method):
-    """``a+b``: ``W' = W + (a(W) - W) + (b(W) - W)``; the same for biases."""
+    """`a+b`: `W' = W + (a(W) - W) + (b(W) - W)`; the same for biases."""
 
     name: ClassVar[str] = "combined"
 
@@ -18,11 +18,11 @@ class Combined(Method):
 
     @property
     def learning_rate(self) -> float:
-        return min(part.learning_rate for part in self.members)
+        return min(member.learning_rate for member in self.members)
 
     @property
     def extra_targets(self) -> tuple[str, ...]:
-        return tuple(preset for part in self.members for preset in part.extra_targets)
+        return tuple(preset for member in self.members for preset in member.extra_targets)
 
     def __str__(self) -> str:
-        return "+".join(str(part) for part in self.members)
+        return "+".join(str(member) for member in self.members)

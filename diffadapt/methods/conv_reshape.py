@@ -14,11 +14,19 @@ RESHAPES = ("peft", "loralib")
 
 
 def factor_shapes(site: Site, rank: int, reshape: str) -> Shapes:
-    """Shapes of ``up`` and ``down``.
+    """Shapes of `up` and `down` for the product `up @ down` of a site.
 
-    ``peft``: the matrix (out, in/groups * kernel), inner rank r. ``loralib``: the matrix (out/groups * k,
-    in * k), inner rank r * k, as in microsoft/LoRA's ConvLoRA, which the papers' printed counts use.
-    Raises ValueError for a kernel that is not square under ``loralib``.
+    `peft`: the matrix (out, in/groups * kernel) with inner rank r. `loralib`: the matrix
+    (out/groups * k, in * k) with inner rank r * k, as in microsoft/LoRA's ConvLoRA, which the papers' printed
+    counts use.
+
+    Args:
+        site: The weight to change.
+        rank: The rank r.
+        reshape: One of `RESHAPES`; without effect on layers that are no convolutions.
+
+    Raises:
+        ValueError: For a kernel that is not square under `loralib`.
     """
     if reshape == "peft" or not site.kernel:
         return {"up": (site.out, rank), "down": (rank, site.fan_in)}
@@ -26,15 +34,14 @@ def factor_shapes(site: Site, rank: int, reshape: str) -> Shapes:
         raise ValueError(
             f"{site.name}: conv_reshape='loralib' needs a square 2-D kernel, got {site.kernel}; use 'peft'"
         )
-    k, channels = site.kernel[0], site.channels_in * site.groups
+    k = site.kernel[0]
+    channels = site.channels_in * site.groups
     return {"up": (site.out // site.groups * k, rank * k), "down": (rank * k, channels * k)}
 
 
-def low_rank(site: Site, up: Tensor, down: Tensor) -> Expression:
-    """``up @ down`` as a change of the site's matrix."""
+def low_rank_change(site: Site, up: Tensor, down: Tensor) -> Expression:
+    """`up @ down`, in the shapes of `factor_shapes`, as a change of the site's matrix."""
     product = LowRank(up, down)
-    return (
-        product
-        if up.shape[0] == site.out and down.shape[1] == site.fan_in
-        else ReshapedLowRank(product, (site.out, site.fan_in))
-    )
+    if up.shape[0] == site.out and down.shape[1] == site.fan_in:
+        return product
+    return ReshapedLowRank(product, (site.out, site.fan_in))

@@ -18,13 +18,15 @@ from diffadapt.methods.site import LayerKind, Site
 
 @dataclass(frozen=True)
 class DiffFit(ClassEmbedding):
-    """``y' = gamma * (y + beta)`` for every Linear and convolution, affine norms, and the class table.
+    """`y' = gamma * (y + beta)` for every Linear and convolution, affine norms, and the class table.
 
-    Parameters as 1LoRA's Table 1 counts DiffFit on DiT: 2 per output, norms, table. Its tables for
-    Depth-Anything and LLaMA count one vector per layer: that is ``gamma=False``. The authors' own code places
+    The options `classes` and `null_class` are those of `class_embedding`.
+
+    Parameters: as 1LoRA's Table 1 counts DiffFit on DiT: two per output, norms, table. Its tables for
+    Depth-Anything and LLaMA count one vector per layer: that is `gamma=False`. The authors' own code places
     gamma on residual branches and in single layers only, with other totals.
 
-    ``classes`` and ``null_class`` are those of ``class_embedding``.
+    Source: arXiv 2304.06648, section 3.2.
     """
 
     name: ClassVar[str] = "difffit"
@@ -48,16 +50,23 @@ class DiffFit(ClassEmbedding):
         return ("norm",) * self.norms + ("class_embedding",) * self.class_embedding
 
     def supports(self, site: Site) -> bool:
-        wanted = {"norm": self.norms, "embedding": self.class_embedding}
-        return super().supports(site) and wanted.get(site.kind, self.gamma or self.beta)
+        if site.kind == "norm":
+            return self.norms
+        if site.kind == "embedding":
+            return self.class_embedding
+        return self.gamma or self.beta
 
     def trained_tensors(self, site: Site) -> Shapes:
         if site.kind == "norm":
             return Norms().trained_tensors(site)
+        shapes: Shapes = {}
         if site.kind == "embedding":
-            return {}
-        chosen = {"gamma": self.gamma, "beta": self.beta}
-        return {key: (site.out,) for key, wanted in chosen.items() if wanted}
+            return shapes  # the class table is shared
+        if self.gamma:
+            shapes["gamma"] = (site.out,)
+        if self.beta:
+            shapes["beta"] = (site.out,)
+        return shapes
 
     def has_weight_decay(self, key: str) -> bool:
         return key != "gamma" and not key.startswith("table_")
@@ -71,8 +80,13 @@ class DiffFit(ClassEmbedding):
     def init_shared_tensors(
         self, sites: Sequence[Site], bases: Sequence[Tensor], tensors: Mapping[str, Tensor], seed: int
     ) -> None:
-        tables = [(s, base) for s, base in zip(sites, bases, strict=True) if s.kind == "embedding"]
-        super().init_shared_tensors([s for s, _ in tables], [base for _, base in tables], tensors, seed)
+        table_sites = []
+        tables = []
+        for site, base in zip(sites, bases, strict=True):
+            if site.kind == "embedding":
+                table_sites.append(site)
+                tables.append(base)
+        super().init_shared_tensors(table_sites, tables, tensors, seed)
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
@@ -85,5 +99,6 @@ class DiffFit(ClassEmbedding):
             return Norms().update(site, tensors, base)
         if site.kind == "embedding":
             return super().update(site, tensors, base)
+        # gamma (W x + b + beta): W' = gamma W by rows, b' = gamma (b + beta)
         gamma = tensors.get("gamma")
         return Update(scale=gamma, bias=tensors.get("beta"), bias_scale=gamma)

@@ -18,11 +18,12 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """``W' = magnitude * V / ||V||`` by rows, ``V = W + multiplier * up @ down``; norms carry no gradient.
+    """`W' = magnitude * V / ||V||` by rows, `V = W + s * up @ down`; norms carry no gradient.
 
-    Norms come from ``||v||^2 = ||w||^2 + 2 s up (down w) + s^2 up (down down^T) up^T``: ``V`` is never built.
-    Parameters: LoRA's and one per output. Source: arXiv 2402.09353, equations 5 and 11; a convolution's norm
-    runs over all dimensions but the first, as in PEFT.
+    Parameters: LoRA's and one per output.
+
+    Source: arXiv 2402.09353, equations 5 and 11; a convolution's norm runs over all dimensions but the first,
+    as in PEFT.
     """
 
     name: ClassVar[str] = "dora"
@@ -40,28 +41,36 @@ class DoRA(LoRA):
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         super().init_tensors(site, tensors, base, generator)
-        tensors["magnitude"].copy_(base.flatten(1).to(tensors["magnitude"].dtype).norm(dim=1))
+        weight = base.flatten(1).to(tensors["magnitude"].dtype)  # (out, fan_in)
+        tensors["magnitude"].copy_(weight.norm(dim=1))
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        update = super().update(site, tensors, base)
+        lora = super().update(site, tensors, base)
         with torch.no_grad():
-            norm = _row_norms(base.flatten(1).to(tensors["up"].dtype), update)
-        scale = rescale(tensors["magnitude"], norm)
-        return Update(update.delta, update.multiplier, scale=scale, recompute=self.recompute)
+            norm = _row_norms(base.flatten(1).to(tensors["up"].dtype), lora)
+        scale = row_scale(tensors["magnitude"], norm)
+        return Update(lora.delta, lora.multiplier, scale=scale, recompute=self.recompute)
 
 
-def rescale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``magnitude / norm`` row by row; 1 for a row of zeros, whose direction is not defined."""
-    defined = norm > 0
-    return torch.where(defined, magnitude / torch.where(defined, norm, 1), 1)
+def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """`magnitude / norm` row by row; 1 for a row of zeros, whose direction is not defined."""
+    is_defined = norm > 0
+    return torch.where(is_defined, magnitude / torch.where(is_defined, norm, 1), 1)
 
 
 def _row_norms(weight: Tensor, update: Update) -> Tensor:
-    """Norms ``(out,)`` of the rows of ``weight + multiplier * delta``."""
-    delta, s = update.delta, update.multiplier
+    """Norms `(out,)` of the rows of `V = weight + s * up @ down`, without building `V` where it is low-rank.
+
+    For the row `v = w + s u D` with a row `w` of the weight, a row `u` of `up` and `D = down`:
+
+        ||v||^2 = ||w||^2 + 2 s u (D w^T) + s^2 u (D D^T) u^T
+                = ||w||^2 + 2 s u (D w^T + s/2 (D D^T) u^T)
+    """
+    delta = update.delta
+    s = update.multiplier
     if not isinstance(delta, LowRank):
         return (weight + s * delta.matrix()).norm(dim=1)
     cross = weight @ delta.down.T  # (out, r)
-    cross = torch.addmm(cross, delta.up, delta.down @ delta.down.T, alpha=s / 2)
-    squares = torch.linalg.vector_norm(weight, dim=1).square() + 2 * s * (delta.up * cross).sum(1)
-    return squares.clamp(min=0).sqrt()
+    cross = torch.addmm(cross, delta.up, delta.down @ delta.down.T, alpha=s / 2)  # (out, r)
+    squared_norms = torch.linalg.vector_norm(weight, dim=1).square() + 2 * s * (delta.up * cross).sum(1)
+    return squared_norms.clamp(min=0).sqrt()  # rounding can make the square of a vanishing row negative

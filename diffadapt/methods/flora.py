@@ -19,12 +19,14 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class FLoRA(RankedMethod):
-    """Convolution: ``dW = s * G x1 A x2 B x3 C x4 D``; Linear: ``dW = s * A G B^T``.
+    """Convolution: `dW = s * G x1 A x2 B x3 C x4 D`; Linear: `dW = s * A G B^T`.
 
     The core starts at zero. One small convolution, the core times the kernel factors, stands between two 1x1
-    maps, so a forward costs about 1 % of the layer. ``rank_in`` and ``rank_out`` default to ``rank``; ranks
-    above what a layer has are accepted, ``kernel_rank`` is never above the kernel's size. Parameters:
-    ``r_in r_out r3^2 + r_in in/groups + r_out out + 2 k r3``; Linear: ``r_in r_out + r_in in + r_out out``.
+    maps, so a forward costs about 1 % of the layer. `rank_in` and `rank_out` default to `rank`; ranks above
+    what a layer has are accepted, `kernel_rank` is never above the kernel's size.
+
+    Parameters: `r_in r_out r3^2 + r_in in/groups + r_out out + 2 k r3` for a k x k convolution;
+    Linear: `r_in r_out + r_in in + r_out out`.
 
     Source: arXiv 2405.14739, equations 5 to 9. Its Gaussian start (std 0.02 in all factors) makes the first
     gradient of the core vanish; the default start has orthonormal factors.
@@ -41,36 +43,40 @@ class FLoRA(RankedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("rank_in", "rank_out", "kernel_rank"):
-            if getattr(self, option) is not None:
-                check_rank(option, getattr(self, option))
+            rank = getattr(self, option)
+            if rank is not None:
+                check_rank(option, rank)
         check_choice("init", self.init, ("orthonormal", "gaussian"))
 
     def trained_tensors(self, site: Site) -> Shapes:
-        r_in, r_out = self.rank_in or self.rank, self.rank_out or self.rank
-        kernel_ranks = tuple(min(self.kernel_rank, size) for size in site.kernel)
-        axes = zip(site.kernel, kernel_ranks, strict=True)
-        return {
+        r_in = self.rank_in or self.rank
+        r_out = self.rank_out or self.rank
+        kernel_ranks = [min(self.kernel_rank, size) for size in site.kernel]
+        shapes = {
             "core": (r_out, r_in, *kernel_ranks),
             "up": (site.out, r_out),
             "down": (r_in, site.channels_in),
-            **{f"kernel_{axis}": shape for axis, shape in enumerate(axes)},
         }
+        for axis, size in enumerate(site.kernel):
+            shapes[f"kernel_{axis}"] = (size, kernel_ranks[axis])
+        return shapes
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
-        for factor, tensor in tensors.items():
-            if factor == "core":
-                continue
+        for key, tensor in tensors.items():
+            if key == "core":
+                continue  # stays zero, so that the change is zero
             if self.init == "gaussian":
                 draw_normal(tensor, 0.02, generator)
             else:
                 draw_orthonormal(tensor, generator)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        # core: G, up: A over outputs, down: B^T over inputs, kernel_0, kernel_1: C, D
-        core, up, down = tensors["core"], tensors["up"], tensors["down"]
+        core = tensors["core"]  # G (r_out, r_in, *kernel_ranks)
+        up = tensors["up"]  # A (out, r_out)
+        down = tensors["down"]  # B^T (r_in, in/groups)
         if site.kind == "linear":
             return Update(LowRankWithCore(up, core, down), self.multiplier)
-        kernels = [tensors[f"kernel_{axis}"] for axis in range(len(site.kernel))]
-        return Update(TuckerWithKernelFactors(up, core, down, *kernels), self.multiplier)
+        kernel_factors = [tensors[f"kernel_{axis}"] for axis in range(len(site.kernel))]  # C, D (k, r3)
+        return Update(TuckerWithKernelFactors(up, core, down, *kernel_factors), self.multiplier)

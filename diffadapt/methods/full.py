@@ -1,4 +1,4 @@
-"""Full fine-tuning of the targets: every weight and bias free, the reference of all four papers."""
+"""Full fine-tuning of the targets, the reference of the papers on FLoRA, LieRA, 1LoRA and SuperLoRA."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from diffadapt.methods.site import LayerKind, Site
 
 @dataclass(frozen=True)
 class Full(Method):
-    """``W' = W + weight``, ``b' = b + bias``, both free and starting at zero. Parameters: the layer's own."""
+    """`W' = W + weight`, `b' = b + bias`, both unrestricted and starting at zero.
+
+    Parameters: as many as the layer has.
+    """
 
     name: ClassVar[str] = "full"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "norm", "embedding"})
     learning_rate: ClassVar[float] = 1e-5
 
     def trained_tensors(self, site: Site) -> Shapes:
-        return {"weight": site.shape} | ({"bias": site.bias_shape} if site.has_bias else {})
+        shapes = {"weight": site.shape}
+        if site.has_bias:
+            shapes["bias"] = site.bias_shape
+        return shapes
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         return Update(Dense(tensors["weight"]), bias=tensors.get("bias"))

@@ -1,4 +1,4 @@
-"""Adapters of other tools: every layer in the form its file has, to be used, trained on and saved."""
+"""Adapters of other tools: every layer in the form that its file has, to be used, trained on and saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffadapt.algebra.expression import Update
 from diffadapt.algebra.full_rank import ColumnScaled
 from diffadapt.common.pipeline_components import without_denoiser
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.dora import rescale
+from diffadapt.methods.dora import row_scale
 from diffadapt.methods.imported_forms import FORMS, Tensors
 from diffadapt.methods.ranked import check_multiplier
 from diffadapt.methods.site import LayerKind, Site
@@ -25,9 +25,11 @@ MAGNITUDES = ("magnitude", "input_magnitude", "base_magnitude")
 class Imported(Method):
     """A form, a multiplier and shapes for each layer, by its path in the model; read from files alone.
 
-    ``magnitude (out,)`` normalises the rows of ``W + delta`` as DoRA does; ``input_magnitude (in,)`` its
-    columns, one norm per input channel, which is what DoRA files with ``dora_scale (1, in, ...)`` mean;
-    ``base_magnitude (out,)`` divides by the rows of ``W`` alone, as ComfyUI reads DoRA.
+    `magnitude (out,)` normalises the rows of `W + delta` as DoRA does; `input_magnitude (in,)` its columns,
+    one norm per input channel, which is what DoRA files with `dora_scale (1, in, ...)` mean;
+    `base_magnitude (out,)` divides by the rows of `W` alone, as ComfyUI reads DoRA.
+
+    The tensors of a layer are those of its form, and perhaps a bias and a magnitude.
     """
 
     name: ClassVar[str] = "imported"
@@ -38,30 +40,34 @@ class Imported(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for path, own in self.forms.items():
-            known = isinstance(own, dict) and own.get("form") in FORMS
-            if not known or not isinstance(own.get("shapes"), dict):
-                raise ValueError(f"imported: {path} has no form of {', '.join(FORMS)} with shapes: {own!r}")
-            if type(own.get("multiplier")) not in (int, float):
-                raise ValueError(f"imported: the multiplier of {path} is not a number: {own!r}")
-            check_multiplier(f"imported: {path}", own["multiplier"])
+        for path, layer in self.forms.items():
+            is_known = isinstance(layer, dict) and layer.get("form") in FORMS
+            if not is_known or not isinstance(layer.get("shapes"), dict):
+                raise ValueError(f"imported: {path} has no form of {', '.join(FORMS)} with shapes: {layer!r}")
+            if type(layer.get("multiplier")) not in (int, float):
+                raise ValueError(f"imported: the multiplier of {path} is not a number: {layer!r}")
+            check_multiplier(f"imported: {path}", layer["multiplier"])
 
     def __str__(self) -> str:
-        counts = Counter(own["form"] for own in self.forms.values())
+        counts = Counter(layer["form"] for layer in self.forms.values())
         return f"imported({', '.join(f'{form}: {count}' for form, count in sorted(counts.items()))})"
 
     def supports(self, site: Site) -> bool:
         return without_denoiser(site.name) in self.forms
 
     def trained_tensors(self, site: Site) -> Shapes:
-        own = self._own(site)
+        layer = self._layer(site)
+        shapes: Shapes = {}
+        tensors = {}
         try:
-            shapes = {key: tuple(map(int, shape)) for key, shape in own["shapes"].items()}
-            tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-            self._check(site, tensors)
+            for key, shape in layer["shapes"].items():
+                shapes[key] = tuple(map(int, shape))
+                tensors[key] = torch.empty(shapes[key], device="meta")
+            self._check_shapes(site, tensors)
         except (RuntimeError, TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
+            form = layer["form"]
             raise ValueError(
-                f"{site.name} has shape {site.shape}, which a {own['form']} of {own['shapes']} does not fit"
+                f"{site.name} has shape {site.shape}, which a {form} of {layer['shapes']} does not fit"
             ) from error
         return shapes
 
@@ -69,29 +75,36 @@ class Imported(Method):
         return key not in MAGNITUDES
 
     def update(self, site: Site, tensors: Tensors, base: Tensor) -> Update:
-        own = self._own(site)
-        delta, multiplier, bias = FORMS[own["form"]](tensors), float(own["multiplier"]), tensors.get("bias")
-        key = next((key for key in MAGNITUDES if key in tensors), None)
-        if key is None:
+        layer = self._layer(site)
+        delta = FORMS[layer["form"]](tensors)
+        multiplier = float(layer["multiplier"])
+        bias = tensors.get("bias")
+        magnitude_key = next((key for key in MAGNITUDES if key in tensors), None)
+        if magnitude_key is None:
             return Update(delta, multiplier, bias=bias)
-        magnitude = tensors[key]
+
+        # V = W + multiplier * delta; norms of the rows of V, of the columns of V, or of the rows of W
+        magnitude = tensors[magnitude_key]
         with torch.no_grad():
-            whole = base.to(magnitude.dtype).flatten(1)
-            if key != "base_magnitude":
-                whole = whole + multiplier * delta.matrix()
-            if key == "input_magnitude":
-                whole = whole.unflatten(1, (len(magnitude), -1)).transpose(0, 1)
-            norm = whole.flatten(1).norm(dim=1)
-        scale = rescale(magnitude, norm)
-        if key != "input_magnitude":
+            normalized = base.to(magnitude.dtype).flatten(1)  # (out, fan_in)
+            if magnitude_key != "base_magnitude":
+                normalized = normalized + multiplier * delta.matrix()
+            if magnitude_key == "input_magnitude":
+                # (out, in * kernel) -> (in, out, kernel)
+                normalized = normalized.unflatten(1, (len(magnitude), -1)).transpose(0, 1)
+            norm = normalized.flatten(1).norm(dim=1)
+        scale = row_scale(magnitude, norm)
+        if magnitude_key != "input_magnitude":
             return Update(delta, multiplier, scale=scale, bias=bias)
-        columns = scale.repeat_interleave(site.fan_in // len(magnitude))
+        columns = scale.repeat_interleave(site.fan_in // len(magnitude))  # (in,) -> (in * kernel,)
         return Update(ColumnScaled(base, delta, columns, multiplier), bias=bias)
 
-    def _own(self, site: Site) -> dict:
+    def _layer(self, site: Site) -> dict:
+        """Form, multiplier and shapes of a site."""
         return self.forms[without_denoiser(site.name)]
 
-    def _check(self, site: Site, tensors: Tensors) -> None:
+    def _check_shapes(self, site: Site, tensors: Tensors) -> None:
+        """Raises ValueError, or what torch raises, for tensors that do not fit the site."""
         update = self.update(site, tensors, torch.empty(site.shape, device="meta"))
         if update.delta is not None and update.delta.matrix().shape != (site.out, site.fan_in):
             raise ValueError("another shape")

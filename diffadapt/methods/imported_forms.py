@@ -1,4 +1,4 @@
-"""The forms of changes in other tools' files, and the expression each makes of its tensors."""
+"""The forms of changes in other tools' files, and the expression that each makes of its tensors."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ Tensors = Mapping[str, Tensor]
 
 
 def _tucker(up: Tensor, core: Tensor, down: Tensor) -> Tucker:
-    if core.shape[:2] != (up.shape[1], down.shape[0]):  # a size of one would be repeated unnoticed
+    # up (out, r_out), core (r_out, r_in, *kernel), down (r_in, in/groups); a size of one would be broadcast
+    if core.shape[:2] != (up.shape[1], down.shape[0]):
         raise ValueError(f"a core of {tuple(core.shape)} between {tuple(up.shape)} and {tuple(down.shape)}")
     return Tucker(up, core, down)
 
 
-def _half(tensors: Tensors, number: int) -> LowRank | Tucker:
-    up, down = tensors[f"up_{number}"], tensors[f"down_{number}"]
-    core = tensors.get(f"core_{number}")
+def _low_rank_or_tucker(up: Tensor, core: Tensor | None, down: Tensor) -> LowRank | Tucker:
     return LowRank(up, down) if core is None else _tucker(up, core, down)
 
 
-def _entrywise(first: LowRank | Tucker, second: LowRank | Tucker) -> Expression:
-    plain = isinstance(first, LowRank) and isinstance(second, LowRank)
-    return LowRankHadamard(first, second) if plain else EntrywiseProduct(first, second)
+def _loha(tensors: Tensors) -> Expression:
+    """`(up_1 down_1) o (up_2 down_2)`, either of which may have a Tucker core between its factors."""
+    first = _low_rank_or_tucker(tensors["up_1"], tensors.get("core_1"), tensors["down_1"])
+    second = _low_rank_or_tucker(tensors["up_2"], tensors.get("core_2"), tensors["down_2"])
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        return LowRankHadamard(first, second)
+    return EntrywiseProduct(first, second)
 
 
-def _kron(tensors: Tensors) -> Kron:
+def _lokr(tensors: Tensors) -> Kron:
+    """`left (x) right`, each of them dense or in factors."""
     left = tensors["left"] if "left" in tensors else tensors["left_up"] @ tensors["left_down"]
     if "right" in tensors:
         return Kron(left, Dense(tensors["right"]))
-    core = tensors.get("core")
-    up, down = tensors["up"], tensors["down"]
-    return Kron(left, LowRank(up, down) if core is None else _tucker(up, core, down))
+    return Kron(left, _low_rank_or_tucker(tensors["up"], tensors.get("core"), tensors["down"]))
 
 
 # form -> the change its tensors are; every form may also carry a bias and a magnitude
 FORMS: dict[str, Callable[[Tensors], Expression | None]] = {
     "lora": lambda tensors: LowRank(tensors["up"], tensors["down"]),
     "tucker": lambda tensors: _tucker(tensors["up"], tensors["core"], tensors["down"]),
-    "loha": lambda tensors: _entrywise(_half(tensors, 1), _half(tensors, 2)),
-    "lokr": _kron,
+    "loha": _loha,
+    "lokr": _lokr,
     "dense": lambda tensors: Dense(tensors["weight"]),
     "bias": lambda tensors: None,
 }

@@ -14,8 +14,8 @@ from diffadapt.algebra.expression import Expression, Update
 from diffadapt.algebra.full_rank import RelativeChange, Scaled
 from diffadapt.algebra.low_rank import LowRankDifference
 from diffadapt.methods.base import Method, Shapes
-from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
-from diffadapt.methods.dora import rescale
+from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank_change
+from diffadapt.methods.dora import row_scale
 from diffadapt.methods.flora import FLoRA
 from diffadapt.methods.pissa import PiSSA
 from diffadapt.methods.random_init import draw_uniform
@@ -25,15 +25,18 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class LieRA(RankedMethod):
-    """``W' = W * exp(s * up @ down)``, or to first order ``W + W * (s * up @ down)``, as its tables use.
+    """`W' = W o exp(s * up @ down)`, or to first order `W + W o (s * up @ down)`, as its tables use.
 
-    Weights of zero cannot move, biases do not. Parameters: the inner method's (LoRA: r * (out + fan_in); with
-    ``conv_reshape="loralib"`` r * k^2 * (in + out/groups), the papers' counts).
+    `o` is the entrywise product. Weights of zero cannot change, and biases do not.
 
-    ``inner`` is the matrix that acts as the Lie algebra's element. The paper reports couplings without
-    formulas; the readings here: ``dora`` renormalises, ``W' = magnitude * V / ||V||`` with ``V`` the changed
-    weight and the norm without gradient; ``pissa`` takes ``up @ down - start_up @ start_down``, since it does
-    not start at zero; ``flora`` takes its Tucker product.
+    `inner` is the matrix that acts as the Lie algebra's element. The paper reports couplings without
+    formulas; the readings here: `dora` renormalises, `W' = magnitude * V / ||V||` with `V` the changed
+    weight and the norm without gradient; `pissa` takes `up @ down - start_up @ start_down`, since it does not
+    start at zero; `flora` takes its Tucker product.
+
+    Parameters: the inner method's (LoRA: r * (out + fan_in); with `conv_reshape="loralib"`
+    r * k^2 * (in + out/groups), the papers' counts).
+
     Source: arXiv 2504.00851, equations 5 to 8; rates are about ten times LoRA's, as changes are relative.
     """
 
@@ -57,42 +60,49 @@ class LieRA(RankedMethod):
 
     def trained_tensors(self, site: Site) -> Shapes:
         if self.inner in ("pissa", "flora"):
-            return self._inner().trained_tensors(site)
-        magnitude = {"magnitude": (site.out,)} if self.inner == "dora" else {}
-        return factor_shapes(site, self.rank, self.conv_reshape) | magnitude
+            return self._inner_method().trained_tensors(site)
+        shapes = factor_shapes(site, self.rank, self.conv_reshape)
+        if self.inner == "dora":
+            shapes["magnitude"] = (site.out,)
+        return shapes
 
     def has_weight_decay(self, key: str) -> bool:
         return self.inner != "pissa" and key != "magnitude"
 
     def frozen_tensors(self, site: Site) -> Shapes:
-        return self._inner().frozen_tensors(site) if self.inner == "pissa" else {}
+        return self._inner_method().frozen_tensors(site) if self.inner == "pissa" else {}
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         if self.inner in ("pissa", "flora"):
-            self._inner().init_tensors(site, tensors, base, generator)
+            self._inner_method().init_tensors(site, tensors, base, generator)
             return
-        draw_uniform(tensors["down"], 1 / math.sqrt(tensors["down"].shape[1]), generator)
+        fan_in = tensors["down"].shape[1]
+        draw_uniform(tensors["down"], 1 / math.sqrt(fan_in), generator)  # as in LoRA
         if self.inner == "dora":
-            tensors["magnitude"].copy_(base.flatten(1).to(tensors["magnitude"].dtype).norm(dim=1))
+            weight = base.flatten(1).to(tensors["magnitude"].dtype)  # (out, fan_in)
+            tensors["magnitude"].copy_(weight.norm(dim=1))
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        # element X: dW = W o X to first order, dW = W o (exp(X) - 1) exactly
         element = self._element(site, tensors, base)
-        element = element if self.multiplier == 1 else Scaled(element, self.multiplier)
+        if self.multiplier != 1:
+            element = Scaled(element, self.multiplier)
         change = RelativeChange(base, element, exponential=self.order == "exp")
         if self.inner != "dora":
             return Update(change)
         with torch.no_grad():
             norm = (base.flatten(1) + change.matrix()).norm(dim=1)
-        return Update(change, scale=rescale(tensors["magnitude"], norm))
+        return Update(change, scale=row_scale(tensors["magnitude"], norm))
 
     def _element(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Expression:
+        """The element of the Lie algebra, without the multiplier."""
         if self.inner == "pissa":
             return LowRankDifference(**tensors)
         if self.inner == "flora":
-            return self._inner().update(site, tensors, base).delta
-        return low_rank(site, tensors["up"], tensors["down"])
+            return self._inner_method().update(site, tensors, base).delta
+        return low_rank_change(site, tensors["up"], tensors["down"])
 
-    def _inner(self) -> Method:
+    def _inner_method(self) -> Method:
         return PiSSA(rank=self.rank) if self.inner == "pissa" else FLoRA(rank=self.rank)

@@ -20,21 +20,27 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class LoHa(RankedMethod):
-    """``W' = W + multiplier * (up_1 down_1) o (up_2 down_2)``: rank up to r^2 for twice LoRA's parameters.
+    """`W' = W + s * (up_1 @ down_1) o (up_2 @ down_2)`: rank up to r^2 for twice LoRA's parameters.
 
-    Parameters: 2 r (out + fan_in). Source: arXiv 2108.06098, equation 2; start as in LyCORIS.
+    `o` is the entrywise product.
+
+    Parameters: 2 r (out + fan_in).
+
+    Source: arXiv 2108.06098, equation 2; start as in LyCORIS.
     """
 
     name: ClassVar[str] = "loha"
     learning_rate: ClassVar[float] = 5e-4
 
     def trained_tensors(self, site: Site) -> Shapes:
-        up, down = (site.out, self.rank), (self.rank, site.fan_in)
-        return {"up_1": up, "down_1": down, "up_2": up, "down_2": down}
+        up_shape = (site.out, self.rank)
+        down_shape = (self.rank, site.fan_in)
+        return {"up_1": up_shape, "down_1": down_shape, "up_2": up_shape, "down_2": down_shape}
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
+        # up_2 stays zero, so the product is zero
         for key, std in (("up_1", 0.1), ("down_1", 1.0), ("down_2", 1.0)):
             draw_normal(tensors[key], std, generator)
 

@@ -21,11 +21,14 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class LoKr(RankedMethod):
-    """``W' = W + multiplier * left (x) right``, multiplied out in a forward of grouped convolutions alone.
+    """`W' = W + s * left (x) right`, multiplied out in a forward of grouped convolutions alone.
 
-    Outputs and inputs split into two divisors each: ``left (a, b)``, ``right (c, d * kernel)``, the smaller
-    on the left. ``right`` is ``up @ down`` where the rank is below half its longer side, else dense with
-    multiplier 1. Parameters: a b + r (c + d * kernel), or a b + c d * kernel.
+    Outputs and inputs split into two divisors each, `out = a c` and `in/groups = b d`, the smaller one first:
+    `left (a, b)`, `right (c, d * kernel)`. `right` is `up @ down` where the rank is below half the longer of
+    c and d, else dense with multiplier 1.
+
+    Parameters: a b + r (c + d * kernel), or a b + c d * kernel.
+
     Source: arXiv 2309.14859, section 3.
     """
 
@@ -40,18 +43,22 @@ class LoKr(RankedMethod):
             raise ValueError(f"factor must be -1 or at least 1, got {self.factor}")
 
     def trained_tensors(self, site: Site) -> Shapes:
-        (a, c), (b, d) = self._split(site.out), self._split(site.channels_in)
+        a, c = self._split(site.out)
+        b, d = self._split(site.channels_in)
         kernel = math.prod(site.kernel)
-        if self.rank < _least_dense(c, d):
+        if self.rank < _smallest_dense_rank(c, d):
             return {"left": (a, b), "up": (c, self.rank), "down": (self.rank, d * kernel)}
         return {"left": (a, b), "right": (c, d * kernel)}
 
     def ranks_where_count_drops(self, site: Site) -> tuple[int, ...]:
-        return (_least_dense(self._split(site.out)[1], self._split(site.channels_in)[1]),)
+        _, c = self._split(site.out)
+        _, d = self._split(site.channels_in)
+        return (_smallest_dense_rank(c, d),)
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
+        # up or right stays zero, so the product is zero
         for key in ("left", "down"):
             if key in tensors:
                 draw_uniform(tensors[key], 1 / math.sqrt(tensors[key].shape[1]), generator)
@@ -62,14 +69,18 @@ class LoKr(RankedMethod):
         return Update(Kron(tensors["left"], LowRank(tensors["up"], tensors["down"])), self.multiplier)
 
     def _split(self, size: int) -> tuple[int, int]:
-        """``factor`` and its partner where it divides, else the largest divisor below; the smaller first."""
+        """Two divisors of a size, the smaller one first.
+
+        One of them is `factor` where that divides the size, else the largest divisor below it.
+        """
         if self.factor > 0 and size % self.factor == 0:
-            return min(self.factor, size // self.factor), max(self.factor, size // self.factor)
+            partner = size // self.factor
+            return min(self.factor, partner), max(self.factor, partner)
         limit = math.isqrt(size) if self.factor == -1 else min(self.factor, math.isqrt(size))
         small = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
         return small, size // small
 
 
-def _least_dense(rows: int, columns: int) -> int:
-    """The least rank for which the right factor is dense: half its longer side, rounded up."""
+def _smallest_dense_rank(rows: int, columns: int) -> int:
+    """The smallest rank for which the right factor is dense: half its longer side, rounded up."""
     return -(-max(rows, columns) // 2)

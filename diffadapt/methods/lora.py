@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffadapt.algebra.expression import Update
 from diffadapt.methods.base import Shapes
-from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank
+from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank_change
 from diffadapt.methods.random_init import draw_uniform
 from diffadapt.methods.ranked import RankedMethod, check_choice
 from diffadapt.methods.site import Site
@@ -20,10 +20,11 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class LoRA(RankedMethod):
-    """``W' = W + multiplier * up @ down``, with ``up (out, r)`` and ``down (r, fan_in)``.
+    """`W' = W + s * up @ down`, with `up (out, r)`, `down (r, fan_in)` and the multiplier `s`.
 
-    Parameters: r * (out + fan_in); a convolution under ``loralib``: r * k^2 * (in + out/groups).
-    Source: arXiv 2106.09685, equation 3; ``rank_stabilized`` (alpha / sqrt(rank)): arXiv 2312.03732.
+    Parameters: r * (out + fan_in); a convolution under `loralib`: r * k^2 * (in + out/groups).
+
+    Source: arXiv 2106.09685, equation 3; `rank_stabilized` (alpha / sqrt(rank)): arXiv 2312.03732.
     """
 
     name: ClassVar[str] = "lora"
@@ -45,10 +46,10 @@ class LoRA(RankedMethod):
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
+        # up stays zero, so the change is zero; Kaiming's bound with a = sqrt(5), as in PEFT
         fan_in = tensors["down"].shape[1]
-        draw_uniform(
-            tensors["down"], 1 / math.sqrt(fan_in), generator
-        )  # Kaiming with a = sqrt(5), as in PEFT
+        draw_uniform(tensors["down"], 1 / math.sqrt(fan_in), generator)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
-        return Update(low_rank(site, tensors["up"], tensors["down"]), self.multiplier)
+        # the paper's B and A: dW = s * B A
+        return Update(low_rank_change(site, tensors["up"], tensors["down"]), self.multiplier)

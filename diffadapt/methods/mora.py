@@ -19,7 +19,17 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class SquareBetween(Expression):
-    """``square (r, r)`` applied to blocks of r inputs: their sum (type 1), or each one rotated (type 6)."""
+    """A square matrix between the fixed maps of MoRA: `expand(square @ compress(x))`.
+
+    Inputs are cut into n blocks of r, filled up circularly. Type 1 sums the blocks; type 6 rotates each by
+    its position and keeps them apart.
+
+    Attributes:
+        square: The trained matrix `(r, r)`.
+        out: Outputs of the layer.
+        fan_in: Inputs of the layer.
+        rotated: Whether it is type 6.
+    """
 
     square: Tensor
     out: int
@@ -27,11 +37,13 @@ class SquareBetween(Expression):
     rotated: bool
 
     def matrix(self) -> Tensor:
-        return self._expand(self._compress(self._eye()) @ self.square.T).T
+        # column i of the matrix is the output for the unit vector i
+        blocks = self._compress(self._unit_vectors())  # (fan_in, n, r)
+        return self._expand(blocks @ self.square.T).T  # (out, fan_in)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor]:
-        blocks = self._compress(self._eye())  # (fan_in, n, r)
-        grad_blocks = self._expand_adjoint(grad.T, blocks.shape[-2])
+        blocks = self._compress(self._unit_vectors())  # (fan_in, n, r)
+        grad_blocks = self._expand_adjoint(grad.T, blocks.shape[-2])  # (fan_in, n, r)
         return (torch.einsum("inr,ins->rs", grad_blocks, blocks),)
 
     def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
@@ -39,47 +51,60 @@ class SquareBetween(Expression):
             return None
         return self._expand(layer.apply(self._compress(x), self.square.to(x.dtype)))
 
-    def _eye(self) -> Tensor:
+    def _unit_vectors(self) -> Tensor:
         return torch.eye(self.fan_in, dtype=self.square.dtype, device=self.square.device)
 
     def _compress(self, x: Tensor) -> Tensor:
-        """Blocks (..., n, r) of the inputs, filled up circularly; n = 1 for the sum."""
+        """Blocks `(..., n, r)` of the inputs `(..., fan_in)`; n = 1 for the sum."""
         r = self.square.shape[0]
-        wanted = -(-x.shape[-1] // r) * r
-        padded = torch.cat([x] * -(-wanted // x.shape[-1]), -1)[..., :wanted]
+        length = -(-x.shape[-1] // r) * r  # whole blocks
+        repeats = -(-length // x.shape[-1])
+        padded = torch.cat([x] * repeats, -1)[..., :length]
         blocks = padded.unflatten(-1, (-1, r))
         return self._rotate(blocks) if self.rotated else blocks.sum(-2, keepdim=True)
 
     def _expand(self, blocks: Tensor) -> Tensor:
-        """Blocks (..., n, r) one after the other, repeated or cut to (..., out)."""
-        flat = blocks.flatten(-2)
-        return torch.cat([flat] * -(-self.out // flat.shape[-1]), -1)[..., : self.out]
+        """Blocks `(..., n, r)` one after the other, repeated or cut to `(..., out)`."""
+        flat = blocks.flatten(-2)  # (..., n r)
+        repeats = -(-self.out // flat.shape[-1])
+        return torch.cat([flat] * repeats, -1)[..., : self.out]
 
     def _expand_adjoint(self, grad: Tensor, count: int) -> Tensor:
+        """The gradient `(..., count, r)` of the blocks, given that of their expansion `(..., out)`."""
         length = count * self.square.shape[0]
-        padded = F.pad(grad, (0, -(-self.out // length) * length - self.out))
+        repeats = -(-self.out // length)
+        padded = F.pad(grad, (0, repeats * length - self.out))
         return padded.unflatten(-1, (-1, length)).sum(-2).unflatten(-1, (count, -1))
 
     def _rotate(self, blocks: Tensor) -> Tensor:
-        """Rotary position of every block (RoFormer), halves paired."""
+        """Rotary position of every block (RoFormer, arXiv 2104.09864), halves paired.
+
+        With the halves `a, b` of block n and the angles `n theta`:
+
+            a' = a cos(n theta) - b sin(n theta)        b' = b cos(n theta) + a sin(n theta)
+        """
         count, r = blocks.shape[-2:]
-        wide = torch.promote_types(blocks.dtype, torch.float32)  # half precision cannot count blocks
-        options = {"dtype": wide, "device": blocks.device}
-        rate = 10000 ** (-torch.arange(0, r, 2, **options) / r)
-        angle = torch.arange(count, **options)[:, None] * rate.repeat(2)  # (n, r)
-        cos, sin = angle.cos().to(blocks.dtype), angle.sin().to(blocks.dtype)
+        # half precision cannot count blocks
+        options = {"dtype": torch.promote_types(blocks.dtype, torch.float32), "device": blocks.device}
+        theta = 10000 ** (-torch.arange(0, r, 2, **options) / r)  # (r / 2,)
+        angle = torch.arange(count, **options)[:, None] * theta.repeat(2)  # (n, r)
+        cos = angle.cos().to(blocks.dtype)
+        sin = angle.sin().to(blocks.dtype)
         first, second = blocks.chunk(2, -1)
         return blocks * cos + torch.cat([-second, first], -1) * sin
 
 
 @dataclass(frozen=True)
 class MoRA(Method):
-    """``y' = y + expand(square @ compress(x))``: rank r' = sqrt((out + fan_in) r), rounded, from one matrix.
+    """`y' = y + expand(square @ compress(x))`: rank r' = sqrt((out + fan_in) r), rounded, from one matrix.
 
     Type 1 sums the inputs in blocks of r' and repeats the result; type 6 rotates every block by its position
-    and keeps them apart. Blocks fill up circularly; r' is even for type 6. Parameters: r'^2.
+    and keeps them apart. Blocks fill up circularly; r' is even for type 6.
+
+    Parameters: r'^2.
+
     Source: arXiv 2405.12130, equations 6 and 9; sizes and padding as in its code. 1LoRA's tables compare with
-    MoRA at their own size, r' = sqrt(out r): that is ``sized_like="1lora"``; they write floor where only
+    MoRA at their own size, r' = sqrt(out r): that is `sized_like="1lora"`; they write floor where only
     rounding gives their counts.
     """
 
@@ -98,13 +123,16 @@ class MoRA(Method):
         check_choice("sized_like", self.sized_like, ("lora", "1lora"))
 
     def side(self, site: Site) -> int:
-        """Rows of the square matrix."""
-        per_rank = site.out + (site.fan_in if self.sized_like == "lora" else 0)
-        side = int((per_rank * self.rank) ** 0.5 + 0.5)
+        """The size r' of the square matrix."""
+        parameters_per_rank = site.out
+        if self.sized_like == "lora":
+            parameters_per_rank += site.fan_in
+        side = int((parameters_per_rank * self.rank) ** 0.5 + 0.5)  # rounded
         return max(2, side // 2 * 2) if self.type == 6 else side
 
     def trained_tensors(self, site: Site) -> Shapes:
-        return {"square": (self.side(site), self.side(site))}
+        side = self.side(site)
+        return {"square": (side, side)}
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         return Update(SquareBetween(tensors["square"], site.out, site.fan_in, self.type == 6))

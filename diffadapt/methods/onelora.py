@@ -19,10 +19,14 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class OneLoRA(Method):
-    """``W' = W + vector 1^T``: every output adds its entry of ``vector (out,)`` times the sum of its inputs.
+    """`W' = W + vector 1^T`: every output adds its entry of `vector (out,)` times the sum of its inputs.
 
-    For a convolution, which the paper leaves open, the sum runs over the whole receptive field. ``random``
-    replaces the ones by a frozen normal vector (the paper's Table S1). Parameters: out. No multiplier.
+    For a convolution, which the paper leaves open, the sum runs over the whole receptive field. `random`
+    replaces the ones by a frozen normal vector (the paper's Table S1). There is no multiplier.
+
+    Parameters: out.
+
+    Source: arXiv 2503.08333.
     """
 
     name: ClassVar[str] = "1lora"
@@ -38,18 +42,21 @@ class OneLoRA(Method):
         return {"vector": (site.out,)}
 
     def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
-        widths = {site.fan_in for site in sites} if self.compression == "random" else ()
-        return {
-            f"weights_{n}": torch.randn(
-                n, dtype=torch.float64, device="cpu", generator=named_generator(seed, self.name, str(n))
-            )
-            for n in widths
-        }
+        if self.compression == "sum":
+            return {}
+        constants = {}
+        for width in {site.fan_in for site in sites}:
+            generator = named_generator(seed, self.name, str(width))
+            weights = torch.randn(width, dtype=torch.float64, device="cpu", generator=generator)
+            constants[f"weights_{width}"] = weights
+        return constants
 
     def shared_tensor_names(self, site: Site) -> dict[str, str]:
         return {"weights": f"weights_{site.fan_in}"} if self.compression == "random" else {}
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         if self.compression == "random":
-            return Update(LowRank(tensors["vector"][:, None], tensors["weights"][None, :]))
+            up = tensors["vector"][:, None]  # (out, 1)
+            down = tensors["weights"][None, :]  # (1, fan_in)
+            return Update(LowRank(up, down))
         return Update(FeatureSum(tensors["vector"], site.fan_in))

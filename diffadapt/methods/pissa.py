@@ -18,10 +18,13 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class PiSSA(Method):
-    """``W' = W + up @ down - start_up @ start_down``; the start is the top-r SVD of the loaded weight.
+    """`W' = W + up @ down - start_up @ start_down`; the start is the top-r SVD of the loaded weight.
 
     The paper subtracts the start from the weight; here it is part of the change, stored in the file and not
-    trained, so that the base stays untouched. Parameters: r * (out + fan_in).
+    trained, so that the base stays untouched.
+
+    Parameters: r * (out + fan_in).
+
     Source: arXiv 2404.02948, equations 2 to 4.
     """
 
@@ -46,13 +49,16 @@ class PiSSA(Method):
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
+        # W = U S V^T: up = U S^1/2 and down = S^1/2 V^T, of the r largest singular values
         left, values, right = torch.linalg.svd(base.flatten(1).double(), full_matrices=False)
-        used = min(self.rank, len(values))  # a rank above the weight's own leaves zeros
-        root = values[:used].sqrt()
+        rank = min(self.rank, len(values))  # a rank above the weight's own leaves zeros
+        root = values[:rank].sqrt()
+        up = left[:, :rank] * root  # (out, rank)
+        down = root[:, None] * right[:rank]  # (rank, fan_in)
         for key in ("up", "start_up"):
-            tensors[key][:, :used] = (left[:, :used] * root).to(tensors[key].dtype)
+            tensors[key][:, :rank] = up.to(tensors[key].dtype)
         for key in ("down", "start_down"):
-            tensors[key][:used] = (root[:, None] * right[:used]).to(tensors[key].dtype)
+            tensors[key][:rank] = down.to(tensors[key].dtype)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         return Update(LowRankDifference(**tensors))

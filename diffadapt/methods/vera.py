@@ -22,9 +22,12 @@ MOST_ROWS = 8_192
 
 @dataclass(frozen=True)
 class VeRA(Method):
-    """``W' = W + diag(out_scale) up diag(rank_scale) down``; ``up`` and ``down`` frozen, one pair per shape.
+    """`W' = W + diag(out_scale) up diag(rank_scale) down`; `up` and `down` frozen, one pair per shape.
 
-    Parameters: out + r. The frozen matrices are drawn from the seed again when a file is loaded.
+    The frozen matrices are drawn from the seed again when a file is loaded.
+
+    Parameters: out + r.
+
     Source: arXiv 2310.11454, equation 2; uniform Kaiming start with gain sqrt(2) as in PEFT.
     """
 
@@ -46,15 +49,17 @@ class VeRA(Method):
         return {"out_scale": (site.out,), "rank_scale": (self.rank,)}
 
     def constants(self, sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
-        drawn: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
         for site in sites:
             shapes = {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
             for key, name in self.shared_tensor_names(site).items():
-                if name not in drawn:
-                    drawn[name] = torch.empty(shapes[key], dtype=torch.float64, device="cpu")
-                    fan_in = drawn[name].shape[1]
-                    draw_uniform(drawn[name], math.sqrt(6 / fan_in), named_generator(seed, self.name, name))
-        return drawn
+                if name in constants:
+                    continue
+                matrix = torch.empty(shapes[key], dtype=torch.float64, device="cpu")
+                bound = math.sqrt(6 / matrix.shape[1])  # gain sqrt(2) times sqrt(3 / fan_in)
+                draw_uniform(matrix, bound, named_generator(seed, self.name, name))
+                constants[name] = matrix
+        return constants
 
     def shared_tensor_names(self, site: Site) -> dict[str, str]:
         return {key: f"{key}_{site.out}x{site.fan_in}" for key in ("up", "down")}
@@ -65,4 +70,5 @@ class VeRA(Method):
         tensors["rank_scale"].fill_(self.d_init)
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
+        # the paper's Lambda_b B Lambda_d A: out_scale, up, rank_scale, down
         return Update(ScaledFactors(**tensors))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.method_cases import close
 
-from diffadapt.algebra.class_table_rows import NewRows
+from diffadapt.algebra.class_table_expression import NewClassTable
 from diffadapt.algebra.expression import Expression, Update
 from diffadapt.algebra.full_rank import (
     ColumnScaled,
@@ -55,9 +55,9 @@ EXPRESSIONS = {
     "since-start": lambda: LowRankDifference(rand(6, 2), rand(2, 8), rand(6, 2), rand(2, 8)),
     "dense": lambda: Dense(rand(6, 2, 2, 2)),
     "replace": lambda: Replacement(rand(6, 8), rand(6, 8)),
-    "fewer-rows": lambda: NewRows(rand(6, 8), rand(4, 8), null_class=True),
-    "more-rows": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=True),
-    "more-rows-without-null": lambda: NewRows(rand(6, 8), rand(9, 8), null_class=False),
+    "fewer-rows": lambda: NewClassTable(rand(6, 8), rand(4, 8), null_class=True),
+    "more-rows": lambda: NewClassTable(rand(6, 8), rand(9, 8), null_class=True),
+    "more-rows-without-null": lambda: NewClassTable(rand(6, 8), rand(9, 8), null_class=False),
     "folded": lambda: ReshapedLowRank(low_rank(4, 12), (6, 8)),
     "hadamard": lambda: RelativeChange(rand(6, 2, 2, 2), low_rank()),
     "hadamard-exponential": lambda: RelativeChange(rand(6, 8), low_rank(), True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.class_table_rows import NewRows
+from diffadapt.algebra.class_table_expression import NewClassTable
 from diffadapt.algebra.expression import Expression
 from diffadapt.algebra.full_rank import (
     ColumnScaled,
@@ -55,7 +55,7 @@ def form_of(expression: Expression, factor: float, base_shape: torch.Size) -> Fo
     if isinstance(wide, SquareBetween) and not wide.rotated:
         return _repeated(wide, factor)
     matrix = factor * wide.matrix()
-    if isinstance(wide, Dense | RelativeChange | ColumnScaled | Replacement | NewRows):
+    if isinstance(wide, Dense | RelativeChange | ColumnScaled | Replacement | NewClassTable):
         return Dense(matrix)
     return _thinned(matrix)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled, pipeline_of
-from diffadapt.adapters.class_table import SIZES
+from diffadapt.adapters.class_table import SIZE_KEYS
 from diffadapt.formats.emulators import with_bias
 from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.verify import Tally, Verdict
@@ -105,7 +105,7 @@ def _write_sizes(folder: Path, changes: Sequence[Change], *, in_pipeline: bool) 
     """Where a class table gained rows: its new size in the configurations."""
     gained = {change.component: change.gained_rows for change in changes if change.gained_rows}
     for component, rows in gained.items():
-        _add(folder / component / "config.json" if in_pipeline else folder / "config.json", SIZES, rows)
+        _add(folder / component / "config.json" if in_pipeline else folder / "config.json", SIZE_KEYS, rows)
         if in_pipeline:
             _add(folder / "model_index.json", ("null_class",), rows)
 
