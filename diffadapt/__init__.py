@@ -6,7 +6,8 @@ import os
 # takes longer to hand out pages of 4 KB than to fill them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import diffadapt.common.launcher  # noqa: F401 - notes the process's launcher before the slow imports
+import diffadapt.common.launcher  # notes the process's launcher before the slow imports
+import diffadapt.models.families  # noqa: F401 - tells attaching and exporting what the families' layers are
 
 # isort: split
 # What is listed here is the public API.

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffadapt.common.exit_codes import run_command
-from diffadapt.data.buckets import Buckets, bucket_sizes, size_multiple
+from diffadapt.data.buckets import Buckets, bucket_sizes
 from diffadapt.data.examples import Example
 from diffadapt.data.folders import read_captioned_folder
 from diffadapt.data.hub_tables import open_table, read_captioned_table
@@ -150,7 +150,7 @@ def buckets(setup: Setup[Options]) -> Buckets | None:
     options = setup.options
     if options.aspect_ratio_buckets is None:
         return None
-    step = size_multiple(setup.model)
+    step = setup.model.size_multiple
     sizes = bucket_sizes(options.aspect_ratio_buckets, resolution=options.resolution, step=step)
     samples = options.train_batch_size * options.gradient_accumulation_steps
     return Buckets(sizes, samples * setup.accelerator.num_processes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.common.images import CropGeometry, ImageSource, check_images
-from diffadapt.common.keyed_random import integer, normal, uniform
+from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.common.messages import indented_list
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import open_cache
@@ -22,7 +22,7 @@ from diffadapt.data.scaled_images import IMAGE_MEMORY
 from diffadapt.data.stream import Stream
 from diffadapt.data.summary import describe, size_notes
 from diffadapt.data.trigger_words import add_trigger_word
-from diffadapt.models.families import Base
+from diffadapt.models.base import BaseModel
 
 MOST_UNREADABLE = 100  # pictures in a row that streaming leaves out
 
@@ -33,7 +33,7 @@ class Batch:
 
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # (B, C, h, w)
-    timesteps: Tensor  # (B,), int64
+    timesteps: Tensor  # (B,), of the training schedule
     conditions: dict[str, Tensor]  # each (B, ...)
 
     def to(self, device: torch.device) -> "Batch":
@@ -62,7 +62,7 @@ class Batches:
 
     def __init__(
         self,
-        model: Base,
+        model: BaseModel,
         examples: Sequence[Example] | Stream,
         *,
         classes: Sequence[Example] = (),
@@ -86,7 +86,7 @@ class Batches:
         self.model, self.seed, self.resolution, self.trigger_word = model, seed, resolution, trigger_word
         self.random_flip, self.caption_dropout, self.noise_offset = random_flip, caption_dropout, noise_offset
         self.is_streaming = is_streaming or isinstance(examples, Stream)
-        self.timestep_count = model.training_schedule().config.num_train_timesteps
+        self.schedule = model.training_schedule()
         self.bucket_of: dict[ImageSource, Size] = {}
         if not self.is_streaming:
             examples = list(examples)  # sources are told apart by identity: one object for each
@@ -125,7 +125,7 @@ class Batches:
         return Batch(
             latents=latents,
             noise=self._noise(draws, latents.shape[1:]),
-            timesteps=torch.tensor([integer(self._key("timestep", d), self.timestep_count) for d in draws]),
+            timesteps=self.schedule.sample_timesteps([self._key("timestep", d) for d in draws], latents),
             conditions={
                 **self.encoded_captions.rows(captions),
                 **self.model.size_conditions([view for _, _, view in samples]),

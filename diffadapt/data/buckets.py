@@ -4,13 +4,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from diffadapt.common.keyed_random import permutation
 from diffadapt.data.examples import SampleIndex
-
-if TYPE_CHECKING:
-    from diffadapt.models.families import Base
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -26,34 +22,6 @@ class Buckets:
         """The size whose shape is nearest to a picture of `image_size` (width, height)."""
         ratio = math.log(image_size[1] / image_size[0])
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
-
-
-def size_multiple(model: "Base") -> int:
-    """What the sides of a picture must be multiples of, for the autoencoder and every level of the denoiser.
-
-    Raises: ValueError for a denoiser that is made for one size only.
-    """
-    config = model.denoiser.config
-    if "block_out_channels" not in config:
-        raise ValueError("--aspect_ratio_buckets needs a UNet; this base is made for one size of pictures")
-    return model.resolution // config.sample_size * 2 ** (len(config.block_out_channels) - 1)
-
-
-def resolution_limits(model: "Base") -> tuple[int, int]:
-    """What the side of a training image must be a multiple of, and the smallest side, in pixels.
-
-    Attention over one position has no gradient of queries and keys, so every level has at least two a side.
-    """
-    config = model.denoiser.config
-    pixels_per_latent = model.resolution // config.sample_size
-    if "block_out_channels" not in config:
-        step = pixels_per_latent * config.get("patch_size", 1)
-        return step, 2 * step
-    reduction = 2 ** (len(config.block_out_channels) - 1)
-    takes_odd_sizes = "cross_attention_dim" in config
-    step = pixels_per_latent if takes_odd_sizes else pixels_per_latent * reduction
-    smallest = pixels_per_latent * (reduction + 1)
-    return step, math.ceil(smallest / step) * step
 
 
 def bucket_sizes(text: str, *, resolution: int, step: int) -> tuple[Size, ...]:

@@ -16,13 +16,10 @@ from tqdm import tqdm
 from diffadapt.common.images import CropGeometry, ImageSource, crop_geometry, to_pixels
 from diffadapt.data.cache import DiskCache, Entry, MemoryCache, cache_key, fingerprint
 from diffadapt.data.scaled_images import ScaledImages
-from diffadapt.models.families import Base
+from diffadapt.models.base import BaseModel
 
 MANY = 20  # encodings from which on a progress bar is shown
 RECENT = 1000  # captions whose states are kept while streaming
-AUTOENCODERS = ("vae",)  # parts of a pipeline that pictures pass through
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-TEXT_SETTINGS = ("force_zeros_for_empty_prompt",)  # of a pipeline; they change what captions become
 
 
 class UnreadableImage(ValueError):
@@ -46,10 +43,10 @@ class EncodedImages:
         image_memory: bytes of scaled images that are kept, where nothing is encoded beforehand.
     """
 
-    def __init__(self, model: Base, cache: MemoryCache | DiskCache | None, *, image_memory: int = 0):
+    def __init__(self, model: BaseModel, cache: MemoryCache | DiskCache | None, *, image_memory: int = 0):
         self.model, self.cache = model, cache
         self.images = ScaledImages(image_memory if cache is None else 0)
-        self._encoder = fingerprint(*_parts(model, AUTOENCODERS)) if isinstance(cache, DiskCache) else ""
+        self._encoder = _autoencoder_fingerprint(model) if isinstance(cache, DiskCache) else ""
         self._contents: dict[ImageSource, str] = {}  # SHA-256 of the files of `prepare`
 
     def prepare(self, wanted: Sequence[tuple[ImageSource, Crop]]) -> None:
@@ -106,9 +103,9 @@ class EncodedCaptions:
         recent: how many captions are held in memory; None: all.
     """
 
-    def __init__(self, model: Base, cache: MemoryCache | DiskCache | None, *, recent: int | None):
+    def __init__(self, model: BaseModel, cache: MemoryCache | DiskCache | None, *, recent: int | None):
         self.model = model
-        is_trained = getattr(model, "train_text_encoder", False)
+        is_trained = model.train_text_encoder
         self._is_kept = isinstance(cache, DiskCache) and not is_trained
         self.cache = cache
         self._encoder = _text_encoding(model) if self._is_kept else ""
@@ -123,7 +120,7 @@ class EncodedCaptions:
     def rows(self, captions: Sequence[str | int]) -> dict[str, Tensor]:
         """The conditions of these captions, each (len(captions), ...)."""
         rows = [self.row(caption) for caption in captions]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return self.model.collate_conditions(rows)
 
     def _find(self, caption: str | int) -> Entry:
         if not self._is_kept or isinstance(caption, int):
@@ -139,16 +136,17 @@ class EncodedCaptions:
         return {name: value[0].cpu() for name, value in self.model.encode_captions([caption]).items()}
 
 
-def _text_encoding(model: Base) -> str:
-    """Everything besides a caption that its states follow from, as one hash."""
-    settings = {name: model.pipe.config.get(name) for name in TEXT_SETTINGS}
-    parts = fingerprint(*_parts(model, TEXT_ENCODERS))
-    return cache_key(family=type(model).__name__, parts=parts, settings=settings)
+def _text_encoding(model: BaseModel) -> str:
+    """Everything besides a caption that its conditions follow from, as one hash."""
+    components = [*model.text_encoders.values(), *model.tokenizers.values()]
+    return cache_key(
+        family=type(model).__name__, parts=fingerprint(*components), settings=model.caption_settings()
+    )
 
 
-def _parts(model: Base, names: Sequence[str]) -> list[object]:
-    found = [getattr(model.pipe, name, None) for name in names]
-    return [part for part in found if part is not None]
+def _autoencoder_fingerprint(model: BaseModel) -> str:
+    components = [] if model.autoencoder is None else [model.autoencoder]
+    return fingerprint(*components)
 
 
 def _sha256(source: ImageSource) -> str:

@@ -8,12 +8,6 @@ from pathlib import Path
 from diffadapt.models.single_file import is_single_file, pipeline_of_file
 
 EMBEDDED = "embedded:"
-FAMILIES = {  # pipeline class in model_index.json -> family
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "ClassConditionalPipeline": "unet2d",
-    "DiTPipeline": "dit",
-}
 LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts, with the folders of diffusers.pipelines
 
 

@@ -1,21 +1,25 @@
-"""What the class-conditional bases share: labels in the place of captions, and the null class of guidance."""
+"""Bases conditioned on classes: labels in the place of captions, and the null class of guidance."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffadapt.adapters.class_table import ClassTable
-from diffadapt.models.latent_base import LatentBase
+from diffadapt.models.base import BaseModel
+
+if TYPE_CHECKING:
+    import numpy
+    from diffusers import DiffusionPipeline
+
+    from diffadapt.adapters.class_table import ClassTable
+    from diffadapt.models.sampling import ImageRequest, SamplingConfig
 
 
-@dataclass
-class ClassConditionedBase(LatentBase, ABC):
-    """A base that is told the number of a class: a row of its class table."""
+class ClassConditionedBase(BaseModel):
+    """A base conditioned on the number of a class: a row of its class table."""
 
     @property
     def class_table(self) -> ClassTable:
@@ -27,20 +31,14 @@ class ClassConditionedBase(LatentBase, ABC):
         """The row that means "no class"; None where the base was trained without one."""
         return self.class_table.null_class
 
-    @abstractmethod
-    def predict(
-        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
-    ) -> Tensor:
-        """The denoiser's prediction (B, C, h, w), what the schedule's prediction type says."""
-
     @property
     def num_classes(self) -> int:
-        """Classes that can be asked for."""
+        """The number of classes, without the null class."""
         return len(self.class_table.labels)
 
     @property
     def empty_caption(self) -> int:
-        """What a dropped label becomes. Raises ValueError for a base without a null class."""
+        """The null class, which a dropped label becomes. Raises ValueError for a base without one."""
         if self.null_class is None:
             raise ValueError(
                 f"{self.source} has no null class, so no label can be dropped: --label_dropout 0"
@@ -48,7 +46,28 @@ class ClassConditionedBase(LatentBase, ABC):
         return self.null_class
 
     def encode_captions(self, captions: Sequence[int]) -> dict[str, Tensor]:
-        """``class_labels`` (B,), int64, of classes and the null class. Raises ValueError for other labels."""
+        """`class_labels` (B,), int64, of classes and the null class. Raises ValueError for other labels."""
         table = self.class_table
-        table.check((label for label in captions if label != table.null_class), self.source)
+        labels = [label for label in captions if label != table.null_class]
+        table.check(labels, self.source)
         return {"class_labels": torch.tensor(captions, dtype=torch.int64)}
+
+    def enable_text_encoder_training(self) -> None:
+        raise ValueError(
+            f"--train_text_encoder: {self.source} is conditioned on classes and has no text encoder; leave "
+            "the option out; --adapter METHOD+class_embedding trains its table of classes"
+        )
+
+    @classmethod
+    def pipeline_arguments(
+        cls, requests: Sequence[ImageRequest], config: SamplingConfig
+    ) -> dict[str, object]:
+        return {
+            "class_labels": [request.label for request in requests],
+            "guidance_scale": config.guidance_scale,
+            "output_type": "np",  # the pipeline decodes its latents itself
+        }
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: numpy.ndarray, config: SamplingConfig) -> Tensor:
+        return torch.from_numpy(output).permute(0, 3, 1, 2).float()  # (B, H, W, 3) -> (B, 3, H, W)

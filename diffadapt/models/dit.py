@@ -6,12 +6,20 @@ the output alone, is left out: the samplers of diffusers that are used with DiT 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
+from diffadapt.models.base import BaseProfile
 from diffadapt.models.class_conditioned import ClassConditionedBase
+from diffadapt.models.latent_diffusion import LatentDiffusionBase
 
-DEFAULTS = {
-    "dit": {
+if TYPE_CHECKING:
+    from diffadapt.pipelines import DiTPipeline
+
+DIFFUSION_TRANSFORMER = BaseProfile(
+    name="dit",
+    defaults={
         "targets": "attention",
         "train_batch_size": 8,
         "max_train_steps": 2000,
@@ -24,27 +32,32 @@ DEFAULTS = {
         "sample_batch_size": 4,
         "extractor": None,
     },
-}
-TUNED = {"dit": {}}
+)
 
 
-class DiT(ClassConditionedBase):
+class DiT(ClassConditionedBase, LatentDiffusionBase):
     """A loaded base of this family. Every block holds a copy of the class table; trained, they are one."""
 
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.pipe.transformer
+    family = "dit"
+    pipeline_classes = ("DiTPipeline",)
+    profile_of_family = DIFFUSION_TRANSFORMER
+
+    @classmethod
+    def pipeline_type(cls, class_name: str) -> type[DiTPipeline]:
+        from diffadapt.pipelines import DiTPipeline
+
+        return DiTPipeline  # diffusers' own knows one size of class table
 
     @property
     def resolution(self) -> int:
-        """The side of the pictures the base was made for, in pixels."""
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        return self.denoiser.config.sample_size * factor
+        levels = len(self.pipe.vae.config.block_out_channels)
+        return self.denoiser.config.sample_size * 2 ** (levels - 1)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
         """The predicted noise (B, C, h, w); of a model that learns its variance too, the first half."""
         labels = conditions["class_labels"]
-        made = denoiser(noisy.to(denoiser.dtype), timesteps, class_labels=labels, return_dict=False)[0]
-        return made[:, : noisy.shape[1]]
+        output = denoiser(noisy.to(denoiser.dtype), timesteps, class_labels=labels, return_dict=False)[0]
+        channels = noisy.shape[1]
+        return output[:, :channels]

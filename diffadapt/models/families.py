@@ -1,43 +1,69 @@
-"""The families of base models: which a name belongs to, what fits it when nothing is said, loading it."""
+"""The families of base models: one line each, and the functions that find and load a base by name."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from diffadapt.models import dit, sd, sdxl, unet2d
-from diffadapt.models.base_names import EMBEDDED, FAMILIES, is_embedded, pipeline_class
-from diffadapt.models.open_pipeline import open_pipeline
+from diffadapt.adapters.architectures import register_architecture
+from diffadapt.models.base import BaseModel, BaseProfile
+from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class
+from diffadapt.models.dit import DiT
+from diffadapt.models.sd import StableDiffusion
+from diffadapt.models.sdxl import StableDiffusionXL
+from diffadapt.models.unet2d import UNet2D
 
-BASES = {  # family -> class of a loaded base
-    "sd": sd.StableDiffusion,
-    "sdxl": sdxl.StableDiffusionXL,
-    "unet2d": unet2d.UNet2D,
-    "dit": dit.DiT,
-}
-OPTIONAL_PARTS = frozenset(("safety_checker", "feature_extractor", "image_encoder"))  # of a pipeline
-# Values for options that were not given. What was tuned on an embedded base never reaches another base.
-DEFAULTS = {**sd.DEFAULTS, **sdxl.DEFAULTS, **unet2d.DEFAULTS, **dit.DEFAULTS}
-# Ranks and learning rates that were tried on a base; other methods bring their own.
-TUNED = {**sd.TUNED, **sdxl.TUNED, **unet2d.TUNED, **dit.TUNED}
-
-Base = sd.StableDiffusion | sdxl.StableDiffusionXL | unet2d.UNet2D | dit.DiT
+FAMILIES: dict[str, type[BaseModel]] = {}  # by name
 
 
-def family_of(name: str, *, revision: str | None = None) -> str:
-    """The key of DEFAULTS for a base: an embedded base's own name, else the kind of its pipeline.
+def register_family(family: type[BaseModel]) -> None:
+    """Makes a family known to loading, attaching and exporting."""
+    FAMILIES[family.family] = family
+    register_architecture(family.describe_architecture)
 
-    Raises: OSError when there is no such base, ValueError when it is of an unknown kind.
+
+register_family(StableDiffusion)
+register_family(StableDiffusionXL)
+register_family(UNet2D)
+register_family(DiT)
+
+
+def family_of_pipeline(class_name: str) -> type[BaseModel] | None:
+    """The family of a pipeline's class, as model_index.json names it; None for an unknown one."""
+    for family in FAMILIES.values():
+        if class_name in family.pipeline_classes:
+            return family
+    return None
+
+
+def profiles() -> dict[str, BaseProfile]:
+    """Every profile by its name: of families, and of embedded bases."""
+    by_name = {}
+    for family in FAMILIES.values():
+        for profile in (family.profile_of_family, *family.embedded_profiles.values()):
+            by_name[profile.name] = profile
+    return by_name
+
+
+def profile_of(name: str, *, revision: str | None = None) -> BaseProfile:
+    """What suits a base of that name. A value tuned on an embedded base never reaches another base.
+
+    Raises: OSError when there is no such base, ValueError when its kind is unknown.
     """
-    kind = _kind_of(name, revision)
-    own = name.removeprefix(EMBEDDED)
-    return own if is_embedded(name) and own in DEFAULTS else kind
+    family = _family_of(name, revision)
+    embedded_name = name.removeprefix(EMBEDDED)
+    if is_embedded(name) and embedded_name in family.embedded_profiles:
+        return family.embedded_profiles[embedded_name]
+    return family.profile_of_family
 
 
-def sampling_defaults(name: str, *, revision: str | None = None) -> dict[str, object]:
-    """Defaults of the options of drawing: those of a base's family; of any other pipeline, of ``sd``."""
-    kind = pipeline_class(name, revision=revision)
-    return DEFAULTS[family_of(name, revision=revision)] if kind in FAMILIES else DEFAULTS["sd"]
+def sampling_defaults(name: str, *, revision: str | None = None) -> Mapping[str, object]:
+    """Default values of the sampling options; those of Stable Diffusion for a pipeline of an unknown kind."""
+    if family_of_pipeline(pipeline_class(name, revision=revision)) is None:
+        return StableDiffusion.profile_of_family.defaults
+    return profile_of(name, revision=revision).defaults
 
 
 def load_base(
@@ -50,33 +76,54 @@ def load_base(
     vae: str | None = None,
     prediction_type: str | None = None,
     safety_checker: bool = False,
-) -> Base:
+) -> BaseModel:
     """Loads a base, frozen: denoiser and text encoders in `dtype`, the autoencoder always in float32.
 
     Args:
         name: a diffusers folder, a hub name, a single `.safetensors` checkpoint or `embedded:NAME`.
+        device: of every component.
+        dtype: of denoiser and text encoders.
+        revision: branch, tag or commit on the hub.
+        variant: of the base's files, such as fp16.
         vae: another autoencoder in place of the base's own: folder, hub name or `.safetensors` file.
-        prediction_type: epsilon, v_prediction or sample, where the base's scheduler says it wrongly.
+        prediction_type: epsilon, v_prediction or sample, in place of what the base's scheduler says.
         safety_checker: keep the one of a Stable Diffusion pipeline.
     Raises: OSError or ValueError that says what was expected at `name`.
     """
-    kind, family = _kind_of(name, revision), family_of(name, revision=revision)
-    changes = {"vae": vae, "prediction_type": prediction_type, "safety_checker": safety_checker}
-    pipe = open_pipeline(name, dtype=dtype, revision=revision, variant=variant, **changes)
+    from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
+
+    family = _family_of(name, revision)
+    pipe = open_pipeline(
+        name,
+        dtype=dtype,
+        revision=revision,
+        variant=variant,
+        vae=vae,
+        prediction_type=prediction_type,
+        safety_checker=safety_checker,
+    )
     pipe.to(device)
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval()
-    missing = [
-        part for part, value in pipe.components.items() if value is None and part not in OPTIONAL_PARTS
-    ]
+    freeze(pipe.components)
+    missing = []
+    for component, value in pipe.components.items():
+        if value is None and component not in family.optional_components:
+            missing.append(component)
     if missing:
         raise ValueError(f"{name} has no {', '.join(missing)}; give the folder of a whole pipeline")
-    return BASES[kind](pipe, name, family)
+    return family(pipe, name, profile_of(name, revision=revision))
 
 
-def _kind_of(name: str, revision: str | None) -> str:
-    kind = pipeline_class(name, revision=revision)
-    if kind not in FAMILIES:
-        raise ValueError(f"{name!r} is a {kind}; the known kinds are {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+def freeze(components: Mapping[str, object]) -> None:
+    """Puts a pipeline's models into evaluation mode, without gradients."""
+    for component in components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+
+
+def _family_of(name: str, revision: str | None) -> type[BaseModel]:
+    class_name = pipeline_class(name, revision=revision)
+    family = family_of_pipeline(class_name)
+    if family is None:
+        known = [name for family in FAMILIES.values() for name in family.pipeline_classes]
+        raise ValueError(f"{name!r} is a {class_name}; the known kinds are {', '.join(known)}")
+    return family

@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from torch import nn
 
+from diffadapt.common.pipeline_components import AUTOENCODER
 from diffadapt.models.base_names import looks_local, pipeline_class, resolve
+from diffadapt.models.families import family_of_pipeline, freeze
 from diffadapt.models.single_file import is_single_file, open_single_file
-from diffadapt.pipelines import ClassConditionalPipeline, DiTPipeline
 
 
 def open_pipeline(
@@ -28,81 +29,31 @@ def open_pipeline(
     Args: as of `families.load_base`.
     Raises: OSError or ValueError with the remedy when there is no pipeline of that name.
     """
-    kind = pipeline_class(name, revision=revision)
-    place = resolve(name)
-    if is_single_file(place):
-        pipe = _from_file(place, dtype)
+    class_name = pipeline_class(name, revision=revision)
+    path = resolve(name)
+    if is_single_file(path):
+        pipe = _pipeline_from_file(path, dtype)
     else:
-        without = {} if safety_checker or kind != "StableDiffusionPipeline" else _UNCHECKED
-        opener = _OWN_PIPELINES.get(kind, DiffusionPipeline)
-        pipe = opener.from_pretrained(
-            place,
-            dtype={"default": dtype, "vae": torch.float32},
+        family = family_of_pipeline(class_name)
+        pipeline_type = DiffusionPipeline if family is None else family.pipeline_type(class_name)
+        left_out = {} if family is None or safety_checker else family.without_safety_checker
+        pipe = pipeline_type.from_pretrained(
+            path,
+            dtype={"default": dtype, AUTOENCODER: torch.float32},
             revision=revision,
             variant=variant,
             use_safetensors=True,  # no pickled weights
-            **without,
+            **left_out,
         )
     if vae is not None:
-        pipe.register_modules(vae=_fitting(open_autoencoder(vae), pipe, vae))
+        replacement = open_autoencoder(vae)
+        _check_same_latents(replacement, pipe, vae)
+        pipe.register_modules(vae=replacement)
     if prediction_type is not None:
-        own = pipe.scheduler
-        pipe.scheduler = type(own).from_config(own.config, prediction_type=prediction_type)
+        scheduler = pipe.scheduler
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-_OWN_PIPELINES = {  # in place of what diffusers finds, or where it finds none
-    "ClassConditionalPipeline": ClassConditionalPipeline,
-    "DiTPipeline": DiTPipeline,
-}
-_UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
-
-
-def _from_file(place: str, dtype: torch.dtype) -> DiffusionPipeline:
-    pipe = open_single_file(place)
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module) and component is not getattr(pipe, "vae", None):
-            component.to(dtype)
-    return pipe
-
-
-def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
-    """An autoencoder in float32: its folder or hub name, a pipeline's folder, or a single file.
-
-    Raises: OSError with what was tried.
-    """
-    place = resolve(name)
-    if is_single_file(place):
-        if not Path(place).is_file():
-            raise FileNotFoundError(f"no autoencoder at {name!r}")
-        return AutoencoderKL.from_single_file(place, torch_dtype=torch.float32)
-    if looks_local(place) and not Path(place).exists():
-        raise FileNotFoundError(f"no autoencoder at {name!r}; give a diffusers folder or a hub name")
-    inside = {"subfolder": "vae"} if (Path(place) / "vae").is_dir() else {}
-    config = AutoencoderKL.load_config(place, **inside)
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
-    if config.get("_class_name") not in kinds:
-        raise ValueError(
-            f"{name!r} is a {config.get('_class_name')}; an autoencoder is one of {', '.join(kinds)}"
-        )
-    kind = kinds[config["_class_name"]]
-    return kind.from_pretrained(place, dtype=torch.float32, use_safetensors=True, **inside)
-
-
-def _fitting(vae: AutoencoderKL | AutoencoderTiny, pipe: DiffusionPipeline, name: str) -> nn.Module:
-    """The autoencoder, when its latents have the shape of the base's own. Raises: ValueError otherwise."""
-    own = getattr(pipe, "vae", None)
-    if own is None:
-        raise ValueError(f"{type(pipe).__name__} has no autoencoder that {name!r} could replace")
-    shapes = [(m.config.latent_channels, 2 ** (len(m.config.block_out_channels) - 1)) for m in (vae, own)]
-    if shapes[0] != shapes[1]:
-        (channels, factor), (own_channels, own_factor) = shapes
-        raise ValueError(
-            f"{name!r} makes latents of {channels} channels, {factor} times smaller than the picture; "
-            f"the base works with {own_channels} channels, {own_factor} times smaller"
-        )
-    return vae
 
 
 def open_frozen_pipeline(
@@ -114,11 +65,60 @@ def open_frozen_pipeline(
     vae: str | None = None,
     prediction_type: str | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline of any kind to draw with. Raises: as `open_pipeline`."""
-    pipe = open_pipeline(
-        name, revision=revision, variant=variant, vae=vae, prediction_type=prediction_type
-    ).to(device)
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval()
+    """A pipeline of any kind to sample with, its safety checker included. Raises: as `open_pipeline`."""
+    pipe = open_pipeline(name, revision=revision, variant=variant, vae=vae, prediction_type=prediction_type)
+    pipe.to(device)
+    freeze(pipe.components)
     return pipe
+
+
+def _pipeline_from_file(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    pipe = open_single_file(path)
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and name != AUTOENCODER:
+            component.to(dtype)
+    return pipe
+
+
+def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
+    """An autoencoder in float32: its folder or hub name, a pipeline's folder, or a single file.
+
+    Raises: OSError with what was tried.
+    """
+    path = resolve(name)
+    if is_single_file(path):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no autoencoder at {name!r}")
+        return AutoencoderKL.from_single_file(path, torch_dtype=torch.float32)
+    if looks_local(path) and not Path(path).exists():
+        raise FileNotFoundError(f"no autoencoder at {name!r}; give a diffusers folder or a hub name")
+    location = {}
+    if (Path(path) / AUTOENCODER).is_dir():  # a pipeline's folder
+        location["subfolder"] = AUTOENCODER
+    class_name = AutoencoderKL.load_config(path, **location).get("_class_name")
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if class_name not in classes:
+        raise ValueError(f"{name!r} is a {class_name}; an autoencoder is one of {', '.join(classes)}")
+    return classes[class_name].from_pretrained(path, dtype=torch.float32, use_safetensors=True, **location)
+
+
+def _check_same_latents(
+    replacement: AutoencoderKL | AutoencoderTiny, pipe: DiffusionPipeline, name: str
+) -> None:
+    """Raises ValueError where another autoencoder's latents do not have the shape of the base's own."""
+    current = getattr(pipe, AUTOENCODER, None)
+    if current is None:
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder that {name!r} could replace")
+    channels, factor = _latent_shape(replacement)
+    base_channels, base_factor = _latent_shape(current)
+    if (channels, factor) != (base_channels, base_factor):
+        raise ValueError(
+            f"{name!r} makes latents of {channels} channels, {factor} times smaller than the image; "
+            f"the base works with {base_channels} channels, {base_factor} times smaller"
+        )
+
+
+def _latent_shape(vae: AutoencoderKL | AutoencoderTiny) -> tuple[int, int]:
+    """Channels of the latents, and how many times smaller they are than the image."""
+    levels = len(vae.config.block_out_channels)
+    return vae.config.latent_channels, 2 ** (levels - 1)

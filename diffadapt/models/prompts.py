@@ -1,9 +1,10 @@
-"""Prompts that show and measure what a subject run has learned, per family of bases."""
+"""Prompts that show and measure what a subject run has learned; a base's profile names those that fit it."""
 
 import re
+from collections.abc import Sequence
 
-# The subject where training never put it; {} is the subject as in "sks dog".
-_EMOJI_CONTEXTS = (
+# Templates of `BaseProfile.context_prompts`; {} is the subject, as in "sks dog".
+EMOJI_CONTEXTS = (
     "a {} emoji on a red background",
     "a {} emoji on a blue background",
     "a {} emoji on a green background",
@@ -15,7 +16,7 @@ _EMOJI_CONTEXTS = (
     "a {} emoji next to a red apple emoji",
     "a {} emoji and a soccer ball emoji",
 )
-_PHOTO_CONTEXTS = (
+PHOTO_CONTEXTS = (
     "a photo of {} in the jungle",
     "a photo of {} in the snow",
     "a photo of {} on the beach",
@@ -27,8 +28,8 @@ _PHOTO_CONTEXTS = (
     "a photo of {} floating on top of water",
     "a watercolor painting of {}",
 )
-# Prompts that have nothing to do with a subject: what is drawn for them should not change.
-_EMOJI_THINGS = (
+# Prompts of `BaseProfile.unrelated_prompts`.
+EMOJI_THINGS = (
     "a pizza emoji",
     "a red apple emoji",
     "a sunflower emoji",
@@ -42,7 +43,7 @@ _EMOJI_THINGS = (
     "a christmas tree emoji",
     "a key emoji",
 )
-_PHOTO_THINGS = (
+PHOTO_THINGS = (
     "a photo of a mountain lake",
     "a photo of a sports car",
     "a bowl of fruit on a table",
@@ -56,25 +57,27 @@ _PHOTO_THINGS = (
     "a slice of pizza",
     "a sailing ship at sea",
 )
-CONTEXTS = {"emoji": _EMOJI_CONTEXTS, "sd": _PHOTO_CONTEXTS, "sdxl": _PHOTO_CONTEXTS}
-UNRELATED = {"emoji": _EMOJI_THINGS, "sd": _PHOTO_THINGS, "sdxl": _PHOTO_THINGS}
 
 
 def subject_of(prompt: str) -> str:
-    """'sks dog' of 'a photo of sks dog' or 'a sks dog emoji'."""
+    """The subject that a prompt names: "sks dog" of "a photo of sks dog" or "a sks dog emoji"."""
     prompt = re.sub(r"^(an?|the)\s+", "", prompt.strip())
     prompt = re.sub(r"^(photo|picture|image|painting|drawing) of\s+((an?|the)\s+)?", "", prompt)
     return re.sub(r"\s+emoji$", "", prompt)
 
 
-def contexts(family: str, instance_prompt: str) -> list[str]:
-    """New-context prompts for the subject of `instance_prompt`."""
-    return [template.format(subject_of(instance_prompt)) for template in CONTEXTS[family]]
+def context_prompts(templates: Sequence[str], instance_prompt: str) -> list[str]:
+    """The templates with the subject of `instance_prompt` in the place of `{}`."""
+    subject = subject_of(instance_prompt)
+    return [template.format(subject) for template in templates]
 
 
 def without_identifier(prompt: str, *, instance_prompt: str, class_prompt: str | None) -> str:
-    """The prompt in words an independent encoder knows: without what only the instance prompt says."""
+    """The prompt without the words that only the instance prompt has, such as the identifier "sks".
+
+    An encoder that was not trained with them does not know them.
+    """
     if class_prompt is None:
         return prompt
-    private = set(instance_prompt.split()) - set(class_prompt.split())
-    return " ".join(word for word in prompt.split() if word not in private)
+    identifiers = set(instance_prompt.split()) - set(class_prompt.split())
+    return " ".join(word for word in prompt.split() if word not in identifiers)

@@ -10,7 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffadapt.models.latent_base import to_autoencoder
+from diffadapt.models.base import BaseModel
+from diffadapt.models.class_conditioned import ClassConditionedBase
+from diffadapt.models.families import family_of_pipeline
+from diffadapt.models.text_conditioned import TextConditionedBase
 
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
@@ -25,25 +28,41 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make."""
+    """One image to generate.
+
+    Attributes:
+        prompt: of a text-conditioned base; else the image's title.
+        seed: of the starting noise, and of the noise of stochastic schedulers.
+        label: the class, for a class-conditioned base.
+    """
 
     prompt: str
     seed: int
-    label: int | None = None  # the class, for a base that is told classes instead of words
+    label: int | None = None
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images are made; None stands for the pipeline's own setting."""
+    """How images are generated; None stands for the pipeline's own setting.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
+        negative_prompt: what the images should not show.
+        scheduler: a key of `SCHEDULERS`.
+        height, width: in pixels.
+        batch_size: images at once; changes speed and memory only.
+        autocast: precision of the denoiser's activations.
+    """
 
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
     negative_prompt: str | None = None
-    scheduler: str | None = None  # key of SCHEDULERS
-    height: int | None = None  # pixels
-    width: int | None = None  # pixels
-    batch_size: int = 4  # images at once; changes speed and memory only
-    autocast: torch.dtype | None = None  # precision of the denoiser's activations
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 4
+    autocast: torch.dtype | None = None
 
 
 def image_requests(prompt: str, count: int, *, seed: int = 0) -> list[ImageRequest]:
@@ -53,91 +72,72 @@ def image_requests(prompt: str, count: int, *, seed: int = 0) -> list[ImageReque
 
 @torch.no_grad()
 def generate(
-    pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig
+    pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig
 ) -> Iterator[Tensor]:
-    """Yields batches of images (B, 3, H, W), float32 in [0, 1], in the order of `wanted`.
+    """Yields batches of images (B, 3, H, W), float32 in [0, 1], in the order of the requests.
 
     Starting noise, and the noise of stochastic schedulers, come from one CPU generator per image.
     """
-    own_scheduler = pipe.scheduler
-    if sampler.scheduler is not None:
-        pipe.scheduler = _scheduler(pipe, sampler.scheduler)
+    base_scheduler = pipe.scheduler
+    if config.scheduler is not None:
+        pipe.scheduler = _make_scheduler(pipe, config.scheduler)
     try:
-        for start in range(0, len(wanted), sampler.batch_size):
-            yield _batch(pipe, wanted[start : start + sampler.batch_size], sampler)
+        for start in range(0, len(requests), config.batch_size):
+            yield _generate_batch(pipe, requests[start : start + config.batch_size], config)
     finally:
-        pipe.scheduler = own_scheduler
+        pipe.scheduler = base_scheduler
 
 
-def generate_all(pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig) -> Tensor:
-    """(len(wanted), 3, H, W): all images at once, for small numbers."""
-    return torch.cat(list(generate(pipe, wanted, sampler)))
+def generate_all(pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig) -> Tensor:
+    """All images at once, (len(requests), 3, H, W), for small numbers."""
+    return torch.cat(list(generate(pipe, requests, config)))
 
 
-def _batch(pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig) -> Tensor:
-    if wanted[0].label is not None:
-        return _batch_of_classes(pipe, wanted, sampler)
-    with _autocast(pipe, sampler.autocast):
-        latents = pipe(
-            prompt=[shot.prompt for shot in wanted],
-            negative_prompt=None
-            if sampler.negative_prompt is None
-            else [sampler.negative_prompt] * len(wanted),
-            num_inference_steps=sampler.num_inference_steps,
-            guidance_scale=sampler.guidance_scale,
-            height=sampler.height,
-            width=sampler.width,
-            generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in wanted],
-            output_type="latent",
-        ).images
-    return _decode(pipe, latents)
-
-
-def _batch_of_classes(
-    pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig
+def _generate_batch(
+    pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig
 ) -> Tensor:
-    """From a pipeline that takes ``class_labels``, such as DiTPipeline; it decodes its latents itself."""
-    if "class_labels" not in inspect.signature(pipe.__call__).parameters:
+    family = _family_to_call(pipe, has_labels=requests[0].label is not None)
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+    with _autocast(pipe, config.autocast):
+        output = pipe(
+            **family.pipeline_arguments(requests, config),
+            num_inference_steps=config.num_inference_steps,
+            generator=generators,
+        )
+    return family.decode_output(pipe, output.images, config)
+
+
+def _family_to_call(pipe: DiffusionPipeline, *, has_labels: bool) -> type[BaseModel]:
+    """The family that knows how to call a pipeline; an unknown one is called by what is asked of it."""
+    if has_labels and "class_labels" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"{type(pipe).__name__} takes no class labels; give it a prompt")
-    with _autocast(pipe, sampler.autocast):
-        images = pipe(
-            class_labels=[shot.label for shot in wanted],
-            num_inference_steps=sampler.num_inference_steps,
-            guidance_scale=sampler.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in wanted],
-            output_type="np",
-        ).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    family = family_of_pipeline(type(pipe).__name__)
+    if family is not None:
+        return family
+    return ClassConditionedBase if has_labels else TextConditionedBase
 
 
-def _decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Latents to images in the autoencoder's own precision; in float32 where fp16 would overflow."""
-    vae = pipe.vae
-    own, overflows = vae.dtype, vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if overflows:
-        vae.to(torch.float32)
-    pixels = vae.decode(to_autoencoder(vae, latents.to(vae.dtype)), return_dict=False)[0]
-    if overflows:
-        vae.to(own)
-    return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+def _make_scheduler(pipe: DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
+    """The scheduler of that name with the settings of the pipeline's own.
 
-
-def _scheduler(pipe: DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
+    Raises: ValueError for an unknown name, or a scheduler of another kind than the base's.
+    """
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")
-    kind, current = SCHEDULERS[name], pipe.scheduler
-    if not isinstance(current, kind) and kind not in current.compatibles:
+    scheduler_class = SCHEDULERS[name]
+    current = pipe.scheduler
+    if not isinstance(current, scheduler_class) and scheduler_class not in current.compatibles:
         raise ValueError(
             f"--scheduler {name} does not fit this base: its {type(current).__name__} follows another noise "
             "schedule (such as flow matching), so images would be wrong; leave the option out"
         )
     is_flow = current.config.get("prediction_type") == "flow_prediction"
-    if is_flow and "use_flow_sigmas" not in inspect.signature(kind).parameters:
+    if is_flow and "use_flow_sigmas" not in inspect.signature(scheduler_class).parameters:
         raise ValueError(
             f"--scheduler {name} does not fit this base, which predicts flows; leave the option out, or use "
             "dpm++ or unipc"
         )
-    return kind.from_config(current.config)
+    return scheduler_class.from_config(current.config)
 
 
 def _autocast(pipe: DiffusionPipeline, dtype: torch.dtype | None) -> AbstractContextManager:

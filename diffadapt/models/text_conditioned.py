@@ -1,110 +1,153 @@
-"""Words on their way to the denoiser: token ids, and the states of CLIP text encoders."""
+"""Bases conditioned on captions: token ids, text states, and what of a caption is too long to be read."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from diffadapt.models.latent_base import LatentBase
+from diffadapt.common.pipeline_components import tokenizer_names
+from diffadapt.models.latent_diffusion import LatentDiffusionBase, decode_latents
 
-IDS, MASK, EMPTY = "input_ids", "attention_mask", "is_empty"  # names of token ids among the conditions
-TOKENIZERS = ("tokenizer", "tokenizer_2")  # of a pipeline
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import PreTrainedTokenizerBase
+
+    from diffadapt.models.sampling import ImageRequest, SamplingConfig
+
+# Names of token ids among the conditions; the second encoder's end in _2, and so on.
+IDS = "input_ids"
+MASK = "attention_mask"
+EMPTY = "is_empty"
 
 
 @dataclass(frozen=True)
 class TruncatedCaption:
-    """A caption that is longer than a tokenizer takes."""
+    """A caption that is longer than a tokenizer takes.
+
+    Attributes:
+        caption: as given.
+        length: tokens it has.
+        limit: tokens that are read.
+        lost: the words that are not read.
+    """
 
     caption: str
-    length: int  # tokens it has
-    limit: int  # tokens that are read
-    lost: str  # the words that are not read
+    length: int
+    limit: int
+    lost: str
 
 
-@dataclass
-class TextConditionedBase(LatentBase, ABC):
-    """A base that is told captions. Its text encoders are asked once, or, when they are trained, in every
-    step: then what is kept of a caption are its token ids."""
+class TextConditionedBase(LatentDiffusionBase):
+    """A base conditioned on captions.
 
-    train_text_encoder: bool = False
-
-    empty_caption = ""  # what a dropped caption becomes
+    Its text encoders run once for every caption; or, when they are trained, in every step: then a caption is
+    kept as its token ids.
+    """
 
     @property
-    @abstractmethod
-    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
-        """One for each text encoder."""
+    def empty_caption(self) -> str:
+        return ""
 
     @abstractmethod
     def text_states(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the text encoders make of token ids, named as the denoiser takes them."""
+        """The text encoders' states of token ids, each (B, ...), named as `denoise` takes them."""
 
     @abstractmethod
-    def ask(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """The denoiser's output at its own precision, from text states and sizes."""
+    def denoise(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """The denoiser's output (B, C, h, w) at its own precision, from text states and size conditions."""
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Text states, or token ids when the text encoders are trained; each (B, ...)."""
+        """Text states in float32, or token ids when the text encoders are trained; each (B, ...)."""
         tokens = self.tokens(captions)
         if self.train_text_encoder:
             return tokens
         with torch.no_grad():
-            return {name: states.float() for name, states in self.text_states(tokens).items()}
+            states = self.text_states(tokens)
+        return {name: state.float() for name, state in states.items()}
+
+    def enable_text_encoder_training(self) -> None:
+        self.train_text_encoder = True
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
-        """The denoiser's output (B, C, h, w). Token ids among the conditions are encoded here, so that
-        gradients reach the text encoders."""
-        told = {name: value for name, value in conditions.items() if not name.startswith((IDS, MASK, EMPTY))}
+        # Token ids are encoded here, so that gradients reach the text encoders.
+        ready = {name: value for name, value in conditions.items() if not name.startswith((IDS, MASK, EMPTY))}
         if IDS in conditions:
-            told |= self.text_states(conditions)
-        return self.ask(denoiser, noisy, timesteps, told)
+            ready |= self.text_states(conditions)
+        return self.denoise(denoiser, noisy, timesteps, ready)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids (B, length) of each text encoder, and masks for those that use them."""
+        """Token ids and attention masks (B, length) of each text encoder."""
         tokens = {}
-        for number, tokenizer in enumerate(self.tokenizers):
-            suffix = f"_{number + 1}" if number else ""
-            found = tokenizer(
+        for number, tokenizer in enumerate(self.tokenizers.values(), 1):
+            suffix = "" if number == 1 else f"_{number}"
+            output = tokenizer(
                 list(captions),
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
             )
-            tokens[IDS + suffix] = found.input_ids
-            tokens[MASK + suffix] = found.attention_mask
+            tokens[IDS + suffix] = output.input_ids
+            tokens[MASK + suffix] = output.attention_mask
         return tokens
 
     def truncated_captions(self, captions: Sequence[str]) -> list[TruncatedCaption]:
         """The distinct captions of which the end is not read, and what is lost of each."""
-        found = [truncated_caption(tok, text) for text in dict.fromkeys(captions) for tok in self.tokenizers]
-        return list(dict.fromkeys(cut for cut in found if cut is not None))
+        return _truncated(list(self.tokenizers.values()), captions)
+
+    @classmethod
+    def pipeline_arguments(
+        cls, requests: Sequence[ImageRequest], config: SamplingConfig
+    ) -> dict[str, object]:
+        negative_prompts = None
+        if config.negative_prompt is not None:
+            negative_prompts = [config.negative_prompt] * len(requests)
+        return {
+            "prompt": [request.prompt for request in requests],
+            "negative_prompt": negative_prompts,
+            "guidance_scale": config.guidance_scale,
+            "height": config.height,
+            "width": config.width,
+            "output_type": "latent",
+        }
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
+        return decode_latents(pipe, output)
 
 
 def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[TruncatedCaption]:
     """The distinct prompts of which a pipeline does not read the end; none where it has no tokenizers."""
-    tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
-    cuts = [
-        truncated_caption(tokenizer, prompt)
-        for prompt in dict.fromkeys(prompts)
-        for tokenizer in tokenizers
-        if tokenizer is not None
-    ]
-    return list(dict.fromkeys(cut for cut in cuts if cut is not None))
+    tokenizers = [getattr(pipe, name) for name in tokenizer_names(pipe)]
+    return _truncated([tokenizer for tokenizer in tokenizers if tokenizer is not None], prompts)
 
 
 def truncated_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> TruncatedCaption | None:
-    """What a tokenizer cuts off; None when the whole caption fits."""
+    """The part of a caption that a tokenizer cuts off; None when the whole caption fits."""
     ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
-    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-    if len(ids) <= room:
+    limit = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    if len(ids) <= limit:
         return None
-    return TruncatedCaption(caption, len(ids), room, tokenizer.decode(ids[room:]).strip())
+    return TruncatedCaption(caption, len(ids), limit, tokenizer.decode(ids[limit:]).strip())
+
+
+def _truncated(
+    tokenizers: Sequence[PreTrainedTokenizerBase], captions: Sequence[str]
+) -> list[TruncatedCaption]:
+    """Distinct captions that are too long for one of the tokenizers, in the order of the captions."""
+    truncated: dict[TruncatedCaption, None] = {}  # a set in order
+    for caption in dict.fromkeys(captions):
+        for tokenizer in tokenizers:
+            entry = truncated_caption(tokenizer, caption)
+            if entry is not None:
+                truncated[entry] = None
+    return list(truncated)

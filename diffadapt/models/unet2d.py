@@ -1,15 +1,21 @@
-"""Class-conditional UNet2DModel in pixel space: no autoencoder, classes instead of words."""
+"""Class-conditional UNet2DModel in pixel space: no autoencoder, classes instead of captions."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from diffadapt.models.base import BaseProfile
 from diffadapt.models.class_conditioned import ClassConditionedBase
 
-# Values for options that were not given. What was tuned on the embedded base never reaches another base.
-DEFAULTS = {
-    "digits": {
+if TYPE_CHECKING:
+    from diffadapt.pipelines import ClassConditionalPipeline
+
+DIGITS = BaseProfile(
+    name="digits",
+    defaults={
         "targets": "attention+conv",
         "train_batch_size": 32,
         "max_train_steps": 200,
@@ -22,7 +28,14 @@ DEFAULTS = {
         "sample_batch_size": 100,
         "extractor": "embedded:digits",
     },
-    "unet2d": {
+    tuned_methods={
+        "superlora": {"learning_rate": 1e-2},
+        "lora": {"learning_rate": 3e-3},
+    },
+)
+UNET_2D = BaseProfile(
+    name="unet2d",
+    defaults={
         "targets": "attention",
         "train_batch_size": 32,
         "max_train_steps": 2000,
@@ -35,25 +48,26 @@ DEFAULTS = {
         "sample_batch_size": 16,
         "extractor": None,
     },
-}
-# Ranks and learning rates that were tried on a base; other methods bring their own.
-TUNED = {
-    "digits": {
-        "superlora": {"learning_rate": 1e-2},
-        "lora": {"learning_rate": 3e-3},
-    },
-    "unet2d": {},
-}
+)
 
 
 class UNet2D(ClassConditionedBase):
     """A loaded base of this family, in ClassConditionalPipeline's layout. Its latents are the pixels."""
 
+    family = "unet2d"
+    pipeline_classes = ("ClassConditionalPipeline",)
+    profile_of_family = UNET_2D
+    embedded_profiles: ClassVar = {"digits": DIGITS}
     is_stochastic = False
+
+    @classmethod
+    def pipeline_type(cls, class_name: str) -> type[ClassConditionalPipeline]:
+        from diffadapt.pipelines import ClassConditionalPipeline
+
+        return ClassConditionalPipeline  # diffusers has none
 
     @property
     def resolution(self) -> int:
-        """The side of its pictures in pixels."""
         return self.denoiser.config.sample_size
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -66,6 +80,5 @@ class UNet2D(ClassConditionedBase):
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
-        """The denoiser's output (B, 3, H, W)."""
         labels = conditions["class_labels"]
         return denoiser(noisy.to(denoiser.dtype), timesteps, class_labels=labels, return_dict=False)[0]

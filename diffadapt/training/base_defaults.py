@@ -10,7 +10,8 @@ from diffadapt.common.number_ranges import require_seed
 from diffadapt.common.runtime import launcher_accumulation
 from diffadapt.methods import Method
 from diffadapt.methods.parse_method import make_method, sets_option
-from diffadapt.models.families import DEFAULTS, TUNED, family_of
+from diffadapt.models.base import BaseProfile
+from diffadapt.models.families import profile_of
 from diffadapt.training.options import OptionsT, TrainOptions
 from diffadapt.training.parsing import parse_pairs
 
@@ -79,7 +80,7 @@ def choose_base(options: OptionsT, demo: Mapping[str, object], *, data: str, com
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ValueError(f"{' and '.join(missing)} {verb} missing; the full command:\n  {command}")
-    defaults = DEFAULTS[base_family(options)]
+    defaults = base_profile(options).defaults
     return filled(options, {**defaults, "gradient_accumulation_steps": launcher_accumulation()})
 
 
@@ -163,16 +164,16 @@ def recommended_rate(options: TrainOptions, method: Method) -> float:
 
 def preferred_precision(options: TrainOptions) -> str:
     """Precision of the base's activations where the machine is fast in it."""
-    return DEFAULTS[base_family(options)]["preferred_precision"]
+    return base_profile(options).defaults["preferred_precision"]
 
 
-def base_family(options: TrainOptions) -> str:
-    """The key of the base in `DEFAULTS`."""
-    return family_of(options.pretrained_model_name_or_path, revision=options.revision)
+def base_profile(options: TrainOptions) -> BaseProfile:
+    """What suits the base of the run."""
+    return profile_of(options.pretrained_model_name_or_path, revision=options.revision)
 
 
 def _tuned(options: TrainOptions, method: Method) -> Mapping[str, float]:
-    return TUNED[base_family(options)].get(method.name, {})
+    return base_profile(options).tuned_methods.get(method.name, {})
 
 
 def _method_options(options: TrainOptions) -> dict[str, object]:

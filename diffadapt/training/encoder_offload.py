@@ -10,17 +10,18 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from diffadapt.common.pipeline_components import AUTOENCODER
 from diffadapt.data.batches import Batches
-from diffadapt.models.families import Base
+from diffadapt.models.base import BaseModel
 
 
-def idle_parts(model: Base, batches: Batches) -> list[nn.Module]:
+def idle_parts(model: BaseModel, batches: Batches) -> list[nn.Module]:
     """The parts of the base that steps do not use, as everything they would encode is encoded."""
-    steps_use = {"unet", "transformer"}
+    steps_use = {model.denoiser_name}
     if batches.is_streaming or batches.cache is None:
-        steps_use.add("vae")
-    if batches.is_streaming or getattr(model, "train_text_encoder", False):
-        steps_use |= {"text_encoder", "text_encoder_2"}
+        steps_use.add(AUTOENCODER)
+    if batches.is_streaming or model.train_text_encoder:
+        steps_use |= model.text_encoders.keys()
     parts = model.pipe.components
     return [part for name, part in parts.items() if isinstance(part, nn.Module) and name not in steps_use]
 

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from diffadapt.models.base import BaseProfile
 from diffadapt.models.base_names import is_embedded
-from diffadapt.models.families import DEFAULTS
 from diffadapt.training.options import TrainOptions
 
 ADAM = ("adamw", "adamw8bit", "prodigy")
@@ -99,17 +99,17 @@ SCHEDULE_OPTIONS = ("lr_warmup_steps", "lr_num_cycles", "lr_power")
 
 
 def check_effects(
-    options: TrainOptions, family: str | None = None, *, names: Collection[str] | None = None
+    options: TrainOptions, profile: BaseProfile | None = None, *, names: Collection[str] | None = None
 ) -> None:
     """Raises: ValueError for an option that was given and has no effect, naming what it needs.
 
-    Given is what differs from the default of the option and from that of the base's family, so that the
+    Given is what differs from the default of the option and from that of the base's profile, so that the
     config.yaml of a run, which holds every option, can be used again.
 
     Args:
         names: of the options that are checked; None: all.
     """
-    defaults = DEFAULTS.get(family, {})
+    defaults = {} if profile is None else profile.defaults
     for field in dataclasses.fields(options):
         if names is not None and field.name not in names:
             continue

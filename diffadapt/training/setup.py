@@ -12,16 +12,16 @@ import diffadapt as da
 from diffadapt.common import runtime
 from diffadapt.common.precision import Precision, choose_precision
 from diffadapt.data.batches import Batches
-from diffadapt.data.buckets import resolution_limits
 from diffadapt.data.examples import Example
 from diffadapt.data.stream import Stream
 from diffadapt.formats.export import parse_formats
 from diffadapt.methods import Method
+from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
-from diffadapt.models.families import Base, load_base
+from diffadapt.models.families import load_base
 from diffadapt.training import output_folder
 from diffadapt.training.base_defaults import (
-    base_family,
+    base_profile,
     budget_notices,
     build_method,
     check_ranges,
@@ -46,14 +46,14 @@ class Setup(Generic[OptionsT]):
 
     options: OptionsT  # complete
     accelerator: Accelerator
-    model: Base
+    model: BaseModel
     method: Method
     started: float  # time.perf_counter()
     precision: Precision
 
 
 def prepare_run(
-    options: OptionsT, *, fitting: Callable[[OptionsT, Base], OptionsT] | None = None
+    options: OptionsT, *, fitting: Callable[[OptionsT, BaseModel], OptionsT] | None = None
 ) -> Setup[OptionsT]:
     """Checks what can be checked, starts the accelerator, loads the base and completes the options.
 
@@ -65,7 +65,7 @@ def prepare_run(
     runtime.silence_libraries()
     check_ranges(options)
     parse_formats(options.export_formats)
-    check_effects(options, base_family(options))
+    check_effects(options, base_profile(options))
     options, notices = output_folder.resolve_output_dir(options)
     output_folder.check_outside_data(options)
     output_folder.check_outside_models(options)
@@ -101,7 +101,7 @@ def prepare_run(
     )
     check_conditioning(options, model)
     if options.train_text_encoder:
-        train_text_encoders(model)
+        model.enable_text_encoder_training()
     if fitting is not None:
         options = fitting(options, model)
         method = build_method(options)
@@ -123,15 +123,15 @@ def accumulation_notices(options: TrainOptions) -> list[str]:
     return [f"--gradient_accumulation_steps {used} is used, not the launcher's {exported}"]
 
 
-def check_conditioning(options: TrainOptions, model: Base) -> None:
+def check_conditioning(options: TrainOptions, model: BaseModel) -> None:
     """Raises: ValueError for a base that is conditioned on classes in a script of captions."""
     if isinstance(model, ClassConditionedBase) and not hasattr(options, "class_labels"):
         raise ValueError(f"{model.source} is told classes, not words; use train_scripts/class_conditional.py")
 
 
-def check_resolution(model: Base, resolution: int) -> None:
+def check_resolution(model: BaseModel, resolution: int) -> None:
     """Raises: ValueError for a training size that the base cannot have, with the sizes that it can."""
-    step, smallest = resolution_limits(model)
+    step, smallest = model.square_limits
     if resolution == model.resolution or (resolution % step == 0 and resolution >= smallest):
         return
     nearest = max(smallest, round(resolution / step) * step)
@@ -139,16 +139,6 @@ def check_resolution(model: Base, resolution: int) -> None:
         f"--resolution {resolution}: {model.source} takes multiples of {step} from {smallest} on, such as "
         f"{nearest}; its own size is {model.resolution}"
     )
-
-
-def train_text_encoders(model: Base) -> None:
-    """Captions stay token ids, encoded in every step. Raises: ValueError for a base that is told classes."""
-    if not hasattr(model, "train_text_encoder"):
-        raise ValueError(
-            f"--train_text_encoder: {model.source} is told classes and has no text encoder; leave the option "
-            "out; --adapter METHOD+class_embedding trains its table of classes"
-        )
-    model.train_text_encoder = True
 
 
 def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: object) -> Batches:

@@ -13,7 +13,7 @@ from demo_runs import mean_and_deviation, run
 
 import diffadapt as da
 from diffadapt.common.runtime import silence_libraries
-from diffadapt.models.families import DEFAULTS, load_base
+from diffadapt.models.families import load_base
 
 COLUMNS = {  # figure -> heading
     "subject_similarity": "similarity, training prompt",
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/dreambooth_demo.md"))
     arguments = parser.parse_args()
     silence_libraries()
-    base, targets, rows = load_base("embedded:emoji"), DEFAULTS["emoji"]["targets"], []
+    base = load_base("embedded:emoji")
+    targets = base.profile.defaults["targets"]
+    rows = []
     for adapter in arguments.adapters:
         rank = da.fit_budget(base.pipe, adapter, targets, budget=arguments.budget).rank
         records = [

@@ -9,7 +9,7 @@ import diffadapt as da
 from diffadapt.cli.main import main as diffadapt
 from diffadapt.common import precision
 from diffadapt.common.precision import Machine, cpu_has_bf16, resolve_precision, sampling_precision
-from diffadapt.models.families import DEFAULTS, load_base
+from diffadapt.models.families import load_base, profiles
 
 OLD_CPU = Machine("cpu", has_bf16=False)
 NEW_CPU = Machine("cpu", has_bf16=True)
@@ -124,7 +124,7 @@ def test_pretraining_autocasts_where_bf16_is_native(monkeypatch, machine, dtype)
 
 
 def test_every_family_prefers_a_precision():
-    assert {defaults["preferred_precision"] for defaults in DEFAULTS.values()} <= {"no", "bf16"}
+    assert {profile.defaults["preferred_precision"] for profile in profiles().values()} <= {"no", "bf16"}
 
 
 def test_the_summary_says_what_was_chosen_and_why(tmp_path, monkeypatch, capsys):

@@ -2,12 +2,12 @@
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from helpers.pipelines import WIDTH, tiny_unet, train_options
 
 import diffadapt as da
 from diffadapt.common.keyed_random import integer, normal
 from diffadapt.data.batches import Batch
+from diffadapt.models.beta_schedule import BetaSchedule
 from diffadapt.training.loop import initial_state
 from diffadapt.training.objective import Objective
 
@@ -50,7 +50,7 @@ def small_train_state(method="lora(rank=2)", *, targets="attention", objective=N
     torch.manual_seed(0)
     denoiser = tiny_unet()
     adapter = da.attach(denoiser, da.make_method(method), targets)
-    schedule = DDPMScheduler(**(objective or {}))
+    schedule = BetaSchedule(**(objective or {}))
     made = Objective(denoiser, adapter, predict=predict, schedule=schedule, snr_gamma=given.get("snr_gamma"))
     return initial_state(Accelerator(cpu=True), made, train_options(**given))
 

@@ -9,8 +9,7 @@ from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictur
 
 from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.models import base_names
-from diffadapt.models.families import DEFAULTS, TUNED, family_of, load_base, sampling_defaults
-from diffadapt.models.prompts import CONTEXTS, UNRELATED
+from diffadapt.models.families import load_base, profile_of, profiles, sampling_defaults
 from diffadapt.models.text_conditioned import TruncatedCaption
 
 
@@ -24,18 +23,17 @@ def place(tmp_path_factory):
 
 
 def test_what_was_tuned_on_an_embedded_base_is_for_it_alone(place):
-    assert family_of("embedded:emoji") == "emoji"
-    assert family_of(base_names.resolve("embedded:emoji")) == "sd"  # a copy under another name
-    assert family_of(str(place / "sd")) == "sd"
-    assert family_of(str(place / "sdxl")) == "sdxl"
-    assert TUNED["sd"] == TUNED["sdxl"] == {}
-    assert DEFAULTS.keys() == TUNED.keys()
+    assert profile_of("embedded:emoji").name == "emoji"
+    assert profile_of(base_names.resolve("embedded:emoji")).name == "sd"  # a copy under another name
+    assert profile_of(str(place / "sd")).name == "sd"
+    assert profile_of(str(place / "sdxl")).name == "sdxl"
+    assert profiles()["sd"].tuned_methods == profiles()["sdxl"].tuned_methods == {}
 
 
 def test_every_family_of_words_has_prompts_to_show_a_subject_with():
     for family in ("emoji", "sd", "sdxl"):
-        assert len(CONTEXTS[family]) == 10
-        assert len(UNRELATED[family]) == 12
+        assert len(profiles()[family].context_prompts) == 10
+        assert len(profiles()[family].unrelated_prompts) == 12
 
 
 def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
@@ -47,12 +45,12 @@ def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}), encoding="utf-8")
-    assert family_of("somebody/base", revision="v2") == "sdxl"
+    assert profile_of("somebody/base", revision="v2").name == "sdxl"
     assert asked == [("somebody/base", "model_index.json", "v2")]
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
     with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusion"):
         load_base("somebody/base")
-    assert sampling_defaults("somebody/base") == DEFAULTS["sd"]
+    assert sampling_defaults("somebody/base") == profiles()["sd"].defaults
 
 
 def test_a_variant_chooses_the_files_and_a_revision_goes_to_the_hub(tmp_path, place, monkeypatch):
@@ -85,7 +83,7 @@ def test_names_that_lead_nowhere_are_errors_with_a_remedy(tmp_path):
     with pytest.raises(OSError, match=r"no folder 'somebody/gone' here, and the hub does not give"):
         load_base("somebody/gone")
     with pytest.raises(ValueError, match=r"has no model_index.json"):
-        family_of("embedded:clip")
+        profile_of("embedded:clip")
     (tmp_path / "model_index.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is not the index of a diffusers pipeline"):
         load_base(str(tmp_path))

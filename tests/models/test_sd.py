@@ -8,8 +8,7 @@ from helpers.pipelines import tiny_sd_pipeline, write_pictures
 
 from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.models.families import load_base
-from diffadapt.models.prompts import contexts, subject_of, without_identifier
-from diffadapt.training.objective import target_of
+from diffadapt.models.prompts import EMOJI_CONTEXTS, context_prompts, subject_of, without_identifier
 
 
 @pytest.mark.parametrize("vae", ["kl", "tiny"])
@@ -50,7 +49,7 @@ def test_the_target_follows_the_schedule(tmp_path, kind):
         "v_prediction": alpha**0.5 * noise - (1 - alpha) ** 0.5 * latents,
         "sample": latents,
     }
-    assert torch.allclose(target_of(schedule, latents, noise, t), expected[kind], atol=1e-6)
+    assert torch.allclose(schedule.target(latents, noise, t), expected[kind], atol=1e-6)
 
 
 def test_wrong_bases_are_errors_with_a_remedy(tmp_path):
@@ -68,7 +67,7 @@ def test_wrong_bases_are_errors_with_a_remedy(tmp_path):
 def test_context_prompts_speak_of_the_subject():
     assert subject_of("a photo of sks dog") == subject_of("photo of a sks dog") == "sks dog"
     assert subject_of("a sks cat face emoji") == "sks cat face"
-    assert all("sks cat face" in prompt for prompt in contexts("emoji", "a sks cat face emoji"))
+    assert all("sks cat face" in prompt for prompt in context_prompts(EMOJI_CONTEXTS, "a sks cat face emoji"))
     words = without_identifier(
         "a sks dog on a beach", instance_prompt="a photo of sks dog", class_prompt="a photo of a dog"
     )

@@ -9,7 +9,7 @@ from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from helpers.sgm_layout import write_single_file
 from safetensors.torch import load_file, save_file
 
-from diffadapt.models.families import family_of, load_base
+from diffadapt.models.families import load_base, profile_of
 from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 
 FOLDERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
@@ -28,7 +28,7 @@ def bases(tmp_path_factory):
 @pytest.mark.parametrize("family", FOLDERS)
 def test_a_single_file_is_the_base_of_its_folder(bases, family):
     folder, file = (load_base(name) for name in bases[family])
-    assert file.family == family_of(bases[family][1]) == family
+    assert file.family == profile_of(bases[family][1]).name == family
     for name, part in folder.pipe.components.items():
         if isinstance(part, torch.nn.Module):
             ours, theirs = getattr(file.pipe, name).state_dict(), part.state_dict()

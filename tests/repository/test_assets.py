@@ -197,7 +197,7 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
 
 def test_the_digits_base_draws_the_digit_that_is_asked_for():
     base = load_base("embedded:digits")
-    assert (base.family, base.resolution, base.num_classes, base.null_class) == ("digits", 16, 10, 10)
+    assert (base.profile.name, base.resolution, base.num_classes, base.null_class) == ("digits", 16, 10, 10)
     shots = [ImageRequest("", seed, seed % 10) for seed in range(60)]
     drawn = generate_all(
         base.pipe, shots, SamplingConfig(num_inference_steps=10, guidance_scale=2.0, batch_size=60)

@@ -167,7 +167,7 @@ def test_a_base_told_classes_has_no_text_encoder_to_train(run, base, pictures, t
     fixed = arguments(base, tmp_path / "out", train_data_dir=pictures)
     assert run(*fixed, "--train_text_encoder") == 2
     said = capsys.readouterr().err
-    assert "is told classes and has no text encoder; leave the option out" in said
+    assert "is conditioned on classes and has no text encoder; leave the option out" in said
     assert "+class_embedding" in said
     assert not (tmp_path / "out").exists()
 

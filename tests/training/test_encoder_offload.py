@@ -34,7 +34,12 @@ def idle_of(*, cached=True, streaming=False, train_text_encoder=False):
     names = ("vae", "text_encoder", "text_encoder_2", "unet", "safety_checker")
     parts = {name: nn.Linear(1, 1) for name in names} | {"tokenizer": object()}
     pipe = SimpleNamespace(components=parts)
-    model = SimpleNamespace(pipe=pipe, train_text_encoder=train_text_encoder)
+    model = SimpleNamespace(
+        pipe=pipe,
+        denoiser_name="unet",
+        text_encoders={name: parts[name] for name in names if name.startswith("text_encoder")},
+        train_text_encoder=train_text_encoder,
+    )
     batches = SimpleNamespace(cache={} if cached else None, is_streaming=streaming)
     found = encoder_offload.idle_parts(model, batches)
     return {name for name, part in parts.items() if any(part is one for one in found)}

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from helpers.small_run import SmallBatches, predict, small_train_state
 
+from diffadapt.models.beta_schedule import BetaSchedule
 from diffadapt.training.loop import train
-from diffadapt.training.objective import min_snr_weight, target_of
 
 TIMESTEPS = torch.arange(0, 1000, 37)
 
@@ -15,23 +14,23 @@ TIMESTEPS = torch.arange(0, 1000, 37)
 @pytest.mark.parametrize(("kind", "shift"), [("epsilon", 0), ("v_prediction", 1)])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_are_those_of_diffusers_training_scripts(kind, shift, gamma):
-    schedule = DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
+    schedule = BetaSchedule(prediction_type=kind, beta_schedule="scaled_linear")
     snr = compute_snr(schedule, TIMESTEPS)
     expected = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / (snr + shift)
-    assert torch.allclose(min_snr_weight(schedule, TIMESTEPS, gamma), expected, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(schedule.loss_weight(TIMESTEPS, gamma), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_weight_of_a_predicted_sample_is_the_clamped_ratio():
-    schedule = DDPMScheduler(prediction_type="sample")
+    schedule = BetaSchedule(prediction_type="sample")
     expected = compute_snr(schedule, TIMESTEPS).clamp(max=5)
-    assert torch.allclose(min_snr_weight(schedule, TIMESTEPS, 5.0), expected, rtol=1e-4)
+    assert torch.allclose(schedule.loss_weight(TIMESTEPS, 5.0), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "last"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
 def test_no_signal_at_the_last_timestep_gives_the_limit_and_no_nan(kind, last):
-    schedule = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+    schedule = BetaSchedule(prediction_type=kind, rescale_betas_zero_snr=True)
     assert schedule.alphas_cumprod[-1] == 0
-    weights = min_snr_weight(schedule, torch.tensor([998, 999]), 5.0)
+    weights = schedule.loss_weight(torch.tensor([998, 999]), 5.0)
     assert weights.isfinite().all()
     assert weights[1] == last
 
@@ -43,9 +42,9 @@ def test_the_loss_is_the_weighted_mean(kind):
     noisy = objective.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad():
         predicted = predict(objective.denoiser, noisy, batch.timesteps, batch.conditions)
-    target = target_of(objective.schedule, batch.latents, batch.noise, batch.timesteps)
+    target = objective.schedule.target(batch.latents, batch.noise, batch.timesteps)
     squares = (predicted - target).double().square().mean(dim=(1, 2, 3))
-    weights = min_snr_weight(objective.schedule, batch.timesteps, 0.5).double()
+    weights = objective.schedule.loss_weight(batch.timesteps, 0.5).double()
     (step,) = train(train_state, SmallBatches())
     assert step.loss == pytest.approx(float((weights * squares).mean()), rel=1e-5)
     assert step.loss != pytest.approx(float(squares.mean()), rel=1e-3)

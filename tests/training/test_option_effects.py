@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 from helpers.scripts import runner
 
-from diffadapt.models.families import DEFAULTS
+from diffadapt.models.families import profiles
 from diffadapt.training.base_defaults import build_method, fitted
 from diffadapt.training.option_effects import ALWAYS, CONDITIONS, check_effects
 from diffadapt.training.options import TrainOptions
@@ -76,8 +76,8 @@ def test_an_option_has_its_effect_or_is_an_error(monkeypatch, name):
 
 
 def test_what_a_family_sets_by_default_is_not_held_against_a_person():
-    steps = DEFAULTS["sd"]["num_inference_steps"]
-    check_effects(TrainOptions(**BASE, num_validation_images=0, num_inference_steps=steps), "sd")
+    steps = profiles()["sd"].defaults["num_inference_steps"]
+    check_effects(TrainOptions(**BASE, num_validation_images=0, num_inference_steps=steps), profiles()["sd"])
 
 
 @pytest.mark.parametrize(

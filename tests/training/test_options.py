@@ -7,7 +7,7 @@ from helpers.pipelines import tiny_unet
 
 import diffadapt as da
 from diffadapt.methods.parse_method import make_method
-from diffadapt.models.families import DEFAULTS, TUNED
+from diffadapt.models.families import profiles
 from diffadapt.training.base_defaults import (
     build_method,
     check_ranges,
@@ -93,7 +93,7 @@ def test_zeros_and_texts_in_quotes_are_what_they_say(tmp_path):
 def test_neither_base_nor_data_is_the_demonstration():
     options = choose()
     assert options.pretrained_model_name_or_path == "embedded:emoji"
-    assert options.max_train_steps == DEFAULTS["emoji"]["max_train_steps"]
+    assert options.max_train_steps == profiles()["emoji"].defaults["max_train_steps"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_one_without_the_other_is_an_error_with_the_full_command(given, missing)
 
 def test_what_was_tuned_on_the_embedded_base_never_reaches_another(base):
     options = choose(pretrained_model_name_or_path=base, instance_data_dir="m", instance_prompt="p")
-    assert options.max_train_steps == DEFAULTS["sd"]["max_train_steps"]
+    assert options.max_train_steps == profiles()["sd"].defaults["max_train_steps"]
     assert options.targets == "attention"
 
 
@@ -122,7 +122,10 @@ def test_the_method_takes_options_from_everywhere(base):
     )
     assert (method.rank, method.kernel_rank, method.init) == (6, 3, "gaussian")
     assert build_method(Options(adapter="flora(rank=5)", **embedded)).rank == 5
-    assert build_method(Options(adapter="lora", **embedded)).rank == TUNED["emoji"]["lora"]["rank"]
+    assert (
+        build_method(Options(adapter="lora", **embedded)).rank
+        == profiles()["emoji"].tuned_methods["lora"]["rank"]
+    )
     assert build_method(Options(adapter="vera", **embedded)) == make_method("vera")
     assert build_method(Options(adapter="lora", pretrained_model_name_or_path=base)) == make_method("lora")
     with pytest.raises(ValueError, match="kernel_rank"):

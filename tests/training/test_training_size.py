@@ -10,8 +10,11 @@ from helpers.scripts import runner
 from PIL import Image
 
 from diffadapt.cli.main import main
-from diffadapt.data.buckets import resolution_limits
+from diffadapt.models.dit import DIFFUSION_TRANSFORMER, DiT
 from diffadapt.models.families import load_base
+from diffadapt.models.sd import STABLE_DIFFUSION as SD_PROFILE
+from diffadapt.models.sd import StableDiffusion
+from diffadapt.models.unet2d import UNET_2D, UNet2D
 from diffadapt.training.setup import check_resolution
 
 TINY_SIDE = 32  # pixels, of the tiny pipeline
@@ -22,24 +25,27 @@ def base(tmp_path_factory):
     return tiny_sd_pipeline(tmp_path_factory.mktemp("base"))
 
 
-def base_of(pixels_per_latent, side, **config):
-    """What the check reads of a loaded base; `side` in latents."""
+def pipeline(denoiser_name, **config):
+    """The parts of a pipeline that the check reads; latents have an eighth of the side of an image."""
+    denoiser = SimpleNamespace(config=FrozenDict(config))
+    vae = SimpleNamespace(config=FrozenDict(block_out_channels=(8, 8, 8, 8)))
+    return SimpleNamespace(**{denoiser_name: denoiser}, vae=vae, vae_scale_factor=8)
 
-    config = FrozenDict({"sample_size": side, **config})
-    denoiser = SimpleNamespace(config=config)
-    return SimpleNamespace(denoiser=denoiser, resolution=pixels_per_latent * side, source="base")
 
-
-STABLE_DIFFUSION = base_of(8, 64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
-PIXEL_UNET = base_of(1, 32, block_out_channels=(16, 32, 64))
-DIT = base_of(8, 32, patch_size=2)
+UNET_OF_SD = pipeline(
+    "unet", sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768
+)
+STABLE_DIFFUSION = StableDiffusion(UNET_OF_SD, "base", SD_PROFILE)
+SMALL_UNET = pipeline("unet", sample_size=32, block_out_channels=(16, 32, 64))
+PIXEL_UNET = UNet2D(SMALL_UNET, "base", UNET_2D)
+DIT = DiT(pipeline("transformer", sample_size=32, patch_size=2), "base", DIFFUSION_TRANSFORMER)
 
 
 @pytest.mark.parametrize(
     ("model", "limits"), [(STABLE_DIFFUSION, (8, 72)), (PIXEL_UNET, (4, 8)), (DIT, (16, 32))]
 )
 def test_the_sizes_of_a_base_follow_from_its_layers(model, limits):
-    assert resolution_limits(model) == limits
+    assert model.square_limits == limits
 
 
 @pytest.mark.parametrize("resolution", [8, 64, 500, 513])
@@ -54,8 +60,8 @@ def test_usual_sizes_are_taken(resolution):
 
 
 def test_the_check_reads_real_configurations(base, tmp_path):
-    assert resolution_limits(load_base(str(base)))[0] == 4
-    assert resolution_limits(load_base(str(dit_pipeline(tmp_path))))[0] > 1
+    assert load_base(str(base)).square_limits[0] == 4
+    assert load_base(str(dit_pipeline(tmp_path))).square_limits[0] > 1
 
 
 def test_images_have_the_training_size_in_a_run_and_when_sampling(base, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from diffadapt.common.messages import did_you_mean
 from diffadapt.evaluation.sets.image_files import ImageFile, LazyImage
 from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.models.base_names import resolve
-from diffadapt.models.prompts import CONTEXTS
+from diffadapt.models.prompts import EMOJI_CONTEXTS
 
 LIVE_CLASSES = ("cat", "dog")  # subjects of these get the prompts for live subjects
 EMBEDDED = {"cat": "cat face", "monkey": "monkey face"}  # shipped subject -> its class in the base's words
@@ -120,7 +120,7 @@ def open_subjects(
 
 def embedded_subjects(names: Sequence[str] = ()) -> list[Subject]:
     """The shipped cat and monkey, in the contexts the embedded base knows."""
-    templates = tuple(template.replace("{}", "{0} {1}") for template in CONTEXTS["emoji"])
+    templates = tuple(template.replace("{}", "{0} {1}") for template in EMOJI_CONTEXTS)
     unknown = [name for name in names if name not in EMBEDDED]
     if unknown:
         raise ValueError(f"no embedded subject {unknown[0]!r}; there are {', '.join(EMBEDDED)}")

@@ -26,7 +26,6 @@ from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
 from diffadapt.models.base_names import is_embedded
-from diffadapt.models.families import DEFAULTS
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
 from diffadapt.models.text_conditioned import truncated_prompts
 from diffadapt.training.checkpoint.checkpoint_io import save_adapter
@@ -240,7 +239,7 @@ class Report(ABC):
         options, parts = self.options, [self.prompt_options()]
         for name in ("num_inference_steps", "guidance_scale"):
             value = getattr(options, name)
-            parts += [f"--{name} {value:g}"] if value != DEFAULTS[self.model.family].get(name) else []
+            parts += [f"--{name} {value:g}"] if value != self.model.profile.defaults.get(name) else []
         return " ".join(
             parts + [f"--mixed_precision {options.mixed_precision}"] * bool(self.sampler.autocast)
         )

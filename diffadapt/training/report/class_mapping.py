@@ -10,8 +10,8 @@ from diffadapt.data.examples import Example
 from diffadapt.methods import Method
 from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.parse_method import with_class_table
+from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
-from diffadapt.models.families import Base
 from diffadapt.training.base_defaults import build_method
 from diffadapt.training.options import OptionsT
 
@@ -21,7 +21,7 @@ def new_table(method: Method) -> ClassEmbedding | None:
     return next((part for part in method.members if getattr(part, "classes", None) is not None), None)
 
 
-def with_new_table(options: OptionsT, model: Base, names: Sequence[str]) -> OptionsT:
+def with_new_table(options: OptionsT, model: BaseModel, names: Sequence[str]) -> OptionsT:
     """Options whose adapter has a class table for the data, with `--new_class_table` or where the base has
     too few classes; an adapter that has one already, as ``class_embedding(classes=20)``, stays.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
 from diffadapt.data.scaled_images import training_pixels
-from diffadapt.models.families import Base
+from diffadapt.models.base import BaseModel
 from diffadapt.training.loop import attention
 from diffadapt.training.objective import Objective
 
@@ -25,7 +25,7 @@ class HeldOutLoss:
 
     def __init__(
         self,
-        model: Base,
+        model: BaseModel,
         examples: Sequence[Example],
         accelerator: Accelerator,
         *,

@@ -14,8 +14,9 @@ from diffadapt.metrics.copying import nearest_images
 from diffadapt.metrics.evaluate import metric_value
 from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.similarity import paired_similarities
+from diffadapt.models.base import BaseProfile
 from diffadapt.models.base_names import resolve
-from diffadapt.models.prompts import UNRELATED, contexts, without_identifier
+from diffadapt.models.prompts import context_prompts, without_identifier
 from diffadapt.models.sampling import ImageRequest, image_requests
 from diffadapt.training.report.base import Figures, Pictures, Report
 from diffadapt.training.setup import Setup
@@ -25,7 +26,13 @@ SHOWN_SUBJECTS, SHOWN_CONTEXTS = 9, 10  # pictures per block of the grid
 
 
 def showing(
-    family: str, instance_prompt: str, *, count: int, validation_prompt: str | None, seed: int, measured: bool
+    profile: BaseProfile,
+    instance_prompt: str,
+    *,
+    count: int,
+    validation_prompt: str | None,
+    seed: int,
+    measured: bool,
 ) -> dict[str, list[ImageRequest]]:
     """The shots of a run by kind: of the subject, in new contexts, and of unrelated things.
 
@@ -34,11 +41,13 @@ def showing(
     if validation_prompt is not None:
         context_shots = image_requests(validation_prompt, count, seed=seed)
     else:
-        prompts = contexts(family, instance_prompt)
+        prompts = context_prompts(profile.context_prompts, instance_prompt)
         prompts = prompts if measured else prompts[:count]
         context_shots = [ImageRequest(prompt, seed + i) for i, prompt in enumerate(prompts)]
     unrelated = (
-        [ImageRequest(prompt, seed + i) for i, prompt in enumerate(UNRELATED[family])] if measured else []
+        [ImageRequest(prompt, seed + i) for i, prompt in enumerate(profile.unrelated_prompts)]
+        if measured
+        else []
     )
     return {
         "subject": image_requests(instance_prompt, count, seed=seed),
@@ -104,7 +113,7 @@ class SubjectReport(Report):
         super().__init__(setup)
         options = self.options
         self.requests = showing(
-            self.model.family,
+            self.model.profile,
             options.instance_prompt,
             count=options.num_validation_images,
             validation_prompt=options.validation_prompt,

@@ -1,0 +1,39 @@
+"""The interface of the noise that a base is trained with; `Objective` and `Batches` know no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from diffadapt.common.keyed_random import Key
+
+
+class NoiseSchedule(Protocol):
+    """A family of noise levels: how they are sampled, the noisy latents, the target, the loss's weight."""
+
+    def sample_timesteps(self, keys: Sequence[Key], latents: Tensor) -> Tensor:
+        """One time per sample.
+
+        Args:
+            keys: of each sample's randomness, so that a time depends on its sample alone.
+            latents: (B, C, h, w), for schedules that depend on the size of the image.
+        Returns: (B,); integers for a discrete schedule, else float32.
+        """
+        ...
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noisy latents (B, C, h, w) at these times."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The prediction (B, C, h, w) with the least loss, were it known."""
+        ...
+
+    def loss_weight(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
+        """The weight (B,) of each sample's loss with `--snr_gamma`.
+
+        Raises: ValueError for a schedule without a signal-to-noise weighting.
+        """
+        ...
