@@ -1,4 +1,4 @@
-"""Scores of generated images: one pass over them, intervals, floors, and a page to look at.
+"""Scores of generated images, with confidence intervals, floors and a page to look at.
 
     python eval/image_quality.py                                       # a demonstration on embedded images
     python eval/image_quality.py --generated out/a out/b --reference real --weights inception=/path/file.pth
@@ -15,7 +15,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +48,11 @@ from diffadapt.metrics.analytic import analytic_cases
 from diffadapt.models.sampling_columns import parse_adapter_spec
 from diffadapt.models.sampling_options import requested_images
 
+Source = ImageSet | Path  # images, or a file of their features or statistics
+
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     image_quality_cli.add_options(parser)
     arguments = parser.parse_args(argv)
@@ -57,63 +60,65 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verify() -> int:
-    """Runs the analytic cases on this machine. Returns the exit code: 1 when one fails."""
+    """Checks the cases with a known outcome on this machine. Returns the exit code: 1 when one fails."""
     cases = analytic_cases()
+    num_failed = 0
     for case in cases:
         mark = "ok  " if case.passed else "FAIL"
         print(f"{mark} {case.name}: expected {case.expected:.6g}, found {case.found:.6g}")
-    failed = sum(not case.passed for case in cases)
-    print(f"{len(cases) - failed} of {len(cases)} cases hold on this machine")
-    return int(failed > 0)
+        num_failed += not case.passed
+    print(f"{len(cases) - num_failed} of {len(cases)} cases hold on this machine")
+    return int(num_failed > 0)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Generates what is to be generated, scores everything, writes the four files. Returns the exit code."""
+    """Generates images where asked to, scores all sets, writes the four files. Returns the exit code.
+
+    Everything that can be checked is checked before any image is generated or read.
+    """
     image_quality_cli.check_numbers(arguments)
     device = setup_evaluation(arguments.num_threads)
     image_quality_cli.fill_demo(arguments)
-    image_quality_cli.check_places(arguments)
-    files = [*arguments.adapters, *(files_of_run(arguments.run) if arguments.run else [])]
-    is_drawing = bool(files) or arguments.with_base
-    if files:
-        arguments.base = arguments.base or base_named_in([parse_adapter_spec(file).path for file in files])
-    elif is_drawing and arguments.base is None:
-        raise ValueError("--with_base without adapters needs --base, the model that draws")
-    plan, read_options = (
-        image_quality_cli.plan_from(arguments),
-        image_quality_cli.read_options_from(arguments),
-    )
-    with PartialState().local_main_process_first():  # which fetches what is missing
-        is_alone = arguments.preference is not None and plan.metrics == (METRIC,)
-        extractors = [] if is_alone else image_quality_cli.extractors_of(arguments, str(device))
-    extractors = [with_layers(extractor, plan) for extractor in extractors]
+    image_quality_cli.check_output_paths(arguments)
+    adapter_files = list(arguments.adapters)
+    if arguments.run:
+        adapter_files += files_of_run(arguments.run)
+    generates = bool(adapter_files) or arguments.with_base
+    if generates:
+        arguments.base = choose_base(arguments, adapter_files)
+
+    plan = image_quality_cli.plan_from(arguments)
+    read_options = image_quality_cli.read_options_from(arguments)
+    extractors = load_extractors(arguments, plan, str(device))
     preference = None
     if arguments.preference is not None:
         preference = load_preference(arguments.preference)
         plan = replace(plan, metrics=tuple(key for key in plan.metrics if key != METRIC))
-    given: dict[str, ImageSet | Path] = {}
-    for label, name in image_quality_cli.labels_of(arguments.generated).items():
-        given[label] = captioned(open_generated(name, read_options), arguments)
-    reference = None if arguments.reference is None else open_reference(arguments.reference, read_options)
-    with_prompts = is_drawing or arguments.captions or any(map(has_prompts, arguments.generated))
+    existing_sets: dict[str, Source] = {}
+    for label, name in image_quality_cli.label_sets(arguments.generated).items():
+        existing_sets[label] = add_captions(open_generated(name, read_options), arguments)
+    reference = None
+    if arguments.reference is not None:
+        reference = open_reference(arguments.reference, read_options)
+    knows_prompts = generates or arguments.captions or any(map(has_prompts, arguments.generated))
     check_plan(
         plan,
         extractors,
         has_reference=reference is not None,
-        has_prompts=bool(with_prompts),
+        has_prompts=bool(knows_prompts),
         only_statistics=isinstance(reference, Path) and reference.suffix == ".npz",
         has_train=arguments.train is not None,
     )
-    check_places(given, reference, read_options)
-    check_counts(plan, extractors, given, reference)
-    if is_drawing:
-        check_drawing(arguments, files, plan, extractors, reference)
-    is_passing = is_drawing and arguments.keep_images is None
-    with temporary_folder() if is_passing else nullcontext(arguments.keep_images) as folder:
-        sets: dict[str, ImageSet | Path] = {}
-        if is_drawing:
-            sets |= generate_sets(arguments, files, Path(folder))
-        for label, source in given.items():
+    check_places(existing_sets, reference, read_options)
+    check_counts(plan, extractors, existing_sets, reference)
+    if generates:
+        check_generated_count(arguments, adapter_files, plan, extractors, reference)
+
+    with image_folder(arguments, generates=generates) as folder:
+        sets: dict[str, Source] = {}
+        if generates:
+            sets |= generate_sets(arguments, adapter_files, Path(folder))
+        for label, source in existing_sets.items():
             sets[f"{label}-files" if label in sets else label] = source
         output = evaluate_sets(
             sets,
@@ -129,41 +134,76 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 "demo": image_quality_cli.is_demo(arguments),
             },
         )
-        if output is None:
+        if output is None:  # only the first process writes
             return 0
-        problems = write_outcome(output, OutputFiles.of(arguments.output))
+        problems = write_output(output, OutputFiles.of(arguments.output))
     return report(problems)
 
 
-def captioned(images: ImageSet | Path, arguments: argparse.Namespace) -> ImageSet | Path:
-    """The images of a set with their captions, where some are given and it knows none."""
-    if arguments.captions is None or isinstance(images, Path) or images.prompts:
-        return images
-    return with_captions(images, arguments.captions, follow_links=arguments.follow_links)
+def choose_base(arguments: argparse.Namespace, adapter_files: Sequence[str]) -> str:
+    """The base of `--base`, else the one named in the adapters.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if arguments.base is not None:
+        return arguments.base
+    if not adapter_files:
+        raise ValueError("--with_base without adapters needs --base, the model that generates images")
+    return base_named_in([parse_adapter_spec(file).path for file in adapter_files])
 
 
-def check_drawing(
+def load_extractors(arguments: argparse.Namespace, plan: Plan, device: str) -> list[Extractor]:
+    """The extractors with the layers that the plan needs; none when only a preference model is used."""
+    if arguments.preference is not None and plan.metrics == (METRIC,):
+        return []
+    with PartialState().local_main_process_first():  # the first process downloads what is missing
+        extractors = image_quality_cli.load_extractors(arguments, device)
+    return [with_layers(extractor, plan) for extractor in extractors]
+
+
+def add_captions(source: Source, arguments: argparse.Namespace) -> Source:
+    """The images with the captions of `--captions`, unless they have prompts already."""
+    if arguments.captions is None or isinstance(source, Path) or source.prompts:
+        return source
+    return with_captions(source, arguments.captions, follow_links=arguments.follow_links)
+
+
+def check_generated_count(
     arguments: argparse.Namespace,
-    files: Sequence[str],
+    adapter_files: Sequence[str],
     plan: Plan,
     extractors: Sequence[Extractor],
-    reference: ImageSet | Path | None,
+    reference: Source | None,
 ) -> None:
-    """Whether as many images as will be generated are enough. Raises: ValueError."""
-    shots = requested_images(arguments, [parse_adapter_spec(file).path for file in files])
-    expected = ImageSet("the images to be generated", "adapter", shots)
-    check_counts(plan, extractors, {expected.source: expected}, reference)
+    """Checks that enough images will be generated.
+
+    Raises:
+        ValueError: they are too few for the metrics.
+    """
+    paths = [parse_adapter_spec(file).path for file in adapter_files]
+    planned_set = ImageSet("the images to be generated", "adapter", requested_images(arguments, paths))
+    check_counts(plan, extractors, {planned_set.source: planned_set}, reference)
 
 
-def write_outcome(output: EvaluationOutput, places: OutputFiles) -> list[str]:
-    """Writes the scores first, the page last. Returns what could not be computed or made."""
+def image_folder(
+    arguments: argparse.Namespace, *, generates: bool
+) -> AbstractContextManager[Path | str | None]:
+    """The folder of generated images: `--keep_images`, or one that is removed afterwards."""
+    if generates and arguments.keep_images is None:
+        return temporary_folder()
+    return nullcontext(arguments.keep_images)
+
+
+def write_output(output: EvaluationOutput, files: OutputFiles) -> list[str]:
+    """Writes the scores first, the page last. Returns what could not be computed or written."""
     record = output.record
-    record.write(places.json)
-    write_utf8(places.markdown, tables.report(record))
-    write_utf8(places.csv, tables.per_image_csv(record))
-    problems = [*output.failures, *write_page(record, places.page, output.load_image)]
+    record.write(files.json)
+    write_utf8(files.markdown, tables.report(record))
+    write_utf8(files.csv, tables.per_image_csv(record))
+    problems = [*output.failures, *write_page(record, files.page, output.load_image)]
     print(tables.markdown(record, width=tables.WIDTH))
-    print(f"{places.json} with .md, .csv and .html beside it")
+    print(f"{files.json} with .md, .csv and .html beside it")
     return problems
 
 

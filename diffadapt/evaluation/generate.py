@@ -25,107 +25,138 @@ from diffadapt.models.sampling_columns import AdapterFile, parse_adapter_spec
 from diffadapt.models.sampling_options import make_sampling_config, requested_images
 
 BASE = "base"  # label of the images without an adapter
-RUN_FIGURES = ("method", "parameters", "steps", "seconds", "peak_memory_bytes")  # kept of a run.json
+RUN_FIELDS = ("method", "parameters", "steps", "seconds", "peak_memory_bytes")  # recorded from a run.json
+CHECKPOINT_FIELDS = ("method", "parameters")  # those that hold for a checkpoint too
 
 
 def files_of_run(folder: str) -> list[str]:
     """The adapter of every checkpoint of a training run in the order of steps, then the final one.
 
-    Raises: FileNotFoundError when there is none.
+    Raises:
+        FileNotFoundError: there is none.
     """
-    checkpoints = sorted(
-        Path(folder).glob("checkpoint-*/adapter.safetensors"), key=lambda path: (len(path.parent.name), path)
-    )
+    paths = list(Path(folder).glob("checkpoint-*/adapter.safetensors"))
+    paths.sort(key=lambda path: (len(path.parent.name), path))  # checkpoint-900 before checkpoint-1000
     final = Path(folder) / "adapter.safetensors"
-    found = [*checkpoints, *([final] if final.is_file() else [])]
-    if not found:
+    if final.is_file():
+        paths.append(final)
+    if not paths:
         raise FileNotFoundError(f"no adapter in {folder!r}; give the --output_dir of a training run")
-    return [str(path) for path in found]
+    return [str(path) for path in paths]
 
 
 def generate_sets(arguments: argparse.Namespace, files: Sequence[str], folder: Path) -> dict[str, ImageSet]:
-    """Draws every adapter's images into folder/LABEL, each process its share.
+    """Generates every adapter's images into folder/LABEL, each process its share.
 
     Args:
-        arguments: the options of `add_sampling_options`, and `with_base`: draw the bare base too.
+        arguments: the options of `add_sampling_options`, and `with_base`: generate with the bare base too.
         files: FILE or FILE:STRENGTH.
-    Raises: ValueError for adapters of different bases, and what loading and drawing raise.
+        folder: where the images are written.
+
+    Returns:
+        Label -> images.
+
+    Raises:
+        ValueError: the adapters are of different bases; or an error of loading or sampling.
     """
     adapters = [parse_adapter_spec(file, strength=1.0) for file in files]
-    wanted = requested_images(arguments, [adapter.path for adapter in adapters])
-    base = arguments.base or base_named_in([adapter.path for adapter in adapters])
+    adapter_paths = [adapter.path for adapter in adapters]
+    requests = requested_images(arguments, adapter_paths)
+    base = arguments.base or base_named_in(adapter_paths)
     device = PartialState().device
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
         PartialState().print(notice)
-    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
-    sampler = make_sampling_config(
-        arguments,
-        sampling_defaults(base, revision=arguments.revision),
-        precision.dtype,
-        [adapter.path for adapter in adapters],
-    )
-    pipe = open_frozen_pipeline(base, device=device, **source)
-    labels = [shot.label for shot in wanted]
-    made = {
-        "base": base,
-        **source,
-        "sampler": {**asdict(sampler), "autocast": precision.name},
-        "seeds": [shot.seed for shot in wanted],
-        **({"labels": labels} if None not in labels else {}),
+    base_options = {
+        "revision": arguments.revision,
+        "variant": arguments.variant,
+        "vae": arguments.vae,
+        "prediction_type": arguments.prediction_type,
     }
+    defaults = sampling_defaults(base, revision=arguments.revision)
+    sampling = make_sampling_config(arguments, defaults, precision.dtype, adapter_paths)
+    pipe = open_frozen_pipeline(base, device=device, **base_options)
+
+    generation: dict[str, object] = {
+        "base": base,
+        **base_options,
+        "sampler": {**asdict(sampling), "autocast": precision.name},
+        "seeds": [request.seed for request in requests],
+    }
+    labels = [request.label for request in requests]
+    if None not in labels:  # a class-conditional base
+        generation["labels"] = labels
     sets: dict[str, ImageSet] = {}
     if arguments.with_base:
-        sets[BASE] = _set(pipe, wanted, sampler, folder / BASE, "base", base, made)
-    for label, file in labelled(adapters).items():
+        sets[BASE] = _generate_set(pipe, requests, sampling, folder / BASE, "base", base, generation)
+    for label, file in label_adapters(adapters).items():
         adapter = da.load(pipe, file.path, strength=file.strength)
-        sets[label] = _set(
-            pipe, wanted, sampler, folder / label, "adapter", file.path, {**made, **_origin(file)}
+        adapter_generation = {**generation, **_adapter_facts(file)}
+        sets[label] = _generate_set(
+            pipe, requests, sampling, folder / label, "adapter", file.path, adapter_generation
         )
         da.detach(adapter)
     return sets
 
 
-def labelled(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
-    """A short name for each: of its file, of its folder where files are called alike, else with a number."""
-    stems = [Path(file.path).stem for file in adapters]
-    if len(set(stems)) < len(stems):
-        stems = [Path(file.path).resolve().parent.name for file in adapters]
-    found: dict[str, AdapterFile] = {}
-    for stem, file in zip(stems, adapters, strict=True):
-        name, number = stem, 2
-        while name in found or name == BASE:
-            name, number = f"{stem}-{number}", number + 1
-        found[name] = file
-    return found
+def label_adapters(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
+    """A short label for each adapter: the name of its file, or of its folder where files share a name."""
+    names = [Path(adapter.path).stem for adapter in adapters]
+    if len(set(names)) < len(names):
+        names = [Path(adapter.path).resolve().parent.name for adapter in adapters]
+    by_label: dict[str, AdapterFile] = {}
+    for name, adapter in zip(names, adapters, strict=True):
+        label = name
+        number = 2
+        while label in by_label or label == BASE:
+            label = f"{name}-{number}"
+            number += 1
+        by_label[label] = adapter
+    return by_label
 
 
-def _set(
+def _generate_set(
     pipe: DiffusionPipeline,
-    wanted: Sequence[ImageRequest],
-    sampler: SamplingConfig,
+    requests: Sequence[ImageRequest],
+    sampling: SamplingConfig,
     folder: Path,
     kind: str,
     source: str,
-    made: Mapping[str, object],
+    generation: Mapping[str, object],
 ) -> ImageSet:
+    """Generates the images of one set.
+
+    Args:
+        pipe: the pipeline, with or without an adapter.
+        requests: prompt and seed of each image.
+        sampling: how they are sampled.
+        folder: of the images.
+        kind: adapter or base.
+        source: the adapter file or the base.
+        generation: how the images are generated, for the record.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{index:06d}-seed{shot.seed}.png" for index, shot in enumerate(wanted)]
+    names = [f"{index:06d}-seed{request.seed}.png" for index, request in enumerate(requests)]
     is_silent = not PartialState().is_main_process
-    with tqdm(desc=folder.name, total=len(wanted), unit="image", disable=is_silent) as bar:
-        generate_files(pipe, wanted, sampler, [folder / name for name in names], bar)
-    pictures = [ImageFile(name, folder / name) for name in names]
-    return ImageSet(source, kind, pictures, generation=made, prompts=tuple(shot.prompt for shot in wanted))
+    with tqdm(desc=folder.name, total=len(requests), unit="image", disable=is_silent) as bar:
+        generate_files(pipe, requests, sampling, [folder / name for name in names], bar)
+    images = [ImageFile(name, folder / name) for name in names]
+    prompts = tuple(request.prompt for request in requests)
+    return ImageSet(source, kind, images, generation=generation, prompts=prompts)
 
 
-def _origin(file: AdapterFile) -> dict[str, object]:
-    """Which adapter, and what its run says of it: whole figures for the final file, else what still holds."""
+def _adapter_facts(file: AdapterFile) -> dict[str, object]:
+    """File, strength and hash of an adapter, and what its run.json says of it.
+
+    The duration and the memory of a run are those of its final adapter, not of its checkpoints.
+    """
     path = Path(file.path)
-    found = {"adapter": file.path, "strength": file.strength, "sha256": da.read_metadata(path)["sha256"]}
-    is_checkpoint = path.resolve().parent.name.startswith("checkpoint-")
-    record = path.resolve().parent / ("../run.json" if is_checkpoint else "run.json")
-    if not record.is_file():
-        return found
-    run = json.loads(record.read_text(encoding="utf-8"))
-    kept = ("method", "parameters") if is_checkpoint else RUN_FIGURES
-    return {**found, "run": {name: run[name] for name in kept if name in run}}
+    facts = {"adapter": file.path, "strength": file.strength, "sha256": da.read_metadata(path)["sha256"]}
+    folder = path.resolve().parent
+    is_checkpoint = folder.name.startswith("checkpoint-")
+    run_file = folder.parent / "run.json" if is_checkpoint else folder / "run.json"
+    if run_file.is_file():
+        run = json.loads(run_file.read_text(encoding="utf-8"))
+        fields = CHECKPOINT_FIELDS if is_checkpoint else RUN_FIELDS
+        facts["run"] = {name: run[name] for name in fields if name in run}
+    return facts

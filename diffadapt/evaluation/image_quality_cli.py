@@ -1,4 +1,4 @@
-"""Options of `eval/image_quality.py`, and what they stand for."""
+"""Command-line options of `eval/image_quality.py`, and the objects they describe."""
 
 from __future__ import annotations
 
@@ -30,81 +30,119 @@ from diffadapt.models.base_names import is_embedded
 from diffadapt.models.sampling_options import MINIMUM_VALUES, add_sampling_options
 
 EXTRACTORS = (*NAMES, "clip:MODEL", "dino:MODEL", "dinov2:MODEL", "module:Class")
+SAMPLING_OPTIONS = ("prompt", "prompts_file", "class_labels", "base", "keep_images")  # idle without adapters
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is scored, against what, with which networks, and what is written."""
-    _add_sets(parser)
-    _add_measures(parser)
-    _add_reading(parser)
+    """Adds all options, in groups."""
+    _add_set_options(parser.add_argument_group("images to score"))
+    _add_metric_options(parser.add_argument_group("extractors and metrics"))
+    _add_reading_options(parser.add_argument_group("reading images and storing features"))
     add_sampling_options(parser, num_images=4)
 
 
-def _add_sets(parser: argparse.ArgumentParser) -> None:
-    add, several = parser.add_argument, {"nargs": "+", "default": []}
-    add("--generated", **several, metavar="SET", help="folders, zips, npz, datasets:NAME, embedded:NAME")
-    add("--reference", metavar="SET", help="real images, saved features (.safetensors), statistics (.npz)")
+def _add_set_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    several = {"nargs": "+", "default": []}
+    add(
+        "--generated",
+        **several,
+        metavar="SET",
+        help="existing images: folders, zips, npz, datasets:NAME or embedded:NAME",
+    )
+    add(
+        "--reference",
+        metavar="SET",
+        help="real images, or their saved features (.safetensors) or statistics (.npz)",
+    )
     add(
         "--captions",
         metavar="FILE",
-        help="of the images: .jsonl, .csv, .parquet, COCO's .json, or sidecar",
+        help="captions of --generated: .jsonl, .csv, .parquet, COCO's .json, or sidecar",
     )
-    add("--train", metavar="SET", help="images that were trained on, for authpct and fls")
-    add("--adapters", **several, metavar="FILE[:STRENGTH]", help="draw and score images of adapters")
-    add("--run", metavar="DIR", help="draw and score every checkpoint of a training run")
-    add("--with_base", action="store_true", help="draw and score the bare base too, with the same seeds")
-    add("--keep_images", metavar="DIR", help="keep drawn images there; without it they are removed")
-    add("--output", default="runs/image_quality/scores.json", help="JSON; .md, .csv and .html beside it")
-    add("--verify", action="store_true", help="only run the cases whose outcome is known on paper")
+    add("--train", metavar="SET", help="training images of the generator, for authpct and fls")
+    add("--adapters", **several, metavar="FILE[:STRENGTH]", help="generate and score images with adapters")
+    add("--run", metavar="DIR", help="generate and score images with every checkpoint of a training run")
+    add("--with_base", action="store_true", help="also without adapter, with the same prompts and seeds")
+    add("--keep_images", metavar="DIR", help="folder for generated images (default: they are removed)")
+    add(
+        "--output",
+        default="runs/image_quality/scores.json",
+        help="JSON file; .md, .csv and .html are written beside it (default: runs/image_quality/scores.json)",
+    )
+    add("--verify", action="store_true", help="only check cases with a known outcome on this machine")
 
 
-def _add_measures(parser: argparse.ArgumentParser) -> None:
-    add, several = parser.add_argument, {"nargs": "+", "default": []}
-    add("--extractor", help=f"{', '.join(EXTRACTORS)}; several with commas; default: inception")
-    add("--metrics", default="all", help=f"with commas: {', '.join(METRICS)}; or all (default)")
-    add("--metric_options", **several, metavar="METRIC.OPTION=VALUE", help="as precision_recall.k=5")
-    add("--protocol", choices=tuple(protocols.PROTOCOLS), help="extractor, resize, metrics and k of papers")
-    add("--preference", metavar="MODULE:CLASS", help="a number for each image and prompt, such as HPSv2's")
-    add("--resize", help=f"{', '.join(PRESETS)} or crop-SIZE; default: the extractor's own")
+def _add_metric_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    several = {"nargs": "+", "default": []}
+    add("--extractor", help=f"one or more, with commas: {', '.join(EXTRACTORS)} (default: inception)")
+    add("--metrics", default="all", help=f"all (default), or some with commas: {', '.join(METRICS)}")
+    add(
+        "--metric_options",
+        **several,
+        metavar="METRIC.OPTION=VALUE",
+        help="options of metrics, such as precision_recall.k=5",
+    )
+    add(
+        "--protocol",
+        choices=tuple(protocols.PROTOCOLS),
+        help="use the extractor, resize, metrics and options of a paper",
+    )
+    add("--preference", metavar="MODULE:CLASS", help="preference model, such as HPSv2: a class of yours")
+    add("--resize", help=f"{', '.join(PRESETS)} or crop-SIZE (default: by extractor)")
     add("--lpips_native", action="store_true", help=LPIPS_NATIVE)
-    add("--weights", **several, metavar="EXTRACTOR=PATH", help="weights, as inception=/path/file.pth")
-    add("--download", action="store_true", help="fetch missing weights, after showing size, source and hash")
+    add(
+        "--weights",
+        **several,
+        metavar="EXTRACTOR=PATH",
+        help="weight files or folders, such as inception=/path/file.pth",
+    )
+    add(
+        "--download",
+        action="store_true",
+        help="download missing weights after printing their size, source and hash",
+    )
     add("--smoke", action="store_true", help="random weights, to try a command: NOT A SCORE")
-    add("--no_intervals", action="store_true", help="values alone, faster")
-    add("--metrics_seed", type=int, default=0, help="of subsets, probes and bootstraps (default: 0)")
+    add("--no_intervals", action="store_true", help="skip confidence intervals, which take time")
+    add("--metrics_seed", type=int, default=0, help="seed of subsets, probes and bootstraps (default: 0)")
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--skip_bad", action="store_true", help="leave unreadable images out (listed) and go on")
-    add("--follow_links", action="store_true", help="follow links out of the sets' folders too")
-    add("--allow_small", action="store_true", help="score too few images too, stamped as not comparable")
-    add("--allow_overlap", action="store_true", help="score a set all of whose images stand in the reference")
+def _add_reading_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--skip_bad", action="store_true", help="list and leave out unreadable images instead of stopping")
+    add("--follow_links", action="store_true", help="follow links out of the sets' folders")
+    add("--allow_small", action="store_true", help="score sets below a metric's minimum; marks the scores")
+    add("--allow_overlap", action="store_true", help="score a set whose images are all in the reference too")
     add("--feature_batch_size", type=int, default=32, help="images per forward of an extractor (default: 32)")
-    add("--cache_dir", help="of references' features (default: $DIFFADAPT_CACHE or ~/.cache/diffadapt)")
-    add("--no_cache", action="store_true", help="neither read nor keep features of references")
-    add("--save_features", metavar="DIR", help="keep all sets' features, as references and for comparisons")
+    add("--cache_dir", help="for features of references (default: $DIFFADAPT_CACHE or ~/.cache/diffadapt)")
+    add("--no_cache", action="store_true", help="neither read nor write cached features of references")
+    add("--save_features", metavar="DIR", help="save the features of all sets, for references and compare.py")
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises: ValueError for a number out of its range."""
+    """Checks the ranges of numbers.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
     require_at_least(arguments, {**MINIMUM_VALUES, "metrics_seed": 0, "feature_batch_size": 1})
     require_seed(arguments.seed)
     require_seed(arguments.metrics_seed, "metrics_seed")
 
 
 def fill_demo(arguments: argparse.Namespace) -> None:
-    """Without any set to score: the embedded style pictures, two disjoint parts of them.
+    """Without any set to score, chooses two disjoint parts of the embedded style images.
 
-    Raises: ValueError for a reference alone, and for options of drawing where nothing draws.
+    Raises:
+        ValueError: there is a reference and nothing to score, or sampling options and nothing to sample.
     """
     if arguments.adapters or arguments.run or arguments.with_base:
         return
-    of_drawing = ("prompt", "prompts_file", "class_labels", "base", "keep_images")
-    idle = [f"--{name}" for name in of_drawing if getattr(arguments, name) is not None]
-    if idle:
+    idle_options = [f"--{name}" for name in SAMPLING_OPTIONS if getattr(arguments, name) is not None]
+    if idle_options:
         raise ValueError(
-            f"{', '.join(idle)}: nothing is drawn; name what draws with --adapters, --run or --with_base"
+            f"{', '.join(idle_options)}: no images are generated; give --adapters, --run or --with_base"
         )
     if arguments.generated:
         return
@@ -117,10 +155,11 @@ def fill_demo(arguments: argparse.Namespace) -> None:
     arguments.allow_small = True
 
 
-def check_places(arguments: argparse.Namespace) -> None:
-    """Whether everything that will be written can be, before any work.
+def check_output_paths(arguments: argparse.Namespace) -> None:
+    """Checks that everything that will be written can be, before any work.
 
-    Raises: ValueError or OSError naming the place.
+    Raises:
+        ValueError, OSError: a file or folder cannot be written; names it.
     """
     OutputFiles.of(arguments.output).check()
     for folder in (arguments.keep_images, arguments.save_features):
@@ -128,95 +167,119 @@ def check_places(arguments: argparse.Namespace) -> None:
             check_writable_folder(folder)
 
 
-def extractors_of(arguments: argparse.Namespace, device: str) -> list[Extractor]:
-    """The extractors that were named, else the protocol's, else the default for these sets.
+def load_extractors(arguments: argparse.Namespace, device: str) -> list[Extractor]:
+    """The extractors of `--extractor`, else of the protocol, else the default for these sets.
 
-    Raises: what `load_extractor` raises.
+    Raises:
+        ValueError, FileNotFoundError: as `load_extractor`.
     """
     chosen = protocols.PROTOCOLS.get(arguments.protocol)
-    names = arguments.extractor or (chosen.extractor if chosen else _default_extractor(arguments))
+    preset = arguments.resize
+    if arguments.extractor:
+        names = arguments.extractor
+    elif chosen is not None:
+        names = chosen.extractor
+        preset = preset or chosen.preset
+    else:
+        names = _default_extractor(arguments)
     weights = weights_by_extractor(arguments.weights)
-    preset = arguments.resize or (chosen.preset if chosen and not arguments.extractor else None)
-    return [
-        load_extractor(
-            name,
-            weights=weights,
-            preset=lpips_preset(name, arguments.lpips_native, preset),
-            device=device,
-            download=arguments.download,
-            smoke=arguments.smoke,
+    extractors = []
+    for name in dict.fromkeys(names.split(",")):
+        extractors.append(
+            load_extractor(
+                name,
+                weights=weights,
+                preset=lpips_preset(name, arguments.lpips_native, preset),
+                device=device,
+                download=arguments.download,
+                smoke=arguments.smoke,
+            )
         )
-        for name in dict.fromkeys(names.split(","))
-    ]
+    return extractors
 
 
 def is_demo(arguments: argparse.Namespace) -> bool:
     """Whether everything scored is embedded."""
-    sets = [*arguments.generated, *([arguments.reference] if arguments.reference else [])]
-    bases = [arguments.base] if arguments.adapters or arguments.run or arguments.with_base else []
-    return all(is_embedded(str(name)) for name in [*sets, *bases])
+    names = list(arguments.generated)
+    if arguments.reference:
+        names.append(arguments.reference)
+    if arguments.adapters or arguments.run or arguments.with_base:
+        names.append(arguments.base)
+    return all(is_embedded(str(name)) for name in names)
 
 
 def plan_from(arguments: argparse.Namespace) -> Plan:
-    """Raises: ValueError for unknown metrics and options."""
+    """The metrics and their options; the command line takes precedence over the protocol.
+
+    Raises:
+        ValueError: a metric or an option is unknown.
+    """
     chosen = protocols.PROTOCOLS.get(arguments.protocol)
     metrics = parse_metrics(arguments.metrics)
-    options = {key: dict(values) for key, values in (chosen.options if chosen else {}).items()}
-    for key, name, value in (_metric_option(text) for text in arguments.metric_options):
+    options: dict[str, dict[str, object]] = {}
+    if chosen is not None:
+        metrics = metrics or chosen.metrics
+        options = {key: dict(values) for key, values in chosen.options.items()}
+    for text in arguments.metric_options:
+        key, name, value = _parse_metric_option(text)
         options.setdefault(key, {})[name] = value
     return Plan(
-        metrics or (chosen.metrics if chosen else ()),
-        options,
-        arguments.metrics_seed,
-        arguments.allow_small,
-        not arguments.no_intervals,
+        metrics=metrics,
+        options=options,
+        seed=arguments.metrics_seed,
+        allow_small=arguments.allow_small,
+        intervals=not arguments.no_intervals,
     )
 
 
 def read_options_from(arguments: argparse.Namespace) -> ReadOptions:
-    """How images are read."""
+    """How images are read and features stored."""
     return ReadOptions(
-        arguments.feature_batch_size,
-        arguments.skip_bad,
-        None if arguments.no_cache else Path(arguments.cache_dir or default_folder()),
-        Path(arguments.save_features) if arguments.save_features else None,
-        Path(arguments.output).parent,
-        arguments.allow_overlap,
-        arguments.download,
-        arguments.follow_links,
+        batch_size=arguments.feature_batch_size,
+        skip_bad=arguments.skip_bad,
+        cache=None if arguments.no_cache else Path(arguments.cache_dir or default_folder()),
+        save_features=Path(arguments.save_features) if arguments.save_features else None,
+        record_folder=Path(arguments.output).parent,
+        allow_overlap=arguments.allow_overlap,
+        download=arguments.download,
+        follow_links=arguments.follow_links,
     )
 
 
-def labels_of(sources: Sequence[str]) -> dict[str, str]:
-    """A short name for each set: the last part of its name, with more of it or a number where needed."""
-    found: dict[str, str] = {}
+def label_sets(sources: Sequence[str]) -> dict[str, str]:
+    """Label -> set; the label is the last part of the set's name, with its folder or a number if needed."""
+    by_label: dict[str, str] = {}
     for source in sources:
         parts = [part for part in Path(source.replace(":", "/")).parts if part not in ("/", "..", ".")]
         name = Path(parts[-1]).stem if parts else source
-        if (name in found or name == REFERENCE) and len(parts) > 1:
+        if (name in by_label or name == REFERENCE) and len(parts) > 1:
             name = f"{parts[-2]}-{name}"
-        label, number = name, 2
-        while label in found or label == REFERENCE:
-            label, number = f"{name}-{number}", number + 1
-        found[label] = source
-    return found
+        label = name
+        number = 2
+        while label in by_label or label == REFERENCE:
+            label = f"{name}-{number}"
+            number += 1
+        by_label[label] = source
+    return by_label
 
 
-def _metric_option(text: str) -> tuple[str, str, object]:
-    name, equals, value = text.partition("=")
+def _parse_metric_option(text: str) -> tuple[str, str, object]:
+    """METRIC.OPTION=VALUE as (metric, option, value)."""
+    name, equals, value_text = text.partition("=")
     key, dot, option = name.partition(".")
     if not equals or not dot:
         raise ValueError(f"--metric_options takes METRIC.OPTION=VALUE, as precision_recall.k=5, got {text!r}")
     if key not in METRICS:
         raise ValueError(f"--metric_options {text}: unknown metric {key!r}{did_you_mean(key, METRICS)}")
-    parsed = yaml.safe_load(value)
-    check_options(key, {option: parsed}, METRICS[key].options)
-    return key, option, parsed
+    value = yaml.safe_load(value_text)
+    check_options(key, {option: value}, METRICS[key].options)
+    return key, option, value
 
 
 def _default_extractor(arguments: argparse.Namespace) -> str:
+    """Inception; for a demonstration the embedded extractor of its images."""
     if not is_demo(arguments):
         return "inception"
     names = [*arguments.generated, arguments.reference or "", arguments.base or ""]
-    is_digits = any("digits" in name or "handwriting" in name for name in names)
-    return "embedded:digits" if is_digits else "embedded:clip"
+    has_digits = any("digits" in name or "handwriting" in name for name in names)
+    return "embedded:digits" if has_digits else "embedded:clip"

@@ -1,4 +1,4 @@
-"""Files that an evaluation writes: tried before the work, the scores first, what is made of them after."""
+"""The files that an evaluation writes, which are checked before the work begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffadapt.common.atomic_files import check_writable
 from diffadapt.evaluation.record import read_record
 
 JSON = ".json"
-BESIDE = (".md", ".csv", ".html")  # endings of what stands beside the JSON
+SUFFIXES_BESIDE = (".md", ".csv", ".html")  # of the files beside the JSON
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class OutputFiles:
     def of(cls, output: str | Path) -> OutputFiles:
         """The files beside the JSON file `output`.
 
-        Raises: ValueError for a folder, and for a name that does not end in .json: it may be an image's.
+        Raises:
+            ValueError: it is a folder, or a name that does not end in .json: that may be an image.
         """
         path = Path(output)
         if str(output).endswith("/") or path.name in ("", "..") or path.is_dir():
@@ -35,25 +36,26 @@ class OutputFiles:
                 f"--output {str(output)!r} is a folder; give a file in it, such as {path}/scores.json"
             )
         if path.suffix != JSON:
-            suggestion = path.with_suffix(JSON) if path.suffix in BESIDE else f"{path}{JSON}"
+            suggestion = path.with_suffix(JSON) if path.suffix in SUFFIXES_BESIDE else f"{path}{JSON}"
             raise ValueError(
                 f"--output names the JSON file, the others stand beside it: {suggestion}, not {path}"
             )
         stem = path.name.removesuffix(JSON)
-        return cls(path, *(path.with_name(stem + ending) for ending in BESIDE))
+        return cls(path, *(path.with_name(stem + suffix) for suffix in SUFFIXES_BESIDE))
 
     def check(self) -> None:
-        """Whether all files can be written, and replace nothing but those of an earlier evaluation.
+        """Checks that all files can be written, and replace nothing but those of an earlier evaluation.
 
-        Raises: ValueError or OSError naming the file.
+        Raises:
+            ValueError, OSError: a file cannot be written or must not be replaced; names the file.
         """
-        places = (self.json, self.markdown, self.csv, self.page)
-        for path in places:
+        paths = (self.json, self.markdown, self.csv, self.page)
+        for path in paths:
             check_writable(path)
-        present = [path for path in places if path.exists()]
-        if present and not self._has_record():
+        existing = [path for path in paths if path.exists()]
+        if existing and not self._has_record():
             raise ValueError(
-                f"--output would replace {present[0]}, which is not of an earlier evaluation; "
+                f"--output would replace {existing[0]}, which is not of an earlier evaluation; "
                 "give another name"
             )
 
@@ -66,7 +68,7 @@ class OutputFiles:
 
 
 def report(problems: Sequence[str]) -> int:
-    """Names what could not be computed or made. Returns the exit code: 1 where there is anything, else 0."""
+    """Prints what could not be computed or written. Returns the exit code: 1 if there is anything, else 0."""
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
     return int(bool(problems))

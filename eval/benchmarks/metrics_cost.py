@@ -1,4 +1,4 @@
-"""What the metrics cost on features alone: time against the usual implementations, and memory.
+"""Measures the metrics on features alone: time beside the usual implementations, and memory.
 
     python eval/benchmarks/metrics_cost.py --output docs/evaluation_cost.md
 
@@ -17,19 +17,31 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffadapt.common.atomic_files import write_atomically
+from diffadapt.common.atomic_files import write_utf8
 from diffadapt.metrics import Statistics, fid, inception_score, kid, kid_subsets, precision_recall
 from diffadapt.metrics.msid import neighbour_links
+
+# scipy and torch-fidelity are imported by the functions that use them: the process whose memory is measured
+# must not contain them.
 
 TEXT = Path(__file__).with_name("metrics_cost_page.md")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ways to one number."""
+    """Two implementations of one metric.
+
+    Attributes:
+        metric: its name on the page.
+        against: the name of the other implementation.
+        ours: computes the metric.
+        other: computes the same by the other implementation.
+        goal: the least ratio of their times; "" for none.
+    """
 
     metric: str
     against: str
@@ -40,17 +52,7 @@ class Pair:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes the page. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="docs/evaluation_cost.md", help="the page to write")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side is timed")
-    parser.add_argument("--images", type=int, default=5000, help="images of each set")
-    parser.add_argument(
-        "--many", type=int, default=20_000, help="images of each set where memory is measured"
-    )
-    parser.add_argument(
-        "--memory", action="store_true", help="only that: print seconds and peak memory in GB"
-    )
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     torch.set_num_threads(1)
     if options.memory:
         precision_recall(real=_features(options.many, 0), generated=_features(options.many, 1))
@@ -58,46 +60,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = [_row(pair, options.rounds) for pair in _pairs(options.images)]
     command = [sys.executable, __file__, "--memory", "--many", str(options.many)]
-    measured = subprocess.run(
-        command, check=True, capture_output=True, text=True, encoding="utf-8"
-    ).stdout.split()
-    kept = _seconds_with_a_kept_reference(options.images)
-    page = _page(options, rows, kept=kept, seconds=float(measured[-2]), memory=float(measured[-1]))
-    write_atomically(options.output, lambda path: path.write_text(page, encoding="utf-8"))
+    result = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
+    seconds, memory = (float(word) for word in result.stdout.split()[-2:])
+    cached = _seconds_with_cached_reference(options.images)
+    page = _page(options, rows, kept=cached, seconds=seconds, memory=memory)
+    write_utf8(options.output, page)
     print(page)
     return 0
 
 
 def _page(options: argparse.Namespace, rows: Sequence[str], **measured: float) -> str:
-    facts = {"images": options.images, "many": options.many, "rounds": options.rounds, **measured}
     return TEXT.read_text(encoding="utf-8").format(
-        rows="\n".join(rows), matrix=4 * options.many**2 / 1e9, **facts
+        rows="\n".join(rows),
+        matrix=4 * options.many**2 / 1e9,  # GB of all distances in float32
+        images=options.images,
+        many=options.many,
+        rounds=options.rounds,
+        **measured,
     )
 
 
 def _pairs(n: int) -> list[Pair]:
-    import metrics_cost_rivals as rivals  # not where memory is measured
-
-    real, generated, logits = _features(n, 0), 1.02 * _features(n, 1), 2 * _features(n, 2, width=1008)
+    """The compared implementations, on sets of n images."""
+    real = _features(n, 0)
+    generated = 1.02 * _features(n, 1)
+    logits = 2 * _features(n, 2, width=1008)
     sets = {"real": real, "generated": generated}
-    known, scored = Statistics.of(real), Statistics.of(generated)
-    doubled, fidelity = real.double(), "torch-fidelity"
-    kernel = partial(rivals.kernel_of_torch_fidelity, **sets)
-    manifold = partial(rivals.precision_of_torch_fidelity, **sets)
-    everything = partial(rivals.everything_of_torch_fidelity, **sets, logits=logits)
-    root = partial(rivals.frechet_by_matrix_root, known, scored)
-    by_row = partial(rivals.links_row_by_row, doubled.numpy())
+    real_statistics = Statistics.of(real)
+    generated_statistics = Statistics.of(generated)
+    double = real.double()
+    fidelity = "torch-fidelity"
     return [
-        Pair("FID", "scipy's sqrtm", lambda: _fresh(known, scored), root, "6"),
-        Pair("MSID's graph", "row by row", lambda: float(len(neighbour_links(doubled, 5)[0])), by_row, "8"),
-        Pair("KID", fidelity, lambda: kid(**sets), kernel),
-        Pair("KID, 100 subsets", fidelity, lambda: kid_subsets(**sets), kernel),
-        Pair("precision, recall", fidelity, lambda: precision_recall(**sets)[0], manifold),
-        Pair("IS, FID, KID, precision, recall", fidelity, lambda: _everything(sets, logits), everything, "1"),
+        Pair(
+            "FID",
+            "scipy's sqrtm",
+            partial(_uncached_fid, real_statistics, generated_statistics),
+            partial(frechet_by_matrix_root, real_statistics, generated_statistics),
+            goal="6",
+        ),
+        Pair(
+            "MSID's graph",
+            "row by row",
+            lambda: float(len(neighbour_links(double, 5)[0])),
+            partial(links_row_by_row, double.numpy()),
+            goal="8",
+        ),
+        Pair("KID", fidelity, partial(kid, **sets), partial(kernel_of_torch_fidelity, **sets)),
+        Pair(
+            "KID, 100 subsets",
+            fidelity,
+            partial(kid_subsets, **sets),
+            partial(kernel_of_torch_fidelity, **sets),
+        ),
+        Pair(
+            "precision, recall",
+            fidelity,
+            lambda: precision_recall(**sets)[0],
+            partial(precision_of_torch_fidelity, **sets),
+        ),
+        Pair(
+            "IS, FID, KID, precision, recall",
+            fidelity,
+            partial(_all_metrics, sets, logits),
+            partial(all_metrics_of_torch_fidelity, **sets, logits=logits),
+            goal="1",
+        ),
     ]
 
 
-def _everything(sets: dict[str, Tensor], logits: Tensor) -> float:
+def _all_metrics(sets: dict[str, Tensor], logits: Tensor) -> float:
+    """IS, KID, precision and recall, FID. Returns FID."""
     inception_score(logits=logits)
     kid(**sets)
     precision_recall(**sets)
@@ -105,19 +137,20 @@ def _everything(sets: dict[str, Tensor], logits: Tensor) -> float:
 
 
 def _features(n: int, seed: int, width: int = 2048) -> Tensor:
-    """Of a spectrum that falls as that of images does, float32."""
+    """Random features (n, width) float32, whose spectrum falls as that of images does."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, width, generator=generator).mul_(torch.exp(-torch.arange(width) / 300))
 
 
-def _fresh(real: Statistics, generated: Statistics) -> float:
-    """With nothing kept from an earlier call."""
+def _uncached_fid(real: Statistics, generated: Statistics) -> float:
+    """The distance of new objects, which have nothing cached from an earlier call."""
     real = Statistics(real.mean, real.covariance, real.n)
     return fid(real=real, generated=Statistics(generated.mean, generated.covariance, generated.n))
 
 
-def _seconds_with_a_kept_reference(n: int) -> float:
-    real, generated = Statistics.of(_features(n, 0)), Statistics.of(_features(n, 1))
+def _seconds_with_cached_reference(n: int) -> float:
+    real = Statistics.of(_features(n, 0))
+    generated = Statistics.of(_features(n, 1))
     fid(real=real, generated=generated)
     start = time.process_time()
     fid(real=real, generated=generated)
@@ -125,24 +158,108 @@ def _seconds_with_a_kept_reference(n: int) -> float:
 
 
 def _row(pair: Pair, rounds: int) -> str:
-    times: dict[str, list[float]] = {"ours": [], "other": []}
-    values = {}
+    """Times a pair in turns. Returns its line of the table."""
+    seconds: dict[str, list[float]] = {"ours": [], "other": []}
+    values: dict[str, float] = {}
     for _ in range(rounds):
-        for side, found in times.items():
+        for side in seconds:
             start = time.process_time()
             values[side] = getattr(pair, side)()
-            found.append(time.process_time() - start)
-        print(pair.metric, {side: round(found[-1], 2) for side, found in times.items()}, file=sys.stderr)
-    ours, other = (statistics.median(found) for found in times.values())
-    ratio = statistics.median(b / max(a, 1e-9) for a, b in zip(*times.values(), strict=True))
-    goal, both = pair.goal and f">= {pair.goal}", f"{values['ours']:.6g}, {values['other']:.6g}"
-    return f"| {pair.metric} | {pair.against} | {ours:.2f} | {other:.2f} | {ratio:.1f} | {goal} | {both} |"
+            seconds[side].append(time.process_time() - start)
+        latest = {side: round(side_seconds[-1], 2) for side, side_seconds in seconds.items()}
+        print(pair.metric, latest, file=sys.stderr)
+    ratios = []
+    for ours, other in zip(seconds["ours"], seconds["other"], strict=True):
+        ratios.append(other / max(ours, 1e-9))
+    cells = (
+        pair.metric,
+        pair.against,
+        f"{statistics.median(seconds['ours']):.2f}",
+        f"{statistics.median(seconds['other']):.2f}",
+        f"{statistics.median(ratios):.1f}",
+        f">= {pair.goal}" if pair.goal else "",
+        f"{values['ours']:.6g}, {values['other']:.6g}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _peak_memory() -> float:
-    """Of this process, GB (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
+    """Peak resident memory of this process, GB (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+# The usual implementations, on the same features
+
+
+def frechet_by_matrix_root(real: Statistics, generated: Statistics) -> float:
+    """The Frechet distance as pytorch-fid and clean-fid compute it.
+
+    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)),    the root by scipy's sqrtm
+    """
+    import scipy.linalg
+
+    shift = float((real.mean - generated.mean).square().sum())
+    root = scipy.linalg.sqrtm((generated.covariance @ real.covariance).numpy())
+    return shift + float(real.covariance.trace() + generated.covariance.trace()) - 2 * np.trace(root).real
+
+
+def links_row_by_row(features: np.ndarray, k: int = 5) -> float:
+    """Number of neighbour links as MSID's authors find them, one row of distances at a time."""
+    import scipy.sparse
+
+    links = scipy.sparse.lil_matrix((len(features), len(features)))
+    squares = (features * features).sum(axis=1)
+    for row in range(len(features)):
+        distances = squares - 2 * features[row].dot(features.T)  # up to a constant of the row
+        nearest = np.argpartition(distances, k + 1)[: k + 1]
+        links[row, nearest[nearest != row]] = 1
+    return float(links.nnz)
+
+
+def kernel_of_torch_fidelity(real: Tensor, generated: Tensor) -> float:
+    """KID as the mean of 100 subsets of 1000."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    settings = {"kid_subsets": 100, "kid_subset_size": min(1000, len(real)), "verbose": False}
+    return kid_features_to_metric(generated, real, **settings)["kernel_inception_distance_mean"]
+
+
+def precision_of_torch_fidelity(real: Tensor, generated: Tensor) -> float:
+    """Precision; recall is computed too."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    settings = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
+    return prc_features_to_metric(generated, real, **settings)["precision"]
+
+
+def all_metrics_of_torch_fidelity(real: Tensor, generated: Tensor, logits: Tensor) -> float:
+    """IS, KID, precision and recall, FID. Returns FID."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    isc_features_to_metric(logits)
+    kernel_of_torch_fidelity(real, generated)
+    precision_of_torch_fidelity(real, generated)
+    generated_statistics = fid_features_to_statistics(generated)
+    real_statistics = fid_features_to_statistics(real)
+    result = fid_statistics_to_metric(generated_statistics, real_statistics, False)
+    return result["frechet_inception_distance"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add(
+        "--output", default="docs/evaluation_cost.md", help="page to write (default: docs/evaluation_cost.md)"
+    )
+    add("--rounds", type=int, default=3, help="how often each side is timed (default: 3)")
+    add("--images", type=int, default=5000, help="images of each set (default: 5000)")
+    add("--many", type=int, default=20_000, help="images of each set for the memory (default: 20000)")
+    add("--memory", action="store_true", help="only print seconds and peak memory in GB of --many images")
+    return parser
 
 
 if __name__ == "__main__":

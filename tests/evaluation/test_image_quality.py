@@ -18,8 +18,8 @@ from toy_extractor import Toy
 
 import diffadapt as da
 from diffadapt.evaluation import generated_files
-from diffadapt.evaluation.generate import files_of_run, labelled
-from diffadapt.evaluation.image_quality_cli import labels_of
+from diffadapt.evaluation.generate import files_of_run, label_adapters
+from diffadapt.evaluation.image_quality_cli import label_sets
 from diffadapt.evaluation.record import read_record
 from diffadapt.metrics.registry import METRICS
 from diffadapt.models.open_pipeline import open_frozen_pipeline
@@ -115,7 +115,7 @@ def test_several_folders_bad_files_options_and_cache(tmp_path, sets):
         (["--guidance_scale", "nan"], "--guidance_scale must be at least 0, got nan"),
         (["--weights", "inceptionv3=x"], "there is nothing at"),
         (["--adapters", "/nowhere.safetensors"], "nowhere"),
-        (["--prompt", "a cat", "--keep_images", "kept"], "--prompt, --keep_images: nothing is drawn"),
+        (["--prompt", "a cat", "--keep_images", "kept"], "--prompt, --keep_images: no images are generated"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, sets, change, message, capsys, monkeypatch):
@@ -410,7 +410,7 @@ def test_files_of_a_run_stand_in_the_order_of_steps(trained, tmp_path):
 
 
 def test_labels_are_short_and_unique():
-    assert list(labels_of(["x/a", "y/a", "b.zip", "reference", "y/a"])) == [
+    assert list(label_sets(["x/a", "y/a", "b.zip", "reference", "y/a"])) == [
         "a",
         "y-a",
         "b",
@@ -420,6 +420,6 @@ def test_labels_are_short_and_unique():
     files = [
         AdapterFile(path, 1.0) for path in ("r/cat.safetensors", "r/dog.safetensors", "r/base.safetensors")
     ]
-    assert list(labelled(files)) == ["cat", "dog", "base-2"]
+    assert list(label_adapters(files)) == ["cat", "dog", "base-2"]
     same = [AdapterFile(f"{folder}/adapter.safetensors", 1.0) for folder in ("one", "two")]
-    assert list(labelled(same)) == ["one", "two"]
+    assert list(label_adapters(same)) == ["one", "two"]

@@ -29,7 +29,7 @@ def parse(*arguments):
 )  # fmt: skip
 def test_the_default_extractor_is_inception_unless_all_is_embedded(arguments, name, monkeypatch):
     monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: (name, given["preset"]))
-    assert image_quality_cli.extractors_of(parse(*arguments), "cpu")[0][0] == name
+    assert image_quality_cli.load_extractors(parse(*arguments), "cpu")[0][0] == name
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_default_extractor_is_inception_unless_all_is_embedded(arguments, na
 )
 def test_the_resize_is_the_protocols_unless_told(arguments, preset, monkeypatch):
     monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: given["preset"])
-    assert image_quality_cli.extractors_of(parse("--generated", "out", *arguments), "cpu") == [preset]
+    assert image_quality_cli.load_extractors(parse("--generated", "out", *arguments), "cpu") == [preset]
 
 
 def test_native_lpips_leaves_other_resizes_alone(monkeypatch):
@@ -52,7 +52,7 @@ def test_native_lpips_leaves_other_resizes_alone(monkeypatch):
     given = parse(
         "--generated", "out", "--extractor", "clip,lpips:alex", "--resize", "clean", "--lpips_native"
     )
-    assert image_quality_cli.extractors_of(given, "cpu") == ["clean", "none"]
+    assert image_quality_cli.load_extractors(given, "cpu") == ["clean", "none"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_options_of_metrics_are_checked_where_they_are_read(text, message):
 def test_protocols_of_papers_name_their_networks(name, extractor, preset, metric, monkeypatch):
     monkeypatch.setattr(image_quality_cli, "load_extractor", lambda name, **given: (name, given["preset"]))
     arguments = parse("--generated", "out", "--protocol", name)
-    assert image_quality_cli.extractors_of(arguments, "cpu") == [(extractor, preset)]
+    assert image_quality_cli.load_extractors(arguments, "cpu") == [(extractor, preset)]
     plan = image_quality_cli.plan_from(arguments)
     assert metric in plan.metrics
     if name == "dgm":

@@ -4,7 +4,6 @@ import json
 import sys
 
 import cost
-import cost_measure
 import cost_models
 import cost_page
 import cost_rivals
@@ -26,11 +25,11 @@ class OneLayer(nn.Module):
 
 def test_kept_bytes_and_flops_of_one_linear_layer_equal_a_count_by_hand():
     base, x = OneLayer().requires_grad_(False), torch.randn(7, 6, requires_grad=True)
-    bare = cost_measure.count_step(base, base, lambda model: model(x))
+    bare = cost.count_step(base, base, lambda model: model(x))
     assert bare.kept_bytes == 4 * 7 * 5  # the output, for its square
     assert bare.flops == 2 * 7 * 6 * 5 * 2  # forward, and the input's gradient
     model = cost_rivals.make(base, "diffadapt:lora", "linear", 2)
-    adapted = cost_measure.count_step(model, base, lambda model: model(x))
+    adapted = cost.count_step(model, base, lambda model: model(x))
     assert adapted.kept_bytes - bare.kept_bytes == 4 * (7 * 6 + 7 * 2 + 2 * (6 + 5))  # x, x down, factors
     assert adapted.flops - bare.flops == 3 * 2 * 7 * 2 * (6 + 5)  # three products with each factor
 
@@ -51,7 +50,7 @@ def tiny():
 
 def counts(tiny, variant, targets, rank=4):
     base, inputs = tiny
-    return cost_measure.count_step(cost_rivals.make(base, variant, targets, rank), base, inputs.loss)
+    return cost.count_step(cost_rivals.make(base, variant, targets, rank), base, inputs.loss)
 
 
 @pytest.mark.parametrize("targets", ["attention", "conv"])
@@ -76,7 +75,7 @@ def test_what_cannot_be_measured_is_said_on_the_page():
     record = cost.measure(table, ["floor", "diffadapt:class_embedding"], 0)
     assert list(record["rows"]) == ["floor"]
     assert "class_embedding`** could not be measured: ValueError: " in "\n".join(
-        cost_page._table("tiny", record)
+        cost_page._table_lines("tiny", record)
     )
 
 

@@ -3,13 +3,12 @@
 import argparse
 
 import evaluation_speed
-import evaluation_speed_rivals as rivals
 import pytest
 
 
 def test_the_page_shows_medians_ratios_within_rounds_and_differences():
-    theirs = dict.fromkeys(rivals.NAMES, 2.0)
-    own = dict.fromkeys(rivals.NAMES.values(), 2.0) | {"recall": 2.1}
+    theirs = dict.fromkeys(evaluation_speed.SCORE_NAMES, 2.0)
+    own = dict.fromkeys(evaluation_speed.SCORE_NAMES.values(), 2.0) | {"recall": 2.1}
     measured = {
         ("torch-fidelity", "inception"): {"clock": [9, 11, 10], "cpu": [10, 10, 40], "values": theirs},
         ("diffadapt", "inception"): {"clock": [6, 7, 5], "cpu": [5, 6, 20], "values": own},
@@ -33,6 +32,6 @@ def test_runs_are_measured_in_turns():
 
 
 def test_the_difference_is_the_largest_of_all_values():
-    theirs = dict.fromkeys(rivals.NAMES, 4.0)
-    own = dict.fromkeys(rivals.NAMES.values(), 4.0) | {"fid": 5.0}
-    assert rivals.difference(theirs, own) == pytest.approx(0.25)
+    theirs = dict.fromkeys(evaluation_speed.SCORE_NAMES, 4.0)
+    own = dict.fromkeys(evaluation_speed.SCORE_NAMES.values(), 4.0) | {"fid": 5.0}
+    assert evaluation_speed.largest_difference(theirs, own) == pytest.approx(0.25)

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import metrics_cost
-import metrics_cost_rivals as rivals
 import pytest
 import torch
 
@@ -16,11 +15,15 @@ def test_both_sides_give_the_same_numbers():
     real, generated, logits = torch.randn(3, 100, 12, generator=generator, dtype=torch.float64)
     sets = {"real": real, "generated": 1.2 * generated}
     known, scored = (Statistics.of(rows) for rows in sets.values())
-    assert rivals.frechet_by_matrix_root(known, scored) == pytest.approx(fid(**sets), rel=1e-8)
-    assert rivals.everything_of_torch_fidelity(**sets, logits=logits) == pytest.approx(fid(**sets), rel=1e-8)
-    assert rivals.precision_of_torch_fidelity(**sets) == pytest.approx(precision_recall(**sets)[0])
-    assert rivals.kernel_of_torch_fidelity(**sets) == pytest.approx(kid(**sets), rel=1e-9)  # one subset: all
-    assert rivals.links_row_by_row(real.numpy()) == len(neighbour_links(real, 5)[0])
+    assert metrics_cost.frechet_by_matrix_root(known, scored) == pytest.approx(fid(**sets), rel=1e-8)
+    assert metrics_cost.all_metrics_of_torch_fidelity(**sets, logits=logits) == pytest.approx(
+        fid(**sets), rel=1e-8
+    )
+    assert metrics_cost.precision_of_torch_fidelity(**sets) == pytest.approx(precision_recall(**sets)[0])
+    assert metrics_cost.kernel_of_torch_fidelity(**sets) == pytest.approx(
+        kid(**sets), rel=1e-9
+    )  # one subset: all
+    assert metrics_cost.links_row_by_row(real.numpy()) == len(neighbour_links(real, 5)[0])
 
 
 def test_a_row_holds_times_ratio_goal_and_values():
