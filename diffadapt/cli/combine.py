@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import diffadapt as da
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.sampling_columns import parse_adapter_spec
 
 if TYPE_CHECKING:
-    from diffadapt.formats.edit.placeholder_model import Opened
+    from diffadapt.formats.edit.open_adapters import OpenedAdapters
 
 BASE = (
     "write diffadapt's format, with this base; without it, files of products of factors are written in "
@@ -32,18 +31,18 @@ def combine(arguments: argparse.Namespace) -> str:
 
     files = [parse_adapter_spec(text, strength=1.0) for text in arguments.files]
     opened = open_adapters([(file.path, file.strength) for file in files], arguments.base)
-    forms, error = combined(opened.adapters)
-    whole = sum(form.form == "dense" for form in forms.values())
-    written = opened.write(forms, arguments.out, {"combined_from": " + ".join(arguments.files)})
+    changes, error = combined(opened.layers())
+    dense = sum(change.form == "dense" for change in changes.values())
+    written = opened.write(changes, arguments.out, {"combined_from": " + ".join(arguments.files)})
     return (
-        f"{written}: {len(forms)} layers, {len(forms) - whole} by joined factors, {whole} as whole "
+        f"{written}: {len(changes)} layers, {len(changes) - dense} by joined factors, {dense} as whole "
         f"differences; relative error {error:.2e}"
     )
 
 
-def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opened:
-    """Adapter files (path, strength) on a base; without one, on none where they need none."""
-    from diffadapt.formats.edit.placeholder_model import BaseNeeded, Opened, open_without_base
+def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> OpenedAdapters:
+    """Opens adapter files (path, strength) on a base; without one, on none where they need none."""
+    from diffadapt.formats.edit.open_adapters import BaseNeeded, open_on_base, open_without_base
     from diffadapt.models.open_pipeline import open_pipeline
 
     if base is None:
@@ -54,9 +53,4 @@ def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opene
                 base = base_named_in([path for path, _ in files])
             except ValueError as nameless:
                 raise ValueError(f"{needed}; {nameless}") from needed
-    pipe = open_pipeline(base)
-    adapters = [
-        da.load(pipe, path, strength=strength, name=f"adapter-{number}")
-        for number, (path, strength) in enumerate(files)
-    ]
-    return Opened(adapters, base=base)
+    return open_on_base(files, open_pipeline(base), base)

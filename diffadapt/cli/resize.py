@@ -22,11 +22,11 @@ def resize(arguments: argparse.Namespace) -> str:
     from diffadapt.formats.edit.resize_combine import resized
 
     opened = open_adapters([(arguments.file, 1.0)], arguments.base)
-    before = opened.adapters[0].num_parameters
-    forms, kept = resized(opened.adapters[0], rank=arguments.rank, energy=arguments.energy)
-    written = opened.write(forms, arguments.out, {"resized_from": arguments.file})
-    after = sum(tensor.numel() for form in forms.values() for tensor in form.tensors.values())
-    ranks = sorted({form.rank for form in forms.values() if form.rank})
+    before = opened.num_parameters
+    changes, kept = resized(opened.layers(), rank=arguments.rank, energy=arguments.energy)
+    written = opened.write(changes, arguments.out, {"resized_from": arguments.file})
+    after = sum(tensor.numel() for change in changes.values() for tensor in change.tensors.values())
+    ranks = sorted({change.rank for change in changes.values() if change.rank})
     return (
         f"{written}: {after:,} values, {before:,} before; ranks "
         f"{ranks[0] if ranks else 0} to {ranks[-1] if ranks else 0}; {100 * kept:.4f} % of the energy kept"

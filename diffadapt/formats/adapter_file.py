@@ -18,13 +18,8 @@ from diffadapt.adapters.peft_bridge import filling
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.pipeline_components import is_text_encoder
-from diffadapt.common.safetensors_file import (
-    check_finite,
-    checksums,
-    read_header,
-    read_tensors,
-)
-from diffadapt.formats.adapter_header import Configuration, read_configuration
+from diffadapt.common.safetensors_file import check_finite, checksums, read_header, read_tensors
+from diffadapt.formats.adapter_header import Configuration, StoredSite, read_configuration
 from diffadapt.formats.adapter_layout import check_tensors, expected_tensors, match_sites
 from diffadapt.formats.foreign import attach_foreign, open_foreign
 from diffadapt.methods import Method
@@ -39,34 +34,65 @@ FORMAT_VERSION = 1
 def save(
     adapter: Adapter, path: str | Path, *, base: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write an adapter with its configuration and the fingerprint of its base.
+    """Writes an adapter with its configuration and the fingerprint of its base.
 
     Args:
         base: name or path of the base, recorded for whoever loads the file.
         metadata: further text to keep in the file's header, e.g. a training summary.
     """
-    tensors = {
-        key: tensor.detach().cpu().contiguous()
-        for part in adapter.parts
-        for key, tensor in part.named_tensors().items()
-    }
+    tensors = {}
+    for part in adapter.parts:
+        for key, tensor in part.named_tensors().items():
+            tensors[key] = tensor.detach().cpu().contiguous()
     values = adapter.base_values or fingerprints(list(adapter.layer_states.values()))
+    write_adapter_file(
+        path,
+        tensors,
+        name=adapter.name,
+        seed=adapter.seed,
+        method=adapter.method,
+        sites=[_stored_site(site, adapter) for site in adapter.sites],
+        base={"name": base, **values},
+        metadata=metadata,
+    )
+
+
+def write_adapter_file(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    seed: int,
+    method: Method,
+    sites: Sequence[StoredSite],
+    base: Mapping[str, str | None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file in our own format.
+
+    Args:
+        tensors: by the names that `PartPlan.stored` gives them.
+        name: of the adapter.
+        seed: of the method's constants.
+        base: `name` of the base, and its fingerprints.
+        metadata: further text to keep in the header.
+    """
     config = {
-        "name": adapter.name,
-        "seed": adapter.seed,
-        "method": [{"name": part.name, "options": part.settings} for part in adapter.method.members],
-        "sites": [_describe(site, adapter) for site in adapter.sites],
-        "base": {"name": base, **values},
+        "name": name,
+        "seed": seed,
+        "method": [{"name": member.name, "options": member.settings} for member in method.members],
+        "sites": [_site_entry(site) for site in sites],
+        "base": dict(base),
     }
-    described = json.dumps(config)
+    configuration = json.dumps(config)
     header = {
         **(metadata or {}),
         "format": "diffadapt",
         "format_version": str(FORMAT_VERSION),
-        "adapter": described,
-        **checksums(tensors, described),
+        "adapter": configuration,
+        **checksums(tensors, configuration),
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, header))
 
 
 def load(
@@ -77,57 +103,139 @@ def load(
     name: str | None = None,
     strict_base: bool = False,
 ) -> Adapter:
-    """Attach the adapter of a file to a model or pipeline: ours, or one of another tool (see ``imports``).
+    """Attaches the adapter of a file to a model or pipeline: our own, or another tool's.
 
     Args:
-        strength: t in ``W + t (W' - W)``.
+        strength: t in `W + t (W' - W)`.
         name: of the adapter; the file's own by default.
         strict_base: make a base with other values than it was trained on an error, not a warning.
 
-    Raises: FileNotFoundError; ValueError for a file that is truncated, altered, of another version or of
-        another architecture (naming the first name or shape that does not fit). The model is then as before.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, altered, of another version or of another architecture (naming the
+            first name or shape that does not fit). The model is then as before.
     """
     if not is_own(path):
         foreign = open_foreign(path)
         return attach_foreign(model, foreign, name=name or "default", strength=strength)
-    header, tensors = _read(Path(path))
-    config = read_configuration(header.get("adapter"), path)
+    config, tensors = read_adapter_file(path)
     method = read_method(config.method)
     roots = components(model, any(is_text_encoder(site.component) for site in config.sites))
-    found, ranks, names = match_sites(roots, config.sites, path)
-    fill = _checked_filling(method, found, ranks, names, tensors, path)
-    _check_base(config, found, path, strict=strict_base)
-    used = {root: roots[root] for root in {_component(choice.site.name, roots) for choice in found}}
+    targets = match_sites(roots, config.sites, path)
+    fill = _checked_filling(method, targets, config.sites, tensors, path)
+    _check_base(config, targets, path, strict=strict_base)
+    changed_roots = {}
+    ranks = {}
+    for target, stored in zip(targets, config.sites, strict=True):
+        root = _component(target.site.name, roots)
+        changed_roots[root] = roots[root]
+        if stored.rank is not None:
+            ranks[target.site.name] = stored.rank
     name = name or config.name
-    adapter = attach_sites(used, method, found, name=name, seed=config.seed, ranks=ranks, fill=fill)
+    adapter = attach_sites(
+        changed_roots, method, targets, name=name, seed=config.seed, ranks=ranks, fill=fill
+    )
     adapter.strength = strength
     return adapter
 
 
+def read_metadata(path: str | Path) -> dict[str, object]:
+    """The header of an adapter file, its JSON decoded; the tensors are checked against their hash.
+
+    For files of other tools: their header, and under `adapter` what was found in them.
+    """
+    if not is_own(path):
+        return {key: _decoded(value) for key, value in open_foreign(path).summary().items()}
+    header, _ = _read_checked(Path(path))
+    metadata = {key: _decoded(value) for key, value in header.items()}
+    metadata["adapter"] = read_configuration(header.get("adapter"), path).json
+    return metadata
+
+
+def read_adapter_file(path: str | Path) -> tuple[Configuration, dict[str, Tensor]]:
+    """Configuration and tensors of a file in our own format.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, altered, or of another version.
+    """
+    header, tensors = _read_checked(Path(path))
+    return read_configuration(header.get("adapter"), path), tensors
+
+
+def base_named_in(paths: Sequence[str]) -> str:
+    """The base that all files name.
+
+    Raises:
+        ValueError: one names none, or they differ.
+    """
+    bases = {path: read_metadata(path)["adapter"]["base"]["name"] for path in paths}
+    for path, base in bases.items():
+        if base is None:
+            raise ValueError(f"{path} does not name its base; give it with --base")
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"{path}: {base}" for path, base in bases.items())
+        raise ValueError(f"the adapters were trained on different bases ({listed}); choose one with --base")
+    return next(iter(bases.values()))
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether a file says that it is in our own format."""
+    return read_header(Path(path)).get("format") == "diffadapt"
+
+
+def _read_checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a file in our own format, which agree with its hashes."""
+    header, tensors = read_tensors(path)
+    version = header.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has format version {version!r}, this diffadapt reads {FORMAT_VERSION}; update it"
+        )
+    hashes = checksums(tensors, header.get("adapter", ""))
+    if header.get("sha256") != hashes["sha256"]:
+        raise ValueError(f"{path} was altered or damaged: its tensors do not match their SHA-256")
+    # files written by the first versions have no hash of their configuration
+    if header.get("adapter_sha256", hashes["adapter_sha256"]) != hashes["adapter_sha256"]:
+        raise ValueError(f"{path} was altered or damaged: its configuration does not match its SHA-256")
+    return header, tensors
+
+
 def _checked_filling(
     method: Method,
-    found: Sequence[TargetSite],
-    ranks: Mapping[str, int],
-    names: Sequence[str],
+    targets: Sequence[TargetSite],
+    stored_sites: Sequence[StoredSite],
     tensors: Mapping[str, Tensor],
     path: str | Path,
 ) -> Callable[[Adapter], None]:
-    """What fills the new adapter, once the file's tensors are known to be those of its method."""
+    """A function that fills a new adapter, once the file's tensors are known to be those of its method."""
     if not isinstance(method, PeftMethod):
-        expected = expected_tensors(method, found, ranks, names)
+        expected = expected_tensors(method, targets, stored_sites)
         check_tensors(expected, tensors, path)
         return _filling(expected, tensors)
-    widest = max(sum(choice.site.shape) for choice in found)
-    check_sizes(method.name, method.options, widest, sum(tensor.numel() for tensor in tensors.values()))
+    widest = max(sum(target.site.shape) for target in targets)
+    num_values = sum(tensor.numel() for tensor in tensors.values())
+    check_sizes(method.name, method.options, widest, num_values)
     check_finite(tensors, path)
     return filling(tensors, path)
 
 
+def _filling(keys: Sequence[str], tensors: Mapping[str, Tensor]) -> Callable[[Adapter], None]:
+    """A function that copies tensors into those of an adapter, whose order `keys` have."""
+
+    def fill(adapter: Adapter) -> None:
+        adapter_tensors = [tensor for part in adapter.parts for tensor in part.named_tensors().values()]
+        for tensor, key in zip(adapter_tensors, keys, strict=True):
+            tensor.data.copy_(tensors[key])
+
+    return fill
+
+
 def _check_base(
-    config: Configuration, found: Sequence[TargetSite], path: str | Path, *, strict: bool
+    config: Configuration, targets: Sequence[TargetSite], path: str | Path, *, strict: bool
 ) -> None:
     """Warns, or raises ValueError, where the layers are not those of the base in the file."""
-    layer_states = [layer_state_of(target.layers) for target in found]
+    layer_states = [layer_state_of(target.layers) for target in targets]
     if not config.base_values.isdisjoint(fingerprints(layer_states).values()):
         return
     base = config.base_name or "not recorded"
@@ -137,71 +245,25 @@ def _check_base(
     warnings.warn(message, stacklevel=3)
 
 
-def _filling(expected: Mapping[str, tuple], tensors: Mapping[str, Tensor]) -> Callable[[Adapter], None]:
-    def fill(adapter: Adapter) -> None:
-        own = [tensor for part in adapter.parts for tensor in part.named_tensors().values()]
-        for tensor, key in zip(own, expected, strict=True):
-            tensor.data.copy_(tensors[key])
-
-    return fill
-
-
-def read_metadata(path: str | Path) -> dict[str, object]:
-    """The header of an adapter file, its JSON decoded; the tensors are checked against their hash.
-
-    For files of other tools: their header, and under ``adapter`` what was found in them.
-    """
-    if not is_own(path):
-        return {key: _decode(value) for key, value in open_foreign(path).summary().items()}
-    header, _ = _read(Path(path))
-    config = read_configuration(header.get("adapter"), path).whole
-    return {key: _decode(value) for key, value in header.items()} | {"adapter": config}
-
-
-def base_named_in(paths: Sequence[str]) -> str:
-    """The base that all files name. Raises ValueError when one names none or they differ."""
-    bases = {path: read_metadata(path)["adapter"]["base"]["name"] for path in paths}
-    if None in bases.values():
-        nameless = next(path for path, base in bases.items() if base is None)
-        raise ValueError(f"{nameless} does not name its base; give it with --base")
-    if len(set(bases.values())) > 1:
-        listed = ", ".join(f"{path}: {base}" for path, base in bases.items())
-        raise ValueError(f"the adapters were trained on different bases ({listed}); choose one with --base")
-    return next(iter(bases.values()))
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    header, tensors = read_tensors(path)
-    if header.get("format_version") != str(FORMAT_VERSION):
-        version = header.get("format_version")
-        raise ValueError(
-            f"{path} has format version {version!r}, this diffadapt reads {FORMAT_VERSION}; update it"
-        )
-    found = checksums(tensors, header.get("adapter", ""))
-    if header.get("sha256") != found["sha256"]:
-        raise ValueError(f"{path} was altered or damaged: its tensors do not match their SHA-256")
-    if header.get("adapter_sha256", found["adapter_sha256"]) != found["adapter_sha256"]:
-        raise ValueError(f"{path} was altered or damaged: its configuration does not match its SHA-256")
-    return header, tensors
-
-
-def is_own(path: str | Path) -> bool:
-    """Whether a file says it is one of ours."""
-    return read_header(Path(path)).get("format") == "diffadapt"
-
-
-def _describe(site: Site, adapter: Adapter) -> dict[str, object]:
+def _stored_site(site: Site, adapter: Adapter) -> StoredSite:
     component = _component(site.name, adapter.roots)
     path = site.name.removeprefix(f"{component}.") if component else site.name
-    rank = {"rank": adapter.ranks[site.name]} if site.name in adapter.ranks else {}
-    return {"component": component, "path": path, "shape": list(site.shape), **rank}
+    return StoredSite(component, path, site.shape, adapter.ranks.get(site.name))
 
 
-def _component(name: str, roots: Mapping[str, nn.Module]) -> str:
-    return "" if "" in roots else name.partition(".")[0]
+def _site_entry(site: StoredSite) -> dict[str, object]:
+    entry = {"component": site.component, "path": site.path, "shape": list(site.shape)}
+    if site.rank is not None:
+        entry["rank"] = site.rank
+    return entry
 
 
-def _decode(value: object) -> object:
+def _component(site_name: str, roots: Mapping[str, nn.Module]) -> str:
+    return "" if "" in roots else site_name.partition(".")[0]
+
+
+def _decoded(value: object) -> object:
+    """A value of a header, from JSON where it is JSON."""
     if not isinstance(value, str):
         return value
     try:

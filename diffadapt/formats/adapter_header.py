@@ -1,4 +1,4 @@
-"""What the header of an adapter file says of the adapter, checked before anything is made of it."""
+"""The `adapter` entry in the header of an adapter file, checked before anything is made of it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,40 @@ from diffadapt.adapters.fingerprint import ROUNDED
 
 
 class StoredSite(NamedTuple):
-    """One changed layer: its component and path there, its weight's shape, and a rank of its own."""
+    """A layer that an adapter file changes.
+
+    Attributes:
+        component: the model of the pipeline that holds it; "" for a bare model.
+        path: the layer's name in that model.
+        shape: of its weight.
+        rank: where it differs from the method's, else None.
+    """
 
     component: str
     path: str
     shape: tuple
     rank: int | None
 
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.path}" if self.component else self.path
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """The ``adapter`` entry of a header.
+    """The `adapter` entry of a header.
 
     Attributes:
-        whole: all of it, as JSON values.
+        json: all of it, as JSON values.
         name: of the adapter.
-        seed: what its frozen tensors are drawn from.
-        method: names and options, for ``read_method``.
-        sites: what it changes, in its order.
-        base_name: of the base it was trained on, where recorded.
+        seed: of the constants that are drawn again and not stored.
+        method: names and options, for `read_method`.
+        sites: the layers it changes, in its order.
+        base_name: name or path of the base it was trained on, where recorded.
         base_values: fingerprints of that base.
     """
 
-    whole: dict
+    json: dict
     name: str
     seed: int
     method: object
@@ -43,19 +54,37 @@ class Configuration:
 
 
 def read_configuration(text: str | None, path: str | Path) -> Configuration:
-    """Raises ValueError for a configuration that is missing, no JSON, or has not what every file has."""
+    """Parses the entry.
+
+    Raises:
+        ValueError: it is missing or no JSON, or lacks what every file has.
+    """
     try:
         config = json.loads(text or "")
-        base, seed = config["base"], config["seed"]
-        if type(seed) is not int or not -(2**63) <= seed < 2**63:
-            raise TypeError(f"seed must be a whole number, got {seed!r}")
-        if not isinstance(base["name"], str | None):
-            raise TypeError(f"the base's name must be text, got {base['name']!r}")
-        sites = tuple(
-            StoredSite(str(s["component"]), str(s["path"]), tuple(s["shape"]), s.get("rank"))
-            for s in config["sites"]
-        )
-        values = frozenset([base["values"], *(base[key] for key in ROUNDED if key in base)])
-        return Configuration(config, str(config["name"]), seed, config["method"], sites, base["name"], values)
+        return _checked(config)
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: its configuration is malformed ({error!r:.300})") from error
+
+
+def _checked(config: dict) -> Configuration:
+    base = config["base"]
+    seed = config["seed"]
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if not isinstance(base["name"], str | None):
+        raise TypeError(f"the base's name must be text, got {base['name']!r}")
+    sites = []
+    for site in config["sites"]:
+        shape = tuple(site["shape"])
+        sites.append(StoredSite(str(site["component"]), str(site["path"]), shape, site.get("rank")))
+    fingerprints = [base["values"]]
+    fingerprints += [base[key] for key in ROUNDED if key in base]
+    return Configuration(
+        json=config,
+        name=str(config["name"]),
+        seed=seed,
+        method=config["method"],
+        sites=tuple(sites),
+        base_name=base["name"],
+        base_values=frozenset(fingerprints),
+    )

@@ -1,4 +1,4 @@
-"""The layers and tensors that an adapter file names, found in a model."""
+"""The layers and tensors that an adapter file names, checked against a model and against its method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from diffadapt.adapters.method_state import plan_methods
+from diffadapt.adapters.method_state import MethodPlan, plan_methods
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.pipeline_components import is_text_encoder
@@ -19,59 +19,67 @@ from diffadapt.methods import Method
 
 
 def match_sites(
-    roots: Mapping[str, nn.Module], stored: Sequence[StoredSite], path: str | Path
-) -> tuple[list[TargetSite], dict[str, int], list[str]]:
-    """The model's layers for the stored sites in order, the ranks by new name, and the stored names.
+    roots: Mapping[str, nn.Module], stored_sites: Sequence[StoredSite], path: str | Path
+) -> list[TargetSite]:
+    """The layers of a model that the sites of a file name, in the file's order.
 
-    Raises: ValueError naming the first site that the model does not have, or has with another shape.
+    Args:
+        roots: the models by component name.
+        path: of the file, for messages.
+
+    Raises:
+        ValueError: naming the first site that the model does not have, or has with another shape.
     """
-    places = Counter((component, name) for component, name, *_ in stored)
-    (component, name), count = places.most_common(1)[0] if places else (("", ""), 0)
-    if count > 1:
-        raise ValueError(f"{path} lists the layer {name!r} {count} times")
-    found: dict[tuple[str, str], TargetSite] = {}
-    for component in dict.fromkeys(component for component, *_ in stored):
+    check_listed_once(stored_sites, path)
+    targets: dict[tuple[str, str], TargetSite] = {}  # by component and path in the file
+    for component in dict.fromkeys(site.component for site in stored_sites):
         root = _root_for(component, roots, path)
-        wanted = {name: True for own, name, *_ in stored if own == component}
+        paths = {site.path: True for site in stored_sites if site.component == component}
+        prefix = f"{root}." if root else ""
         try:
-            chosen = sites_by_name(roots[root], wanted, f"{root}." if root else "")
+            matched = sites_by_name(roots[root], paths, prefix)
         except ValueError as error:
             raise ValueError(f"{path} is of another architecture: {error}") from error
-        prefix = len(root) + 1 if root else 0
-        found.update({(component, choice.site.name[prefix:]): choice for choice in chosen})
-    ranks: dict[str, int] = {}
-    for component, name, shape, rank in stored:
-        choice = found.get((component, name))
-        if choice is None or choice.site.shape != shape:
-            has = "another place for this weight" if choice is None else f"shape {choice.site.shape}"
-            raise ValueError(f"{path} is of another architecture: {name} has shape {shape} there, {has} here")
-        if rank is not None:
-            ranks[choice.site.name] = rank
-    names = [f"{component}.{name}" if component else name for component, name, *_ in stored]
-    return [found[component, name] for component, name, *_ in stored], ranks, names
+        for target in matched:
+            targets[component, target.site.name.removeprefix(prefix)] = target
+    in_order = []
+    for site in stored_sites:
+        target = targets.get((site.component, site.path))
+        if target is None or target.site.shape != site.shape:
+            here = "another place for this weight" if target is None else f"shape {target.site.shape}"
+            raise ValueError(
+                f"{path} is of another architecture: {site.path} has shape {site.shape} there, {here} here"
+            )
+        in_order.append(target)
+    return in_order
 
 
-def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) -> str:
-    if component in roots:
-        return component
-    denoiser = next((root for root in roots if not is_text_encoder(root)), None)
-    if denoiser is not None and not is_text_encoder(component):
-        return denoiser  # saved from a bare model and loaded into a pipeline, or the other way
-    raise ValueError(f"{path} changes the {component!r} of a pipeline; load it into one that has it")
+def check_listed_once(stored_sites: Sequence[StoredSite], path: str | Path) -> None:
+    """Raises ValueError where a file lists a layer several times."""
+    for name, count in Counter(site.name for site in stored_sites).most_common(1):
+        if count > 1:
+            raise ValueError(f"{path} lists the layer {name!r} {count} times")
+
+
+def stored_ranks(stored_sites: Sequence[StoredSite]) -> dict[str, int]:
+    """The ranks of sites that have another one than the method, by their names in the file."""
+    return {site.name: site.rank for site in stored_sites if site.rank is not None}
 
 
 def expected_tensors(
-    method: Method, found: Sequence[TargetSite], ranks: Mapping[str, int], names: Sequence[str]
+    method: Method, targets: Sequence[TargetSite], stored_sites: Sequence[StoredSite]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors the file should hold, by their names in it."""
-    sites = [replace(choice.site, name=name) for choice, name in zip(found, names, strict=True)]
-    renamed = {
-        new: ranks[choice.site.name]
-        for choice, new in zip(found, names, strict=True)
-        if choice.site.name in ranks
-    }
-    shapes = {}
-    for plan in plan_methods(method, sites, renamed):
+    """Shapes of the tensors that a file should hold, by their names in it."""
+    sites = []
+    for target, stored in zip(targets, stored_sites, strict=True):
+        sites.append(replace(target.site, name=stored.name))
+    return tensor_shapes(plan_methods(method, sites, stored_ranks(stored_sites)))
+
+
+def tensor_shapes(plans: Sequence[MethodPlan]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in the file of an adapter of these methods."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for plan in plans:
         shapes |= plan.stored()
     return shapes
 
@@ -89,3 +97,12 @@ def check_tensors(
         if key not in expected:
             raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
     check_finite(tensors, path)
+
+
+def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) -> str:
+    if component in roots:
+        return component
+    denoiser = next((root for root in roots if not is_text_encoder(root)), None)
+    if denoiser is not None and not is_text_encoder(component):
+        return denoiser  # saved from a bare model and loaded into a pipeline, or the other way
+    raise ValueError(f"{path} changes the {component!r} of a pipeline; load it into one that has it")

@@ -22,7 +22,7 @@ _OUTSIDE = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-ANY = range(100)  # every block
+ALL_BLOCKS = range(100)  # more than any U-Net has
 
 
 def sgm_path(path: str, resnets: int, *, attended: Container[int] = ()) -> str | None:

@@ -14,7 +14,7 @@ from subjects import Subject, subjects
 
 import diffadapt as da
 from diffadapt.formats.adapter_file import checksums
-from diffadapt.formats.edit.placeholder_model import open_without_base
+from diffadapt.formats.edit.open_adapters import open_without_base
 from diffadapt.formats.edit.resize_combine import resized
 
 WAYS = (
@@ -101,7 +101,7 @@ class Resized(Files):
 
     def open(self, number: int, path: Path) -> None:
         opened = open_without_base([(str(path), 1.0)])
-        forms, kept = resized(opened.adapters[0], rank=1)
+        forms, kept = resized(opened.layers(), rank=1)
         if not 0 <= kept <= 1 + 1e-9:
             raise AssertionError(f"keeps {kept} of the change")
         opened.write(forms, self.folder / f"resized-{number % len(self.subjects)}", {})

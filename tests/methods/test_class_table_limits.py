@@ -15,6 +15,7 @@ from diffadapt.adapters.attach import attached as attached_to
 from diffadapt.adapters.budget import count_parameters
 from diffadapt.evaluation.adapter_analysis import analyse
 from diffadapt.formats.edit.resize_combine import combined
+from diffadapt.formats.layer_change import layer_changes
 from diffadapt.models.open_pipeline import open_pipeline
 from diffadapt.pipelines import ClassConditionalPipeline
 
@@ -82,7 +83,7 @@ def test_exports_hold_a_longer_table_in_whole_pipelines_only(fresh, tmp_path):
             with pytest.raises(ValueError, match=r"rows more than the base's.*--to merged"):
                 da.export(adapter, tmp_path / "file.safetensors", to)
         with pytest.raises(ValueError, match="more rows than"):
-            combined([adapter])
+            combined(layer_changes([adapter]))
 
 
 def test_figures_of_a_longer_table_are_those_of_its_change(fresh):

@@ -19,12 +19,7 @@ from diffadapt.evaluation.adapter_analysis.formulas import (
     relative_distance,
     subspace_similarity,
 )
-from diffadapt.formats.edit.resize_combine import (
-    bias_change,
-    singular_vectors,
-    started_weight,
-    weight_change,
-)
+from diffadapt.formats.layer_change import layer_change
 from diffadapt.methods.site import Site
 
 DEFAULT_RANK = 8  # of the amplification factor for methods without a rank: that of FLoRA's Figure 4
@@ -121,8 +116,7 @@ def summary(adapter: Adapter) -> dict[str, float]:
             continue
         _, values, _ = change
         norms.append(float(values.norm()))  # the Frobenius norm of the change
-        layer_state = adapter.layer_states[site.name]
-        weight = started_weight(layer_state, adapter.entries(layer_state)).flatten(1)
+        weight = layer_change([adapter], site).start_weight().flatten(1)
         factor = amplification_factor(weight, change, rank=configured_rank(adapter, site))
         if factor is not None:
             factors.append(factor)
@@ -155,11 +149,10 @@ def _measure(
     adapter: Adapter, site: Site, dense: Adapter | None, reference: Singular | None, k: int, rank: int
 ) -> tuple[dict[str, object], Singular | None]:
     """The fields of `LayerMeasures` but the alignment, and the singular vectors of the change."""
-    layer_state = adapter.layer_states[site.name]
-    entries = adapter.entries(layer_state)
-    weight = started_weight(layer_state, entries)
-    change = weight_change(layer_state, entries)
-    bias = bias_change(layer_state, entries)
+    in_layer = layer_change([adapter], site)
+    weight = in_layer.start_weight()
+    change = in_layer.weight_change()
+    bias = in_layer.bias_change()
     norm = float(change.norm())
     measures: dict[str, object] = {
         "name": site.name,
@@ -176,8 +169,7 @@ def _measure(
         measures["amplification"] = amplification_factor(weight.flatten(1), singular, rank=rank)
     if singular is not None and reference is not None:
         measures["left"], measures["right"] = subspace_similarity(reference, singular, k=k)
-        dense_state = dense.layer_states[site.name]
-        dense_change = weight_change(dense_state, dense.entries(dense_state))
+        dense_change = layer_change([dense], site).weight_change()
         measures["distance"] = relative_distance(dense_change, change)
     return measures, singular
 
@@ -202,5 +194,4 @@ def _singular_vectors(adapter: Adapter, site: Site) -> Singular | None:
     """Singular vectors of an adapter's change at a site; None for a norm, or a weight it does not change."""
     if site.kind not in MATRIX_KINDS or site.name not in adapter.layer_states:
         return None
-    layer_state = adapter.layer_states[site.name]
-    return singular_vectors(layer_state, adapter.entries(layer_state))
+    return layer_change([adapter], site).singular_vectors()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,153 +16,201 @@ from diffadapt.algebra.low_rank import LowRank
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.pipeline_components import DENOISERS
 from diffadapt.formats.export.diffusers import component_config, factor_keys, has_loader
-from diffadapt.formats.export.export_form import full_rank, nothing
+from diffadapt.formats.export.export_form import factor_weights, full_rank, nothing
 from diffadapt.formats.foreign import diffusers, peft
 from diffadapt.formats.foreign.layer_names import current_name
-from diffadapt.formats.foreign.open import Foreign
-from diffadapt.formats.foreign.stored_change import Form
+from diffadapt.formats.foreign.open import ForeignAdapter
+from diffadapt.formats.foreign.stored_change import StoredChange
 
-# what a header says of the file it was in, not of how it was trained
-_STALE = ("diffadapt.", "sshs_", "ss_network_dim", "ss_network_alpha", diffusers.METADATA)
+# starts of header keys that describe the tensors of the file, not how they were trained
+_OUTDATED = ("diffadapt.", "sshs_", "ss_network_dim", "ss_network_alpha", diffusers.METADATA)
 
 
-class Layer(NamedTuple):
+class OutputLayer(NamedTuple):
     """A layer by its name in the file, the shape of its weight, and its change: lora, dense or bias."""
 
     name: str
     shape: tuple[int, ...]
-    form: Form
+    change: StoredChange
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.change.tensors.get("bias")
+
+    def low_rank(self) -> LowRank:
+        """The weight's change as a product of two factors."""
+        tensors = self.change.tensors
+        out = self.shape[0]
+        if self.change.form == "lora":
+            return LowRank(tensors["up"], tensors["down"])
+        if self.change.form == "dense":
+            return full_rank(tensors["weight"].reshape(out, -1))
+        return nothing(out, torch.Size(self.shape[1:]).numel())
+
+    @property
+    def rank(self) -> int:
+        return self.low_rank().up.shape[1]
 
 
-def write_forms(
-    layers: Sequence[Layer], path: str | Path, sources: Sequence[Foreign], metadata: Mapping[str, str]
+def write_changes(
+    layers: Sequence[OutputLayer],
+    path: str | Path,
+    sources: Sequence[ForeignAdapter],
+    metadata: Mapping[str, str],
 ) -> Path:
-    """Write one file, or for PEFT's a folder, in the sources' format, precision and what of their headers
-    they agree on. Returns the file of tensors.
+    """Writes one file, or for PEFT a folder, in the format and precision of the sources.
 
-    Raises: ValueError for what the format cannot hold.
+    Args:
+        sources: the adapters that the changes were made from; what their headers agree on is kept.
+        metadata: further text for the header.
+
+    Returns:
+        The file of tensors.
+
+    Raises:
+        ValueError: the format cannot hold a change.
     """
-    path, family = Path(path), sources[0].family
-    forms = [form for source in sources for form in source.forms.values()]
-    dtype = reduce(torch.promote_types, (tensor.dtype for form in forms for tensor in form.tensors.values()))
-    header = _agreed(sources) | dict(metadata)
-    if family == "kohya":
-        tensors = {f"{layer.name}.{key}": tensor for layer in layers for key, tensor in _kohya(layer)}
-        return _save(tensors, path, header, dtype)
-    others = [layer.name for layer in layers if len(layer.shape) == 1]
-    if others:
-        raise ValueError(f"{others[0]} is a norm, for which {family} files have no place")
-    if family == "diffusers":
+    path = Path(path)
+    file_format = sources[0].format
+    dtype = _common_dtype(sources)
+    header = _common_header(sources) | dict(metadata)
+    if file_format == "kohya":
+        return _save(_kohya_tensors(layers), path, header, dtype)
+    for layer in layers:
+        if len(layer.shape) == 1:
+            raise ValueError(f"{layer.name} is a norm, for which {file_format} files have no place")
+    if file_format == "diffusers":
         header[diffusers.METADATA] = _diffusers_config(layers)
-        return _save(dict(_diffusers(layers)), path, header, dtype)
+        return _save(_diffusers_tensors(layers), path, header, dtype)
     config = _peft_config(layers, sources[0].path.with_name(peft.CONFIG))
-    written = _save(dict(_peft(layers)), path / peft.TENSORS, header, dtype)
+    file = _save(_peft_tensors(layers), path / peft.TENSORS, header, dtype)
     write_atomically(path / peft.CONFIG, lambda temporary: temporary.write_text(config, encoding="utf-8"))
-    return written
+    return file
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str], dtype: torch.dtype) -> Path:
-    rounded = {key: tensor.to(dtype).contiguous().clone() for key, tensor in tensors.items()}
-    overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
-    if overflown:
-        raise ValueError(f"{overflown[0]} does not fit into {dtype}, the precision of the files read")
+def _common_dtype(sources: Sequence[ForeignAdapter]) -> torch.dtype:
+    """The smallest precision that holds the tensors of all sources."""
+    dtype = None
+    for source in sources:
+        for change in source.changes.values():
+            for tensor in change.tensors.values():
+                dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _common_header(sources: Sequence[ForeignAdapter]) -> dict[str, str]:
+    entries = set(sources[0].header.items())
+    for source in sources[1:]:
+        entries &= set(source.header.items())
+    return {key: value for key, value in sorted(entries) if not key.startswith(_OUTDATED)}
+
+
+def _save(
+    tensors: Iterator[tuple[str, Tensor]], path: Path, header: dict[str, str], dtype: torch.dtype
+) -> Path:
+    rounded = {}
+    for key, tensor in tensors:
+        rounded[key] = tensor.to(dtype).contiguous().clone()
+        if not rounded[key].isfinite().all():
+            raise ValueError(f"{key} does not fit into {dtype}, the precision of the files read")
     write_atomically(path, lambda temporary: save_file(rounded, temporary, {"format": "pt", **header}))
     return path
 
 
-def _agreed(sources: Sequence[Foreign]) -> dict[str, str]:
-    shared = set.intersection(*(set(source.header.items()) for source in sources))
-    return {key: value for key, value in sorted(shared) if not key.startswith(_STALE)}
-
-
-def _kohya(layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    tensors, bias = layer.form.tensors, layer.form.tensors.get("bias")
-    if len(layer.shape) == 1:
-        yield "w_norm", tensors["weight"] if "weight" in tensors else torch.zeros(layer.shape)
-        yield "b_norm", torch.zeros(layer.shape) if bias is None else bias
-        return
-    if layer.form.form == "lora":
-        down, up = _shaped(LowRank(tensors["up"], tensors["down"]), layer.shape)
-        yield "lora_down.weight", down
-        yield "lora_up.weight", up
-        yield "alpha", torch.tensor(float(len(down)))
-    elif layer.form.form == "dense":
-        yield "diff", tensors["weight"].reshape(layer.shape)
-    if bias is not None:
-        yield "diff_b", bias
-
-
-def _diffusers(layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
-    with_bias = {_component(layer)[0] for layer in layers if "bias" in layer.form.tensors}
+def _kohya_tensors(layers: Sequence[OutputLayer]) -> Iterator[tuple[str, Tensor]]:
     for layer in layers:
-        component = _component(layer)[0]
+        for key, tensor in _kohya_layer(layer).items():
+            yield f"{layer.name}.{key}", tensor
+
+
+def _kohya_layer(layer: OutputLayer) -> dict[str, Tensor]:
+    tensors = layer.change.tensors
+    if len(layer.shape) == 1:  # norms have both keys or none
+        return {
+            "w_norm": tensors["weight"] if "weight" in tensors else torch.zeros(layer.shape),
+            "b_norm": torch.zeros(layer.shape) if layer.bias is None else layer.bias,
+        }
+    keys = {}
+    if layer.change.form == "lora":
+        down, up = factor_weights(layer.low_rank(), layer.shape)
+        keys |= {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(len(down)))}
+    elif layer.change.form == "dense":
+        keys["diff"] = tensors["weight"].reshape(layer.shape)
+    if layer.bias is not None:
+        keys["diff_b"] = layer.bias
+    return keys
+
+
+def _diffusers_tensors(layers: Sequence[OutputLayer]) -> Iterator[tuple[str, Tensor]]:
+    components_with_bias = {_component(layer) for layer in layers if layer.bias is not None}
+    for layer in layers:
+        component = _component(layer)
         down_key, up_key = factor_keys(component)
         name = current_name(layer.name)
-        yield from _factors(layer, f"{name}.{down_key}", f"{name}.{up_key}", component in with_bias)
+        with_bias = component in components_with_bias
+        yield from _lora_tensors(layer, f"{name}.{down_key}", f"{name}.{up_key}", with_bias)
 
 
-def _peft(layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
-    with_bias = any("bias" in layer.form.tensors for layer in layers)
+def _peft_tensors(layers: Sequence[OutputLayer]) -> Iterator[tuple[str, Tensor]]:
+    with_bias = any(layer.bias is not None for layer in layers)
     for layer in layers:
         name = peft.PREFIX + layer.name
-        yield from _factors(layer, f"{name}.lora_A", f"{name}.lora_B", with_bias)
+        yield from _lora_tensors(layer, f"{name}.lora_A", f"{name}.lora_B", with_bias)
 
 
-def _factors(layer: Layer, down_key: str, up_key: str, with_bias: bool) -> Iterator[tuple[str, Tensor]]:
-    down, up = _shaped(_low_rank(layer), layer.shape)
+def _lora_tensors(
+    layer: OutputLayer, down_key: str, up_key: str, with_bias: bool
+) -> Iterator[tuple[str, Tensor]]:
+    down, up = factor_weights(layer.low_rank(), layer.shape)
     yield f"{down_key}.weight", down
     yield f"{up_key}.weight", up
-    if with_bias:
-        bias = layer.form.tensors.get("bias")
-        yield f"{up_key}.bias", torch.zeros(layer.shape[0]) if bias is None else bias
+    if with_bias:  # in PEFT's LoRA all layers of a model have one, or none
+        yield f"{up_key}.bias", torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias
 
 
-def _diffusers_config(layers: Sequence[Layer]) -> str:
-    """Of every model; without it, ranks that differ are scaled wrong."""
+def _diffusers_config(layers: Sequence[OutputLayer]) -> str:
+    """PEFT's configuration of every model; without it, diffusers scales ranks that differ wrong."""
+    by_component: dict[str, list[OutputLayer]] = {}
+    for layer in layers:
+        by_component.setdefault(_component(layer), []).append(layer)
     config: dict[str, object] = {}
-    for component in dict.fromkeys(_component(layer)[0] for layer in layers):
-        own = [layer for layer in layers if _component(layer)[0] == component]
-        ranks = {_component(layer)[1].removeprefix("text_model."): _rank(layer) for layer in own}
-        bias = any("bias" in layer.form.tensors for layer in own)
-        config |= component_config(component, ranks, dora=False, bias=bias)
+    for component, in_component in by_component.items():
+        ranks = {}
+        for layer in in_component:
+            path = current_name(layer.name).removeprefix(f"{component}.")
+            ranks[path.removeprefix("text_model.")] = layer.rank
+        with_bias = any(layer.bias is not None for layer in in_component)
+        config |= component_config(component, ranks, dora=False, bias=with_bias)
     return json.dumps(config, sort_keys=True)
 
 
-def _component(layer: Layer) -> tuple[str, str]:
-    component, _, path = current_name(layer.name).partition(".")
+def _component(layer: OutputLayer) -> str:
+    component = current_name(layer.name).partition(".")[0]
     if not has_loader(component):
         raise ValueError(
             f"{layer.name} does not begin with one of {', '.join(DENOISERS)}, text_encoder; give --base"
         )
-    return component, path
+    return component
 
 
-def _peft_config(layers: Sequence[Layer], source: Path) -> str:
-    before = json.loads(source.read_text(encoding="utf-8"))
-    ranks = {layer.name: _rank(layer) for layer in layers}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != common}
-    config = {key: before.get(key) for key in ("task_type", "base_model_name_or_path", "auto_mapping")}
-    config |= {"peft_type": "LORA", "r": common, "lora_alpha": common, "target_modules": list(ranks)}
-    config |= {"rank_pattern": others, "alpha_pattern": others, "bias": "none", "inference_mode": True}
-    config["lora_bias"] = any("bias" in layer.form.tensors for layer in layers)
+def _peft_config(layers: Sequence[OutputLayer], source: Path) -> str:
+    """PEFT's configuration of the new folder: alpha is the rank of each layer."""
+    old = json.loads(source.read_text(encoding="utf-8"))
+    ranks = {layer.name: layer.rank for layer in layers}
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]
+    other_ranks = {name: rank for name, rank in ranks.items() if rank != common_rank}
+    config = {
+        "task_type": old.get("task_type"),
+        "base_model_name_or_path": old.get("base_model_name_or_path"),
+        "auto_mapping": old.get("auto_mapping"),
+        "peft_type": "LORA",
+        "r": common_rank,
+        "lora_alpha": common_rank,
+        "target_modules": list(ranks),
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_bias": any(layer.bias is not None for layer in layers),
+    }
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _low_rank(layer: Layer) -> LowRank:
-    tensors, rows = layer.form.tensors, layer.shape[0]
-    if layer.form.form == "lora":
-        return LowRank(tensors["up"], tensors["down"])
-    if layer.form.form == "dense":
-        return full_rank(tensors["weight"].reshape(rows, -1))
-    return nothing(rows, torch.Size(layer.shape[1:]).numel())
-
-
-def _rank(layer: Layer) -> int:
-    return _low_rank(layer).up.shape[1]
-
-
-def _shaped(factors: LowRank, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """``down`` and ``up`` as weights of a layer and of one of kernel size 1 after it."""
-    rank, ones = factors.up.shape[1], (1,) * (len(shape) - 2)
-    return factors.down.reshape(rank, *shape[1:]), factors.up.reshape(shape[0], rank, *ones)

@@ -15,7 +15,7 @@ from diffadapt.common.messages import shorten_list
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
 from diffadapt.formats.emulators.peft import geometry_refusal
 from diffadapt.formats.export.changes import Change
-from diffadapt.formats.export.export_form import full_rank, low_rank, nearest, nothing
+from diffadapt.formats.export.export_form import factor_weights, full_rank, low_rank, nearest, nothing
 from diffadapt.formats.export.layer_names import clip_path
 
 _FULL_RANK_SHARE = 0.25  # of the adapted weights: few enough to be written whole, as factors of full rank
@@ -94,12 +94,11 @@ def diffusers_tensors(changes: list[Change]) -> Iterator[tuple[str, Tensor]]:
     for change in changes:
         name = f"{change.component}.{clip_path(change.component, change.path)}"
         down_key, up_key = factor_keys(change.component)
-        factors, shape = _factors(change), change.shape
-        rank = factors.up.shape[1]
-        yield f"{name}.{down_key}.weight", factors.down.reshape(rank, *shape[1:])
-        yield f"{name}.{up_key}.weight", factors.up.reshape(shape[0], rank, *(1,) * (len(shape) - 2))
+        down, up = factor_weights(_factors(change), change.shape)
+        yield f"{name}.{down_key}.weight", down
+        yield f"{name}.{up_key}.weight", up
         if change.component in with_bias:
-            bias = factors.up.new_zeros(shape[0]) if change.bias is None else change.bias
+            bias = up.new_zeros(len(up)) if change.bias is None else change.bias
             yield f"{name}.{up_key}.bias", bias
         if change.component in with_scale:
             yield f"{name}.{_magnitude_key(change.component)}", _magnitude(change)

@@ -5,6 +5,8 @@ A form is a ``LowRank``, ``Tucker``, ``LowRankHadamard``, ``Kron`` or ``Dense`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,14 @@ def full_rank(matrix: Tensor) -> LowRank:
     out, fan_in = matrix.shape
     eye = torch.eye(min(out, fan_in), dtype=matrix.dtype, device=matrix.device)
     return LowRank(eye, matrix) if out <= fan_in else LowRank(matrix, eye)
+
+
+def factor_weights(factors: LowRank, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`down (r, in, *kernel)` and `up (out, r, 1, ...)`: the weights of a layer like the one of that weight's
+    `shape`, and of one of kernel size 1 behind it."""
+    rank = factors.up.shape[1]
+    ones = (1,) * (len(shape) - 2)
+    return factors.down.reshape(rank, *shape[1:]), factors.up.reshape(shape[0], rank, *ones)
 
 
 def nothing(out: int, fan_in: int) -> LowRank:

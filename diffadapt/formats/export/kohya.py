@@ -16,7 +16,7 @@ from diffadapt.algebra.full_rank import Dense, Kron, LowRankHadamard
 from diffadapt.algebra.low_rank import LowRank, Tucker
 from diffadapt.formats.emulators.lycoris import split_read_from
 from diffadapt.formats.export.changes import Change, per_row
-from diffadapt.formats.export.export_form import full_rank, low_rank, nothing
+from diffadapt.formats.export.export_form import factor_weights, full_rank, low_rank, nothing
 from diffadapt.formats.export.layer_names import Base, kohya_name
 
 # ComfyUI adds float32's epsilon to the norm it divides by (comfy/weight_adapter/base.py, 0.3.77).
@@ -82,12 +82,8 @@ def _factors(change: Change) -> dict[str, Tensor]:
 
 
 def _lora(form: LowRank, shape: torch.Size) -> dict[str, Tensor]:
-    rank = form.up.shape[1]
-    return {
-        "lora_down.weight": form.down.reshape(rank, *shape[1:]),
-        "lora_up.weight": form.up.reshape(*form.up.shape, *(1,) * (len(shape) - 2)),
-        "alpha": _alpha(rank),
-    }
+    down, up = factor_weights(form, shape)
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": _alpha(len(down))}
 
 
 def _tucker(form: Tucker) -> dict[str, Tensor]:

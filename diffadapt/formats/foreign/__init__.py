@@ -1,6 +1,6 @@
 """Opening what other tools trained: kohya and LyCORIS files, PEFT folders, diffusers' LoRA files."""
 
 from diffadapt.formats.foreign.attach import attach_foreign
-from diffadapt.formats.foreign.open import Foreign, open_foreign
+from diffadapt.formats.foreign.open import ForeignAdapter, open_foreign
 
-__all__ = ["Foreign", "attach_foreign", "open_foreign"]
+__all__ = ["ForeignAdapter", "attach_foreign", "open_foreign"]

@@ -1,10 +1,10 @@
-"""Attach what another tool trained to a model."""
+"""Attaching the adapter of another tool to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
@@ -12,90 +12,119 @@ from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import shorten_list
 from diffadapt.common.pipeline_components import without_denoiser
-from diffadapt.formats.foreign.layer_names import Names, Place, remedy
-from diffadapt.formats.foreign.open import Foreign
-from diffadapt.formats.foreign.stored_change import Form, fit
+from diffadapt.formats.foreign.layer_names import LayerNames, LayerPath, missing_layers_hint
+from diffadapt.formats.foreign.open import ForeignAdapter
+from diffadapt.formats.foreign.stored_change import StoredChange, fit_to_layer
 from diffadapt.methods.imported import Imported
 
 
-def attach_foreign(model: object, foreign: Foreign, *, name: str, strength: float) -> Adapter:
-    """Attach to a model or pipeline, as method ``imported``.
+def attach_foreign(model: object, foreign: ForeignAdapter, *, name: str, strength: float) -> Adapter:
+    """Attaches it to a model or pipeline, as method `imported`.
 
-    Raises: ValueError naming the layers the model does not have, or the first whose shape does not fit; the
-        model is then as before.
+    Raises:
+        ValueError: naming the file, and the layers that the model does not have or the first whose shape does
+            not fit. The model is then as before.
     """
     roots = components(model, True)
-    placed = _place(foreign, roots)
-    found = [
-        choice
-        for root, module in roots.items()
-        if (wanted := {path: True for own, path in placed if own == root})
-        for choice in sites_by_name(module, wanted, f"{root}." if root else "")
-    ]
+    by_path = _locate(foreign, roots)
+    targets: list[TargetSite] = []
+    for root, module in roots.items():
+        paths = {path: True for component, path in by_path if component == root}
+        if paths:
+            targets += sites_by_name(module, paths, f"{root}." if root else "")
     try:
-        forms = fitted(placed, found)
-        adapter = attach_forms(roots, forms, found, name=name)
+        changes = _fit_to_layers(by_path, targets)
+        adapter = attach_changes(roots, changes, targets, name=name)
     except ValueError as error:
         raise ValueError(f"{foreign.path}: {error}") from error
     adapter.strength = strength
     return adapter
 
 
-def attach_forms(
-    roots: Mapping[str, nn.Module], forms: Mapping[str, Form], found: Sequence[TargetSite], *, name: str
+def attach_changes(
+    roots: Mapping[str, nn.Module],
+    changes: Mapping[str, StoredChange],
+    targets: Sequence[TargetSite],
+    *,
+    name: str,
 ) -> Adapter:
-    """An ``imported`` adapter with these forms by site name."""
-    layout = {
-        without_denoiser(site): {
-            "form": form.form,
-            "multiplier": form.multiplier,
-            "shapes": {key: list(tensor.shape) for key, tensor in form.tensors.items()},
-        }
-        for site, form in forms.items()
+    """Attaches changes of layers, by site name, as method `imported`.
+
+    Args:
+        roots: the models by component name.
+        targets: the layers of the changes.
+        name: of the adapter.
+    """
+    changed_components = {site.partition(".")[0] for site in changes}
+    changed_roots = {
+        component: module
+        for component, module in roots.items()
+        if component == "" or component in changed_components
     }
-    used = {site.partition(".")[0] for site in forms}
-    chosen = {root: module for root, module in roots.items() if root in used or root == ""}
-    fill = _filling(forms)
-    return attach_sites(chosen, Imported(layout), found, name=name, seed=0, ranks={}, fill=fill)
+    method = imported_method(changes)
+    fill = _filling(changes)
+    return attach_sites(changed_roots, method, targets, name=name, seed=0, ranks={}, fill=fill)
 
 
-def fitted(placed: Mapping[Place, Form], found: Sequence[TargetSite]) -> dict[str, Form]:
-    """The forms by the names of sites, in the shapes of their layers."""
-    by_name = {f"{root}.{path}" if root else path: form for (root, path), form in placed.items()}
-    forms: dict[str, Form] = {}
-    for choice in found:
-        site = choice.site
-        if site.name not in by_name:
-            raise ValueError(f"{site.name} shares its weight with another layer the file changes")
-        layer_state = layer_state_of(choice.layers)
-        forms[site.name] = fit(by_name[site.name], site, layer_state.base(), layer_state.base_bias())
-    return forms
+def imported_method(changes: Mapping[str, StoredChange]) -> Imported:
+    """The method whose tensors are those of changes by site name.
+
+    Raises:
+        ValueError: a multiplier does not fit into float32.
+    """
+    forms = {}
+    for site, change in changes.items():
+        forms[without_denoiser(site)] = {
+            "form": change.form,
+            "multiplier": change.multiplier,
+            "shapes": {key: list(tensor.shape) for key, tensor in change.tensors.items()},
+        }
+    return Imported(forms)
 
 
-def _place(foreign: Foreign, roots: Mapping[str, nn.Module]) -> dict[Place, Form]:
-    names = Names(roots)
-    placed: dict[Place, Form] = {}
+def _locate(foreign: ForeignAdapter, roots: Mapping[str, nn.Module]) -> dict[LayerPath, StoredChange]:
+    """The changes by the layers of the model that they belong to."""
+    names = LayerNames(roots)
+    by_path: dict[LayerPath, StoredChange] = {}
     missing: list[str] = []
-    for layer, form in foreign.forms.items():
-        place = names.find(layer)
-        if place is None or place in placed:
+    for layer, change in foreign.changes.items():
+        layer_path = names.find(layer)
+        if layer_path is None or layer_path in by_path:
             missing.append(layer)
         else:
-            placed[place] = form
+            by_path[layer_path] = change
     if missing:
         raise ValueError(
             f"{foreign.path} changes layers that this model does not have: {shorten_list(sorted(missing))}"
-            f"{remedy(missing)}"
+            f"{missing_layers_hint(missing)}"
         )
-    return placed
+    return by_path
 
 
-def _filling(forms: Mapping[str, Form]) -> Callable[[Adapter], None]:
+def _fit_to_layers(
+    by_path: Mapping[LayerPath, StoredChange], targets: Sequence[TargetSite]
+) -> dict[str, StoredChange]:
+    """The changes by the names of sites, in the shapes of their layers."""
+    by_name = {}
+    for (component, path), change in by_path.items():
+        by_name[f"{component}.{path}" if component else path] = change
+    changes: dict[str, StoredChange] = {}
+    for target in targets:
+        site = target.site
+        if site.name not in by_name:
+            raise ValueError(f"{site.name} shares its weight with another layer the file changes")
+        state = layer_state_of(target.layers)
+        changes[site.name] = fit_to_layer(by_name[site.name], site, state.base(), state.base_bias())
+    return changes
+
+
+def _filling(changes: Mapping[str, StoredChange]) -> Callable[[Adapter], None]:
+    """A function that copies the tensors of changes into those of an adapter."""
+
     def fill(adapter: Adapter) -> None:
         part = adapter.parts[0]
-        for site, tensors in zip(part.sites, part.tensors, strict=True):
-            own: Mapping[str, Tensor] = forms[site.name].tensors
-            for key, tensor in tensors.items():
-                tensor.data.copy_(own[key])
+        for site, parameters in zip(part.sites, part.tensors, strict=True):
+            for key, parameter in parameters.items():
+                parameter.data.copy_(changes[site.name].tensors[key])
 
     return fill

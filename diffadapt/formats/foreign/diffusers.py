@@ -1,7 +1,7 @@
-"""diffusers' ``pytorch_lora_weights.safetensors``, in all spellings it has had.
+"""diffusers' `pytorch_lora_weights.safetensors`, in all spellings it has had.
 
-``unet.<path>.lora_A.weight``, ``.lora.down.weight``, ``.processor.to_q_lora.down.weight``, and for text
-encoders ``.lora_linear_layer.down.weight``. Source: huggingface/diffusers utils/state_dict_utils.py and
+`unet.<path>.lora_A.weight`, `.lora.down.weight`, `.processor.to_q_lora.down.weight`, and for text
+encoders `.lora_linear_layer.down.weight`. Source: huggingface/diffusers utils/state_dict_utils.py and
 loaders/lora_base.py.
 """
 
@@ -14,49 +14,55 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.common.messages import shorten_list
-from diffadapt.formats.foreign.keys import by_layer, unsupported
-from diffadapt.formats.foreign.peft import config_rule
-from diffadapt.formats.foreign.stored_change import Form, form_of, kohya_rule
+from diffadapt.formats.foreign.keys import check_supported, tensors_by_layer
+from diffadapt.formats.foreign.peft import peft_scaling
+from diffadapt.formats.foreign.stored_change import StoredChange, kohya_scaling, read_change
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-_OWN = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
+_SPELLINGS = (
+    *(".lora_A.", ".lora_B.", ".lora.down.", ".lora.up."),
+    *("_lora.down.", "_lora.up.", ".lora_linear_layer."),
+)
 
 
-def recognised(tensors: Mapping[str, Tensor]) -> bool:
+def has_diffusers_keys(tensors: Mapping[str, Tensor]) -> bool:
     """Whether any key has one of diffusers' or PEFT's spellings."""
-    return any(part in key for key in tensors for part in _OWN)
+    return any(spelling in key for key in tensors for spelling in _SPELLINGS)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> dict[str, Form]:
-    """Every layer's form; alpha from the header's metadata, else from the file's tensors, else the rank."""
-    configs = _configs(header, path)
-    plain = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-    layers, left = by_layer(plain)
-    forms: dict[str, Form] = {}
-    for layer, roles in layers.items():
-        component, _, inside = layer.partition(".")
-        config = configs.get(component)
-        rule = kohya_rule if config is None else config_rule(config, inside)
-        forms[layer], unused = form_of(layer, roles, rule)
-        left += unused
-    if kinds := unsupported(left):
-        raise ValueError(f"{path} holds {kinds}")
-    if left:
-        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten_list(sorted(left))}")
-    return forms
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> dict[str, StoredChange]:
+    """The change of every layer; alpha from the header's metadata, else from the tensors, else the rank.
+
+    Raises:
+        ValueError: naming keys that belong to no known kind of adapter.
+    """
+    configs = _read_configs(header, path)
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    layers, unknown_keys = tensors_by_layer(tensors)
+    changes: dict[str, StoredChange] = {}
+    for layer, by_role in layers.items():
+        component, _, path_inside = layer.partition(".")
+        scaling = kohya_scaling
+        if component in configs:
+            scaling = peft_scaling(configs[component], path_inside)
+        changes[layer], unused_keys = read_change(layer, by_role, scaling)
+        unknown_keys += unused_keys
+    check_supported(unknown_keys, path)
+    if unknown_keys:
+        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten_list(sorted(unknown_keys))}")
+    return changes
 
 
-def _configs(header: Mapping[str, str], path: Path) -> dict[str, dict]:
-    """PEFT's configuration of each component, from keys such as ``unet.lora_alpha``."""
+def _read_configs(header: Mapping[str, str], path: Path) -> dict[str, dict]:
+    """PEFT's configuration of each component, from keys such as `unet.lora_alpha`."""
     if METADATA not in header:
         return {}
+    configs: dict[str, dict] = {}
     try:
-        stored = json.loads(header[METADATA])
-        items = [(*key.partition(".")[::2], value) for key, value in stored.items()]
+        for key, value in json.loads(header[METADATA]).items():
+            component, _, option = key.partition(".")
+            configs.setdefault(component, {})[option] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its {METADATA} is not a JSON object ({error})") from error
-    configs: dict[str, dict] = {}
-    for component, option, value in items:
-        configs.setdefault(component, {})[option] = value
     return configs

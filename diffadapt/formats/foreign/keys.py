@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# how keys end -> what the tensor is; the longest end that fits counts
+# ends of keys -> role of the tensor; the largest_class_table end that matches counts
 _LOW_RANK = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -31,22 +31,23 @@ _LOW_RANK = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
-_NAMES = (
+# ends that are the name of the role
+_SAME_NAMES = (
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     *("vera_lambda_b", "vera_lambda_d"),
 )
-_WHOLE = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
-ROLES = {**_LOW_RANK, **_WHOLE, **{f".{name}": name for name in _NAMES}}
+_DIFFERENCES = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
+ROLES = {**_LOW_RANK, **_DIFFERENCES, **{f".{name}": name for name in _SAME_NAMES}}
 # in PEFT folders: trained values that replace the layer's own
-REPLACED = {
+REPLACEMENTS = {
     ".weight": "new_weight",
     ".bias": "new_bias",
     ".base_layer.weight": "new_weight",
     ".base_layer.bias": "new_bias",
 }
-# ends and starts of keys by which kinds of files are told that are not opened
-_OTHER_ENDS = {
+# ends and starts of keys by which kinds of files are recognised that are not supported
+_UNSUPPORTED_ENDS = {
     ".oft_blocks": "OFT or BOFT",
     ".oft_diag": "OFT",
     ".oft_R.weight": "OFT",
@@ -63,7 +64,7 @@ _OTHER_ENDS = {
     ".ia3_l": "IA3",
     "emb_params": "textual inversion",
 }
-_OTHER_STARTS = {
+_UNSUPPORTED_STARTS = {
     "model.diffusion_model.": "a whole checkpoint",
     "first_stage_model.": "a whole checkpoint",
     "conditioner.embedders.": "a whole checkpoint",
@@ -72,47 +73,58 @@ _OTHER_STARTS = {
 }
 
 
-class Named(NamedTuple):
-    """A tensor and the key it has in the file."""
+class KeyedTensor(NamedTuple):
+    """A tensor and its key in the file."""
 
     key: str
     tensor: Tensor
 
 
-def by_layer(
-    tensors: Mapping[str, Tensor], *, with_replaced: bool = False
-) -> tuple[dict[str, dict[str, Named]], list[str]]:
-    """Every layer's tensors by what they are, and the keys that fit nothing."""
-    roles = ROLES | (REPLACED if with_replaced else {})
+def tensors_by_layer(
+    tensors: Mapping[str, Tensor], *, with_replacements: bool = False
+) -> tuple[dict[str, dict[str, KeyedTensor]], list[str]]:
+    """Every layer's tensors by their roles, and the keys that have none.
+
+    Args:
+        with_replacements: whether `.weight` and `.bias` are values in the place of the layer's own.
+    """
+    roles = ROLES | (REPLACEMENTS if with_replacements else {})
     ends = sorted(roles, key=len, reverse=True)
-    layers: dict[str, dict[str, Named]] = {}
-    left: list[str] = []
+    layers: dict[str, dict[str, KeyedTensor]] = {}
+    unknown_keys: list[str] = []
     for key, tensor in tensors.items():
         end = next((end for end in ends if key.endswith(end) and len(key) > len(end)), None)
         if end is None:
-            left.append(key)
+            unknown_keys.append(key)
             continue
         layer = layers.setdefault(key.removesuffix(end), {})
-        if roles[end] in layer:
-            left.append(key)
+        if roles[end] in layer:  # two spellings of one tensor
+            unknown_keys.append(key)
         else:
-            layer[roles[end]] = Named(key, tensor)
-    return layers, left
+            layer[roles[end]] = KeyedTensor(key, tensor)
+    return layers, unknown_keys
 
 
-def unsupported(keys: Iterable[str]) -> str:
-    """What kinds of files, known but not opened, these keys belong to; empty for none."""
-    kinds: dict[str, str] = {}
+def check_supported(keys: Iterable[str], path: object) -> None:
+    """Raises ValueError for keys by which a kind of file is recognised that is not supported."""
+    kinds: dict[str, str] = {}  # -> an example of its keys
     for key in sorted(keys):
-        by_end = (kind for end, kind in _OTHER_ENDS.items() if key.endswith(end))
-        by_start = (kind for start, kind in _OTHER_STARTS.items() if key.startswith(start))
-        kind = next(by_end, None) or next(by_start, None)
+        kind = _unsupported_kind(key)
         if kind is not None:
             kinds.setdefault(kind, key)
-    if not kinds:
-        return ""
-    listed = " and ".join(f"{kind} (keys such as {key})" for kind, key in kinds.items())
-    return (
-        f"{listed}: not supported; merge it into the base with the program that wrote it, then "
-        "`diffadapt extract` makes an adapter of the difference"
-    )
+    if kinds:
+        listed = " and ".join(f"{kind} (keys such as {key})" for kind, key in kinds.items())
+        raise ValueError(
+            f"{path} holds {listed}: not supported; merge it into the base with the program that wrote it, "
+            "then `diffadapt extract` makes an adapter of the difference"
+        )
+
+
+def _unsupported_kind(key: str) -> str | None:
+    for end, kind in _UNSUPPORTED_ENDS.items():
+        if key.endswith(end):
+            return kind
+    for start, kind in _UNSUPPORTED_STARTS.items():
+        if key.startswith(start):
+            return kind
+    return None

@@ -1,4 +1,4 @@
-"""Files of kohya's scripts, LyCORIS, OneTrainer, ComfyUI: ``lora_unet_<path, underscores>.lora_down.weight``.
+"""Files of kohya's scripts, LyCORIS, OneTrainer, ComfyUI: `lora_unet_<path, underscores>.lora_down.weight`.
 
 Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS modules/*.py; ComfyUI weight_adapter.
 """
@@ -11,29 +11,44 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.common.messages import shorten_list
-from diffadapt.formats.foreign.keys import by_layer, unsupported
-from diffadapt.formats.foreign.stored_change import Form, form_of, kohya_rule
+from diffadapt.formats.foreign.keys import check_supported, tensors_by_layer
+from diffadapt.formats.foreign.stored_change import StoredChange, kohya_scaling, read_change
 
-OURS = "diffadapt.method"  # in the header of files we exported
+EXPORTED_BY_US = "diffadapt.method"  # a key in the header of such files
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> dict[str, Form]:
-    """Every layer's form; ``dora_scale`` as LyCORIS means it, in our own exports as ComfyUI does.
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> dict[str, StoredChange]:
+    """The change of every layer; `dora_scale` as LyCORIS means it, in our own exports as ComfyUI does.
 
-    Raises: ValueError naming keys that fit no known kind of adapter.
+    Raises:
+        ValueError: naming keys that belong to no known kind of adapter.
     """
-    layers, left = by_layer(tensors)
-    forms: dict[str, Form] = {}
-    for layer, roles in layers.items():
-        if OURS in header and "dora_scale" in roles:
-            roles["base_magnitude"] = roles.pop("dora_scale")
-        forms[layer], unused = form_of(layer, roles, kohya_rule)
-        left += unused
-    if kinds := unsupported(left):
-        raise ValueError(f"{path} holds {kinds}")
-    if left or not forms:
+    layers, unknown_keys = tensors_by_layer(tensors)
+    changes: dict[str, StoredChange] = {}
+    for layer, by_role in layers.items():
+        if EXPORTED_BY_US in header and "dora_scale" in by_role:
+            by_role["base_magnitude"] = by_role.pop("dora_scale")
+        changes[layer], unused_keys = read_change(layer, by_role, kohya_scaling)
+        unknown_keys += unused_keys
+    check_supported(unknown_keys, path)
+    if not changes:
+        raise ValueError(f"{path} is not a diffadapt file, and {_contents(unknown_keys)}")
+    if unknown_keys:
         raise ValueError(
             f"{path} is not a diffadapt file, and not wholly LoRA, LoCon, LoHa, LoKr, DoRA, full or norms: "
-            f"{'keys left: ' + shorten_list(sorted(left)) if left else 'it holds no tensors'}"
+            f"unknown keys {shorten_list(sorted(unknown_keys))}"
         )
-    return forms
+    return changes
+
+
+def _contents(keys: list[str]) -> str:
+    """What a file without any tensor of an adapter holds."""
+    if not keys:
+        return "holds no tensors"
+    examples = shorten_list(sorted(keys), limit=3)
+    if all(key.endswith((".weight", ".bias")) for key in keys):
+        return (
+            f"holds the weights of a model, not an adapter (keys such as {examples}); if it is a fine-tuned "
+            "model, `diffadapt extract` makes an adapter of its difference from the base"
+        )
+    return f"holds no adapter of a known kind (keys such as {examples})"

@@ -9,9 +9,9 @@ from torch import nn
 
 from diffadapt.adapters.targets import layers_with_weight
 from diffadapt.common.pipeline_components import is_in_text_encoder, is_text_encoder
-from diffadapt.formats.sgm_names import ANY, sgm_path
+from diffadapt.formats.sgm_names import ALL_BLOCKS, sgm_path
 
-Place = tuple[str, str]  # component and path of a layer
+LayerPath = tuple[str, str]  # component, and path in its model
 
 _DENOISER = {
     "dotted": ("", "unet.", "transformer.", "diffusion_model."),
@@ -31,24 +31,29 @@ _OLD_ENDS = {
 }
 
 
-class Names:
-    """The layers of a model by every name other tools give them."""
+class LayerNames:
+    """The layers of a model by every name that other tools give them.
+
+    Args:
+        roots: the models by component name.
+    """
 
     def __init__(self, roots: Mapping[str, nn.Module]):
-        self.places: dict[str, Place] = {}
-        for root, module in roots.items():
+        self.by_name: dict[str, LayerPath] = {}
+        for component, module in roots.items():
             paths = [path for path, _ in layers_with_weight(module)]
-            resnets = len({path.split(".")[3] for path in paths if path.startswith("down_blocks.0.resnets.")})
+            first_resnets = [path for path in paths if path.startswith("down_blocks.0.resnets.")]
+            num_resnets = len({path.split(".")[3] for path in first_resnets})
             for path in paths:
-                for name in _names(root, path, resnets):
-                    self.places.setdefault(name, (root, path))
+                for name in _names(component, path, num_resnets):
+                    self.by_name.setdefault(name, (component, path))
 
-    def find(self, name: str) -> Place | None:
-        """The place of a layer, None where the model has no such layer."""
-        return self.places.get(name.replace(".processor.", ".").removesuffix(".processor"))
+    def find(self, name: str) -> LayerPath | None:
+        """A layer by one of its names; None where the model has no such layer."""
+        return self.by_name.get(_without_processor(name))
 
 
-def remedy(missing: Iterable[str]) -> str:
+def missing_layers_hint(missing: Iterable[str]) -> str:
     """The end of an error message about layers that a model does not have; empty where nothing is known."""
     if not any(_ORIGINAL_TRANSFORMERS.match(layer) for layer in missing):
         return ""
@@ -61,32 +66,36 @@ def remedy(missing: Iterable[str]) -> str:
 
 def current_name(layer: str) -> str:
     """A layer's name in an older file of diffusers as today's diffusers writes it."""
-    name = layer.replace(".processor.", ".").removesuffix(".processor")
-    in_text = is_in_text_encoder(name)
-    for end, was in _OLD_ENDS.items():
-        if name.endswith(was) and in_text == end.endswith("_proj"):
-            return name.removesuffix(was) + end
+    name = _without_processor(layer)
+    in_text_encoder = is_in_text_encoder(name)
+    for end, old_end in _OLD_ENDS.items():
+        if name.endswith(old_end) and in_text_encoder == end.endswith("_proj"):
+            return name.removesuffix(old_end) + end
     return name
 
 
-def _names(root: str, path: str, resnets: int) -> Iterator[str]:
+def _names(component: str, path: str, num_resnets: int) -> Iterator[str]:
     """Every name of one layer."""
-    encoder = _encoder_prefixes(root) if is_text_encoder(root) else None
-    spellings = [path]
-    if encoder is None and resnets:
-        spellings += _sgm_spellings(path, resnets)
-    for prefixes in (encoder or _DENOISER, *(() if root else (_encoder_prefixes("text_encoder"),))):
-        for spelling in (*spellings, *_text_model(path)):
-            old = [
-                spelling.removesuffix(end) + was for end, was in _OLD_ENDS.items() if spelling.endswith(end)
-            ]
-            for form in (spelling, *old):
-                yield from (prefix + form for prefix in prefixes["dotted"])
-                yield from (prefix + form.replace(".", "_") for prefix in prefixes["flat"])
+    paths = [path]
+    if is_text_encoder(component):
+        prefix_sets = [_encoder_prefixes(component)]
+    else:
+        prefix_sets = [_DENOISER]
+        if num_resnets:
+            paths += _sgm_paths(path, num_resnets)
+    if component == "":  # a bare model can be a text encoder
+        prefix_sets.append(_encoder_prefixes("text_encoder"))
+    paths.append(_other_text_model_level(path))
+    for prefixes in prefix_sets:
+        for spelling in (spelling for path in paths for spelling in _spellings(path)):
+            for prefix in prefixes["dotted"]:
+                yield prefix + spelling
+            for prefix in prefixes["flat"]:
+                yield prefix + spelling.replace(".", "_")
 
 
 def _encoder_prefixes(component: str) -> dict[str, tuple[str, ...]]:
-    """Prefixes of a text encoder's layers; kohya's programs number the encoders from 1: ``lora_te2_``."""
+    """Prefixes of a text encoder's layers; kohya's programs number the encoders from 1: `lora_te2_`."""
     number = component.removeprefix("text_encoder").removeprefix("_") or "1"
     flat = [f"lora_te{number}_"]
     if number == "1":
@@ -94,12 +103,26 @@ def _encoder_prefixes(component: str) -> dict[str, tuple[str, ...]]:
     return {"dotted": (f"{component}.", ""), "flat": tuple(flat)}
 
 
-def _sgm_spellings(path: str, resnets: int) -> list[str]:
-    own = {sgm_path(path, resnets, attended=attended) for attended in (ANY, ())} - {None}
-    return [f"{prefix}{name}" for name in sorted(own) for prefix in ("", "diffusion_model.")]
+def _spellings(path: str) -> Iterator[str]:
+    """A path, and what older files call it."""
+    yield path
+    for end, old_end in _OLD_ENDS.items():
+        if path.endswith(end):
+            yield path.removesuffix(end) + old_end
 
 
-def _text_model(path: str) -> list[str]:
-    """transformers 5 dropped this level of its CLIP text models; files have it or not."""
-    head = "text_model."
-    return [path.removeprefix(head)] if path.startswith(head) else [head + path]
+def _sgm_paths(path: str, num_resnets: int) -> list[str]:
+    """The layer's paths in the original code; which block an upsampler belongs to is not told by its name."""
+    paths = {sgm_path(path, num_resnets, attended=ALL_BLOCKS), sgm_path(path, num_resnets, attended=())}
+    return [prefix + name for name in sorted(paths - {None}) for prefix in ("", "diffusion_model.")]
+
+
+def _other_text_model_level(path: str) -> str:
+    """The path with or without a level that transformers 5 dropped of its CLIP text models."""
+    level = "text_model."
+    return path.removeprefix(level) if path.startswith(level) else level + path
+
+
+def _without_processor(name: str) -> str:
+    """A name without the attention processor of diffusers' files of 2023."""
+    return name.replace(".processor.", ".").removesuffix(".processor")

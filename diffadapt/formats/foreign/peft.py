@@ -1,4 +1,4 @@
-"""PEFT's folders: ``adapter_config.json`` and ``adapter_model.safetensors``; LoRA, DoRA, LoHa, LoKr, VeRA.
+"""PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`; LoRA, DoRA, LoHa, LoKr, VeRA.
 
 Source: huggingface/peft utils/save_and_load.py, tuners/{lora,loha,lokr,vera}/layer.py.
 """
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from diffadapt.common.messages import shorten_list
-from diffadapt.formats.foreign.keys import by_layer
-from diffadapt.formats.foreign.stored_change import Form, Rule, form_of
+from diffadapt.formats.foreign.keys import tensors_by_layer
+from diffadapt.formats.foreign.stored_change import ScalingRule, StoredChange, read_change
 
 # names of layers, with at most one repetition: other patterns could take for ever to match
 _SIMPLE_PATTERN = re.compile(r"\^?[\w.|\-\\]*([*+][\w.|\-\\]*)?\$?")
 _LONGEST_NAME = 512
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 TYPES = ("LORA", "LOHA", "LOKR", "VERA")
 PREFIX = "base_model.model."
-_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+_ALPHA_OPTIONS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 # options that change what the tensors mean
-_REFUSED = (
+_UNSUPPORTED_OPTIONS = (
     "fan_in_fan_out",
     "use_qalora",
     "use_bdlora",
@@ -39,40 +40,48 @@ _REFUSED = (
     "kasa_config",
     "target_parameters",
 )
-_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base
+# values of init_lora_weights that change the base
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read(tensors: Mapping[str, Tensor], config_path: Path, path: Path) -> dict[str, Form]:
-    """Every layer's form. Raises ValueError for another type, an option not understood, or keys left."""
+def read(tensors: Mapping[str, Tensor], config_path: Path, path: Path) -> dict[str, StoredChange]:
+    """The change of every layer.
+
+    Raises:
+        ValueError: another type of adapter, an option that is not supported, or keys of no known kind.
+    """
     config = _read_config(config_path)
-    named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    if config["peft_type"] == "VERA":
-        named = _without_vera(named, config, path)
-    layers, left = by_layer(named, with_replaced=True)
-    forms: dict[str, Form] = {}
-    for layer, roles in layers.items():
-        forms[layer], unused = form_of(layer, roles, config_rule(config, layer))
-        left += unused
-        if config["peft_type"] == "VERA":
-            forms[layer] = replace(forms[layer], cut=True)
-    if left:
-        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten_list(sorted(left))}")
-    return forms
+    is_vera = config["peft_type"] == "VERA"
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    if is_vera:
+        tensors = _vera_as_lora(tensors, config, path)
+    layers, unknown_keys = tensors_by_layer(tensors, with_replacements=True)
+    changes: dict[str, StoredChange] = {}
+    for layer, by_role in layers.items():
+        changes[layer], unused_keys = read_change(layer, by_role, peft_scaling(config, layer))
+        unknown_keys += unused_keys
+        if is_vera:
+            changes[layer] = replace(changes[layer], down_is_shared=True)
+    if unknown_keys:
+        raise ValueError(f"{path} has keys of no known kind of adapter: {shorten_list(sorted(unknown_keys))}")
+    return changes
 
 
-def config_rule(config: Mapping[str, object], layer: str) -> Rule:
+def peft_scaling(config: Mapping[str, object], layer: str) -> ScalingRule:
     """PEFT's scaling: alpha over the rank or its root; patterns by layer name; a tensor's alpha first."""
-    kind = str(config.get("peft_type") or "LORA")
+    peft_type = str(config.get("peft_type") or "LORA")
 
-    def rule(_: str, rank: int | None, stored: float | None) -> float:
-        own_rank = rank or _by_pattern(config, "rank_pattern", layer, config.get("r", 8))
-        usual = config.get(_ALPHA.get(kind, ""), own_rank)
-        alpha = _by_pattern(config, "alpha_pattern", layer, usual) if stored is None else stored
-        _check_number("rank", own_rank, layer, above=0)
+    def scaling(_: str, rank: int | None, stored_alpha: float | None) -> float:
+        layer_rank = rank or _by_pattern(config, "rank_pattern", layer, config.get("r", 8))
+        alpha = stored_alpha
+        if alpha is None:
+            default = config.get(_ALPHA_OPTIONS.get(peft_type, ""), layer_rank)
+            alpha = _by_pattern(config, "alpha_pattern", layer, default)
+        _check_number("rank", layer_rank, layer, above=0)
         _check_number("alpha", alpha, layer, above=-math.inf)
-        return float(alpha) / (math.sqrt(own_rank) if config.get("use_rslora") else own_rank)
+        return float(alpha) / (math.sqrt(layer_rank) if config.get("use_rslora") else layer_rank)
 
-    return rule
+    return scaling
 
 
 def _check_number(option: str, value: object, layer: str, *, above: float) -> None:
@@ -87,9 +96,7 @@ def _by_pattern(config: Mapping[str, object], option: str, layer: str, default: 
         raise ValueError(f"{option} of PEFT's configuration must be an object, got {patterns!r}")
     for pattern, value in patterns.items():
         if len(layer) > _LONGEST_NAME or not _SIMPLE_PATTERN.fullmatch(pattern):
-            raise ValueError(
-                f"{option} of PEFT's configuration has {pattern!r}, which is not understood here"
-            )
+            raise ValueError(f"{option} of PEFT's configuration has {pattern!r}, which is not supported")
         if _matches(pattern, layer):
             return value
     return default
@@ -105,47 +112,59 @@ def _matches(pattern: str, layer: str) -> bool:
 def _read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
+        peft_type = config["peft_type"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not PEFT's configuration of an adapter ({error!r})") from error
-    if kind not in TYPES:
+    if peft_type not in TYPES:
         raise ValueError(
-            f"{path} is of type {kind}; {', '.join(TYPES)} are opened, others can be trained as the "
-            f"adapter 'peft:{kind}'"
+            f"{path} is of type {peft_type}, which is not supported; {', '.join(TYPES)} are opened, "
+            f"others can be trained as the adapter 'peft:{peft_type}'"
         )
-    used = [option for option in _REFUSED if config.get(option)]
-    if used:
-        raise ValueError(f"{path} uses {used[0]}={config[used[0]]!r}, which is not understood here")
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(_MOVED_BASE):
+    for option in _UNSUPPORTED_OPTIONS:
+        if config.get(option):
+            raise ValueError(f"{path} uses {option}={config[option]!r}, which is not supported")
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(_BASE_CHANGING_INITS):
         raise ValueError(
-            f"{path}: init_lora_weights={start!r} changed the base weights; save it with "
+            f"{path}: init_lora_weights={init!r} changed the base weights; save it with "
             "path_initial_model_for_weight_conversion, which makes it a LoRA of the original base"
         )
     return config
 
 
-def _without_vera(named: Mapping[str, Tensor], config: Mapping[str, object], path: Path) -> dict[str, Tensor]:
-    """Each layer's two vectors and its slice of the shared matrices as one low-rank product."""
-    rest, rank = dict(named), config.get("r", 256)
-    lambdas = {key.removesuffix(".vera_lambda_b") for key in rest if key.endswith(".vera_lambda_b")}
-    stored = {name: next((key for key in rest if key.endswith(name)), None) for name in ("vera_A", "vera_B")}
-    if None in stored.values():
-        raise ValueError(
-            f"{path} lacks the frozen matrices vera_A and vera_B; save it with save_projection=True, since "
-            "they cannot be drawn again without the sizes of the model PEFT saw"
-        )
-    shared_down, shared_up = (rest.pop(stored[name]) for name in ("vera_A", "vera_B"))
-    if shared_down.dim() != 2 or shared_up.dim() != 2:
+def _vera_as_lora(
+    tensors: Mapping[str, Tensor], config: Mapping[str, object], path: Path
+) -> dict[str, Tensor]:
+    """The same tensors with each layer's VeRA as a LoRA.
+
+    VeRA's change is `diag(lambda_b) vera_B diag(lambda_d) vera_A`, with frozen matrices that all layers
+    share: each takes as many rows of `vera_B` as it has outputs, and columns of `vera_A` as it has inputs.
+    """
+    tensors = dict(tensors)
+    rank = config.get("r", 256)
+    vera_a = _pop_by_end(tensors, "vera_A", path)  # (rank, largest fan_in)
+    vera_b = _pop_by_end(tensors, "vera_B", path)  # (largest out, rank)
+    if vera_a.dim() != 2 or vera_b.dim() != 2:
         raise ValueError(f"{path}: vera_A and vera_B must be matrices")
-    for layer in sorted(lambdas):
-        out_scale = rest.pop(f"{layer}.vera_lambda_b")
-        rank_scale = rest.pop(f"{layer}.vera_lambda_d", torch.empty(0))
-        if not rank_scale.shape == shared_down.shape[:1] == shared_up.shape[1:] == (rank,):
+    end = ".vera_lambda_b"
+    for layer in sorted(key.removesuffix(end) for key in tensors if key.endswith(end)):
+        lambda_b = tensors.pop(f"{layer}.vera_lambda_b")  # (out,)
+        lambda_d = tensors.pop(f"{layer}.vera_lambda_d", torch.empty(0))  # (rank,)
+        if not lambda_d.shape == vera_a.shape[:1] == vera_b.shape[1:] == (rank,):
             raise ValueError(f"{path}: {layer} does not have the rank {rank!r} of the configuration")
-        if out_scale.dim() != 1 or len(out_scale) > len(shared_up):
+        if lambda_b.dim() != 1 or len(lambda_b) > len(vera_b):
             raise ValueError(f"{path}: {layer} has more outputs than vera_B, or of another shape")
-        rest[f"{layer}.lora_B.weight"] = out_scale[:, None] * shared_up[: len(out_scale)] * rank_scale
-        rest[f"{layer}.lora_A.weight"] = shared_down  # cut to the layer's inputs once they are known
-        rest[f"{layer}.alpha"] = torch.tensor(float(rank))
-    return rest
+        tensors[f"{layer}.lora_B.weight"] = lambda_b[:, None] * vera_b[: len(lambda_b)] * lambda_d
+        tensors[f"{layer}.lora_A.weight"] = vera_a  # cut to the layer's inputs once they are known
+        tensors[f"{layer}.alpha"] = torch.tensor(float(rank))
+    return tensors
+
+
+def _pop_by_end(tensors: dict[str, Tensor], end: str, path: Path) -> Tensor:
+    for key in tensors:
+        if key.endswith(end):
+            return tensors.pop(key)
+    raise ValueError(
+        f"{path} lacks the frozen matrices vera_A and vera_B; save it with save_projection=True, since "
+        "they cannot be drawn again without the sizes of the model PEFT saw"
+    )

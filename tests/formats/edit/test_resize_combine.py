@@ -8,7 +8,9 @@ from helpers.pipelines import tiny_sd_pipeline
 
 import diffadapt as da
 from diffadapt.formats.edit.extract import SOLVERS, extract, relative_error, share_outside
-from diffadapt.formats.edit.resize_combine import combined, rank_for_energy, replaced, resized
+from diffadapt.formats.edit.open_adapters import replaced
+from diffadapt.formats.edit.resize_combine import combined, rank_for_energy, resized
+from diffadapt.formats.layer_change import layer_changes
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def test_a_rank_that_is_large_enough_keeps_everything(method):
     model = denoiser()
     adapter = perturb(da.attach(model, da.make_method(method), "attention+conv"))
     before = run(model)
-    forms, kept = resized(adapter, rank=1000)
+    forms, kept = resized(layer_changes([adapter]), rank=1000)
     replaced([adapter], forms)
     assert kept == pytest.approx(1)
     assert torch.allclose(run(model), before, atol=2e-4)
@@ -35,7 +37,7 @@ def test_a_smaller_rank_is_the_best_of_its_size_and_the_energy_is_what_is_said()
     site = adapter.sites[0].name
     change = (adapter.adapted_weight(site) - adapter.layer_states[site].base()).double()
     values = torch.linalg.svdvals(change)
-    forms, _ = resized(adapter, rank=2)
+    forms, _ = resized(layer_changes([adapter]), rank=2)
     cut = forms[site].tensors["up"] @ forms[site].tensors["down"]
     assert (cut - change).norm() == pytest.approx(values[2:].norm().item(), rel=1e-5)
     total = kept = 0.0
@@ -44,7 +46,7 @@ def test_a_smaller_rank_is_the_best_of_its_size_and_the_energy_is_what_is_said()
             (adapter.adapted_weight(other) - adapter.layer_states[other.name].base()).double()
         )
         total, kept = total + own.square().sum(), kept + own[:2].square().sum()
-    assert resized(adapter, rank=2)[1] == pytest.approx((kept / total).item(), rel=1e-6)
+    assert resized(layer_changes([adapter]), rank=2)[1] == pytest.approx((kept / total).item(), rel=1e-6)
 
 
 def test_an_energy_chooses_the_smallest_rank_that_keeps_it():
@@ -59,7 +61,7 @@ def test_an_energy_chooses_the_smallest_rank_that_keeps_it():
 def test_sizes_that_make_no_sense_are_refused(options):
     adapter = da.attach(denoiser(), da.LoRA(rank=2), "to_q")
     with pytest.raises(ValueError, match=r"rank|energy"):
-        resized(adapter, **options)
+        resized(layer_changes([adapter]), **options)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_combined_adapters_do_what_the_stack_did(first, second):
     ]
     pair[0].strength, pair[1].strength = 0.7, 0.5
     stacked = run(model)
-    forms, error = combined(pair)
+    forms, error = combined(layer_changes(pair))
     adapter = replaced(pair, forms)
     assert torch.allclose(run(model), stacked, atol=1e-5)
     assert error < 1e-6
@@ -84,7 +86,7 @@ def test_combined_adapters_do_what_the_stack_did(first, second):
 def test_low_rank_pairs_are_joined_by_their_factors():
     model = denoiser()
     pair = [perturb(da.attach(model, da.LoRA(rank=r), "to_q", name=str(r)), r) for r in (1, 2)]
-    forms, _ = combined(pair)
+    forms, _ = combined(layer_changes(pair))
     assert {form.form for form in forms.values()} == {"lora"}
     assert {form.rank for form in forms.values()} == {3}
 

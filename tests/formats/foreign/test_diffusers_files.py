@@ -8,7 +8,7 @@ from helpers.pipelines import tiny_sd_pipeline, tiny_unet
 from safetensors.torch import load_file, save_file
 
 import diffadapt as da
-from diffadapt.formats.foreign.layer_names import Names
+from diffadapt.formats.foreign.layer_names import LayerNames
 from diffadapt.formats.sgm_names import sgm_path
 
 peft = pytest.importorskip("peft")
@@ -211,13 +211,13 @@ def test_sgm_names_are_those_of_diffusers_own_conversion():
 )
 def test_names_of_the_original_unet_are_found(sgm, path):
     """Places as in the original SDXL checkpoint, whose table diffusers' converter prints."""
-    names = Names({"unet": xl_unet()})
+    names = LayerNames({"unet": xl_unet()})
     assert names.find(f"lora_unet_{sgm}") == ("unet", path)
     assert names.find(f"lora_unet_{path.replace('.', '_')}") == ("unet", path)
 
 
 def test_the_upsampler_behind_a_block_without_attention_is_in_its_second_place():
-    names = Names({"unet": tiny_unet()})  # output_blocks: (0, 1 with upsampler) (2, 3)
+    names = LayerNames({"unet": tiny_unet()})  # output_blocks: (0, 1 with upsampler) (2, 3)
     assert names.find("lora_unet_output_blocks_1_1_conv") == ("unet", "up_blocks.0.upsamplers.0.conv")
 
 

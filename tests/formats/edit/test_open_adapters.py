@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import diffadapt as da
 from diffadapt.cli.main import main
-from diffadapt.formats.edit.placeholder_model import BaseNeeded, open_without_base
+from diffadapt.formats.edit.open_adapters import BaseNeeded, open_without_base
 
 peft = pytest.importorskip("peft")
 
@@ -258,7 +258,7 @@ def test_files_of_several_formats_and_other_layers_need_a_base(tmp_path):
         open_without_base(ours)
 
 
-def test_shapes_that_no_layer_has_are_not_stood_in_for(tmp_path):
+def test_shapes_that_no_layer_has_are_refused(tmp_path):
     tensors = {
         "lora_unet_x.lora_up.weight": torch.ones(2**15, 1),
         "lora_unet_x.lora_down.weight": torch.ones(1, 2**15),
@@ -268,8 +268,7 @@ def test_shapes_that_no_layer_has_are_not_stood_in_for(tmp_path):
         open_without_base([(str(tmp_path / "wide.safetensors"), 1.0)])
 
 
-def test_the_stand_in_for_a_base_takes_no_memory(tmp_path):
+def test_the_zeros_in_the_place_of_a_base_take_no_memory(tmp_path):
     own_file(tmp_path / "in.safetensors", "lora(rank=1)")
     opened = open_without_base([(str(tmp_path / "in.safetensors"), 1.0)])
-    layer_states = opened.adapters[0].layer_states.values()
-    assert {layer_state.base().untyped_storage().nbytes() for layer_state in layer_states} == {4}
+    assert {layer.base.untyped_storage().nbytes() for layer in opened.layers()} == {4}

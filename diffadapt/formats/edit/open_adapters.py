@@ -1,0 +1,324 @@
+"""Adapter files opened to be resized or combined: on their base, or without it.
+
+Without a base, the changes are computed from the tensors of the files alone. That is possible where no change
+depends on the weights of the base, and where the file tells the shapes of its layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.attach import detach
+from diffadapt.adapters.method_state import MethodState, plan_methods
+from diffadapt.adapters.targets import TargetSite
+from diffadapt.algebra.expression import Update
+from diffadapt.algebra.full_rank import Dense, EntrywiseProduct, Kron, LowRankHadamard
+from diffadapt.algebra.low_rank import FeatureSum, LowRank, Reparametrized, Tucker
+from diffadapt.formats.adapter_file import is_own, load, read_adapter_file, save, write_adapter_file
+from diffadapt.formats.adapter_header import Configuration
+from diffadapt.formats.adapter_layout import check_listed_once, check_tensors, stored_ranks, tensor_shapes
+from diffadapt.formats.edit.write_foreign import OutputLayer, write_changes
+from diffadapt.formats.foreign.attach import attach_changes, imported_method
+from diffadapt.formats.foreign.open import ForeignAdapter, open_foreign
+from diffadapt.formats.foreign.stored_change import StoredChange
+from diffadapt.formats.layer_change import LayerChange, layer_changes
+from diffadapt.methods.imported import MAGNITUDES
+from diffadapt.methods.parse_method import read_method
+from diffadapt.methods.peft_config import PeftMethod
+from diffadapt.methods.site import LayerKind, Site
+
+Changes = Mapping[str, StoredChange]  # by site name
+
+_INDEPENDENT = (LowRank, Tucker, LowRankHadamard, EntrywiseProduct, Kron, FeatureSum, Reparametrized)
+# by the number of dimensions of the weight; a table of embeddings looks like a linear layer
+_KINDS: dict[int, LayerKind] = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
+_LARGEST = 2**28  # values of a layer's weight: a small file can name any shape
+
+
+class BaseNeeded(ValueError):
+    """The changes in a file depend on the weights of the base, or only the base tells its layers."""
+
+
+class OpenedAdapters(Protocol):
+    """Adapter files whose changes can be read, and written back in one format."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values of all files."""
+
+    def layers(self) -> Iterator[LayerChange]:
+        """The sum of what the files change in each layer, every file at its strength."""
+
+    def write(
+        self, changes: Mapping[str, StoredChange], path: str | Path, metadata: Mapping[str, str]
+    ) -> Path:
+        """Writes other changes of these layers, by site name. Returns the file written."""
+
+
+@dataclass(frozen=True)
+class AttachedAdapters:
+    """Adapters attached to their base; `write` takes them off.
+
+    Attributes:
+        adapters: one for each file.
+        base: name or path of the base.
+    """
+
+    adapters: list[Adapter]
+    base: str
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(adapter.num_parameters for adapter in self.adapters)
+
+    def layers(self) -> Iterator[LayerChange]:
+        return layer_changes(self.adapters)
+
+    def write(
+        self, changes: Mapping[str, StoredChange], path: str | Path, metadata: Mapping[str, str]
+    ) -> Path:
+        save(replaced(self.adapters, changes), path, base=self.base, metadata=metadata)
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class NativeFiles:
+    """Files in our own format, all of the same layers.
+
+    Attributes:
+        configuration: of the first file.
+        changes: by site name.
+        num_parameters: number of trained values of all files.
+    """
+
+    configuration: Configuration
+    changes: dict[str, LayerChange]
+    num_parameters: int
+
+    def layers(self) -> Iterator[LayerChange]:
+        return iter(self.changes.values())
+
+    def write(
+        self, changes: Mapping[str, StoredChange], path: str | Path, metadata: Mapping[str, str]
+    ) -> Path:
+        method = imported_method(changes)
+        sites = [self.changes[name].site for name in changes]
+        tensors = {}
+        for plan in plan_methods(method, sites):
+            for site in plan.sites:
+                for key, tensor in changes[site.name].tensors.items():
+                    tensors[f"{plan.label}/{site.name}/{key}"] = tensor.float().contiguous()
+        stored_sites = {site.name: site._replace(rank=None) for site in self.configuration.sites}
+        write_adapter_file(
+            path,
+            tensors,
+            name="default",
+            seed=0,
+            method=method,
+            sites=[stored_sites[name] for name in changes],
+            base=self.configuration.json["base"],
+            metadata=metadata,
+        )
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class ForeignFiles:
+    """Files of other tools, all in one format, which `write` keeps.
+
+    Attributes:
+        files: as read.
+        changes: by the name of the layer in the files.
+    """
+
+    files: list[ForeignAdapter]
+    changes: dict[str, LayerChange]
+
+    @property
+    def num_parameters(self) -> int:
+        tensors = [
+            tensor
+            for file in self.files
+            for change in file.changes.values()
+            for tensor in change.tensors.values()
+        ]
+        return sum(tensor.numel() for tensor in tensors)
+
+    def layers(self) -> Iterator[LayerChange]:
+        return iter(self.changes.values())
+
+    def write(
+        self, changes: Mapping[str, StoredChange], path: str | Path, metadata: Mapping[str, str]
+    ) -> Path:
+        layers = [
+            OutputLayer(name, self.changes[name].site.shape, change) for name, change in changes.items()
+        ]
+        return write_changes(layers, path, self.files, metadata)
+
+
+def open_on_base(files: Sequence[tuple[str, float]], pipeline: object, base: str) -> AttachedAdapters:
+    """Attaches adapter files (path, strength) to a pipeline, whose name or path is `base`."""
+    adapters = []
+    for number, (path, strength) in enumerate(files):
+        adapters.append(load(pipeline, path, strength=strength, name=f"adapter-{number}"))
+    return AttachedAdapters(adapters, base)
+
+
+def open_without_base(files: Sequence[tuple[str, float]]) -> NativeFiles | ForeignFiles:
+    """Reads adapter files (path, strength) that are all our own, or all of one other format.
+
+    Raises:
+        BaseNeeded: naming the file, the layer and its kind of change.
+        FileNotFoundError, ValueError: as `load` does.
+    """
+    for _, strength in files:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength must be a finite number, got {strength!r}")
+    foreign = [open_foreign(path) for path, _ in files if not is_own(path)]
+    if not foreign:
+        return _open_native(files)
+    formats = {path: "diffadapt" for path, _ in files if is_own(path)}
+    formats |= {str(file.path): file.format for file in foreign}
+    if len(set(formats.values())) > 1:
+        listed = ", ".join(f"{path}: {name}" for path, name in formats.items())
+        raise BaseNeeded(f"files of several formats ({listed}) name the same layers differently")
+    return _open_foreign(foreign, [strength for _, strength in files])
+
+
+def replaced(adapters: Sequence[Adapter], changes: Changes, *, name: str = "default") -> Adapter:
+    """A new adapter with these changes, by site name, on the layers of adapters that are taken off."""
+    roots, targets = {}, {}
+    for adapter in adapters:
+        roots |= adapter.roots
+        for site in adapter.sites:
+            targets[site.name] = TargetSite(site, tuple(adapter.layer_states[site.name].layers), True)
+    for adapter in adapters:
+        detach(adapter)
+    return attach_changes(roots, changes, [targets[site] for site in changes], name=name)
+
+
+@torch.no_grad()
+def _open_native(files: Sequence[tuple[str, float]]) -> NativeFiles:
+    updates: dict[str, list[tuple[float, Update]]] = {}
+    num_parameters = 0
+    first = sites = None
+    for path, strength in files:
+        configuration, tensors = read_adapter_file(path)
+        method = read_method(configuration.method)
+        if isinstance(method, PeftMethod):
+            raise BaseNeeded(f"{path} holds a method of PEFT's library, which needs its model")
+        if first is None:
+            first = configuration
+            sites = [_site(site.name, site.shape) for site in configuration.sites]
+        elif not _same_layers(configuration, first):
+            raise BaseNeeded(f"{path} changes other layers, or another base, than {files[0][0]}")
+        ranks = stored_ranks(configuration.sites)
+        try:
+            check_listed_once(configuration.sites, path)
+            plans = plan_methods(method, sites, ranks)
+            check_tensors(tensor_shapes(plans), tensors, path)
+        except ValueError as error:  # e.g. a table of embeddings, which its shape does not tell from a matrix
+            raise BaseNeeded(f"{path}: {error}") from error
+        for plan in plans:
+            num_parameters += plan.num_parameters
+            zeros = [torch.zeros(()).expand(site.shape) for site in plan.sites]
+            state = MethodState(plan, zeros, configuration.seed)
+            for key, tensor in state.named_tensors().items():
+                tensor.data.copy_(tensors[key])
+            for index, site in enumerate(plan.sites):
+                update = state.update(index, zeros[index])
+                _check_independent(update, site, method, path)
+                updates.setdefault(site.name, []).append((strength, update))
+    changes = {site.name: _without_base(site, updates[site.name]) for site in sites if site.name in updates}
+    return NativeFiles(first, changes, num_parameters)
+
+
+def _open_foreign(files: Sequence[ForeignAdapter], strengths: Sequence[float]) -> ForeignFiles:
+    sites: dict[str, Site] = {}
+    for file in files:
+        for name, change in file.changes.items():
+            site = _site(name, _weight_shape(name, change, file))
+            other = sites.setdefault(name, site)
+            if other.shape != site.shape:
+                raise BaseNeeded(
+                    f"{name} has shape {other.shape} in one file and {site.shape} in {file.path}"
+                )
+    updates: dict[str, list[tuple[float, Update]]] = {name: [] for name in sites}
+    for file, strength in zip(files, strengths, strict=True):
+        for name, change in file.changes.items():
+            update = _imported_update(sites[name], change, file.path)
+            updates[name].append((strength, update))
+    changes = {name: _without_base(site, updates[name]) for name, site in sites.items()}
+    return ForeignFiles(list(files), changes)
+
+
+def _imported_update(site: Site, change: StoredChange, path: Path) -> Update:
+    """Raises ValueError naming the file where the tensors do not fit together."""
+    try:
+        method = imported_method({site.name: change})
+        method.trained_tensors(site)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    tensors = {key: tensor.float() for key, tensor in change.tensors.items()}  # as adapters hold them
+    return method.update(site, tensors, torch.zeros(()).expand(site.shape))
+
+
+def _weight_shape(name: str, change: StoredChange, file: ForeignAdapter) -> tuple[int, ...]:
+    """The shape of the layer's weight, where the factors tell it.
+
+    Raises:
+        BaseNeeded: they do not, or the change depends on the base.
+    """
+    tensors = change.tensors
+    has_magnitudes = any(key in tensors for key in MAGNITUDES)
+    if not (has_magnitudes or change.replacements or change.down_is_shared):
+        if change.form == "lora":
+            channels, remainder = divmod(tensors["down"].shape[1], math.prod(change.kernel))
+            if remainder == 0:
+                return len(tensors["up"]), channels, *change.kernel
+        if change.form == "tucker":
+            return len(tensors["up"]), tensors["down"].shape[1], *change.kernel
+        if change.form == "dense" and tensors["weight"].dim() == 1:
+            return tuple(tensors["weight"].shape)
+    kind = ""
+    if has_magnitudes:
+        kind = " with magnitudes"
+    elif change.replacements:
+        kind = " that replaces weights"
+    raise BaseNeeded(f"{file.path}: {name} has the form {change.form}{kind}, which needs the base")
+
+
+def _site(name: str, shape: tuple[int, ...]) -> Site:
+    """A layer of which only the shape of the weight is known."""
+    are_sizes = all(type(size) is int and size > 0 for size in shape)
+    if not are_sizes or math.prod(shape) > _LARGEST or len(shape) not in _KINDS:
+        raise BaseNeeded(
+            f"{name!r} has shape {shape}, not sizes of 1 to {_LARGEST} values in all, in 1 to 5 dimensions"
+        )
+    return Site(name, _KINDS[len(shape)], shape, has_bias=True)
+
+
+def _without_base(site: Site, updates: Sequence[tuple[float, Update]]) -> LayerChange:
+    zero = torch.zeros(())
+    return LayerChange(site, zero.expand(site.shape), zero.expand(site.bias_shape), updates)
+
+
+def _check_independent(update: Update, site: Site, method: object, path: str) -> None:
+    """Raises BaseNeeded where the change would be another one on another base."""
+    known = (*_INDEPENDENT, Dense) if site.kind == "norm" else _INDEPENDENT
+    is_added = update.delta is None or isinstance(update.delta, known)
+    if not is_added or update.scale is not None or update.bias_scale is not None:
+        raise BaseNeeded(f"{path}: the change of {site.name} depends on the base: {method}")
+
+
+def _same_layers(first: Configuration, second: Configuration) -> bool:
+    """Whether two files change layers of the same names and shapes, on the same base."""
+    layers = [[(site.component, site.path, site.shape) for site in file.sites] for file in (first, second)]
+    return layers[0] == layers[1] and first.base_values == second.base_values
