@@ -44,7 +44,7 @@ class Architecture:
         name: "sd1", "sdxl"; "other" where nothing is known.
         component: the pipeline's component that the denoiser is.
         target_presets: preset -> globs on names of layers, in place of the general rule of that preset.
-        unread_layers: component -> parts of layer names. No output depends on these layers, so they would
+        unread_layers: component -> globs on names of layers. No output depends on these layers, so they would
             never get a gradient; presets and globs leave them out.
         published_names: None for a base that kohya's programs do not know.
     """

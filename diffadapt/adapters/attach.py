@@ -9,13 +9,14 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.architectures import Architecture, architecture_of
 from diffadapt.adapters.class_table import check_new_table, label_dropout_hooks
 from diffadapt.adapters.fused_projections import FusingRefused
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, LayerState, layer_state_of
 from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.adapters.method_state import MethodPlan, MethodState, plan_methods
 from diffadapt.adapters.peft_bridge import attach_peft
-from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites
+from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites, name_matches
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder, text_encoder_names
 from diffadapt.methods import Method
 from diffadapt.methods.peft_config import PeftMethod
@@ -62,42 +63,55 @@ def choose_sites(
     if not isinstance(method, Method):
         raise TypeError(f"expected a method, got {method!r}; make one with da.make_method({str(method)!r})")
     roots = components(model, text_encoder_targets is not None)
-    found: list[TargetSite] = []
-    for root, module in roots.items():
-        if is_text_encoder(root):
-            chosen = find_sites(module, text_encoder_targets, f"{root}.", extra_presets=method.extra_targets)
-            found += _useful(chosen, root, roots, text_encoder_targets)
+    denoisers = [module for name, module in roots.items() if not is_text_encoder(name)]
+    architecture = architecture_of(denoisers[0] if denoisers else None, roots)
+    sites: list[TargetSite] = []
+    for component, module in roots.items():
+        prefix = f"{component}." if component else ""
+        if is_text_encoder(component):
+            chosen = find_sites(module, text_encoder_targets, prefix, extra_presets=method.extra_targets)
+            sites += _text_encoder_sites(chosen, component, architecture, text_encoder_targets)
         else:
-            found += find_sites(
-                module, targets, f"{root}." if root else "", extra_presets=method.extra_targets
+            chosen = find_sites(
+                module,
+                targets,
+                prefix,
+                extra_presets=method.extra_targets,
+                family_presets=architecture.target_presets,
             )
-    return roots, found
+            unread = architecture.unread_layers.get(architecture.component, ())
+            kept = _read_sites(chosen, unread)
+            if chosen and not kept:
+                raise ValueError(f"targets {targets!r} choose only layers that no output depends on")
+            sites += kept
+    return roots, sites
 
 
-def _useful(
-    chosen: Sequence[TargetSite], root: str, roots: Mapping[str, nn.Module], targets: Targets
+def _text_encoder_sites(
+    chosen: Sequence[TargetSite], component: str, architecture: Architecture, targets: Targets
 ) -> list[TargetSite]:
     """Of a text encoder's layers those that have an effect, and that other programs know.
 
-    Stable Diffusion XL reads the states of its first encoder before the last layer, so nothing behind gets a
-    gradient. Presets leave the projection of pooled text alone: many programs have no name for it.
+    Presets leave the projection of pooled text alone: many programs have no name for it.
     """
-    behind: tuple[str, ...] = ()
-    config = getattr(roots.get("unet"), "config", None)
-    is_xl = "text_encoder_2" in roots and getattr(config, "addition_embed_type", None) == "text_time"
-    if root == "text_encoder" and is_xl:
-        behind = (f"layers.{roots[root].config.num_hidden_layers - 1}.", "final_layer_norm")
-    kept = [
-        choice
-        for choice in chosen
-        if not any(part in choice.site.name for part in behind)
-        and (choice.by_name or not choice.site.name.endswith("text_projection"))
-    ]
+    kept = []
+    for choice in _read_sites(chosen, architecture.unread_layers.get(component, ())):
+        if choice.by_name or not choice.site.name.endswith("text_projection"):
+            kept.append(choice)
     if not kept:
         raise ValueError(
-            f"text encoder targets {targets!r} choose only layers of {root} that have no effect: its states "
-            "are read before its last layer"
+            f"text encoder targets {targets!r} choose only layers of {component} that have no effect: its "
+            "states are read before its last layer"
         )
+    return kept
+
+
+def _read_sites(chosen: Sequence[TargetSite], unread_layers: Sequence[str]) -> list[TargetSite]:
+    """The sites whose outputs the model reads; the others would never get a gradient."""
+    kept = []
+    for choice in chosen:
+        if not any(name_matches(pattern, choice.site.name) for pattern in unread_layers):
+            kept.append(choice)
     return kept
 
 

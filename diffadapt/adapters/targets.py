@@ -55,30 +55,40 @@ class TargetSite:
 
 
 def find_sites(
-    model: nn.Module, targets: str | Sequence[str], prefix: str = "", *, extra_presets: Sequence[str] = ()
+    model: nn.Module,
+    targets: str | Sequence[str],
+    prefix: str = "",
+    *,
+    extra_presets: Sequence[str] = (),
+    family_presets: Mapping[str, Sequence[str]] | None = None,
 ) -> list[TargetSite]:
     """The layers of ``model`` that ``targets`` choose, in the model's order; a shared weight is one site.
 
     ``targets`` are presets or globs on module names, joined with ``+`` or as a sequence; ``!glob`` excludes.
-    ``extra_presets`` are added where they match. A name without wildcards matches also as the end of another.
+    A name without wildcards matches also as the end of another.
 
+    Args:
+        extra_presets: added where they match.
+        family_presets: preset -> globs, in place of the general rule of that preset.
     Raises: ValueError for a target that matches nothing, TypeError for a layer that cannot be adapted.
     """
+    family_presets = family_presets or {}
+    presets = dict.fromkeys((*PRESETS, *family_presets))
     tokens = _tokens(targets)
     layers = dict(layers_with_weight(model))
     chosen: dict[str, bool] = {}
     for token in (*tokens, *extra_presets):
         if token.startswith("!"):
             continue
-        matched = [name for name, layer in layers.items() if _matches(token, name, layer)]
+        matched = [name for name, layer in layers.items() if _matches(token, name, layer, family_presets)]
         if not matched and token in tokens:
-            others = [name for name in (*PRESETS, *layers) if name != token]
+            others = [name for name in (*presets, *layers) if name != token]
             raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, others)}")
         for name in matched:
-            chosen[name] = chosen.get(name, False) or token not in PRESETS
+            chosen[name] = chosen.get(name, False) or token not in presets
     for token in tokens:
         if token.startswith("!"):
-            excluded = [name for name in layers if _name_matches(token[1:], name)]
+            excluded = [name for name in layers if name_matches(token[1:], name)]
             if not excluded:
                 raise ValueError(f"exclusion {token!r} matches no layer{did_you_mean(token[1:], layers)}")
             for name in excluded:
@@ -148,7 +158,7 @@ def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str
     """The rank of every site a pattern names; the last matching pattern wins."""
     ranks: dict[str, int] = {}
     for pattern, rank in patterns.items():
-        matched = [site.name for site in sites if _name_matches(pattern, site.name)]
+        matched = [site.name for site in sites if name_matches(pattern, site.name)]
         if not matched:
             raise ValueError(
                 f"rank pattern {pattern!r} matches no site{did_you_mean(pattern, [s.name for s in sites])}"
@@ -184,8 +194,11 @@ def _kind(layer: nn.Module) -> LayerKind | None:
     return "norm" if isinstance(layer, _NORM_TYPES) else None
 
 
-def _matches(token: str, name: str, layer: nn.Module) -> bool:
+def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[str, Sequence[str]]) -> bool:
     kind = _kind(layer)
+    if token in family_presets:
+        is_product = kind in ("linear", "conv")
+        return is_product and any(name_matches(pattern, name) for pattern in family_presets[token])
     if token == "all":
         return kind in ("linear", "conv")
     if token in ("linear", "conv", "norm", "embedding"):
@@ -195,8 +208,9 @@ def _matches(token: str, name: str, layer: nn.Module) -> bool:
     if token in ("attention", "qv"):
         names = _PROJECTIONS["qv"] if token == "qv" else sum(_PROJECTIONS.values(), ())
         return kind in ("linear", "conv") and any(name == leaf or name.endswith("." + leaf) for leaf in names)
-    return _name_matches(token, name)
+    return name_matches(token, name)
 
 
-def _name_matches(pattern: str, name: str) -> bool:
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a glob matches a layer's name; without wildcards it matches the end of a name, too."""
     return fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and name.endswith("." + pattern))

@@ -117,4 +117,4 @@ def _unread_layers(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, 
     if not {"text_encoder", "text_encoder_2"} <= components.keys():
         return {}
     last = components["text_encoder"].config.num_hidden_layers - 1
-    return {"text_encoder": (f"layers.{last}.", "final_layer_norm")}
+    return {"text_encoder": (f"*layers.{last}.*", "final_layer_norm")}

@@ -58,8 +58,8 @@ def tiny_sd_pipeline(
         torch.manual_seed(seed)
         tokenizer = clip_tokenizer(folder / "words")
         pipe = StableDiffusionPipeline(
-            vae=_tiny_vae() if vae == "tiny" else _kl_vae(),
-            text_encoder=_text_encoder(tokenizer),
+            vae=tiny_vae() if vae == "tiny" else _kl_vae(),
+            text_encoder=tiny_text_encoder(tokenizer),
             tokenizer=tokenizer,
             unet=tiny_unet(),
             scheduler=_scheduler(scheduler, prediction_type),
@@ -90,9 +90,9 @@ def tiny_sdxl_pipeline(
         first, second = clip_tokenizer(folder / "words"), clip_tokenizer(folder / "words")
         second.pad_token = "!"
         pipe = StableDiffusionXLPipeline(
-            vae=_tiny_vae() if vae == "tiny" else _kl_vae(),
-            text_encoder=_text_encoder(first, layers=3),
-            text_encoder_2=_text_encoder(second, CLIPTextModelWithProjection, width=POOLED, layers=3),
+            vae=tiny_vae() if vae == "tiny" else _kl_vae(),
+            text_encoder=tiny_text_encoder(first, layers=3),
+            text_encoder_2=tiny_text_encoder(second, CLIPTextModelWithProjection, width=POOLED, layers=3),
             tokenizer=first,
             tokenizer_2=second,
             unet=tiny_sdxl_unet(),
@@ -151,7 +151,7 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
 
 
-def _text_encoder(
+def tiny_text_encoder(
     tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, *, width: int = WIDTH, layers: int = 2
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     return kind(
@@ -181,7 +181,7 @@ def _kl_vae() -> AutoencoderKL:
     )
 
 
-def _tiny_vae() -> AutoencoderTiny:
+def tiny_vae() -> AutoencoderTiny:
     return AutoencoderTiny(
         encoder_block_out_channels=(16, 16, 16),
         decoder_block_out_channels=(16, 16, 16),

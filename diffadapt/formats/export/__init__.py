@@ -30,7 +30,7 @@ from diffadapt.formats.export.diffusers import (
     diffusers_tensors,
 )
 from diffadapt.formats.export.kohya import kohya_tensors
-from diffadapt.formats.export.layer_names import base_of
+from diffadapt.formats.export.layer_names import base_architecture
 from diffadapt.formats.export.merged import (
     lost_in_rounding,
     note_on_guidance,
@@ -85,7 +85,7 @@ def export(
     check_arguments(to, dtype, rank)
     changes = checked_changes(adapter, to, force)
     title = path.stem if path.suffix == ".safetensors" else path.name
-    header = metadata_of(adapter, base_of(adapter), title=title, base_name=base, extra=metadata)
+    header = metadata_of(adapter, base_architecture(adapter), title=title, base_name=base, extra=metadata)
     if to == "merged":
         return _write_folder(adapter, path, changes, DTYPES[dtype], header, force)
     if to == "diffusers":
@@ -93,7 +93,7 @@ def export(
         changes = diffusers_changes(changes, rank)
         named, header["lora_adapter_metadata"] = diffusers_tensors(changes), adapter_config(changes)
     else:
-        named = kohya_tensors(changes, base_of(adapter), dense=dense)
+        named = kohya_tensors(changes, base_architecture(adapter), dense=dense)
     return _write_file(adapter, path, to, changes, named, DTYPES[dtype], header, force)
 
 
@@ -161,7 +161,7 @@ def _write_file(
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, {k: v for k, v in header.items() if k.startswith("ss_")})
         if to == "kohya":
-            verdicts = verify_kohya(str(temporary), changes, base_of(adapter), dtype)
+            verdicts = verify_kohya(str(temporary), changes, base_architecture(adapter), dtype)
         else:
             verdicts = verify_diffusers(str(temporary), changes, dtype)
         error, layers = _rank_error(changes), len(changes)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.architectures import architecture_of
 from diffadapt.adapters.fold import adapted_biases, adapted_weight
 from diffadapt.adapters.layers import Entry, LayerState
 from diffadapt.algebra.combined_weight import changed_weight, largest_class_table, start_weight
@@ -177,7 +178,6 @@ def _bias_change(base: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 def _component_of(root: nn.Module) -> str:
     """The name a bare model would have in a pipeline."""
-    name = type(root).__name__
-    if name == "UNet2DConditionModel":
-        return "unet"
-    return "text_encoder" if name.startswith("CLIPTextModel") else ""
+    if type(root).__name__.startswith("CLIPTextModel"):
+        return "text_encoder"
+    return architecture_of(root).component

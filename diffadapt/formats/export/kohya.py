@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffadapt.adapters.architectures import Architecture
 from diffadapt.algebra.full_rank import Dense, Kron, LowRankHadamard
 from diffadapt.algebra.low_rank import LowRank, Tucker
 from diffadapt.formats.emulators.lycoris import split_read_from
 from diffadapt.formats.export.changes import Change, per_row
 from diffadapt.formats.export.export_form import factor_weights, full_rank, low_rank, nothing
-from diffadapt.formats.export.layer_names import Base, kohya_name
+from diffadapt.formats.export.layer_names import kohya_name
 
 # ComfyUI adds float32's epsilon to the norm it divides by (comfy/weight_adapter/base.py, 0.3.77).
 _COMFYUI_EPSILON = torch.finfo(torch.float32).eps
 
 
-def kohya_tensors(changes: list[Change], base: Base, *, dense: bool) -> Iterator[tuple[str, Tensor]]:
+def kohya_tensors(changes: list[Change], base: Architecture, *, dense: bool) -> Iterator[tuple[str, Tensor]]:
     """The file's keys and tensors, float64, one layer after the other.
 
     ``dense`` writes whole differences where the compact keys are right in ComfyUI alone: scaled rows, and

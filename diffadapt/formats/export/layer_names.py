@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.architectures import Architecture, architecture_of
 from diffadapt.adapters.attach import pipeline_of
+from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
 from diffadapt.formats.export.changes import Change
-from diffadapt.formats.sgm_names import sgm_path
-
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 
 # Layers of UNet2DConditionModel that have a counterpart in the UNet of the first Stable Diffusion's code:
 # ComfyUI 0.3.77, comfy/utils.py: unet_to_diffusers and its maps UNET_MAP_*.
@@ -33,93 +30,67 @@ _SGM_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 _UNKNOWN_TO_A1111 = re.compile(r"conv_norm_out|add_embedding\.\w+")
 
 
-@dataclass(frozen=True)
-class Base:
-    """What kind of model the adapter belongs to.
-
-    Attributes:
-        family: ``sd1``, ``sd2``, ``sdxl``, or ``other`` for what no other program knows.
-        sizes: whether the sizes, too, are those of a published model of the family.
-        prediction: ``epsilon`` or ``v_prediction``, None where unknown.
-        resnets: of every down block of the UNet.
-        attended: numbers of its up blocks with attention.
-    """
-
-    family: str
-    sizes: bool = True
-    prediction: str | None = None
-    resnets: int = 2
-    attended: frozenset[int] = frozenset()
-
-    @property
-    def is_sdxl(self) -> bool:
-        return self.family == "sdxl"
-
-
-def base_of(adapter: Adapter) -> Base:
-    """The family by the structure of the UNet; of a lone text encoder, by that of its pipeline."""
-    from diffusers import UNet2DConditionModel  # takes seconds, which `import diffadapt` need not
-
+def base_architecture(adapter: Adapter) -> Architecture:
+    """The architecture of the base; of a lone text encoder, that of its pipeline."""
+    models = [adapter.roots.get(name) for name in DENOISERS]
     pipeline = pipeline_of(adapter)
-    unet = adapter.roots.get("unet") or getattr(pipeline, "unet", None) or adapter.roots.get("")
-    if not isinstance(unet, UNet2DConditionModel):
-        return Base("other")
-    config: Mapping = unet.config
-    width = config["cross_attention_dim"]
-    scheduler = getattr(pipeline, "scheduler", None)
-    prediction = None if scheduler is None else scheduler.config.get("prediction_type")
-    if config.get("addition_embed_type") == "text_time":
-        attended = frozenset(i for i, kind in enumerate(config["up_block_types"]) if "Attn" in kind)
-        return Base("sdxl", width == 2048, prediction, config["layers_per_block"], attended)
-    return Base("sd2" if width == 1024 else "sd1", width in (768, 1024), prediction)
+    models += [getattr(pipeline, name, None) for name in DENOISERS]
+    models.append(adapter.roots.get(""))
+    denoisers = [model for model in models if model is not None]
+    return architecture_of(denoisers[0] if denoisers else None)
 
 
-def kohya_name(component: str, path: str, base: Base) -> str:
-    """``lora_unet_...``, ``lora_te_...``; with two text encoders ``lora_te1_...`` and ``lora_te2_...``.
+def kohya_name(component: str, path: str, base: Architecture) -> str:
+    """``lora_unet_...``, ``lora_te_...``; with several text encoders ``lora_te1_...``, ``lora_te2_...``.
 
     As in kohya's own files, layers of SDXL's UNet have the names of the original code, the others diffusers'.
     Raises: ValueError for a model that has no name there.
     """
-    if component not in PREFIXES or base.family == "other":
+    names = base.published_names
+    is_denoiser = component in DENOISERS
+    if names is None or not (is_denoiser or is_text_encoder(component)):
         model = component or "this model"
         raise ValueError(
             f"kohya's file format has no name for layers of {model}: it knows the UNet and the CLIP text "
             "encoders of Stable Diffusion 1, 2 and XL; use --to merged"
         )
-    if component == "unet" and base.is_sdxl:
-        path = sgm_path(path, base.resnets, attended=base.attended) or path
-    prefix = "lora_te1_" if component == "text_encoder" and base.is_sdxl else PREFIXES[component]
-    return prefix + clip_path(component, path).replace(".", "_")
+    if is_denoiser:
+        original_path = None if names.original_path is None else names.original_path(path)
+        return "lora_unet_" + (original_path or path).replace(".", "_")
+    number = component.removeprefix("text_encoder").removeprefix("_")
+    if not number and names.numbers_first_encoder:
+        number = "1"
+    return f"lora_te{number}_" + clip_path(component, path).replace(".", "_")
 
 
 def clip_path(component: str, path: str) -> str:
     """The path in a CLIP text encoder with the level that transformers 5 no longer has, as files name it."""
-    lacks = component.startswith("text_encoder") and not path.startswith(("text_model.", "text_projection"))
+    lacks = is_text_encoder(component) and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if lacks else path
 
 
 def found_by_comfyui(change: Change) -> bool:
     """Whether ComfyUI's tables (comfy/lora.py, 0.3.77) list the layer."""
-    path = clip_path(change.component, change.path)
-    if change.component == "unet":
-        return _UNET_LAYERS.fullmatch(path) is not None
-    return _TEXT_PROJECTIONS.fullmatch(path) is not None
+    layers = _TEXT_PROJECTIONS if is_text_encoder(change.component) else _UNET_LAYERS
+    return layers.fullmatch(clip_path(change.component, change.path)) is not None
 
 
-def found_by_sd_scripts(change: Change, base: Base) -> bool:
+def found_by_sd_scripts(change: Change, base: Architecture) -> bool:
     """Whether kohya's sd-scripts (48d368f) make a LoRA of the layer: in SDXL inside the blocks alone."""
-    if change.component != "unet" or not base.is_sdxl:
+    original_path = base.published_names and base.published_names.original_path
+    if is_text_encoder(change.component) or original_path is None:
         return True
-    name = sgm_path(change.path, base.resnets) or ""
+    name = original_path(change.path) or ""
     return name.partition(".")[0] in _SGM_BLOCKS and name != "input_blocks.0.0"
 
 
-def found_by_a1111(change: Change, base: Base) -> bool:
+def found_by_a1111(change: Change, base: Architecture) -> bool:
     """Whether stable-diffusion-webui 1.10.1 finds the layer under the name it has in the file."""
     path = clip_path(change.component, change.path)
-    if change.component != "unet":
+    if is_text_encoder(change.component):
         known = _TEXT_LAYERS if change.component == "text_encoder" else _TEXT_PROJECTIONS
         return known.fullmatch(path) is not None
-    if base.is_sdxl:
-        return sgm_path(path, base.resnets) is not None  # it has the file's own names
+    original_path = base.published_names and base.published_names.original_path
+    if original_path is not None:
+        return original_path(path) is not None  # it has the file's own names
     return _UNET_LAYERS.fullmatch(path) is not None and _UNKNOWN_TO_A1111.fullmatch(path) is None

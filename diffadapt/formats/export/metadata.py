@@ -12,22 +12,16 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.architectures import Architecture, PublishedNames
+from diffadapt.adapters.attach import pipeline_of
 from diffadapt.adapters.fingerprint import fingerprint
-from diffadapt.formats.export.layer_names import Base
 
-ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _OWN_KEYS = ("format", "format_version", "adapter", "sha256")  # said again, in other words
-_SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}  # pixels the published models were made for
 
 
 def metadata_of(
     adapter: Adapter,
-    base: Base,
+    base: Architecture,
     *,
     title: str,
     base_name: str | None,
@@ -50,8 +44,9 @@ def metadata_of(
     }
     if base_name:
         header |= {"diffadapt.base": base_name, "ss_sd_model_name": base_name}
-    if base.family in ARCHITECTURES:
-        header |= _architecture(base)
+    if base.published_names is not None:
+        header |= _architecture(base.published_names)
+        header |= _prediction(adapter)
     return header
 
 
@@ -68,19 +63,25 @@ def base_only_note(adapter: Adapter) -> str:
     return f"whole differences of weights: valid for the base with fingerprint {values} only"
 
 
-def _architecture(base: Base) -> dict[str, str]:
-    kind = ARCHITECTURES[base.family] if base.sizes else f"{ARCHITECTURES[base.family]}-like"
-    side = _SIDES[base.family]
+def _architecture(names: PublishedNames) -> dict[str, str]:
+    ending = "" if names.has_published_sizes else "-like"
     header = {
-        "modelspec.architecture": f"{kind}/lora",
-        "ss_base_model_version": BASE_VERSIONS[base.family],
-        "ss_v2": str(base.family == "sd2"),
+        "modelspec.architecture": f"{names.architecture}{ending}/lora",
+        "ss_base_model_version": names.base_version,
+        "ss_v2": str(names.base_version == "sd_v2"),
     }
-    if base.sizes:
-        header["modelspec.resolution"] = f"{side}x{side}"
-    if base.prediction:
-        header["modelspec.prediction_type"] = "v" if base.prediction == "v_prediction" else base.prediction
+    if names.has_published_sizes:
+        header["modelspec.resolution"] = f"{names.resolution}x{names.resolution}"
     return header
+
+
+def _prediction(adapter: Adapter) -> dict[str, str]:
+    """The base's prediction type, where its pipeline is known."""
+    scheduler = getattr(pipeline_of(adapter), "scheduler", None)
+    prediction = None if scheduler is None else scheduler.config.get("prediction_type")
+    if prediction is None:
+        return {}
+    return {"modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}
 
 
 def network_of(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str]:

@@ -16,7 +16,7 @@ from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.checks import checked_changes
 from diffadapt.formats.export.diffusers import check_loader, diffusers_changes, diffusers_tensors
 from diffadapt.formats.export.kohya import kohya_tensors
-from diffadapt.formats.export.layer_names import base_of, found_by_comfyui, kohya_name
+from diffadapt.formats.export.layer_names import base_architecture, found_by_comfyui, kohya_name
 from diffadapt.formats.export.verify import verify_diffusers, verify_kohya
 
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")  # of convolutions
@@ -64,7 +64,7 @@ def _try_export(adapter: Adapter, to: str) -> None:
     changes = checked_changes(adapter, to, force=False)
     if to == "merged":
         return
-    base = base_of(adapter)
+    base = base_architecture(adapter)
     with TemporaryDirectory() as folder:
         path = str(Path(folder) / "trial.safetensors")
         if to == "diffusers":

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffadapt.adapters.architectures import Architecture
 from diffadapt.formats.emulators import Layer, Program, Refused, Result, with_bias
 from diffadapt.formats.emulators.a1111 import A1111
 from diffadapt.formats.emulators.comfyui import COMFYUI
@@ -18,7 +19,6 @@ from diffadapt.formats.emulators.peft import DIFFUSERS, DIFFUSERS_KOHYA
 from diffadapt.formats.emulators.sd_scripts import SD_SCRIPTS
 from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.layer_names import (
-    Base,
     clip_path,
     found_by_a1111,
     found_by_comfyui,
@@ -71,7 +71,9 @@ class Verdict:
         )
 
 
-def verify_kohya(path: str, changes: Sequence[Change], base: Base, dtype: torch.dtype) -> list[Verdict]:
+def verify_kohya(
+    path: str, changes: Sequence[Change], base: Architecture, dtype: torch.dtype
+) -> list[Verdict]:
     """Verdicts of every program that reads kohya's key names."""
     finds = {
         COMFYUI: found_by_comfyui,

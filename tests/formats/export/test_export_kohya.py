@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 
 import diffadapt as da
 from diffadapt.adapters.layers import ORIGINAL
-from diffadapt.formats.export.layer_names import base_of, kohya_name
+from diffadapt.formats.export.layer_names import base_architecture, kohya_name
 
 EVERYWHERE = (
     "lora(rank=2)",
@@ -79,7 +79,7 @@ def read_by_lycoris(adapter, tensors):
         layer = copy.copy(layer_state.layers[0])
         layer.__class__ = ORIGINAL[type(layer)]
         component, _, path = site.name.partition(".")
-        name = kohya_name(component, path, base_of(adapter))
+        name = kohya_name(component, path, base_architecture(adapter))
         kind, values = get_module(tensors, name)
         module = make_module(kind, values, name, layer)
         merged = module.get_merged_weight(shape=layer.weight.shape)
