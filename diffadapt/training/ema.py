@@ -1,4 +1,4 @@
-"""A moving average of the adapter's trained tensors: smoother than the last step's values."""
+"""A moving average of the adapter's trained tensors: smoother than the values of the last step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,16 @@ from diffadapt.adapters.adapter import Adapter
 
 
 class AdapterAverage:
-    """The exponential moving average: in update n the decay is min(decay, n / (n + 9)), as in diffusers."""
+    """The exponential moving average of an adapter.
+
+    In update n the decay is min(decay, n / (n + 9)), as in diffusers, so that the start is soon forgotten.
+
+    Args:
+        decay: in [0, 1).
+
+    Raises:
+        ValueError: for another decay.
+    """
 
     def __init__(self, adapter: Adapter, decay: float):
         if not 0 <= decay < 1:
@@ -20,28 +29,28 @@ class AdapterAverage:
         self._average = EMAModel(self._parameters, decay=decay)
 
     def update(self) -> None:
-        """Once after every optimizer step."""
+        """Adds the current values; to be called once after every optimizer step."""
         self._average.step(self._parameters)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the context the adapter holds the average; afterwards its own values again, bit for bit."""
-        own = [p.detach().clone() for p in self._parameters]
+        """Within the context the adapter holds the average; afterwards its trained values, bit for bit."""
+        trained_values = [p.detach().clone() for p in self._parameters]
         self._average.copy_to(self._parameters)
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in zip(self._parameters, own, strict=True):
+                for parameter, value in zip(self._parameters, trained_values, strict=True):
                     parameter.copy_(value)
 
     def state(self) -> dict[str, object]:
-        """Updates made, and the averages in the order of the adapter's parameters."""
+        """The number of updates, and the averages in the order of the adapter's parameters."""
         return {"updates": self._average.optimization_step, "values": list(self._average.shadow_params)}
 
     def restore(self, state: dict[str, object]) -> None:
         """Puts a saved state back, in place."""
         values: list[Tensor] = state["values"]
-        for own, value in zip(self._average.shadow_params, values, strict=True):
-            own.copy_(value)
+        for average, value in zip(self._average.shadow_params, values, strict=True):
+            average.copy_(value)
         self._average.optimization_step = state["updates"]

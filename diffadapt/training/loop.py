@@ -29,18 +29,18 @@ from diffadapt.training.param_groups import rate_groups
 from diffadapt.training.sharding import average_gradients, check_processes, shard
 
 SMALL_ATTENTION = 256  # latent positions up to which plain attention beats the fused kernel on a CPU
-WARMUP_SHARE = 0.1  # of the run, at most
+MAX_WARMUP_FRACTION = 0.1  # of the run
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step that was made."""
+    """One finished optimizer step; a line of log.jsonl has the same names."""
 
     index: int  # 1 is the first
     loss: float  # mean over microsteps and processes
-    lr: float  # the rate it was made with
+    lr: float  # learning rate of this step
     grad_norm: float  # before clipping
-    images: int  # pictures in it, over all processes
+    images: int  # training images in it, over all processes
     seconds: float
     skipped: bool = False  # left out because its loss or gradient is not finite
     text_encoder_lr: float | None = None  # where the text encoders have a rate of their own
@@ -57,13 +57,13 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     options: TrainOptions
     average: AdapterAverage | None = None
-    metadata: dict[str, str] = field(default_factory=dict)  # of a script, kept in the adapter's file
+    metadata: dict[str, str] = field(default_factory=dict)  # of a script, for the adapter's file
     data: Mapping[str, object] = field(default_factory=dict)  # as `data_record` describes it
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # id of the run, in all its checkpoints
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # in all checkpoints of the run
     precision: Precision | None = None  # why the accelerator's precision was chosen
     step: int = 0  # optimizer steps made
     position: int = 0  # of the next sample in the endless stream
-    skipped: int = 0  # of them left out because a loss or gradient was not finite
+    skipped: int = 0  # steps left out because a loss or gradient was not finite
 
     @property
     def batch_size(self) -> int:
@@ -76,10 +76,11 @@ class TrainState:
 
 
 def initial_state(accelerator: Accelerator, objective: Objective, options: TrainOptions) -> TrainState:
-    """Optimizer, schedule, average and the wrapped objective, at step 0.
+    """Builds optimizer, schedule and average, and wraps the objective, at step 0.
 
-    Raises: TypeError for trained tensors of low precision, ValueError for an optimizer that cannot be made,
-        and for settings that the schedule does not use.
+    Raises:
+        TypeError: for trained tensors of low precision.
+        ValueError: for an optimizer that cannot be made, and for settings that the schedule does not use.
     """
     check_effects(options, names=SCHEDULE_OPTIONS)
     adapter = objective.adapter
@@ -110,59 +111,99 @@ def initial_state(accelerator: Accelerator, objective: Objective, options: Train
 
 def warmup_steps(options: TrainOptions) -> int:
     """Warm-up steps as used: a long warm-up would be the whole of a short run."""
-    return min(options.lr_warmup_steps, int(WARMUP_SHARE * options.max_train_steps))
+    return min(options.lr_warmup_steps, int(MAX_WARMUP_FRACTION * options.max_train_steps))
 
 
 def train(train_state: TrainState, batches: Batches) -> Iterator[Step]:
-    """Trains from the train_state's position to the end of the run.
+    """Trains from the current position to the end of the run.
 
-    Raises: FloatingPointError when more steps than `--skip_nonfinite` have a loss or gradient that is not
-        finite; ValueError for trained tensors that no gradient reaches.
+    Raises:
+        FloatingPointError: when more steps than `--skip_nonfinite` have a loss or gradient that is not
+            finite.
+        ValueError: for trained tensors that no gradient reaches.
     """
-    watch = GradientFlowCheck(train_state.adapter) if train_state.step == 0 else None
-    while train_state.step < train_state.options.max_train_steps:
+    options = train_state.options
+    scales_gradients = train_state.accelerator.scaler is not None  # fp16
+    flow_check = GradientFlowCheck(train_state.adapter) if train_state.step == 0 else None
+    while train_state.step < options.max_train_steps:
         started = time.perf_counter()
-        rates = train_state.scheduler.get_last_lr()
-        rate = rates[0]
-        text_rate = None if train_state.options.text_encoder_lr is None else rates[-1]
-        losses = _accumulate(train_state, batches)
-        norm = _clip(train_state)
+        rates = train_state.scheduler.get_last_lr()  # of the denoiser first, of the text encoders last
+        losses = _accumulate_gradients(train_state, batches)
+        norm = _clip_gradients(train_state)
         loss = _mean_loss(train_state, losses)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not math.isfinite(loss) or not (finite or _scales(train_state)):
+
+        # While the fp16 scaler looks for its scale, gradients overflow; it leaves out these steps by itself.
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        is_fault = not math.isfinite(loss) or not (is_finite or scales_gradients)
+        if is_fault:
             _count_skipped(train_state, batches, losses.tolist(), norm)
-        elif finite and watch is not None and not watch.is_done:
-            watch.look(rate)
-        _update(train_state, make_step=finite or _scales(train_state))
+        elif is_finite and flow_check is not None and not flow_check.is_done:
+            flow_check.check(rates[0])
+
+        _update(train_state, make_step=is_finite or scales_gradients)
         train_state.step += 1
         train_state.position += train_state.batch_size
-        seconds = time.perf_counter() - started
-        yield Step(train_state.step, loss, rate, norm, train_state.batch_size, seconds, not finite, text_rate)
+        yield Step(
+            index=train_state.step,
+            loss=loss,
+            lr=rates[0],
+            grad_norm=norm,
+            images=train_state.batch_size,
+            seconds=time.perf_counter() - started,
+            skipped=not is_finite,
+            text_encoder_lr=None if options.text_encoder_lr is None else rates[-1],
+        )
 
 
 def positions(train_state: TrainState, microstep: int) -> Sequence[int]:
-    """This process's samples: the processes' microbatches lie side by side in the stream, so 2 equal 1."""
-    size, world = train_state.options.train_batch_size, train_state.accelerator.num_processes
+    """The samples of this process in a microstep of the next step.
+
+    The microbatches of N processes lie side by side in the stream that one process would read, so that N
+    processes make the step of one process with N times the batch.
+    """
+    size = train_state.options.train_batch_size
+    world = train_state.accelerator.num_processes
     start = train_state.position + (microstep * world + train_state.accelerator.process_index) * size
     return range(start, start + size)
 
 
-def _accumulate(train_state: TrainState, batches: Batches) -> torch.Tensor:
-    """All microsteps of a step; gradients are in place afterwards. Returns this process's loss of each."""
-    accelerator, microsteps = train_state.accelerator, train_state.options.gradient_accumulation_steps
+def attention_kernel(latents: torch.Tensor) -> AbstractContextManager:
+    """Plain attention for few tokens on a CPU, where the fused kernel's backward is slower.
+
+    Args:
+        latents: (B, C, h, w).
+    """
+    is_small = latents.shape[-2] * latents.shape[-1] <= SMALL_ATTENTION
+    if latents.device.type == "cpu" and is_small:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def _accumulate_gradients(train_state: TrainState, batches: Batches) -> torch.Tensor:
+    """Runs all microsteps of a step, which leaves the gradients of their mean loss in place.
+
+    Returns:
+        This process's loss of each microstep, (microsteps,).
+    """
+    accelerator = train_state.accelerator
+    options = train_state.options
+    microsteps = options.gradient_accumulation_steps
     losses = []
     for microstep in range(microsteps):
         batch = batches.batch(positions(train_state, microstep)).to(accelerator.device)
-        key = ("dropout", train_state.options.seed, train_state.step, microstep, accelerator.process_index)
+        # Dropout, like all randomness, is a function of the position: a resumed run repeats it.
+        key = ("dropout", options.seed, train_state.step, microstep, accelerator.process_index)
         train_state.adapter.set_dropout_seed(seed_from(key))
-        last = microstep == microsteps - 1
-        if not last or train_state.step + 1 < train_state.options.max_train_steps:
+        is_last = microstep == microsteps - 1
+        if not is_last or train_state.step + 1 < options.max_train_steps:
             batches.read_ahead(positions(train_state, microstep + 1))
-        with nullcontext() if last else accelerator.no_sync(train_state.objective), attention(batch.latents):
+        # Processes exchange gradients in the last microstep only.
+        synchronization = nullcontext() if is_last else accelerator.no_sync(train_state.objective)
+        with synchronization, attention_kernel(batch.latents):
             loss = train_state.objective(batch)
             accelerator.backward(loss / microsteps)
         losses.append(loss.detach())
-    if train_state.options.shard_base:
+    if options.shard_base:
         average_gradients(accelerator, train_state.adapter)
     return torch.stack(losses)
 
@@ -175,19 +216,18 @@ def _mean_loss(train_state: TrainState, losses: torch.Tensor) -> float:
     return loss.item()
 
 
-def _clip(train_state: TrainState) -> float:
-    """Scales the gradients down to the largest norm allowed; 0 allows any. Returns their norm before."""
+def _clip_gradients(train_state: TrainState) -> float:
+    """Clips the global gradient norm to `--max_grad_norm` (0: no clipping); returns the norm before."""
     largest = train_state.options.max_grad_norm or math.inf
     return float(train_state.accelerator.clip_grad_norm_(train_state.adapter.parameters(), largest))
 
 
-def _scales(train_state: TrainState) -> bool:
-    """Whether gradients are scaled (fp16): the scaler leaves out steps by itself while it finds its scale."""
-    return train_state.accelerator.scaler is not None
-
-
 def _count_skipped(train_state: TrainState, batches: Batches, losses: Sequence[float], norm: float) -> None:
-    """One more step that is left out; the same on every process, since loss and gradient are shared."""
+    """Counts a step that is left out; the same on every process, since loss and gradient are shared.
+
+    Raises:
+        FloatingPointError: for more of them than `--skip_nonfinite`, naming the images of the step.
+    """
     train_state.skipped += 1
     tolerated = train_state.options.skip_nonfinite
     if train_state.skipped > tolerated:
@@ -200,15 +240,10 @@ def _count_skipped(train_state: TrainState, batches: Batches, losses: Sequence[f
 
 
 def _update(train_state: TrainState, *, make_step: bool) -> None:
+    """One step of the optimizer and the average; the schedule goes on in any case."""
     if make_step:
         train_state.optimizer.step()
         if train_state.average is not None:
             train_state.average.update()
     train_state.scheduler.step()
     train_state.optimizer.zero_grad()
-
-
-def attention(latents: torch.Tensor) -> AbstractContextManager:
-    """Plain attention for few tokens on a CPU, where the fused kernel's backward is slower."""
-    small = latents.shape[-2] * latents.shape[-1] <= SMALL_ATTENTION
-    return sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" and small else nullcontext()

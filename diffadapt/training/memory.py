@@ -1,4 +1,4 @@
-"""How much memory a step takes, before the first one: counted where it can be, measured in one forward."""
+"""An estimate of a step's memory: counted where it can be, measured in one forward pass."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffadapt.data.batches import Batches
-from diffadapt.training.loop import TrainState, attention, positions
+from diffadapt.training.loop import TrainState, attention_kernel, positions
 from diffadapt.training.optimizers import state_values
 
 
@@ -24,67 +24,58 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """The sum of the three."""
         return self.base + self.training + self.activations
 
     def __str__(self) -> str:
-        parts = {"base": self.base, "adapter and optimizer": self.training, "activations": self.activations}
-        listed = ", ".join(f"{name} {size_text(value)}" for name, value in parts.items())
-        return f"about {size_text(self.total)}: {listed}"
+        return (
+            f"about {size_text(self.total)}: base {size_text(self.base)}, "
+            f"adapter and optimizer {size_text(self.training)}, activations {size_text(self.activations)}"
+        )
 
 
 def estimate_memory(train_state: TrainState, batches: Batches, pipe: DiffusionPipeline) -> MemoryEstimate:
-    """Counts the models, and what one forward pass at the run's batch size keeps. No training state changes.
+    """Counts the models, and what one forward pass at the run's batch size keeps; changes no state.
 
-    Raises: ValueError with the remedy when the device's memory does not suffice for that.
+    Raises:
+        ValueError: with the remedy when the device's memory does not suffice for that pass.
     """
-    models = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    weights = [tensor for model in models for tensor in [*model.parameters(), *model.buffers()]]
-    trained = _bytes([p for p in train_state.adapter.parameters() if p.requires_grad])
-    copies = (
-        2 + state_values(train_state.options) + bool(train_state.options.use_ema)
-    )  # itself, gradient, state
+    options = train_state.options
+    base_tensors: list[Tensor] = []
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            base_tensors += [*module.parameters(), *module.buffers()]
+    trained_bytes = _bytes(p for p in train_state.adapter.parameters() if p.requires_grad)
+    # A trained value has beside itself a gradient, the optimizer's values and, with --use_ema, an average.
+    copies = 2 + state_values(options) + bool(options.use_ema)
     try:
-        activations = _kept_by_forward(train_state, batches, weights)
+        activation_bytes = _bytes_kept_by_forward(train_state, batches, base_tensors)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"a batch of {train_state.options.train_batch_size} does not fit into memory ({error}); lower "
+            f"a batch of {options.train_batch_size} does not fit into memory ({error}); lower "
             "--train_batch_size or --resolution, or use --gradient_checkpointing"
         ) from None
-    return MemoryEstimate(_bytes(weights), int(trained * copies), activations)
-
-
-def _kept_by_forward(train_state: TrainState, batches: Batches, weights: list[Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps, each storage once, without those of the models."""
-    objective, accelerator = (
-        train_state.accelerator.unwrap_model(train_state.objective),
-        train_state.accelerator,
-    )
-    batch = batches.batch(positions(train_state, 0)).to(accelerator.device)
-    train_state.adapter.set_dropout_seed(0)
-    owned = [*weights, *train_state.adapter.parameters()]
-    with kept_storages(owned) as kept, accelerator.autocast(), attention(batch.latents):
-        objective.forward(batch)
-    return sum(storage.nbytes() for storage in kept.values())
+    return MemoryEstimate(_bytes(base_tensors), int(trained_bytes * copies), activation_bytes)
 
 
 @contextmanager
-def kept_storages(owned: Iterable[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
-    """Collects what autograd keeps for backward within the context: each storage once, none of `owned`."""
-    known = {tensor.untyped_storage()._cdata for tensor in owned}
-    kept: dict[int, torch.UntypedStorage] = {}
+def kept_storages(excluded: Iterable[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Collects what autograd keeps for the backward pass within the context, each storage once.
+
+    Args:
+        excluded: tensors whose storages are not counted, such as weights.
+    """
+    excluded_storages = {tensor.untyped_storage()._cdata for tensor in excluded}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
+        if storage._cdata not in excluded_storages:
+            storages[storage._cdata] = storage
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+        yield storages
 
 
 def size_text(count: int) -> str:
@@ -93,3 +84,19 @@ def size_text(count: int) -> str:
         if count >= 2**exponent:
             return f"{count / 2**exponent:.1f} {unit}"
     return f"{count / 2**10:.1f} KiB"
+
+
+def _bytes_kept_by_forward(train_state: TrainState, batches: Batches, base_tensors: list[Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps, without those of the models."""
+    accelerator = train_state.accelerator
+    objective = accelerator.unwrap_model(train_state.objective)
+    batch = batches.batch(positions(train_state, 0)).to(accelerator.device)
+    train_state.adapter.set_dropout_seed(0)
+    weights = [*base_tensors, *train_state.adapter.parameters()]
+    with kept_storages(weights) as storages, accelerator.autocast(), attention_kernel(batch.latents):
+        objective.forward(batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Uploading a finished run to the hub, when that was asked for; nothing else here sends anything."""
+"""Uploading a finished run to the hub, with `--push_to_hub`; nothing else in the package sends anything."""
 
 from pathlib import Path
 
@@ -8,12 +8,16 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffadapt.training.options import TrainOptions
 
-# States of training, pictures that are not results, and what an interrupted write left behind.
-LEFT_OUT = ["checkpoint-*", "class_images/*", "logs/*", ".*", "**/.*"]
+# States of training, images that are not results, and what an interrupted write left behind.
+NOT_UPLOADED = ["checkpoint-*", "class_images/*", "logs/*", ".*", "**/.*"]
 
 
 def check_hub(options: TrainOptions) -> None:
-    """Before the first step. Raises: ValueError when an upload was asked for and nobody is logged in."""
+    """Checks before the first step that the upload can succeed.
+
+    Raises:
+        ValueError: without a login, and for a repository's name that the hub does not take.
+    """
     if options.push_to_hub and get_token() is None:
         raise ValueError("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
     if options.hub_model_id is not None:
@@ -24,9 +28,13 @@ def check_hub(options: TrainOptions) -> None:
 
 
 def push(options: TrainOptions) -> str:
-    """Uploads the output folder without checkpoints. Returns the address of the repository.
+    """Uploads the output folder without checkpoints.
 
-    Raises: OSError when the hub refuses; the result stays in the output folder.
+    Returns:
+        The address of the repository.
+
+    Raises:
+        OSError: when the hub refuses; the result stays in the output folder.
     """
     output = Path(options.output_dir)
     try:
@@ -37,7 +45,7 @@ def push(options: TrainOptions) -> str:
             repo_id=repository,
             folder_path=str(output),
             commit_message="End of training",
-            ignore_patterns=LEFT_OUT,
+            ignore_patterns=NOT_UPLOADED,
         )
     except (OSError, HFValidationError) as error:
         raise OSError(

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar and log.jsonl while it goes, then run.json."""
+"""The record of a run: a progress bar and log.jsonl while it trains, run.json at its end."""
 
 import dataclasses
 import json
@@ -23,62 +23,68 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None
 
-VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 class Log:
-    """One JSON line per event. A resumed run goes on behind the step it resumes from."""
+    """A file with one JSON line per event. A resumed run goes on behind the step it resumes from."""
 
     def __init__(self, path: str | Path, *, resumed_step: int = 0, enabled: bool = True):
-        self.path, self.enabled = Path(path), enabled
+        self.path = Path(path)
+        self.enabled = enabled
         if not enabled:
             return
-        kept = [line for line in self._lines() if json.loads(line).get("step", 0) <= resumed_step]
-        text = "".join(kept) if resumed_step else ""
+        text = ""
+        if resumed_step:
+            text = "".join(self._lines_until(resumed_step))
         write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write(self, **event: object) -> None:
-        """Values that are not finite numbers, as the loss of a step that was left out, become null.
+        """Appends a line. Values that are not finite, as the loss of a skipped step, become null.
 
-        Raises: OSError with the remedy when it cannot be written.
+        Raises:
+            OSError: with the remedy when it cannot be written.
         """
-        if self.enabled:
-            finite = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()
-            }
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(finite) + "\n")
-            except OSError as error:
-                raise OSError(
-                    f"cannot write {self.path} ({error}); make room, then repeat the command with "
-                    "--resume_from_checkpoint latest"
-                ) from error
+        if not self.enabled:
+            return
+        values = {}
+        for name, value in event.items():
+            is_nonfinite = isinstance(value, float) and not math.isfinite(value)
+            values[name] = None if is_nonfinite else value
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path} ({error}); make room, then repeat the command with "
+                "--resume_from_checkpoint latest"
+            ) from error
 
-    def _lines(self) -> list[str]:
-        """Complete lines: a killed run may leave half a line at the end."""
+    def _lines_until(self, step: int) -> list[str]:
+        """The lines of earlier steps and of this one."""
         if not self.path.exists():
             return []
-        return [
-            line
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("}\n")
-        ]
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            is_complete = line.endswith("}\n")  # a killed run may leave half a line at the end
+            if is_complete and json.loads(line).get("step", 0) <= step:
+                lines.append(line)
+        return lines
 
 
 class Progress:
-    """The progress bar, the log and the trackers of one run."""
+    """The progress bar, the log and the trackers of one run; a context that closes the bar."""
 
     def __init__(self, train_state: TrainState, trackers: Trackers):
-        options, self.trackers = train_state.options, trackers
-        self.main = train_state.accelerator.is_main_process
-        self.log = Log(
-            Path(options.output_dir) / "log.jsonl", resumed_step=train_state.step, enabled=self.main
-        )
-        self._said = 0  # failures of trackers
+        options = train_state.options
+        self.trackers = trackers
+        self.is_main = train_state.accelerator.is_main_process
+        path = Path(options.output_dir) / "log.jsonl"
+        self.log = Log(path, resumed_step=train_state.step, enabled=self.is_main)
         self.bar = tqdm(
-            desc="steps", total=options.max_train_steps, initial=train_state.step, disable=not self.main
+            desc="steps", total=options.max_train_steps, initial=train_state.step, disable=not self.is_main
         )
+        self._reported_failures = 0  # of trackers
 
     def __enter__(self) -> "Progress":
         return self
@@ -86,36 +92,41 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
-    def show(self, step: Step, figures: Mapping[str, float]) -> None:
-        """One step and further figures of it: in the bar, as a line of the log, and to the trackers."""
-        values = {**dataclasses.asdict(step), **figures}
+    def show(self, step: Step, statistics: Mapping[str, float]) -> None:
+        """Writes one step to the bar, the log and the trackers.
+
+        Args:
+            statistics: more values of this step, for the log and the trackers.
+        """
+        values = {**dataclasses.asdict(step), **statistics}
         values = {name: value for name, value in values.items() if name != "index" and value is not None}
         self.log.write(step=step.index, **values)
-        if self.main:
+        if self.is_main:
             self.trackers.log({name: float(value) for name, value in values.items()}, step.index)
             self._say_failures()
         speed = step.images / step.seconds
-        shown = f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s"
+        status = f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:.1f} images/s"
         memory = peak_memory_bytes()
         if memory is not None:
-            shown += f", {memory / 2**30:.1f} GiB"
-        self.bar.set_postfix_str(shown, refresh=False)
+            status += f", {memory / 2**30:.1f} GiB"
+        self.bar.set_postfix_str(status, refresh=False)
         self.bar.update()
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
-        """Pictures (N, 3, H, W) in [0, 1] to the trackers."""
+        """Hands images (N, 3, H, W) in [0, 1] to the trackers."""
         self.trackers.log_images(name, images, step)
         self._say_failures()
 
-    def _say_failures(self) -> None:
-        """Each tracker that failed, once."""
-        for failure in self.trackers.failures[self._said :]:
-            self.say(f"{failure}; the run goes on without it")
-        self._said = len(self.trackers.failures)
-
     def say(self, text: str) -> None:
-        if self.main:
+        """Prints a line above the bar, on the main process."""
+        if self.is_main:
             self.bar.write(text)
+
+    def _say_failures(self) -> None:
+        """Reports each tracker that failed, once."""
+        for failure in self.trackers.failures[self._reported_failures :]:
+            self.say(f"{failure}; the run goes on without it")
+        self._reported_failures = len(self.trackers.failures)
 
 
 def peak_memory_bytes() -> int | None:
@@ -132,12 +143,14 @@ def peak_memory_bytes() -> int | None:
 
 
 def write_run(path: str | Path, values: dict[str, object]) -> None:
-    """Writes run.json: the given values with the peak memory and the versions of everything that matters."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+    """Writes run.json: the given values with the peak memory and the versions of the packages used."""
     content = dict(values)
     memory = peak_memory_bytes()
     if memory is not None:
         content["peak_memory_bytes"] = memory
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        versions[name] = version(name)
     content["versions"] = versions
     text = to_json(content)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

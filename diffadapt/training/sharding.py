@@ -1,7 +1,7 @@
-"""The frozen base spread over the processes (PyTorch's FSDP2), a block's weights gathered while it is used.
+"""Sharding the frozen base over the processes (PyTorch's FSDP2); a block's weights are gathered while in use.
 
 The adapter is small and stays whole on every process, as in data-parallel training; its gradients are
-averaged. So what is saved, resumed and averaged over time is the same with and without sharding.
+averaged. So checkpoints, resuming and the moving average are the same with and without sharding.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,11 @@ UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.
 
 
 def check_processes(accelerator: Accelerator, *, shard_base: bool) -> None:
-    """Raises: ValueError where accelerate would shard what is trained, or where one process is to share."""
+    """Checks that accelerate's set-up goes with an adapter.
+
+    Raises:
+        ValueError: where accelerate would shard the trained tensors, or one process is to shard the base.
+    """
     if accelerator.distributed_type in UNSUPPORTED:
         raise ValueError(
             f"accelerate is set up for {accelerator.distributed_type.value}, which shards what is trained; "
@@ -32,11 +36,11 @@ def check_processes(accelerator: Accelerator, *, shard_base: bool) -> None:
 
 
 def shard(denoiser: nn.Module, adapter: Adapter) -> None:
-    """Spreads the denoiser's weights, block by block as its class says what belongs together.
+    """Shards the denoiser's weights, by the blocks that its class names in `_no_split_modules`.
 
     To be called on every process, after the adapter is attached.
     """
-    # now, since no process can read sharded weights later
+    # Fingerprints are taken now, since no process can read sharded weights later.
     adapter.base_values = fingerprints(list(adapter.layer_states.values()))
     blocks = set(getattr(denoiser, "_no_split_modules", None) or ())
     for module in reversed(list(denoiser.modules())):  # inner blocks first
@@ -48,9 +52,10 @@ def shard(denoiser: nn.Module, adapter: Adapter) -> None:
 
 @contextmanager
 def gathered(denoiser: nn.Module) -> Iterator[None]:
-    """The whole base on every process, so that one alone can draw with it; nothing for a base in one piece.
+    """Within the context every process holds the whole base, so that one alone can generate images with it.
 
-    To be entered by all processes, which meet again at the end of it.
+    To be entered by all processes, which meet again at its end. Nothing happens for a base that is not
+    sharded.
     """
     modules = [module for module in denoiser.modules() if isinstance(module, FSDPModule)]
     for module in modules:
@@ -65,7 +70,7 @@ def gathered(denoiser: nn.Module) -> Iterator[None]:
 
 
 def average_gradients(accelerator: Accelerator, adapter: Adapter) -> None:
-    """The mean over processes, which the wrapper of data-parallel training would have taken."""
+    """Averages gradients over processes, as the wrapper of data-parallel training would have done."""
     for parameter in adapter.parameters():
         if parameter.grad is not None:
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")

@@ -1,4 +1,4 @@
-"""Stopping politely: a signal ends a run after the current step, with a checkpoint."""
+"""Signals end a run after the current step, with a checkpoint, and not in the middle of it."""
 
 import os
 import select
@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # SIGHUP: the terminal was closed; Windows has none
-STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
+STANDARD_OUTPUT = 1
+STANDARD_ERROR = 2
 STOPS_AFTER_STEP = "stops after this step and saves a checkpoint"
 STOPPED_AT_ONCE = "without saving; the last checkpoint, if there is one, is as it was"
 
@@ -30,30 +31,31 @@ class StopRequest:
         self.received: int | None = None
         self._announce = announce
         self._interrupted = False
-        self._previous: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         for name in SIGNALS:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def agreed(self, accelerator: Accelerator) -> int | None:
         """The signal some process received, the same answer on every process; None to go on."""
         number = self.received or 0
         if accelerator.num_processes > 1:
-            flags = accelerator.gather(torch.tensor([number], device=accelerator.device))
-            number = int(flags.max())
+            numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+            number = int(numbers.max())
         if number:
             replace_lost_outputs()
         return number or None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """The handler of all three signals."""
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt(STOPPED_AT_ONCE)
         is_first = self.received is None
@@ -66,7 +68,7 @@ class StopRequest:
             self._say(f"{signal.Signals(number).name}: {STOPS_AFTER_STEP}")
 
     def _say(self, text: str) -> None:
-        """Writes past Python's buffers, in whose midst the signal may have come."""
+        """Writes past Python's buffers, which the signal may have interrupted."""
         if not self._announce:
             return
         try:
@@ -76,13 +78,13 @@ class StopRequest:
 
 
 def replace_lost_outputs() -> None:
-    """Points outputs without a reader (a closed terminal, `| tee log`) to nowhere: writing would raise."""
+    """Sends outputs without a reader (a closed terminal, `| tee log`) to nowhere: writing would raise."""
     if not hasattr(select, "poll"):  # Windows
         return
     for output in (STANDARD_OUTPUT, STANDARD_ERROR):
         poll = select.poll()
         poll.register(output, 0)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, output)
-            os.close(nowhere)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, output)
+            os.close(null_device)

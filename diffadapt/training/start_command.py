@@ -1,4 +1,4 @@
-"""How training scripts are started: from a clone by their path, from an installed package by their module."""
+"""Commands that start a training script: by its path in a clone, by its module in an installed package."""
 
 import shlex
 import sys
@@ -25,8 +25,8 @@ def start_command(script: str) -> str:
     return f"accelerate launch --config_file accelerate_config.yaml train_scripts/{script}.py"
 
 
-def this_command(*further: str) -> str:
-    """The command of this process with further arguments, to be repeated in a shell."""
+def this_command(*arguments: str) -> str:
+    """The command of this process with more arguments, to be repeated in a shell."""
     module = module_started()
     script = ["-m", module] if module else sys.argv[:1]
-    return f"accelerate launch {shlex.join([*script, *sys.argv[1:], *further])}"
+    return f"accelerate launch {shlex.join([*script, *sys.argv[1:], *arguments])}"

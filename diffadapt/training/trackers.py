@@ -1,4 +1,4 @@
-"""Trackers: tensorboard, wandb and the others that accelerate knows, chosen by name, checked at the start."""
+"""Experiment trackers: tensorboard, wandb and others of accelerate, by name, checked before the first step."""
 
 import importlib.util
 import inspect
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from diffadapt.common.messages import did_you_mean
 
-# What is imported and what is installed; a name that is not here is imported and installed under itself.
+# Module and package of trackers that are not imported and installed by their own name.
 PACKAGES = {"comet_ml": ("comet_ml", "comet-ml"), "dvclive": ("dvclive", "dvclive")}
 
 PROJECT = "diffadapt"
 
 
 def check_trackers(text: str) -> list[str]:
-    """The trackers of `--report_to`.
+    """Parses `--report_to` into names of trackers.
 
-    Raises: ValueError for an unknown one, or one that is not installed, naming what to install.
+    Raises:
+        ValueError: for an unknown tracker, or one that is not installed, naming the package to install.
     """
     names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
     for name in names:
@@ -38,23 +39,28 @@ def check_trackers(text: str) -> list[str]:
 
 
 def start_trackers(accelerator: Accelerator, options: Mapping[str, object], *, step: int) -> None:
-    """Opens the trackers of a run that stands at `step`; what tensorboard holds of later steps is hidden.
+    """Opens the trackers of a run.
 
     Tensorboard and wandb write to the accelerator's logging folder, trackio to its own (TRACKIO_DIR).
-    Raises: ValueError when one cannot be opened, as without a login.
+
+    Args:
+        step: the step at which the run stands; what tensorboard holds of later steps is hidden.
+
+    Raises:
+        ValueError: when one cannot be opened, as without a login.
     """
     config = {name: value for name, value in options.items() if value is not None}
-    own: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": step + 1}}
+    arguments: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": step + 1}}
     if "wandb" in map(str, accelerator.log_with):
         Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)  # wandb would write elsewhere
-        own["wandb"] = {"dir": accelerator.logging_dir}
+        arguments["wandb"] = {"dir": accelerator.logging_dir}
     try:
-        accelerator.init_trackers(PROJECT, config, init_kwargs=own)
+        accelerator.init_trackers(PROJECT, config, init_kwargs=arguments)
     except Exception as error:  # every library has its own kinds
-        raise ValueError(_cannot_be_opened(error)) from error
+        raise ValueError(_cannot_open_message(error)) from error
 
 
-def _cannot_be_opened(error: Exception) -> str:
+def _cannot_open_message(error: Exception) -> str:
     return (
         f"a tracker of --report_to cannot be opened: {error}; log in to it, leave it out, or let wandb "
         "write here only: WANDB_MODE=offline"
@@ -62,9 +68,10 @@ def _cannot_be_opened(error: Exception) -> str:
 
 
 def try_trackers(names: Sequence[str]) -> None:
-    """What can be tried of trackers without opening a run: writing events, and a key to log in with.
+    """Tries of trackers what needs no open run: writing events, and the key to log in with.
 
-    Raises: ValueError when one could not be opened later.
+    Raises:
+        ValueError: when one could not be opened later.
     """
     for name, trial in TRIALS.items():
         if name not in names:
@@ -72,7 +79,7 @@ def try_trackers(names: Sequence[str]) -> None:
         try:
             trial()
         except Exception as error:  # every library has its own kinds
-            raise ValueError(_cannot_be_opened(error)) from error
+            raise ValueError(_cannot_open_message(error)) from error
 
 
 def _try_tensorboard() -> None:
@@ -83,7 +90,7 @@ def _try_tensorboard() -> None:
 
 
 def _try_wandb() -> None:
-    """Raises: ValueError where wandb would send figures and has no key to log in with."""
+    """Raises a ValueError where wandb would send values and has no key to log in with."""
     import wandb
 
     if wandb.setup().settings.mode not in ("online", "shared"):
@@ -100,12 +107,12 @@ TRIALS = {"tensorboard": _try_tensorboard, "wandb": _try_wandb}
 
 
 class Trackers:
-    """The trackers of a run, from before its first work to behind its last step.
+    """The open trackers of a run.
 
-    One that fails is left out from there on and costs nothing else.
+    One that fails is left out from there on; the run goes on.
 
     Attributes:
-        failures: what became of those that failed, a line for each.
+        failures: a line for each tracker that failed.
     """
 
     def __init__(self, accelerator: Accelerator, options: Mapping[str, object], *, step: int):
@@ -114,13 +121,17 @@ class Trackers:
         start_trackers(accelerator, options, step=step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Figures of a step."""
+        """Logs values of a step."""
         for tracker in list(self._accelerator.trackers):
             with self._attempt(tracker, f"step {step}"):
                 tracker.log(dict(values), step=step)
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
-        """Images (N, 3, H, W) in [0, 1] for tensorboard, wandb and trackio; others get figures only."""
+        """Logs images, which tensorboard, wandb and trackio take.
+
+        Args:
+            images: (N, 3, H, W) in [0, 1].
+        """
         values = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
         for tracker in list(self._accelerator.trackers):
             with self._attempt(tracker, f"images of step {step}"):
@@ -129,15 +140,16 @@ class Trackers:
     def close(self) -> list[str]:
         """Ends the runs of the trackers; a second time there is nothing to end.
 
-        Returns: what failed in it, also in `failures`.
+        Returns:
+            What failed in it, also in `failures`.
         """
-        before = len(self.failures)
+        earlier_failures = len(self.failures)
         trackers = list(self._accelerator.trackers)
         self._accelerator.trackers.clear()
         for tracker in trackers:
             with self._attempt(tracker, "the end"):
                 tracker.finish()
-        return self.failures[before:]
+        return self.failures[earlier_failures:]
 
     @contextmanager
     def _attempt(self, tracker: GeneralTracker, what: str) -> Iterator[None]:

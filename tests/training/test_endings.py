@@ -133,7 +133,7 @@ def test_every_method_can_be_stored_and_read_before_the_first_step(tmp_path, met
         pytest.importorskip("peft")
     model = tiny_class_unet() if method == "class_embedding" else tiny_unet()
     adapter = da.attach(model, da.make_method(method), "attention", seed=-1)
-    train_state = SimpleNamespace(adapter=adapter, options=TrainOptions(), step=0, average=None, notes={})
+    train_state = SimpleNamespace(adapter=adapter, options=TrainOptions(), step=0, average=None, metadata={})
     path = save_adapter(train_state, tmp_path)
     before = {name: value.clone() for name, value in adapter.state_dict().items()}
     assert da.read_metadata(path)["adapter"]["seed"] == -1

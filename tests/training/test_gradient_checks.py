@@ -23,14 +23,14 @@ def test_a_loss_that_is_no_number_ends_the_run_with_step_pictures_and_remedy():
     with pytest.raises(FloatingPointError) as caught:
         next(steps)
     message = str(caught.value)
-    assert message.startswith("step 2: the loss is nan, with the pictures picture-2.png, picture-3.png; ")
+    assert message.startswith("step 2: the loss is nan, with the images picture-2.png, picture-3.png; ")
     assert "lower --learning_rate" in message
     assert "--skip_nonfinite N (now 0)" in message
 
 
 def test_only_the_microstep_that_failed_is_named():
     train_state = small_train_state(max_train_steps=1, train_batch_size=1, gradient_accumulation_steps=3)
-    with pytest.raises(FloatingPointError, match=r"with the pictures picture-1\.png; lower"):
+    with pytest.raises(FloatingPointError, match=r"with the images picture-1\.png; lower"):
         next(train(train_state, SmallBatches(spoiled=["picture-1.png"])))
 
 

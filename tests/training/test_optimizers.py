@@ -14,7 +14,7 @@ from diffadapt.training.base_defaults import recommended_rate
 from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.state_dict_json import pack, unpack
 from diffadapt.training.loop import train
-from diffadapt.training.optimizers import OTHERS, make_optimizer
+from diffadapt.training.optimizers import PACKAGED_OPTIMIZERS, make_optimizer
 from diffadapt.training.param_groups import rate_groups
 
 OPTIMIZERS = {
@@ -29,8 +29,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_4_steps_equal_2_and_a_resume_of_2_with_any_optimizer(tmp_path, name):
-    if name in OTHERS:
-        pytest.importorskip(OTHERS[name][2])
+    if name in PACKAGED_OPTIMIZERS:
+        pytest.importorskip(PACKAGED_OPTIMIZERS[name][2])
     options = {"max_train_steps": 4, "optimizer": name, **OPTIMIZERS[name]}
     whole, batches = small_train_state(**options), SmallBatches()
     losses = [step.loss for step in train(whole, batches)]

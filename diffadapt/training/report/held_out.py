@@ -10,7 +10,7 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
 from diffadapt.data.scaled_images import training_pixels
 from diffadapt.models.base import BaseModel
-from diffadapt.training.loop import attention
+from diffadapt.training.loop import attention_kernel
 from diffadapt.training.objective import Objective
 
 BATCH = 16
@@ -46,7 +46,7 @@ class HeldOutLoss:
         for start in range(0, self._count, BATCH):
             places = range(start, min(self._count, start + BATCH))
             batch = self._batches.batch(places).to(self._device)
-            with attention(batch.latents):
+            with attention_kernel(batch.latents):
                 total += float(self._objective(batch)) * len(places)
         return total / self._count
 
