@@ -1,4 +1,4 @@
-"""Experiment trackers: tensorboard, wandb and others of accelerate, by name, checked before the first step."""
+"""Experiment trackers: tensorboard, wandb and others of accelerate, by name, tried before the first step."""
 
 import importlib.util
 import inspect
