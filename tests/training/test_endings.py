@@ -169,7 +169,7 @@ def test_a_failure_at_the_end_costs_itself_only(run, tmp_path, monkeypatch, caps
 
 
 def test_results_are_written_before_images_are_generated(run, tmp_path, monkeypatch, capsys):
-    take = Report._take
+    take = Report._generate_all
 
     def interrupted(report, when):
         if when == "after":
@@ -177,7 +177,7 @@ def test_results_are_written_before_images_are_generated(run, tmp_path, monkeypa
         take(report, when)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Report, "_take", interrupted)
+        patched.setattr(Report, "_generate_all", interrupted)
         assert run() == 130
     out = tmp_path / "out"
     assert f"the adapter is saved: {out}/adapter.safetensors" in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_ctrl_c_while_the_first_images_are_generated_ends_at_once(run, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Report, "_take", interrupted)
+        patched.setattr(Report, "_generate_all", interrupted)
         assert run() == 130
     assert "Traceback" not in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
