@@ -28,7 +28,7 @@ from diffadapt.data.examples import Example
 from diffadapt.data.folders import read_class_folders
 from diffadapt.data.hub_tables import open_table, read_labelled_table
 from diffadapt.models.base_names import resolve
-from diffadapt.training.base_defaults import choose_base
+from diffadapt.training.base_defaults import complete_options
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.report.class_mapping import (
@@ -100,10 +100,10 @@ def main() -> int:
     """Trains an adapter and returns the exit code."""
     options = parse(Options, description=__doc__.splitlines()[0])
     data = "train_data_dir" if options.train_data_dir else "dataset_name"
-    options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
+    options = complete_options(options, DEMO, data=data, command=FULL_COMMAND)
     examples, names = training_data(options)
     held_out = held_out_data(options, names)
-    setup = prepare_run(options, fitting=lambda options, model: with_new_table(options, model, names))
+    setup = prepare_run(options, adjust_options=lambda options, model: with_new_table(options, model, names))
     options = setup.options
     train_state = make_train_state(setup)
     rows = labels_of(setup.model, names, options.class_labels)

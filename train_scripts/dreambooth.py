@@ -26,7 +26,7 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import ClassRecipe, class_examples, planned_class_examples
 from diffadapt.data.folders import read_instance_folder
 from diffadapt.models.base_names import resolve
-from diffadapt.training.base_defaults import choose_base
+from diffadapt.training.base_defaults import complete_options
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.report.subject import SubjectReport
@@ -77,7 +77,7 @@ class Options(TrainOptions):
 def main() -> int:
     """Trains an adapter and returns the exit code."""
     options = parse(Options, description=__doc__.splitlines()[0])
-    options = choose_base(options, DEMO, data="instance_data_dir", command=FULL_COMMAND)
+    options = complete_options(options, DEMO, data="instance_data_dir", command=FULL_COMMAND)
     if options.with_prior_preservation and not options.class_prompt:
         raise ValueError('--with_prior_preservation needs --class_prompt, as "a photo of a dog"')
     setup = prepare_run(options)

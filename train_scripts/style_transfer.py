@@ -26,7 +26,7 @@ from diffadapt.data.folders import read_captioned_folder
 from diffadapt.data.hub_tables import open_table, read_captioned_table
 from diffadapt.data.stream import Stream
 from diffadapt.models.base_names import resolve
-from diffadapt.training.base_defaults import choose_base
+from diffadapt.training.base_defaults import complete_options
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.report.style import StyleReport
@@ -91,7 +91,7 @@ def main() -> int:
     """Trains an adapter and returns the exit code."""
     options = parse(Options, description=__doc__.splitlines()[0])
     data = "dataset_name" if options.dataset_name else "train_data_dir"
-    options = choose_base(options, DEMO, data=data, command=FULL_COMMAND)
+    options = complete_options(options, DEMO, data=data, command=FULL_COMMAND)
     examples, held_out = training_examples(options), []
     if options.validation_data_dir:
         held_out = read_captioned_folder(

@@ -23,7 +23,7 @@ from diffadapt.training.ema import AdapterAverage
 from diffadapt.training.gradient_checks import GradientFlowCheck, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
 from diffadapt.training.optimizers import make_optimizer
-from diffadapt.training.option_effects import SCHEDULE_OPTIONS, check_effects
+from diffadapt.training.option_checks import SCHEDULE_OPTIONS, check_effects
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.param_groups import rate_groups
 from diffadapt.training.sharding import average_gradients, check_processes, shard

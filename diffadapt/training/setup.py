@@ -1,4 +1,8 @@
-"""From options to a train_state at the first step: what every script does in the same way."""
+"""From options to the first training step, the same for every script.
+
+A script calls three functions, in the order of this file: `prepare_run` checks the options and loads the
+base, `make_batches` encodes the data, `make_train_state` attaches the adapter and builds the optimizer.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,31 +24,29 @@ from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import load_base
 from diffadapt.training import output_folder
-from diffadapt.training.base_defaults import (
-    base_profile,
+from diffadapt.training.adapter_options import (
     budget_notices,
     build_method,
-    check_ranges,
-    check_text_encoders,
-    filled,
-    fitted,
-    preferred_precision,
-    recommended_rate,
-    text_targets,
+    default_learning_rate,
+    fit_to_budget,
+    text_encoder_targets,
 )
+from diffadapt.training.base_defaults import base_profile, fill_missing
 from diffadapt.training.loop import TrainState, initial_state
 from diffadapt.training.objective import Objective
-from diffadapt.training.option_effects import check_effects
+from diffadapt.training.option_checks import check_effects, check_ranges, check_text_encoder_lr
 from diffadapt.training.options import OptionsT, TrainOptions
 from diffadapt.training.push_to_hub import check_hub
 from diffadapt.training.trackers import check_trackers, try_trackers
 
+AdjustOptions = Callable[[OptionsT, BaseModel], OptionsT]
+
 
 @dataclass(frozen=True)
 class Setup(Generic[OptionsT]):
-    """What a run works with, before there is data."""
+    """A run before it has data: complete options, the machine, the loaded base and the method."""
 
-    options: OptionsT  # complete
+    options: OptionsT
     accelerator: Accelerator
     model: BaseModel
     method: Method
@@ -52,104 +54,50 @@ class Setup(Generic[OptionsT]):
     precision: Precision
 
 
-def prepare_run(
-    options: OptionsT, *, fitting: Callable[[OptionsT, BaseModel], OptionsT] | None = None
-) -> Setup[OptionsT]:
+def prepare_run(options: OptionsT, *, adjust_options: AdjustOptions | None = None) -> Setup[OptionsT]:
     """Checks what can be checked, starts the accelerator, loads the base and completes the options.
 
     Args:
-        fitting: the options as they fit the loaded base, where a script's adapter depends on it.
-    Raises: ValueError or OSError with the remedy.
+        adjust_options: changes the options to fit the loaded base, where a script's adapter depends on it.
+
+    Raises:
+        ValueError or OSError: with the remedy.
     """
     started = time.perf_counter()
     runtime.silence_libraries()
-    check_ranges(options)
-    parse_formats(options.export_formats)
-    check_effects(options, base_profile(options))
-    options, notices = output_folder.resolve_output_dir(options)
-    output_folder.check_outside_data(options)
-    output_folder.check_outside_models(options)
-    trackers = check_trackers(options.report_to)
-    check_hub(options)
-    method = build_method(options)
-    check_text_encoders(options)
+    options, notices = _check_options(options)
     precision = choose_precision(
-        options.mixed_precision, runtime.expected_device(), preferred=preferred_precision(options)
+        options.mixed_precision,
+        runtime.expected_device(),
+        preferred=base_profile(options).defaults["preferred_precision"],
     )
     options = replace(options, mixed_precision=precision.name)
-    accelerator = runtime.make_accelerator(
-        mixed_precision=precision.name,
-        num_threads=options.num_threads,
-        trackers=trackers,
-        logging_dir=options.logging_dir or f"{options.output_dir}/logs",
-    )
-    if accelerator.is_main_process:
-        try_trackers(trackers)
-        for name, folder in output_folder.output_folders(options).items():
-            output_folder.check_writable(folder, name)
-        output_folder.check_subfolders(options.output_dir)
-    for notice in (*notices, *precision.notices, *accumulation_notices(options)):
+    accelerator = _start_accelerator(options)
+    for notice in (*notices, *precision.notices, *_accumulation_notices(options)):
         accelerator.print(notice)
-    model = load_base(
-        options.pretrained_model_name_or_path,
-        device=accelerator.device,
-        dtype=runtime.weight_dtype(accelerator, options.base_precision),
-        revision=options.revision,
-        variant=options.variant,
-        vae=options.pretrained_vae_model_name_or_path,
-        prediction_type=options.prediction_type,
-    )
-    check_conditioning(options, model)
-    if options.train_text_encoder:
-        model.enable_text_encoder_training()
-    if fitting is not None:
-        options = fitting(options, model)
-        method = build_method(options)
-    method = fitted(options, method, model.pipe)
+    model = _load_base(options, accelerator)
+
+    # What depends on the base: the method's rank, the resolution, the learning rate.
+    if adjust_options is not None:
+        options = adjust_options(options, model)
+    method = fit_to_budget(options, build_method(options), model.pipe)
     for notice in budget_notices(options, method, model.pipe):
         accelerator.print(notice)
-    known = {"resolution": model.resolution, "learning_rate": recommended_rate(options, method)}
-    options = filled(options, known)
+    learning_rate = default_learning_rate(options, method)
+    options = fill_missing(options, {"resolution": model.resolution, "learning_rate": learning_rate})
     check_resolution(model, options.resolution)
     return Setup(options, accelerator, model, method, started, precision)
 
 
-def accumulation_notices(options: TrainOptions) -> list[str]:
-    """A line where the option and the launcher name different numbers of microsteps."""
-    exported = runtime.launcher_accumulation()
-    used = options.gradient_accumulation_steps
-    if exported in (1, used):
-        return []
-    return [f"--gradient_accumulation_steps {used} is used, not the launcher's {exported}"]
-
-
-def check_conditioning(options: TrainOptions, model: BaseModel) -> None:
-    """Raises: ValueError for a base that is conditioned on classes in a script of captions."""
-    if isinstance(model, ClassConditionedBase) and not hasattr(options, "class_labels"):
-        raise ValueError(f"{model.source} is told classes, not words; use train_scripts/class_conditional.py")
-
-
-def check_resolution(model: BaseModel, resolution: int) -> None:
-    """Raises: ValueError for a training size that the base cannot have, with the sizes that it can."""
-    step, smallest = model.square_limits
-    if resolution == model.resolution or (resolution % step == 0 and resolution >= smallest):
-        return
-    nearest = max(smallest, round(resolution / step) * step)
-    raise ValueError(
-        f"--resolution {resolution}: {model.source} takes multiples of {step} from {smallest} on, such as "
-        f"{nearest}; its own size is {model.resolution}"
-    )
-
-
-def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: object) -> Batches:
-    """The batches of a run, by the options that all scripts share; a cache on disk is filled by one process.
+def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **arguments: object) -> Batches:
+    """Encodes the data and makes batches, by the options that all scripts share.
 
     Args:
-        further: what a script adds to the arguments of `Batches`.
+        arguments: what a script adds to the arguments of `Batches`.
     """
     options = setup.options
-    shared = options.cache_latents == "disk"
-    with setup.accelerator.main_process_first() if shared else nullcontext():
+    is_shared_cache = options.cache_latents == "disk"  # is filled by one process
+    with setup.accelerator.main_process_first() if is_shared_cache else nullcontext():
         return Batches(
             setup.model,
             examples,
@@ -161,22 +109,23 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **further: 
             cache_dir=options.cache_dir,
             seed=options.seed,
             is_dry_run=options.dry_run,
-            **further,
+            **arguments,
         )
 
 
 def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> TrainState:
-    """Attaches the adapter and prepares objective and optimizer, at step 0; `Run` puts a checkpoint into it.
+    """Attaches the adapter and prepares objective and optimizer, at step 0; `Run` restores checkpoints.
 
     Args:
-        prior_weight: weight of the class pictures' loss; None when there are none.
+        prior_weight: weight of the class images' loss; None when there are none.
     """
-    options, model = setup.options, setup.model
+    options = setup.options
+    model = setup.model
     adapter = da.attach(
         model.pipe,
         setup.method,
         targets=options.targets,
-        text_encoder_targets=text_targets(options),
+        text_encoder_targets=text_encoder_targets(options),
         seed=options.seed,
     )
     objective = Objective(
@@ -190,3 +139,88 @@ def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> Trai
     train_state = initial_state(setup.accelerator, objective, options)
     train_state.precision = setup.precision
     return train_state
+
+
+def check_resolution(model: BaseModel, resolution: int) -> None:
+    """Checks that the base can have a training size.
+
+    Raises:
+        ValueError: with the sizes that it can have.
+    """
+    step, smallest = model.square_limits
+    if resolution == model.resolution or (resolution % step == 0 and resolution >= smallest):
+        return
+    nearest = max(smallest, round(resolution / step) * step)
+    raise ValueError(
+        f"--resolution {resolution}: {model.source} takes multiples of {step} from {smallest} on, such as "
+        f"{nearest}; its own size is {model.resolution}"
+    )
+
+
+def _check_options(options: OptionsT) -> tuple[OptionsT, list[str]]:
+    """Checks everything that can be checked without the base and the accelerator.
+
+    Returns:
+        The options with the output folder to use, and lines to print about it.
+    """
+    check_ranges(options)
+    parse_formats(options.export_formats)
+    check_effects(options, base_profile(options))
+    check_text_encoder_lr(options)
+    options, notices = output_folder.resolve_output_dir(options)
+    output_folder.check_outside_data(options)
+    output_folder.check_outside_models(options)
+    check_trackers(options.report_to)
+    check_hub(options)
+    build_method(options)
+    return options, notices
+
+
+def _start_accelerator(options: TrainOptions) -> Accelerator:
+    """The accelerator; the main process tries the trackers and every folder that will be written."""
+    trackers = check_trackers(options.report_to)
+    accelerator = runtime.make_accelerator(
+        mixed_precision=options.mixed_precision,
+        num_threads=options.num_threads,
+        trackers=trackers,
+        logging_dir=options.logging_dir or f"{options.output_dir}/logs",
+    )
+    if accelerator.is_main_process:
+        try_trackers(trackers)
+        for name, folder in output_folder.output_folders(options).items():
+            output_folder.check_writable(folder, name)
+        output_folder.check_subfolders(options.output_dir)
+    return accelerator
+
+
+def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
+    """The frozen base on its device.
+
+    Raises:
+        ValueError: for a class-conditional base in a script of captions.
+    """
+    model = load_base(
+        options.pretrained_model_name_or_path,
+        device=accelerator.device,
+        dtype=runtime.weight_dtype(accelerator, options.base_precision),
+        revision=options.revision,
+        variant=options.variant,
+        vae=options.pretrained_vae_model_name_or_path,
+        prediction_type=options.prediction_type,
+    )
+    if isinstance(model, ClassConditionedBase) and not hasattr(options, "class_labels"):
+        raise ValueError(
+            f"{model.source} is conditioned on classes, not captions; use train_scripts/class_conditional.py"
+        )
+    if options.train_text_encoder:
+        model.enable_text_encoder_training()
+    return model
+
+
+def _accumulation_notices(options: TrainOptions) -> list[str]:
+    """A line where the option and the launcher name different numbers of microsteps."""
+    launcher_steps = runtime.launcher_accumulation()
+    steps = options.gradient_accumulation_steps
+    if launcher_steps in (1, steps):
+        return []
+    return [f"--gradient_accumulation_steps {steps} is used, not the launcher's {launcher_steps}"]

@@ -138,7 +138,7 @@ def test_wrong_options_end_in_one_line(run, base, pictures, tmp_path, capsys, gi
 def test_bases_told_words_are_refused(run, pictures, tmp_path, capsys):
     words = tiny_sd_pipeline(tmp_path / "words")
     assert run(*arguments(words, tmp_path / "out", train_data_dir=pictures)) == 2
-    assert "is told words, not classes" in capsys.readouterr().err
+    assert "is conditioned on captions, not classes" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_the_summary_and_writes_nothing(run, base, pictures, tmp_path, capsys):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import diffadapt as da
 from diffadapt.training import run as run_module
-from diffadapt.training.base_defaults import check_ranges
 from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import train
+from diffadapt.training.option_checks import check_ranges
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.report.base import Report
 from diffadapt.training.report.subject import SubjectReport
@@ -107,7 +107,10 @@ def test_a_format_that_cannot_hold_the_adapter_is_an_error_at_the_start(
 
 def test_a_base_of_classes_is_refused_by_a_script_of_captions(run, tmp_path, capsys):
     assert run(pretrained_model_name_or_path="embedded:digits") == 2
-    assert "is told classes, not words; use train_scripts/class_conditional.py" in capsys.readouterr().err
+    assert (
+        "is conditioned on classes, not captions; use train_scripts/class_conditional.py"
+        in capsys.readouterr().err
+    )
 
 
 def test_that_the_default_format_cannot_hold_the_adapter_is_a_notice(run, tmp_path, capsys):

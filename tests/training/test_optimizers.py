@@ -10,7 +10,7 @@ from helpers.small_run import SmallBatches, bits, same_bits, small_train_state
 
 import diffadapt as da
 from diffadapt.methods.parse_method import make_method
-from diffadapt.training.base_defaults import recommended_rate
+from diffadapt.training.adapter_options import default_learning_rate
 from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.state_dict_json import pack, unpack
 from diffadapt.training.loop import train
@@ -140,8 +140,8 @@ def test_a_missing_package_is_named(monkeypatch, name, package):
 def test_prodigy_finds_its_own_rate_so_its_default_is_1():
     embedded = {"pretrained_model_name_or_path": "embedded:emoji"}
     method = make_method("lora")
-    assert recommended_rate(train_options(optimizer="Prodigy", **embedded), method) == 1
-    assert recommended_rate(train_options(**embedded), method) < 0.1
+    assert default_learning_rate(train_options(optimizer="Prodigy", **embedded), method) == 1
+    assert default_learning_rate(train_options(**embedded), method) < 0.1
 
 
 def test_what_is_packed_comes_back_with_its_kinds_and_bits():

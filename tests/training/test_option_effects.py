@@ -6,8 +6,8 @@ import pytest
 from helpers.scripts import runner
 
 from diffadapt.models.families import profiles
-from diffadapt.training.base_defaults import build_method, fitted
-from diffadapt.training.option_effects import ALWAYS, CONDITIONS, check_effects
+from diffadapt.training.adapter_options import build_method, fit_to_budget
+from diffadapt.training.option_checks import ALWAYS, CONDITIONS, check_effects
 from diffadapt.training.options import TrainOptions
 from diffadapt.training.parsing import parse
 
@@ -111,7 +111,7 @@ def test_a_budget_for_a_method_without_a_rank_says_so(adapter):
 
     options = TrainOptions(**BASE, adapter=adapter, param_budget="5k", targets="attention")
     with pytest.raises(ValueError, match="has no rank to choose, so a budget does not apply"):
-        fitted(options, None, tiny_unet())
+        fit_to_budget(options, None, tiny_unet())
 
 
 def test_a_number_of_a_file_can_be_taken_back(tmp_path):

@@ -8,16 +8,9 @@ from helpers.pipelines import tiny_unet
 import diffadapt as da
 from diffadapt.methods.parse_method import make_method
 from diffadapt.models.families import profiles
-from diffadapt.training.base_defaults import (
-    build_method,
-    check_ranges,
-    check_text_encoders,
-    choose_base,
-    filled,
-    fitted,
-    text_targets,
-)
-from diffadapt.training.option_effects import check_effects
+from diffadapt.training.adapter_options import build_method, fit_to_budget, text_encoder_targets
+from diffadapt.training.base_defaults import complete_options, fill_missing
+from diffadapt.training.option_checks import check_effects, check_ranges, check_text_encoder_lr
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import DIFFUSERS_ALIASES, parse, parse_pairs, read_config, write_config
 
@@ -42,7 +35,7 @@ def base(tmp_path):
 
 
 def choose(**given):
-    return choose_base(Options(**given), DEMO, data="instance_data_dir", command="THE COMMAND")
+    return complete_options(Options(**given), DEMO, data="instance_data_dir", command="THE COMMAND")
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -55,7 +48,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 
 def test_what_was_written_can_be_read_back(tmp_path):
-    options = filled(choose(adapter="flora(rank=3)", learning_rate=1e-3), {"resolution": 64})
+    options = fill_missing(choose(adapter="flora(rank=3)", learning_rate=1e-3), {"resolution": 64})
     write_config(options, tmp_path)
     assert Options(**read_config(Options, tmp_path / "config.yaml")) == options
 
@@ -164,29 +157,29 @@ def test_numbers_that_make_no_sense_are_refused(given, message):
 def test_a_budget_chooses_the_rank_and_excludes_another():
     model, base = tiny_unet(), {"pretrained_model_name_or_path": "embedded:emoji", "targets": "attention"}
     options = Options(adapter="lora", param_budget="5k", alpha=2.0, **base)
-    method = fitted(options, build_method(options), model)
+    method = fit_to_budget(options, build_method(options), model)
     count = da.attach(model, method, "attention").num_parameters
     assert count <= 5000
     assert method.alpha == 2.0
     larger = da.make_method("lora", rank=method.rank + 1)
     assert da.count_parameters(tiny_unet(), larger, "attention").total > 5000
-    assert fitted(Options(adapter="lora", **base), method, model) is method
+    assert fit_to_budget(Options(adapter="lora", **base), method, model) is method
     for wrong, message in (({"rank": 3}, "leave --rank out"), ({"param_budget": "lots"}, "500k or 1.5M")):
         options = Options(**{"adapter": "lora", "param_budget": "5k", **base, **wrong})
         with pytest.raises(ValueError, match=message):
-            fitted(options, build_method(options), model)
+            fit_to_budget(options, build_method(options), model)
 
 
 def test_options_of_text_encoders_need_the_one_that_trains_them():
-    assert text_targets(Options()) is None
-    assert text_targets(Options(train_text_encoder=True)) == "attention"
-    assert text_targets(Options(train_text_encoder=True, text_encoder_targets="all")) == "all"
-    check_text_encoders(Options(train_text_encoder=True, text_encoder_targets="all", text_encoder_lr=1e-4))
+    assert text_encoder_targets(Options()) is None
+    assert text_encoder_targets(Options(train_text_encoder=True)) == "attention"
+    assert text_encoder_targets(Options(train_text_encoder=True, text_encoder_targets="all")) == "all"
+    check_text_encoder_lr(Options(train_text_encoder=True, text_encoder_targets="all", text_encoder_lr=1e-4))
     for given in ({"text_encoder_targets": "all"}, {"text_encoder_lr": 1e-4}):
         with pytest.raises(ValueError, match=f"--{next(iter(given))} .* needs --train_text_encoder"):
             check_effects(Options(**given))
     with pytest.raises(ValueError, match="prodigy finds one rate for everything; leave it out"):
-        check_text_encoders(Options(train_text_encoder=True, text_encoder_lr=1e-4, optimizer="prodigy"))
+        check_text_encoder_lr(Options(train_text_encoder=True, text_encoder_lr=1e-4, optimizer="prodigy"))
 
 
 def test_what_is_called_otherwise_here_is_an_option_here():

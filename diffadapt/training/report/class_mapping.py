@@ -12,7 +12,7 @@ from diffadapt.methods.class_embedding import ClassEmbedding
 from diffadapt.methods.parse_method import with_class_table
 from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
-from diffadapt.training.base_defaults import build_method
+from diffadapt.training.adapter_options import build_method
 from diffadapt.training.options import OptionsT
 
 
@@ -32,7 +32,9 @@ def with_new_table(options: OptionsT, model: BaseModel, names: Sequence[str]) ->
     Raises: ValueError for a base that is told words, or a method that cannot have a table beside it.
     """
     if not isinstance(model, ClassConditionedBase):
-        raise ValueError(f"{model.source} is told words, not classes; use train_scripts/style_transfer.py")
+        raise ValueError(
+            f"{model.source} is conditioned on captions, not classes; use train_scripts/style_transfer.py"
+        )
     too_many = options.class_labels is None and len(names) > model.num_classes
     if new_table(build_method(options)) or not (options.new_class_table or too_many):
         return options
