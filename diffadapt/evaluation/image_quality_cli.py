@@ -38,7 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_set_options(parser.add_argument_group("images to score"))
     _add_metric_options(parser.add_argument_group("extractors and metrics"))
     _add_reading_options(parser.add_argument_group("reading images and storing features"))
-    add_sampling_options(parser, num_images=4)
+    sampling_group = parser.add_argument_group("sampling, with --adapters, --run or --with_base")
+    add_sampling_options(sampling_group, num_images=4)
 
 
 def _add_set_options(group: argparse._ArgumentGroup) -> None:

@@ -1,4 +1,4 @@
-"""The denoisers whose costs are measured, built from their configurations, and inputs for them."""
+"""The denoisers whose costs are measured, built from their configurations, and their inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SDXL = {  # 2567 million parameters
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-EMBEDDED = {  # of the shape of the embedded base, where that is not at hand
+EMBEDDED = {  # as the embedded base, for installations without it
     "sample_size": 8,
     "in_channels": 16,
     "out_channels": 16,
@@ -49,13 +49,19 @@ TINY = {
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
 }
-SIZES = {"sd15": 32, "sdxl": 128, "embedded": 8, "tiny": 8}  # of the latents
+SIZES = {"sd15": 32, "sdxl": 128, "embedded": 8, "tiny": 8}  # default height and width of the latents
 
 
 def build(
     name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> UNet2DConditionModel:
-    """A frozen denoiser: ``sd15``, ``sdxl`` and ``tiny`` with random weights, ``embedded`` with its own."""
+    """A frozen denoiser.
+
+    Args:
+        name: `sd15`, `sdxl` and `tiny` (random weights), or `embedded` (its trained weights).
+        dtype: of the weights.
+        device: of the weights.
+    """
     torch.manual_seed(0)
     configs = {"sd15": SD15, "sdxl": SDXL, "tiny": TINY}
     if name in configs:
@@ -67,7 +73,7 @@ def build(
 
 
 def unfilled_sdxl() -> UNet2DConditionModel:
-    """SDXL's denoiser with memory for its weights, and whatever is in it."""
+    """SDXL's denoiser with uninitialised weights, for measurements that do not compute."""
     with torch.device("meta"):
         model = UNet2DConditionModel(**SDXL)
     return model.to_empty(device="cpu")
@@ -75,22 +81,39 @@ def unfilled_sdxl() -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Fixed inputs; latents and text states take gradients, so that every model runs its whole backward."""
+    """Fixed inputs of a denoiser.
 
-    latents: Tensor  # (B, C, H, W)
-    step: Tensor  # (B,)
-    text: Tensor  # (B, 77, width)
-    added: dict[str, Tensor] | None = None  # SDXL's pooled text (B, 1280) and sizes (B, 6)
+    Latents and text states require gradients, so that every model runs its whole backward.
+
+    Attributes:
+        latents: (B, C, H, W).
+        timesteps: (B,).
+        text: states of the text encoder (B, 77, width).
+        added: SDXL's pooled text (B, 1280) and sizes (B, 6); None for other models.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    text: Tensor
+    added: dict[str, Tensor] | None = None
 
     def loss(self, model: nn.Module) -> Tensor:
-        prediction = model(
-            self.latents, self.step, self.text, added_cond_kwargs=self.added, return_dict=False
-        )[0]
+        """The mean square of the model's prediction."""
+        (prediction,) = model(
+            self.latents, self.timesteps, self.text, added_cond_kwargs=self.added, return_dict=False
+        )
         return prediction.float().square().mean()
 
 
 def inputs(model: UNet2DConditionModel, name: str, batch: int, size: int | None = None) -> Inputs:
-    """Random inputs on the model's device, of latents of ``size`` (default: the one of ``SIZES``)."""
+    """Random inputs on the model's device.
+
+    Args:
+        model: the denoiser.
+        name: its name.
+        batch: images.
+        size: height and width of the latents; None: the one of SIZES.
+    """
     generator = torch.Generator().manual_seed(1)
     config = model.config
     size = size or SIZES[name]
@@ -103,10 +126,12 @@ def inputs(model: UNet2DConditionModel, name: str, batch: int, size: int | None 
     if config.addition_embed_type == "text_time":
         pooled = torch.randn(batch, 1280, generator=generator).to(device, model.dtype)
         added = {"text_embeds": pooled, "time_ids": torch.full((batch, 6), 1024.0, device=device)}
-    return Inputs(latents, torch.full((batch,), 500, device=device), text, added)
+    timesteps = torch.full((batch,), 500, device=device)
+    return Inputs(latents, timesteps, text, added)
 
 
 def _embedded() -> UNet2DConditionModel:
+    """The embedded base's denoiser; a random one of the same shape where it is not installed."""
     try:
         folder = da.embedded("emoji") / "unet"
     except ValueError:

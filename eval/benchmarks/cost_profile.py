@@ -1,9 +1,9 @@
-"""Where the time of a training step goes, by kind of operator: docs/cost_profile.md.
+"""Measures where the time of a training step goes, by kind of operator: docs/cost_profile.md.
 
     python eval/benchmarks/cost_profile.py --output docs/cost_profile.md
     python eval/benchmarks/cost_profile.py --base tiny --methods lora liera naive:liera
 
-Own time of the operators, every method in turns; the median over rounds is shown.
+Self time of the operators, every method in turns; the median over rounds is shown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 RANK = 16
-KINDS = {  # kind -> names of its operators, without aten::
+KINDS = {  # kind -> pattern of the names of its operators, without aten::
     "products": r"(add|badd|b)?b?mm|(add)?mv|dot|matmul|linear|einsum",
     "convolutions": r".*conv.*",
     "attention": r".*(attention|softmax).*",
@@ -35,21 +35,22 @@ OTHER = "all else"
 DEFAULT = ("floor", "peft:lora", "lora", "flora", "liera", "naive:liera", "superlora", "naive:superlora")
 INTRODUCTION = """# Where a training step's time goes
 
-Made by `python eval/benchmarks/cost_profile.py --output docs/cost_profile.md`: own seconds of the
-operators of one training step, by their kind; {title}, rank {rank}, batch 1, float32; every row in turns,
-median of {rounds} rounds. Times under the profiler are longer than in [cost.md](cost.md) and
-compare with each other only.
+Made by `python eval/benchmarks/cost_profile.py --rounds {rounds} --output docs/cost_profile.md`: seconds of
+self time of the operators in one training step, by kind of operator; {title}, rank {rank}, batch size 1,
+float32; rows measured in turns, median over rounds. Times under the profiler are longer than in
+[cost.md](cost.md) and comparable with each other only.
 """
 
 
 def main() -> None:
+    """Profiles the methods and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", choices=cost_models.SIZES, default="sd15", help="default: sd15")
+    parser.add_argument("--base", choices=cost_models.SIZES, default="sd15", help="model (default: sd15)")
     parser.add_argument("--targets", default="attention", help="adapted layers (default: attention)")
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT), metavar="VARIANT")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each (default: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    parser.add_argument("--output", type=Path, help="where to write the page (default: print it)")
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT), metavar="VARIANT", help="table rows")
+    parser.add_argument("--rounds", type=int, default=3, help="profiled steps of each row (default: 3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--output", type=Path, help="page to write (default: print it)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
@@ -68,39 +69,45 @@ def main() -> None:
 
 
 def seconds_by_kind(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Counter:
-    """Kind of operator -> own seconds in one training step of the model."""
+    """Kind of operator -> seconds of self time in one training step of the model."""
     model.train()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         loss(model).backward()
     model.zero_grad(set_to_none=True)
-    found: Counter = Counter()
+    seconds: Counter = Counter()
     for event in profiler.key_averages():
-        found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-    return found
+        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6  # from microseconds
+    return seconds
 
 
 def kind_of(operator: str) -> str:
     """The kind of an operator by its name, such as aten::addmm."""
     name = operator.removeprefix("aten::").removesuffix("_")
-    return next((kind for kind, names in KINDS.items() if re.fullmatch(names, name)), OTHER)
+    for kind, pattern in KINDS.items():
+        if re.fullmatch(pattern, name):
+            return kind
+    return OTHER
 
 
 def _make(base: nn.Module, name: str, targets: str) -> nn.Module:
-    plain = name == "floor" or ":" in name.partition("(")[0]
-    return cost_rivals.make(base, name if plain else f"diffadapt:{name}", targets, RANK)
+    """The model of a row; a name without a maker is a method of this package."""
+    has_maker = name == "floor" or ":" in name.partition("(")[0]
+    variant = name if has_maker else f"diffadapt:{name}"
+    return cost_rivals.make(base, variant, targets, RANK)
 
 
 def _page(rounds: dict[str, Sequence[Counter]], arguments: argparse.Namespace) -> str:
     kinds = [*KINDS, OTHER]
     lines = [f"| | {' | '.join(kinds)} | together |", "|---|" + "---:|" * (len(kinds) + 1)]
     for name, steps in rounds.items():
-        cells = [median(step[kind] for step in steps) for kind in kinds]
-        cells.append(median(step.total() for step in steps))
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
+        seconds = [median(step[kind] for step in steps) for kind in kinds]
+        seconds.append(median(step.total() for step in steps))
+        cells = " | ".join(f"{value:.2f}" for value in seconds)
+        lines.append(f"| {name} | {cells} |")
     title = f"base `{arguments.base}`, {arguments.targets}"
-    words = INTRODUCTION.format(title=title, rank=RANK, rounds=arguments.rounds)
+    introduction = INTRODUCTION.format(title=title, rank=RANK, rounds=arguments.rounds)
     machine = f"Measured with {arguments.threads} threads; {cost_page.versions()}."
-    return "\n".join([words, *lines, "", machine, ""])
+    return "\n".join([introduction, *lines, "", machine, ""])
 
 
 if __name__ == "__main__":

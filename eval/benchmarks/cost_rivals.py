@@ -1,4 +1,4 @@
-"""The same change of the same layers by several hands: this package, PEFT, LyCORIS, plain autograd."""
+"""The same methods on the same layers by this package, PEFT, LyCORIS and plain autograd."""
 
 from __future__ import annotations
 
@@ -37,84 +37,93 @@ LYCORIS = {  # name -> module, class and options
 
 
 def make(base: nn.Module, variant: str, targets: str, rank: int) -> nn.Module:
-    """A copy of ``base`` that shares its weights, frozen, with an adapter on the layers ``targets``.
+    """A frozen copy of `base` that shares its weights, with an adapter.
 
-    ``variant`` is ``floor`` (no adapter), ``diffadapt:METHOD``, ``merged:METHOD``, ``naive:METHOD``,
-    ``peft:NAME`` or ``lycoris:NAME``, where METHOD is as in ``make_method``.
+    Args:
+        base: the model.
+        variant: `floor` (no adapter), `diffadapt:METHOD`, `merged:METHOD`, `naive:METHOD` (in plain
+            autograd), `peft:NAME` or `lycoris:NAME`, METHOD as for `make_method`.
+        targets: adapted layers.
+        rank: of the adapter, where the method has one.
     """
-    model = twin(base)
+    model = shallow_copy(base)
     maker, _, name = variant.partition(":")
-    sites = [found.site.name for found in find_sites(model, targets)]
+    layer_names = [match.site.name for match in find_sites(model, targets)]
     if maker == "floor":
         return model
     if maker == "peft":
-        _attach_peft(model, name, sites, rank)
+        _attach_peft(model, name, layer_names, rank)
     elif maker == "lycoris":
-        _attach_lycoris(model, name, sites, rank)
+        _attach_lycoris(model, name, layer_names, rank)
     else:
-        adapter = model.adapter = da.attach(model, method(name, rank), targets)
+        adapter = da.attach(model, make_method(name, rank), targets)
+        model.adapter = adapter
         if maker == "naive":
             for layer_state in adapter.layer_states.values():
                 for layer in layer_state.layers:
-                    _materialise(layer, layer_state)
+                    _use_plain_autograd(layer, layer_state)
         elif maker == "merged":
             da.merge(adapter)
     return model
 
 
-def method(name: str, rank: int) -> Method:
-    """``make_method`` with this rank where the method has one and the name does not say another."""
+def make_method(name: str, rank: int) -> Method:
+    """The method with this rank, unless it has none or its name gives another."""
     try:
         return da.make_method(name, rank=rank)
     except ValueError:
         return da.make_method(name)
 
 
-def twin(base: nn.Module) -> nn.Module:
-    """A copy of a model that owns its modules and shares every weight and buffer."""
+def shallow_copy(base: nn.Module) -> nn.Module:
+    """A frozen copy of a model with its own modules, which share every weight and buffer."""
     tensors = [*base.parameters(), *base.buffers()]
     return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors}).requires_grad_(False)
 
 
-def _attach_peft(model: nn.Module, name: str, sites: Sequence[str], rank: int) -> None:
+def _attach_peft(model: nn.Module, name: str, layer_names: Sequence[str], rank: int) -> None:
     peft = importlib.import_module("peft")
-    config, options = PEFT[name]
-    size = {"r": 256 if name == "vera" else rank}
-    if config == "LoraConfig":
+    config_name, options = PEFT[name]
+    size = {"r": 256 if name == "vera" else rank}  # PEFT's default of VeRA
+    if config_name == "LoraConfig":
         size["lora_alpha"] = rank
     if name in ("loha", "lokr"):
         size["alpha"] = rank
-    config = getattr(peft, config)(target_modules=list(sites), **size, **options)
+    config = getattr(peft, config_name)(target_modules=list(layer_names), **size, **options)
     peft.get_peft_model(model, config)  # changes the model in place
 
 
-def _attach_lycoris(model: nn.Module, name: str, sites: Sequence[str], rank: int) -> None:
-    module, kind, options = LYCORIS[name]
-    kind = getattr(importlib.import_module(f"lycoris.modules.{module}"), kind)
-    added = nn.ModuleList()
-    for site in sites:
-        layer = model.get_submodule(site)
-        module = kind(site.replace(".", "_"), layer, lora_dim=rank, alpha=rank, **options)
-        added.append(module.to(layer.weight.device))
-        layer.forward = added[-1].forward
-    model.adapter = added
+def _attach_lycoris(model: nn.Module, name: str, layer_names: Sequence[str], rank: int) -> None:
+    module_name, class_name, options = LYCORIS[name]
+    module_class = getattr(importlib.import_module(f"lycoris.modules.{module_name}"), class_name)
+    modules = nn.ModuleList()
+    for layer_name in layer_names:
+        layer = model.get_submodule(layer_name)
+        module = module_class(layer_name.replace(".", "_"), layer, lora_dim=rank, alpha=rank, **options)
+        module.to(layer.weight.device)
+        modules.append(module)
+        layer.forward = module.forward
+    model.adapter = modules
 
 
-def _materialise(layer: nn.Module, layer_state: LayerState) -> None:
-    """Let autograd see the changed weight as a tensor like any other."""
+def _use_plain_autograd(layer: nn.Module, layer_state: LayerState) -> None:
+    """Makes an adapted layer compute its changed weight as a tensor that autograd records."""
     layer.__class__ = ORIGINAL[type(layer)]
-    plain = copy.copy(layer)
+    plain_layer = copy.copy(layer)
 
     def forward(x: Tensor) -> Tensor:
-        base, base_bias = layer_state.base(), layer_state.base_bias()
-        entries = layer_state.active()
-        updates = [(1.0, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
-        weight = base
-        for _, update in updates:
+        base_weight = layer_state.base()
+        base_bias = layer_state.base_bias()
+        updates = []
+        weight = base_weight
+        for entry in layer_state.active():
+            update = entry.owner.update(entry.index, base_weight, in_forward=True)
+            updates.append((1.0, update))
             weight = update.weight(weight)
         bias = effective_bias(base_bias, base_bias, updates)
-        own = {"weight": weight} | ({} if bias is None else {"bias": bias})
-        own = {key: tensor.to(layer.weight.dtype) for key, tensor in own.items()}
-        return torch.func.functional_call(plain, own, (x,))
+        parameters = {"weight": weight.to(layer.weight.dtype)}
+        if bias is not None:
+            parameters["bias"] = bias.to(layer.weight.dtype)
+        return torch.func.functional_call(plain_layer, parameters, (x,))
 
     layer.forward = forward

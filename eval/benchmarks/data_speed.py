@@ -1,10 +1,10 @@
-"""CPU seconds that reading images costs in a training step, for small files and for a camera's.
+"""Measures the CPU seconds of reading images in a training step, for small files and for camera photos.
 
     python eval/benchmarks/data_speed.py
 
 Every file is a JPEG of random smooth content. The first epoch decodes it, later ones take its scaled copy
-from memory; "without copies" is what a set costs that does not fit into memory, "all of the file" what it
-would cost to decode it at its full size.
+from memory. "without copies" is the cost of a set that does not fit into memory, "all of the file" the cost
+of decoding it at its full size.
 """
 
 import argparse
@@ -20,50 +20,57 @@ from PIL import Image
 from diffadapt.common.images import ImageSource, open_image, to_pixels
 from diffadapt.data.scaled_images import IMAGE_MEMORY, ScaledImages, read_scaled
 
-GRAIN = 4  # pixels of a file for each random value: detail as photographs have it
+GRAIN = 4  # pixels of a file per random value, for as much detail as photographs have
 
 
-def write_photos(folder: Path, side: tuple[int, int], count: int) -> list[Path]:
-    """JPEG files of a size (width, height)."""
-    width, height = side
+def write_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
+    """Writes JPEG files of a size (width, height)."""
+    width, height = size
     paths = []
     for index in range(count):
-        random = np.random.default_rng(index)
-        coarse = random.integers(0, 256, (height // GRAIN + 1, width // GRAIN + 1, 3), np.uint8)
+        generator = np.random.default_rng(index)
+        coarse = generator.integers(0, 256, (height // GRAIN + 1, width // GRAIN + 1, 3), np.uint8)
         path = folder / f"{width}x{height}-{index}.jpg"
-        Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC).save(path, quality=90)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
         paths.append(path)
     return paths
 
 
 def cpu_seconds(read: Callable[[ImageSource], Image.Image], paths: list[Path], resolution: int) -> float:
-    """Of reading and cutting all of the files once, as a batch."""
-    started = time.process_time()
+    """CPU seconds of reading and cropping all files once, as a batch.
+
+    Args:
+        read: reads one file.
+        paths: the files.
+        resolution: height and width of the crops.
+    """
+    start = time.process_time()
     for index, path in enumerate(paths):
         to_pixels(read(path), resolution, crop=(index / len(paths), 0.5))
-    return time.process_time() - started
+    return time.process_time() - start
 
 
 def measure(paths: list[Path], resolution: int) -> dict[str, float]:
-    """CPU seconds of a step, by where its images come from."""
+    """CPU seconds of a step, by the source of its images."""
     size = (resolution, resolution)
     images = ScaledImages(IMAGE_MEMORY)
 
-    def keeping(path: ImageSource) -> Image.Image:
+    def read_cached(path: ImageSource) -> Image.Image:
         return images.get(path, size).image
 
     return {
         "all of the file": cpu_seconds(open_image, paths, resolution),
-        "first epoch": cpu_seconds(keeping, paths, resolution),
-        "later epochs": cpu_seconds(keeping, paths, resolution),
+        "first epoch": cpu_seconds(read_cached, paths, resolution),
+        "later epochs": cpu_seconds(read_cached, paths, resolution),
         "without copies": cpu_seconds(lambda path: read_scaled(path, size).image, paths, resolution),
     }
 
 
 def main() -> None:
+    """Measures files of each size and prints the seconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=4, help="files of a step (default: 4)")
-    parser.add_argument("--resolution", type=int, default=512, help="training size (default: 512)")
+    parser.add_argument("--batch_size", type=int, default=4, help="files per step (default: 4)")
+    parser.add_argument("--resolution", type=int, default=512, help="side of training images (default: 512)")
     parser.add_argument(
         "--sizes", nargs="+", default=["1200x800", "6000x4000"], help="WIDTHxHEIGHT of the files"
     )
@@ -71,11 +78,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for text in arguments.sizes:
-            width, height = (int(side) for side in text.split("x"))
-            paths = write_photos(Path(folder), (width, height), arguments.batch_size)
-            figures = measure(paths, arguments.resolution)
-            shown = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in figures.items())
-            print(f"{arguments.batch_size} files of {width} x {height}: {shown}")
+            width_text, _, height_text = text.partition("x")
+            size = (int(width_text), int(height_text))
+            paths = write_photos(Path(folder), size, arguments.batch_size)
+            seconds = measure(paths, arguments.resolution)
+            results = ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
+            print(f"{arguments.batch_size} files of {size[0]} x {size[1]}: {results}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs of the training scripts' demonstrations for the tables of docs/, each made once."""
+"""Runs of the training scripts' demonstrations for the tables of docs/; finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 
 
-def run(script: str, output: Path, options: Mapping[str, object], further: Sequence[str] = ()) -> dict:
-    """The record (run.json) of a demonstration, which is made unless ``output`` holds a finished one.
+def run(script: str, output: Path, options: Mapping[str, object], extra_words: Sequence[str] = ()) -> dict:
+    """The record (run.json) of a demonstration, which is run unless `output` holds a finished one.
 
-    Raises: RuntimeError with the end of what the script said when it fails.
+    Args:
+        script: name of a training script.
+        output: folder of the run.
+        options: option -> value.
+        extra_words: further words of the command line.
+
+    Raises:
+        RuntimeError: the script failed; with the end of its error output.
     """
-    if not (output / "run.json").exists():
-        given = [f"{part}" for name, value in options.items() for part in (f"--{name}", value)]
-        command = [sys.executable, str(SCRIPTS / script), *given, "--output_dir", str(output), *further]
+    run_file = output / "run.json"
+    if not run_file.exists():
+        command = [sys.executable, str(SCRIPTS / script)]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        command += ["--output_dir", str(output), *extra_words]
         print(" ".join(command), file=sys.stderr, flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return json.loads((output / "run.json").read_text(encoding="utf-8"))
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {result.stderr[-2000:]}")
+    return json.loads(run_file.read_text(encoding="utf-8"))
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

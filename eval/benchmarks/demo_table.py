@@ -1,8 +1,8 @@
-"""The table of docs/dreambooth_demo.md: the demonstration with several adapters at one parameter budget.
+"""Runs the DreamBooth demonstration with several adapters of one size, for docs/dreambooth_demo.md.
 
     python eval/benchmarks/demo_table.py --adapters lora flora --budget 450000 --seeds 0 1 2
 
-Each run is `train_scripts/dreambooth.py` without further arguments; finished runs are not repeated.
+Each run is `train_scripts/dreambooth.py` with its default data and base; finished runs are not repeated.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import diffadapt as da
 from diffadapt.common.runtime import silence_libraries
 from diffadapt.models.families import load_base
 
-COLUMNS = {  # figure -> heading
+COLUMNS = {  # metric -> heading
     "subject_similarity": "similarity, training prompt",
     "context_similarity": "similarity, new contexts",
     "text_agreement": "agreement with the text",
@@ -25,78 +25,94 @@ COLUMNS = {  # figure -> heading
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--adapters", nargs="+", default=["lora", "flora"])
-    parser.add_argument("--budget", type=int, default=450_000, help="trained parameters at most")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/demo_table"))
-    parser.add_argument("--output", type=Path, default=Path("docs/dreambooth_demo.md"))
-    arguments = parser.parse_args()
+    """Runs the demonstrations and writes the page."""
+    arguments = _parser().parse_args()
     silence_libraries()
     base = load_base("embedded:emoji")
     targets = base.profile.defaults["targets"]
     rows = []
     for adapter in arguments.adapters:
         rank = da.fit_budget(base.pipe, adapter, targets, budget=arguments.budget).rank
-        records = [
-            run(
-                "dreambooth.py",
-                arguments.runs / f"{adapter}-rank{rank}-seed{seed}",
-                {"adapter": adapter, "rank": rank, "seed": seed},
-            )
-            for seed in arguments.seeds
-        ]
+        records = []
+        for seed in arguments.seeds:
+            output = arguments.runs / f"{adapter}-rank{rank}-seed{seed}"
+            options = {"adapter": adapter, "rank": rank, "seed": seed}
+            records.append(run("dreambooth.py", output, options))
         rows.append((f"`{adapter}` (rank {rank})", records))
-    arguments.output.write_text(page(rows, command=" ".join(["python", *sys.argv])), encoding="utf-8")
-    print(arguments.output.read_text(encoding="utf-8"))
+    text = page(rows, command=" ".join(["python", *sys.argv]))
+    arguments.output.write_text(text, encoding="utf-8")
+    print(text)
 
 
 def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
-    """The document."""
-    first = rows[0][1][0]
-    options = first["options"]
-    columns = {name: heading for name, heading in COLUMNS.items() if cell(rows[0][1], name, "after")}
+    """The page.
+
+    Args:
+        rows: label of an adapter, and the records of its runs.
+        command: that the page is made by.
+    """
+    _, first_records = rows[0]
+    options = first_records[0]["options"]
+    columns = {}
+    for metric, heading in COLUMNS.items():
+        if cell(first_records, metric, "after"):
+            columns[metric] = heading
+    before_cells = [cell(first_records, metric, "before") for metric in columns]
     lines = [
         "# The DreamBooth demonstration in figures",
         "",
         f"Made by `{command}`:",
-        f"{options['max_train_steps']} steps of {options['train_batch_size']} pictures on",
+        f"{options['max_train_steps']} steps of {options['train_batch_size']} images on",
         f'the embedded 64-pixel base, prompt "{options["instance_prompt"]}". Mean ± standard deviation over',
-        f"{len(rows[0][1])} seeds. All figures are cosines between features of the embedded encoder",
+        f"{len(first_records)} seeds. All values are cosines between features of the embedded encoder",
         f"(`{options['extractor']}`), comparable with each other only: a demonstration, not a benchmark.",
         "",
         f"| adapter | parameters | {' | '.join(columns.values())} |",
         f"|---|---:|{'---:|' * len(columns)}",
-        "| before training | 0 | " + " | ".join(cell(rows[0][1], name, "before") for name in columns) + " |",
+        f"| before training | 0 | {' | '.join(before_cells)} |",
     ]
     for label, records in rows:
-        cells = [cell(records, name, "after") for name in columns]
+        cells = [cell(records, metric, "after") for metric in columns]
         lines.append(f"| {label} | {records[0]['parameters']:,} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *explanation(first)]) + "\n"
+    return "\n".join([*lines, "", *explanation(first_records[0])]) + "\n"
 
 
 def explanation(record: dict) -> list[str]:
+    """The meaning of the columns."""
     count = record["options"]["num_validation_images"]
     return [
-        f"- similarity, training prompt: mean cosine between {count} images of the prompt that was trained",
-        "  and the training images.",
-        "- similarity, new contexts: the same of images of ten prompts that put the subject in new contexts,",
-        "  as DreamBooth's protocol and `eval/subject.py` measure it; lower, as much of them is context.",
+        f"- similarity, training prompt: mean cosine between {count} images of the training prompt and the",
+        "  training images.",
+        "- similarity, new contexts: the same for images of ten prompts that put the subject in new",
+        "  contexts, as DreamBooth's protocol and `eval/subject.py` measure it; it is lower, as such images",
+        "  show much context.",
         "- agreement with the text: the images of those ten prompts against their words.",
-        "- drift: 1 - cosine between what unrelated prompts give before and after, on the same seeds.",
+        "- drift: 1 - cosine between images of unrelated prompts before and after training, with the same",
+        "  seeds.",
         "- nearest training image: of the training prompt's images, mean cosine to the closest training",
         "  image; near 1 would mean copying.",
     ]
 
 
-def cell(records: list[dict], figure: str, when: str) -> str:
-    values = [
-        entry[when]
-        for record in records
-        for name, entry in record["figures"].items()
-        if name.startswith(f"{figure}[") and when in entry
-    ]
+def cell(records: list[dict], metric: str, when: str) -> str:
+    """A metric before or after training; empty where no record has it."""
+    values = []
+    for record in records:
+        for name, entry in record["figures"].items():
+            if name.startswith(f"{metric}[") and when in entry:
+                values.append(entry[when])
     return mean_and_deviation(values)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--adapters", nargs="+", default=["lora", "flora"], help="methods (default: lora flora)")
+    add("--budget", type=int, default=450_000, help="most trained parameters (default: 450000)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each method per seed")
+    add("--runs", type=Path, default=Path("runs/demo_table"), help="folder of the runs")
+    add("--output", type=Path, default=Path("docs/dreambooth_demo.md"), help="page to write")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The training loop of diffusers' `train_dreambooth_lora.py`, restated for comparison in `real_models.py`.
 
 The script itself is not part of the diffusers package. As there: PEFT's LoRA on the attention of the
-denoiser, the base in the precision of `--mixed_precision`, pictures and prompt encoded in every step; with
-`--encode_once` they are encoded before the first. Writes the seconds of each step and the peak memory.
+denoiser, the base in the precision of `--mixed_precision`, images and prompt encoded in every step; with
+`--encode_once` they are encoded before the first step. Writes the seconds of each step and the peak memory.
 """
 
 from __future__ import annotations
@@ -27,30 +27,20 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pretrained_model_name_or_path", required=True)
-    parser.add_argument("--instance_data_dir", required=True)
-    parser.add_argument("--instance_prompt", required=True)
-    parser.add_argument("--resolution", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--max_train_steps", type=int, default=5)
-    parser.add_argument("--mixed_precision", choices=DTYPES, default="no")
-    parser.add_argument("--encode_once", action="store_true")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    """Trains and writes seconds and memory to a JSON file."""
+    arguments = _parser().parse_args()
     torch.manual_seed(0)
     seconds = train(arguments)
-    arguments.output.write_text(
-        json.dumps({"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}), encoding="utf-8"
-    )
+    record = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+    arguments.output.write_text(json.dumps(record), encoding="utf-8")
 
 
 def train(arguments: argparse.Namespace) -> list[float]:
-    """Seconds of every step."""
+    """Trains a LoRA. Returns the seconds of every step."""
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     dtype = DTYPES[arguments.mixed_precision]
     pipe = StableDiffusionPipeline.from_pretrained(arguments.pretrained_model_name_or_path, torch_dtype=dtype)
-    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).to(accelerator.device)
     targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -59,18 +49,23 @@ def train(arguments: argparse.Namespace) -> list[float]:
     trained = [p for p in pipe.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-2)
     schedule = get_scheduler("constant", optimizer)
-    pixels = [_pixels(path, arguments.resolution) for path in list_images(arguments.instance_data_dir)]
+    images = [_read_image(path, arguments.resolution) for path in list_images(arguments.instance_data_dir)]
     unet, optimizer, schedule = accelerator.prepare(pipe.unet, optimizer, schedule)
     unet.train()
-    once = [_encode(pipe, picture, arguments, dtype) for picture in pixels] if arguments.encode_once else None
+    encoded = None
+    if arguments.encode_once:
+        encoded = [_encode(pipe, image, arguments, dtype) for image in images]
     seconds = []
     for step in range(arguments.max_train_steps):
-        started = time.perf_counter()
-        index = step % len(pixels)
-        latents, states = once[index] if once else _encode(pipe, pixels[index], arguments, dtype)
+        start = time.perf_counter()
+        index = step % len(images)
+        if encoded is None:
+            latents, states = _encode(pipe, images[index], arguments, dtype)
+        else:
+            latents, states = encoded[index]
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, noiser.config.num_train_timesteps, (len(latents),)).long()
-        noisy = noiser.add_noise(latents, noise, timesteps)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),)).long()
+        noisy = noise_scheduler.add_noise(latents, noise, timesteps)
         predicted = unet(noisy, timesteps, states, return_dict=False)[0]
         loss = F.mse_loss(predicted.float(), noise.float(), reduction="mean")
         accelerator.backward(loss)
@@ -79,13 +74,13 @@ def train(arguments: argparse.Namespace) -> list[float]:
         schedule.step()
         optimizer.zero_grad()
         loss.item()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _pixels(path: Path, resolution: int) -> torch.Tensor:
-    """As the script's data set: resized, cut in the middle, in [-1, 1]."""
-    steps = transforms.Compose(
+def _read_image(path: Path, resolution: int) -> torch.Tensor:
+    """An image as the script's data set gives it: resized, cropped at the center, (1, 3, H, W) in [-1, 1]."""
+    transform = transforms.Compose(
         [
             transforms.Resize(resolution, interpolation=transforms.InterpolationMode.BILINEAR),
             transforms.CenterCrop(resolution),
@@ -93,14 +88,15 @@ def _pixels(path: Path, resolution: int) -> torch.Tensor:
             transforms.Normalize([0.5], [0.5]),
         ]
     )
-    return steps(open_image(path))[None]
+    return transform(open_image(path))[None]
 
 
 @torch.no_grad()
 def _encode(
-    pipe: StableDiffusionPipeline, picture: torch.Tensor, arguments: argparse.Namespace, dtype: torch.dtype
+    pipe: StableDiffusionPipeline, image: torch.Tensor, arguments: argparse.Namespace, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    latents = pipe.vae.encode(picture.to(dtype)).latent_dist.sample() * pipe.vae.config.scaling_factor
+    """Latents (1, 4, h, w) of an image, and states of the text encoder (1, 77, width) of the prompt."""
+    latents = pipe.vae.encode(image.to(dtype)).latent_dist.sample() * pipe.vae.config.scaling_factor
     length = pipe.tokenizer.model_max_length
     ids = pipe.tokenizer(
         arguments.instance_prompt,
@@ -110,6 +106,21 @@ def _encode(
         return_tensors="pt",
     )
     return latents, pipe.text_encoder(ids.input_ids)[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder of the base")
+    add("--instance_data_dir", required=True, help="folder of training images")
+    add("--instance_prompt", required=True, help="prompt of the training images")
+    add("--resolution", type=int, default=512, help="height and width of training images (default: 512)")
+    add("--rank", type=int, default=4, help="rank of the LoRA (default: 4)")
+    add("--max_train_steps", type=int, default=5, help="training steps (default: 5)")
+    add("--mixed_precision", choices=DTYPES, default="no", help="precision (default: no)")
+    add("--encode_once", action="store_true", help="encode images and prompt before the first step")
+    add("--output", type=Path, required=True, help="JSON file to write")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pipelines of the size of real ones, with random weights, as folders that the training scripts open."""
+"""Pipelines of real size with random weights, as folders that the training scripts can open."""
 
 from __future__ import annotations
 
@@ -34,20 +34,26 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def real_base(name: str, dtype: torch.dtype, folder: Path) -> Path:
-    """The folder of ``sd15`` or ``sdxl`` at a precision; it is made where it is not there yet."""
-    place = folder / f"{name}-{str(dtype).removeprefix('torch.')}"
-    if not (place / "model_index.json").is_file():
-        pipe = {"sd15": _sd15, "sdxl": _sdxl}[name](dtype)
-        pipe.save_pretrained(place)
-    return place
+    """The folder of a pipeline, which is created on the first call.
+
+    Args:
+        name: `sd15` or `sdxl`.
+        dtype: of the weights.
+        folder: that contains the pipelines' folders.
+    """
+    base_folder = folder / f"{name}-{str(dtype).removeprefix('torch.')}"
+    if not (base_folder / "model_index.json").is_file():
+        build = {"sd15": _sd15, "sdxl": _sdxl}[name]
+        build(dtype).save_pretrained(base_folder)
+    return base_folder
 
 
 def _sd15(dtype: torch.dtype) -> DiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=_random(AutoencoderKL, dtype, **VAE),
+        vae=_random_model(AutoencoderKL, dtype, **VAE),
         text_encoder=_text_encoder(CLIPTextModel, dtype, CLIP_L),
         tokenizer=_tokenizer(),
-        unet=_random(UNet2DConditionModel, dtype, **SD15),
+        unet=_random_model(UNet2DConditionModel, dtype, **SD15),
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
@@ -57,37 +63,38 @@ def _sd15(dtype: torch.dtype) -> DiffusionPipeline:
 
 def _sdxl(dtype: torch.dtype) -> DiffusionPipeline:
     return StableDiffusionXLPipeline(
-        vae=_random(AutoencoderKL, dtype, **VAE, scaling_factor=0.13025),
+        vae=_random_model(AutoencoderKL, dtype, **VAE, scaling_factor=0.13025),
         text_encoder=_text_encoder(CLIPTextModel, dtype, CLIP_L),
         text_encoder_2=_text_encoder(CLIPTextModelWithProjection, dtype, {**CLIP_G, "projection_dim": 1280}),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
-        unet=_random(UNet2DConditionModel, dtype, **SDXL),
+        unet=_random_model(UNet2DConditionModel, dtype, **SDXL),
         scheduler=EulerDiscreteScheduler(**SCHEDULE),
     )
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """The embedded base's: which words there are changes neither time nor memory."""
+    """The embedded base's tokenizer: the vocabulary changes neither time nor memory."""
     tokenizer = CLIPTokenizer.from_pretrained(da.embedded("emoji") / "tokenizer")
     tokenizer.model_max_length = 77
     return tokenizer
 
 
-def _text_encoder(kind: type[nn.Module], dtype: torch.dtype, config: dict[str, int]) -> nn.Module:
+def _text_encoder(model_class: type[nn.Module], dtype: torch.dtype, config: dict[str, int]) -> nn.Module:
     tokenizer = _tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    return _filled(kind(CLIPTextConfig(**config, **ids, vocab_size=49408)).to(dtype))
+    model = model_class(CLIPTextConfig(**config, **ids, vocab_size=49408))
+    return _fill(model.to(dtype))
 
 
-def _random(kind: type[nn.Module], dtype: torch.dtype, **config: object) -> nn.Module:
+def _random_model(model_class: type[nn.Module], dtype: torch.dtype, **config: object) -> nn.Module:
     with torch.device("meta"):
-        model = kind(**config)
-    return _filled(model.to(dtype).to_empty(device="cpu"))
+        model = model_class(**config)
+    return _fill(model.to(dtype).to_empty(device="cpu"))
 
 
-def _filled(model: nn.Module) -> nn.Module:
-    """Small normal weights, norms at one: activations stay finite and the arithmetic is a real model's."""
+def _fill(model: nn.Module) -> nn.Module:
+    """Fills a model with small normal weights and norms of one, so that activations stay finite."""
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
         with torch.no_grad():

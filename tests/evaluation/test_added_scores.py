@@ -72,7 +72,7 @@ def test_captions_give_any_folder_its_text_similarity(tmp_path, write):
         "--metrics", "clip_t",
     )  # fmt: skip
     (score,) = record.scores
-    images = torch.stack([picture.load()[0] for picture in open_set(str(folder)).images])
+    images = torch.stack([image.load()[0] for image in open_set(str(folder)).images])
     expected = clip_score(images=images, texts=list(captions.values()), model="embedded:clip") / 100
     assert max(score.value, 0) == pytest.approx(expected, abs=1e-5)
     assert [row.prompt for row in record.images] == list(captions.values())
@@ -150,7 +150,7 @@ def test_training_images_give_authpct_and_the_likelihood_score(tmp_path):
     )  # fmt: skip
     extractor = load_extractor(TOY)
     made, test, train = (
-        extractor(torch.stack([picture.load()[0] for picture in open_set(str(folder)).images]))["wide"]
+        extractor(torch.stack([image.load()[0] for image in open_set(str(folder)).images]))["wide"]
         for folder in sets.values()
     )
     values = {score.metric: score for score in record.scores}
@@ -172,7 +172,7 @@ def test_a_model_of_preference_gets_images_and_prompts_and_an_interval_over_prom
         tmp_path, "--generated", folder, "--captions", as_jsonl(folder, captions),
         "--preference", "preference_model:Redness", "--metrics", "preference",
     )  # fmt: skip
-    pixels = [picture.load()[0] for picture in open_set(str(folder)).images]
+    pixels = [image.load()[0] for image in open_set(str(folder)).images]
     red = torch.tensor([float(image[0].double().mean()) / 255 for image in pixels])
     values = red * torch.tensor([len(text) for text in captions.values()])
     (score,) = record.scores
@@ -224,7 +224,7 @@ def test_adms_batch_serves_fid_and_sfid_by_its_statistics_and_the_rest_by_its_im
         tmp_path, "--generated", made, "--reference", tmp_path / "batch.npz", "--smoke", "--no_intervals",
         "--extractor", "inception", "--metrics", "fid,sfid,precision_recall",
     )  # fmt: skip
-    own = extractor(torch.stack([picture.load()[0] for picture in open_set(str(made)).images]))
+    own = extractor(torch.stack([image.load()[0] for image in open_set(str(made)).images]))
     of_batch = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
     values = {score.name: score for score in record.scores}
     assert values["fid"].value == pytest.approx(fid(real=pool, generated=own["pool"]), rel=1e-4)
@@ -256,7 +256,7 @@ def test_lpips_says_its_size_and_can_have_the_images_own(tmp_path, is_native):
     assert score.notes[0] == f"LPIPS of the images {size}"
     assert score.identity["preset"] == ("none" if is_native else "clean")
     extractor = load_extractor("lpips:squeeze", smoke=True, preset="none" if is_native else None)
-    images = torch.stack([picture.load()[0] for picture in open_set(str(folder)).images])
+    images = torch.stack([image.load()[0] for image in open_set(str(folder)).images])
     rows = extractor(images)["lpips"].double()
     distances = [float((rows[i] - rows[i + 3]).square().sum()) for i in range(3)]  # two images of each prompt
     assert score.value == pytest.approx(sum(distances) / 3, rel=1e-4)

@@ -39,7 +39,7 @@ def test_one_decode_and_one_forward_per_image_and_extractor(tmp_path, toy, decod
     assert Toy.images_seen == 7
     assert made.features["toy_extractor:Toy"]["wide"].shape == (7, 16)
     assert made.features["embedded:clip"]["image"].shape == (7, 128)
-    assert [facts.name for facts in made.infos] == [f"image-00{i}.png" for i in range(7)]
+    assert [info.name for info in made.infos] == [f"image-00{i}.png" for i in range(7)]
 
 
 def test_mixed_sizes_keep_their_rows_and_batches_change_nothing(tmp_path, toy):
@@ -47,7 +47,7 @@ def test_mixed_sizes_keep_their_rows_and_batches_change_nothing(tmp_path, toy):
     random_image(9, (30, 20)).save(tmp_path / "image-002.png")
     images = open_set(str(tmp_path))
     whole = extract(images, [toy], batch_size=8).features[toy.name]["wide"]
-    alone = [toy(picture.load()[0][None])["wide"] for picture in images.images]
+    alone = [toy(image.load()[0][None])["wide"] for image in images.images]
     assert torch.allclose(whole, torch.cat(alone), atol=1e-6)
     assert torch.allclose(extract(images, [toy], batch_size=2).features[toy.name]["wide"], whole, atol=1e-6)
 
@@ -63,7 +63,7 @@ def test_bad_files_are_all_listed_and_left_out_only_when_told(tmp_path, toy):
     assert "image-001.png" in str(caught.value)
     assert "image-004.png" in str(caught.value)
     made = extract(images, [toy], batch_size=2, skip_bad=True)
-    assert [facts.name for facts in made.infos] == ["image-000.png", "image-002.png", "image-003.png"]
+    assert [info.name for info in made.infos] == ["image-000.png", "image-002.png", "image-003.png"]
     assert len(made.skipped) == 2
     for index in (0, 2, 3):
         (tmp_path / f"image-00{index}.png").unlink()
@@ -86,7 +86,7 @@ def test_the_cache_answers_for_the_same_content_under_any_name_and_order(tmp_pat
     second = extract(open_set(str(folder)), [toy], cache=cache)
     assert decoded == []
     assert Toy.images_seen == 4
-    assert [facts.name for facts in second.infos] == [
+    assert [info.name for info in second.infos] == [
         "image-001.png",
         "image-002.png",
         "image-003.png",

@@ -132,13 +132,13 @@ def dino_folder(tmp_path_factory):
 def test_dino_is_the_class_token_of_the_middle_of_the_image(dino_folder):
     extractor = load_extractor(f"dino:{dino_folder}")
     assert (extractor.preset, extractor.side) == ("crop-32", 28)  # 256 and 224, scaled
-    picture = images(1, 40, 60)
-    scaled = interpolate(picture.float(), (32, 48), mode="bicubic", antialias=True).clamp(0, 255)
+    image = images(1, 40, 60)
+    scaled = interpolate(image.float(), (32, 48), mode="bicubic", antialias=True).clamp(0, 255)
     middle = scaled[..., 2:30, 10:38] / 255 * 2 - 1
     model = ViTModel.from_pretrained(dino_folder, add_pooling_layer=False)
     with torch.no_grad():
         expected = model(pixel_values=middle).last_hidden_state[:, 0]
-    found = extractor(picture)
+    found = extractor(image)
     assert torch.allclose(found["class_token"], expected, atol=1e-5)  # as published: not of length 1
     assert torch.allclose(found["cls"], expected / expected.norm(), atol=1e-5)
     assert (extractor.feature_layer, extractor.layer_of("unit")) == ("class_token", "cls")
@@ -154,8 +154,8 @@ def test_dinov2_at_another_size_is_the_authors_own_network(tmp_path):
     ViTImageProcessor(size={"height": 28, "width": 28}, do_resize=True).save_pretrained(tmp_path)
     extractor = load_extractor(f"dinov2:{tmp_path}", preset="pil")
     assert extractor.side == 28
-    picture = images(1, 40, 60)
-    squeezed = interpolate(picture.float(), (28, 28), mode="bicubic", antialias=True).clamp(0, 255).round()
+    image = images(1, 40, 60)
+    squeezed = interpolate(image.float(), (28, 28), mode="bicubic", antialias=True).clamp(0, 255).round()
     embeddings = model.embeddings
     tokens = embeddings.patch_embeddings(squeezed / 255 * 2 - 1)  # (1, 4, 16)
     grid = embeddings.position_embeddings[:, 1:].reshape(1, 5, 5, 16).permute(0, 3, 1, 2)
@@ -168,7 +168,7 @@ def test_dinov2_at_another_size_is_the_authors_own_network(tmp_path):
             output = layer(hidden)
             hidden = output[0] if isinstance(output, tuple) else output
         expected = model.layernorm(hidden)[:, 0]
-    assert torch.allclose(extractor(picture)["class_token"], expected, atol=1e-5)
+    assert torch.allclose(extractor(image)["class_token"], expected, atol=1e-5)
 
 
 def test_clips_embedding_is_made_when_asked_for_and_is_not_scaled():
@@ -198,10 +198,10 @@ def test_inceptions_spatial_features_are_mixed_6_conv_as_adms_evaluator_takes_th
     oracle.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, output: seen.append(output))
     asked = extractor.with_layers_for(["spatial"])
     assert asked.layers == ("pool", "logits_unbiased", "spatial")
-    picture = images(1)
-    found = asked(picture)["spatial"]
+    image = images(1)
+    found = asked(image)["spatial"]
     with torch.no_grad():
-        oracle(extractor.prepare(picture))
+        oracle(extractor.prepare(image))
     expected = seen[-1].numpy().transpose(0, 2, 3, 1)[..., :7].reshape(1, -1)  # (1, 17 x 17 x 7)
     assert found.shape == (1, 2023)
     assert found.std() > 0
@@ -277,22 +277,22 @@ def test_clean_is_pillows_bicubic_before_rounding():
     import numpy as np
     from PIL import Image
 
-    picture = images(1, 64, 64)[0]
+    image = images(1, 64, 64)[0]
     channels = [
         Image.fromarray(c.numpy().astype(np.float32), mode="F").resize((23, 23), Image.Resampling.BICUBIC)
-        for c in picture
+        for c in image
     ]
     expected = torch.from_numpy(np.stack([np.asarray(c) for c in channels])).clamp(0, 255)
-    assert (resize(picture[None], 23, "clean")[0] - expected).abs().max() < 0.005
+    assert (resize(image[None], 23, "clean")[0] - expected).abs().max() < 0.005
 
 
 def test_pil_is_pillows_bicubic_of_a_file():
     import numpy as np
     from PIL import Image
 
-    picture = images(1, 64, 48)[0]
-    scaled = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((23, 23), Image.Resampling.BICUBIC)
-    difference = resize(picture[None], 23, "pil")[0] - torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+    image = images(1, 64, 48)[0]
+    scaled = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((23, 23), Image.Resampling.BICUBIC)
+    difference = resize(image[None], 23, "pil")[0] - torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
     assert difference.abs().max() <= 1  # Pillow's weights are whole numbers
     assert difference.abs().mean() < 0.01
 
@@ -311,13 +311,13 @@ def test_crops_are_the_middle_also_of_images_of_the_networks_size(height, width)
     import numpy as np
     from PIL import Image
 
-    picture = images(1, height, width)[0]
+    image = images(1, height, width)[0]
     scale = 24 / min(height, width)
     size = (int(width * scale), int(height * scale))
-    scaled = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    scaled = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - 20) // 2, (size[1] - 20) // 2
     expected = torch.from_numpy(np.array(scaled.crop((left, top, left + 20, top + 20)))).permute(2, 0, 1)
-    assert (resize(picture[None], 20, "crop-24")[0] - expected).abs().mean() < 1
+    assert (resize(image[None], 20, "crop-24")[0] - expected).abs().mean() < 1
 
 
 def test_a_crop_that_shows_next_to_nothing_is_refused():

@@ -262,7 +262,7 @@ def test_metrics_that_statistics_cannot_serve_are_refused_by_name(tmp_path, sets
 
 def test_copies_of_the_reference_can_be_scored(tmp_path, sets):
     repeated = write_images(tmp_path / "repeated", 6)
-    for number in range(4):  # a picture that stands more than k times in the reference
+    for number in range(4):  # a image that stands more than k times in the reference
         shutil.copy(repeated / "image-000.png", repeated / f"again-{number}.png")
     code, output = evaluate(
         tmp_path, "--generated", repeated, "--reference", repeated, "--extractor", TOY, "--allow_small",

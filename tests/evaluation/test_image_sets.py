@@ -26,7 +26,7 @@ def png(seed):
 
 
 def pixels(images):
-    return [picture.load()[0].permute(1, 2, 0).numpy() for picture in images.images]
+    return [image.load()[0].permute(1, 2, 0).numpy() for image in images.images]
 
 
 def test_folder_zip_npz_and_dataset_hold_the_same_images(tmp_path):
@@ -67,7 +67,7 @@ def test_a_folder_of_diffadapt_sample_is_its_images_with_their_prompts(tmp_path)
     images = [{"file": f"image-00{i}.png", "prompt": f"prompt {i}"} for i in (2, 0)]
     (tmp_path / "sample.json").write_text(json.dumps({"images": images}), encoding="utf-8")
     found = open_set(str(tmp_path))
-    assert [picture.name for picture in found.images] == ["image-002.png", "image-000.png"]
+    assert [image.name for image in found.images] == ["image-002.png", "image-000.png"]
     assert found.prompts == ("prompt 2", "prompt 0")
     (tmp_path / "sample.json").write_text(
         json.dumps({"images": [{"file": "../x.png", "prompt": ""}]}), encoding="utf-8"
@@ -211,7 +211,7 @@ def test_overviews_and_inputs_in_a_folder_of_results_are_left_out_and_named(tmp_
     for name in ("grid.png", "samples_grid-0012.png", "sheet.png"):
         random_image(1, (60, 12)).save(tmp_path / name)
     images = open_set(str(tmp_path))
-    assert [picture.name for picture in images.images] == [f"image-{i:03d}.png" for i in range(5)]
+    assert [image.name for image in images.images] == [f"image-{i:03d}.png" for i in range(5)]
     assert set(images.excluded) == {
         "grid.png",
         "input/image-000.png",
@@ -240,7 +240,7 @@ def test_the_folders_of_a_run_and_of_an_evaluation_name_the_sets_in_them(tmp_pat
 def test_a_few_images_of_another_size_are_named(tmp_path):
     write_images(tmp_path, 12)
     random_image(50, (60, 20)).save(tmp_path / "preview.png")
-    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).images]
+    facts = [image.load()[1] for image in open_set(str(tmp_path)).images]
     (warning,) = odd_sizes_warning("a", facts)
     assert "1 of 13 images do not have 12x10 pixels" in warning
     assert "preview.png" in warning
@@ -259,7 +259,7 @@ def test_conversions_that_other_programs_do_not_make_are_counted(tmp_path):
     Image.fromarray(np.arange(120, dtype=np.uint16).reshape(10, 12) * 500).save(tmp_path / "deep.png")
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     random_image(4).save(tmp_path / "profile.png", icc_profile=profile)
-    facts = [picture.load()[1] for picture in open_set(str(tmp_path)).images]
+    facts = [image.load()[1] for image in open_set(str(tmp_path)).images]
     counts = {each.name: each.conversions for each in facts}
     assert counts == {
         "turned.jpg": ("turned upright by their EXIF orientation",),

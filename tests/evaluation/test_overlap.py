@@ -16,7 +16,7 @@ from diffadapt.evaluation.sets.overlap import (
 
 
 def facts(folder):
-    return [picture.load()[1] for picture in open_set(str(folder)).images]
+    return [image.load()[1] for image in open_set(str(folder)).images]
 
 
 def photograph(seed, size=(64, 64)):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from helpers.example_records import picture, record
+from helpers.example_records import load_image, record
 from PIL import Image
 
 from diffadapt.evaluation.report import plots
@@ -48,7 +48,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_holds_scores_plots_and_images_and_fetches_nothing():
-    elements = Elements(page(record(), picture))
+    elements = Elements(page(record(), load_image))
     assert not elements.of("script")
     assert not elements.of("link")
     images = elements.of("img")
@@ -67,7 +67,7 @@ def test_the_page_holds_scores_plots_and_images_and_fetches_nothing():
 
 
 def test_text_from_outside_is_escaped():
-    html = page(record(("lora",), count=4), picture)
+    html = page(record(("lora",), count=4), load_image)
     assert "<b>cat</b>" not in html
     assert "&lt;b&gt;cat&lt;/b&gt; &amp; number" in html
     assert "<PNG>" not in html
@@ -77,7 +77,7 @@ def test_text_from_outside_is_escaped():
     ("options", "stamp"), [({}, "DEMO"), ({"smoke": True}, "NOT A SCORE"), ({"demo": False}, None)]
 )
 def test_the_stamp_stands_on_top_and_in_the_title(options, stamp):
-    html = page(record(("lora",), count=4, **options), picture)
+    html = page(record(("lora",), count=4, **options), load_image)
     title = re.search("<title>(.*)</title>", html).group(1)
     assert ('class="stamp"' in html) == (stamp is not None)
     assert stamp is None or title.startswith(stamp)
@@ -98,11 +98,11 @@ def test_images_without_figures_are_shown_at_random_only():
     made = record(("lora",))
     bare = replace(made, images=tuple(replace(row, values={}, nearest=None) for row in made.images))
     assert [sheet.heading for sheet in contact_sheets(bare, "lora")] == ["Random"]
-    assert "Images of lora" in page(bare, picture)
+    assert "Images of lora" in page(bare, load_image)
 
 
 def test_large_images_become_small_and_small_ones_keep_their_pixels():
-    small = picture("lora", "x")
+    small = load_image("lora", "x")
     uri, is_small = thumbnail(small)
     stored = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert is_small
@@ -115,15 +115,15 @@ def test_large_images_become_small_and_small_ones_keep_their_pixels():
 
 def test_a_page_without_images_or_scores_is_still_a_page():
     empty = replace(record(), images=(), scores=())
-    assert "Images of" not in page(empty, picture)
-    assert "How it was made" in page(empty, picture)
+    assert "Images of" not in page(empty, load_image)
+    assert "How it was made" in page(empty, load_image)
 
 
 def test_images_of_which_only_features_are_at_hand_are_left_out():
     def generated_only(label, name):
         if label == "reference":
             raise KeyError(name)
-        return picture(label, name)
+        return load_image(label, name)
 
     html = page(record(("lora",), count=6), generated_only)
     assert html.count('alt="lora: ') == 3 + 3 + 6 + 6  # best, worst, random, and the pairs' left halves
@@ -135,11 +135,11 @@ def test_images_of_which_only_features_are_at_hand_are_left_out():
     assert "Images of" not in page(record(("lora",), count=6), nothing)
 
 
-def test_a_picture_that_cannot_be_read_costs_itself_and_is_named(tmp_path):
+def test_an_image_that_cannot_be_read_costs_itself_and_is_named(tmp_path):
     def broken(label, name):
         if name == "lora-002.png":
             raise ValueError("damaged")
-        return picture(label, name)
+        return load_image(label, name)
 
     problems = write_page(record(("lora",), count=4), tmp_path / "page.html", broken)
     assert problems == ["the page lacks the image lora-002.png of lora: damaged"]
@@ -153,19 +153,19 @@ def test_a_plot_that_fails_costs_itself_and_a_page_that_fails_is_told(tmp_path, 
         raise RuntimeError("no bins")
 
     monkeypatch.setattr(plots, "histogram", fails)
-    problems = write_page(record(("lora",), count=4), tmp_path / "page.html", picture)
+    problems = write_page(record(("lora",), count=4), tmp_path / "page.html", load_image)
     assert "plot of realism of each image: RuntimeError: no bins" in problems[0]
     elements = Elements((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "could not be made" in elements.text
     assert len([image for image in elements.of("img") if "svg" in image["src"][:20]]) == 1
     (tmp_path / "file").write_text("", encoding="utf-8")
-    (problem,) = write_page(record(("lora",), count=4), tmp_path / "file" / "page.html", picture)[1:][-1:]
+    (problem,) = write_page(record(("lora",), count=4), tmp_path / "file" / "page.html", load_image)[1:][-1:]
     assert "could not be made" in problem
     assert list(tmp_path.glob("*/*")) == []
 
 
 def test_the_page_links_to_the_files_beside_it_and_to_the_papers_and_is_open_in_print(tmp_path):
-    write_page(record(("lora",), count=4), tmp_path / "my scores.html", picture)
+    write_page(record(("lora",), count=4), tmp_path / "my scores.html", load_image)
     elements = Elements((tmp_path / "my scores.html").read_text(encoding="utf-8"))
     links = [link["href"] for link in elements.of("a")]
     assert links[:3] == ["my%20scores.json", "my%20scores.md", "my%20scores.csv"]
@@ -222,7 +222,7 @@ def open_in_browser(path, home, *options):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 def test_a_browser_has_nothing_to_complain_of(tmp_path):
     """The page as it is written: nothing in it offends its own rule to fetch nothing and run nothing."""
-    write_page(record(count=3), tmp_path / "page.html", picture)
+    write_page(record(count=3), tmp_path / "page.html", load_image)
     done = open_in_browser(tmp_path / "page.html", tmp_path)
     assert "Content-Security-Policy" in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
@@ -248,7 +248,7 @@ PROBE = """<script>addEventListener("load", () => {
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_every_image_at_a_desks_and_a_phones_width(tmp_path, width):
     """The frame around the page gives it the width, which a browser's window cannot go below 500 pixels."""
-    html = page(record(count=14), picture)
+    html = page(record(count=14), load_image)
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)  # for the probe alone
     (tmp_path / "page.html").write_text(html.replace("</head>", PROBE + "</head>"), encoding="utf-8")
     frame = f'<iframe id="f" src="page.html" style="width:{width}px;height:3000px;border:0"></iframe>'

@@ -54,9 +54,9 @@ def plain():
 
 def test_a_set_keeps_its_order_and_few_numbers_of_each_image(tmp_path, perceptual):
     lpips, sizes = perceptual
-    pictures = open_set(str(write_images(tmp_path, len(PROMPTS)))).images
-    made = extract(ImageSet("a", "adapter", pictures, prompts=PROMPTS), [lpips, plain()], batch_size=3)
-    assert [facts.name for facts in made.infos] == [picture.name for picture in pictures]
+    lazy_images = open_set(str(write_images(tmp_path, len(PROMPTS)))).images
+    made = extract(ImageSet("a", "adapter", lazy_images, prompts=PROMPTS), [lpips, plain()], batch_size=3)
+    assert [info.name for info in made.infos] == [image.name for image in lazy_images]
     assert sorted(sizes) == [1, 3, 3]  # the four of "x" went through in two parts
     rows, few = made.features["plain"]["wide"].double(), made.features["lpips:toy"]["lpips"]
     assert few.shape == (7, 4)
@@ -71,7 +71,7 @@ def test_unreadable_images_are_left_out_of_their_prompt(tmp_path, perceptual):
     images = ImageSet("a", "adapter", open_set(str(tmp_path)).images, prompts=PROMPTS)
     made = extract(images, [perceptual[0]], batch_size=3, skip_bad=True)
     assert made.features["lpips:toy"]["lpips"].shape == (6, 3)
-    assert [facts.name[6:9] for facts in made.infos] == ["000", "001", "003", "004", "005", "006"]
+    assert [info.name[6:9] for info in made.infos] == ["000", "001", "003", "004", "005", "006"]
 
 
 def test_without_prompts_there_is_nothing_to_compare_and_no_forward(tmp_path, perceptual):

@@ -41,7 +41,7 @@ def scored(generated, real, plan=SMALL, read_options=None, extractor=TOY, **opti
 
 def features(folder):
     extractor = load_extractor(TOY)
-    pixels = torch.stack([picture.load()[0] for picture in open_set(folder).images])
+    pixels = torch.stack([image.load()[0] for image in open_set(folder).images])
     return extractor(pixels)["wide"]
 
 
@@ -141,7 +141,7 @@ def test_saved_features_score_as_the_images_do(record, folders, tmp_path):
     file = str(tmp_path / "reference" / "toy_extractor-Toy.safetensors")
     again = scored({"a": folders["a"]}, file, Plan(("fid",)))
     assert again.scores[0].value == kept.scores[0].value
-    assert {row.nearest for row in again.images} == {None}  # there is no picture to show
+    assert {row.nearest for row in again.images} == {None}  # there is no image to show
     assert differences(again.scores[0], kept.scores[0]) == []
     with pytest.raises(ValueError, match="holds features made otherwise"):
         scored({"a": folders["a"]}, file, extractor="embedded:clip")
@@ -209,11 +209,11 @@ def test_an_extractor_with_which_nothing_can_be_computed_is_refused():
 
 
 def test_lpips_diversity_is_of_the_images_of_one_prompt(folders):
-    pictures = open_set(folders["a"]).images[:4]
-    images = ImageSet("a", "adapter", pictures, prompts=("x", "y", "x", "y"))
+    lazy_images = open_set(folders["a"]).images[:4]
+    images = ImageSet("a", "adapter", lazy_images, prompts=("x", "y", "x", "y"))
     lpips = load_extractor("lpips:squeeze", smoke=True)
     found = evaluate_sets({"a": images}, None, [lpips], SMALL, read_options=ReadOptions()).record
-    rows = [lpips(picture.load()[0][None])["lpips"][0].double() for picture in pictures]
+    rows = [lpips(image.load()[0][None])["lpips"][0].double() for image in lazy_images]
     pairs = [(rows[0] - rows[2]).square().sum(), (rows[1] - rows[3]).square().sum()]
     (score,) = found.scores
     assert score.name == "lpips_diversity[lpips:squeeze]"

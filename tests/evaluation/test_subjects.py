@@ -28,7 +28,7 @@ def prompts(tmp_path):
 
 
 def save(folder, count, seed=0, size=8):
-    """Random pictures; returns their values."""
+    """Random images; returns their values."""
     folder.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     for index, value in enumerate(values):
@@ -76,7 +76,7 @@ def test_subjects_have_their_prompts_and_texts_without_the_unique_token(tmp_path
     assert plush.prompts("sks")[0] == "a sks stuffed animal in the jungle"
     assert plush.texts()[0] == "a stuffed animal in the jungle"
     assert cat.texts() == ["a cat wearing a red hat", "a red cat"]
-    assert [picture.name for picture in cat.real] == ["cat/00.png", "cat/01.png"]
+    assert [image.name for image in cat.real] == ["cat/00.png", "cat/01.png"]
     assert [own.name for own in open_subjects(tmp_path / "data", prompts, ["cat"])] == ["cat"]
     save(tmp_path / "data" / "cats", 1)
     with pytest.raises(ValueError, match=r"'cats' has no class in the prompts file.*cat"):
@@ -156,8 +156,8 @@ def evaluated(tmp_path, prompts):
         if subject.name == "cat":
             values[4] = real["cat"][2][:, ::-1]
         drawn[subject.name] = values
-        pictures = tuple(ArrayImage(f"{subject.name}/{i}", v) for i, v in enumerate(values))
-        images.append(SubjectImages(subject, pictures, tuple(numbers), tuple(range(5))))
+        generated = tuple(ArrayImage(f"{subject.name}/{i}", v) for i, v in enumerate(values))
+        images.append(SubjectImages(subject, generated, tuple(numbers), tuple(range(5))))
     extractors = [
         toy(),
         toy("lpips:toy", layers=("lpips",), feature_layer=None, perceptual_layer="lpips", embed_texts=None),

@@ -78,7 +78,7 @@ def record(
     )
 
 
-def picture(label: str, name: str) -> Image.Image:
+def load_image(label: str, name: str) -> Image.Image:
     """A disc, of another colour for every image, 64 pixels wide; real images are 300."""
     side = 300 if label == "reference" else 64
     image = Image.new("RGB", (side, side), "white")

@@ -1,4 +1,4 @@
-"""Image files for tests: small random pictures, the same for the same seed."""
+"""Image files for tests: small random images, the same for the same seed."""
 
 import numpy as np
 from PIL import Image

@@ -152,7 +152,7 @@ def _rows_by_origin(rows: Sequence[ImageRow]) -> dict[tuple[str, int], ImageRow]
     for row in rows:
         if row.prompt is None or row.seed is None:
             continue
-        if (row.prompt, row.seed) in by_origin:
+        if (row.prompt, row.seed) in by_origin:  # which of the two belongs to the other set's image?
             return {}
         by_origin[row.prompt, row.seed] = row
     return by_origin
@@ -199,7 +199,7 @@ def _score_difference(first: ComparedRun, run: ComparedRun, name: str, pairs: Pa
                 return values.difference(None, paired=True, note=f"no interval: {error}")
     if first_score.interval is None or other_score.interval is None:
         return values.difference(None, paired=False)
-    standard_errors = []
+    standard_errors = []  # of independent scores: their squares add up
     for interval in (first_score.interval, other_score.interval):
         standard_errors.append((interval.high - interval.low) / (2 * Z))
     method = "normal, both intervals' widths as of independent sets"
@@ -306,18 +306,18 @@ class _PairedScore:
         """
         over, clusters = _clusters(self.pairs)
         first, other = self.sides
-        if self.metric.per_image is not None:
+        if self.metric.per_image is not None:  # the score is a mean over images
             first_values = self.metric.per_image(MetricCall(first, self.real, self.options))
             other_values = self.metric.per_image(MetricCall(other, self.real, self.options))
             return _interval_of_changes(other_values - first_values, self.pairs)
-        if self.metric.key == "kid" and clusters is None:
+        if self.metric.key == "kid" and clusters is None:  # has a variance in closed form
             _, variance = paired_kid_difference(
                 real=self.real["features"], first=first["features"], other=other["features"]
             )
             method = "normal, variance of the U-statistic of the pairs"
             return normal_interval(change, variance**0.5, method)
         k = self.options.get("k")
-        if k is not None and len(self.pairs) // 2 <= 2 * k:
+        if k is not None and len(self.pairs) // 2 <= 2 * k:  # neighbours would be all over the half sample
             raise ValueError(f"halves of {len(self.pairs)} pairs are too few for {k} neighbours")
         return half_samples_interval(
             change, self._subset_change, len(self.pairs), clusters=clusters, over=over

@@ -139,25 +139,27 @@ def _note_of(scores: Sequence[Score]) -> str:
 
 def _provenance(record: EvaluationRecord) -> list[str]:
     """Extractors, sets, seeds, versions, device and command."""
-    extractor_rows = [
-        {
-            "extractor": extractor.name,
-            "resize": f"{extractor.preset} to {extractor.side}",
-            "layers": ", ".join(extractor.layers),
-            "SHA-256 of the weights": extractor.sha256,
-        }
-        for extractor in record.extractors
-    ]
-    set_rows = [
-        {
-            "set": label,
-            "role": summary.role,
-            "images": f"{summary.count:,}",
-            "source": summary.source,
-            "SHA-256 of its images": summary.fingerprint,
-        }
-        for label, summary in record.sets.items()
-    ]
+    extractor_rows = []
+    for extractor in record.extractors:
+        extractor_rows.append(
+            {
+                "extractor": extractor.name,
+                "resize": f"{extractor.preset} to {extractor.side}",
+                "layers": ", ".join(extractor.layers),
+                "SHA-256 of the weights": extractor.sha256,
+            }
+        )
+    set_rows = []
+    for label, summary in record.sets.items():
+        set_rows.append(
+            {
+                "set": label,
+                "role": summary.role,
+                "images": f"{summary.count:,}",
+                "source": summary.source,
+                "SHA-256 of its images": summary.fingerprint,
+            }
+        )
     lines: list[str] = []
     for rows in (extractor_rows, set_rows):
         if rows:
@@ -227,7 +229,7 @@ def markdown_table(
 def _shrink(widths: list[int], line_width: int) -> None:
     """Shrinks the widest columns until a line fits, or none is wider than MIN_CELL_WIDTH."""
     separators = 3 * len(widths) + 1
-    while sum(widths) + separators > line_width and max(widths) > MIN_CELL_WIDTH:
+    while sum(widths) + separators > line_width and max(widths) > MIN_CELL_WIDTH:  # widest first
         widths[widths.index(max(widths))] -= 1
 
 

@@ -91,10 +91,11 @@ def _read_coco_captions(path: Path) -> dict[str, str]:
 
 def _match_by_name(image_set: ImageSet, captions: Mapping[str, str], source: str) -> dict[str, str]:
     """Image name -> caption, by whichever spelling of the names matches most images; "" without a match."""
+    # "val/1.jpg" in the set may be "val/1.jpg", "1.jpg" or "1" in the file.
     spellings = (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem)
     names = [image.name for image in image_set.images]
     best: dict[str, str] = {}
-    for spelling in spellings:
+    for spelling in spellings:  # the first of equally good ones
         matched = _match_by_spelling(names, captions, spelling)
         if _count_captions(matched) > _count_captions(best):
             best = matched

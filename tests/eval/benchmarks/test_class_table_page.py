@@ -19,7 +19,7 @@ def record(after):
 
 def test_mean_and_deviation_of_the_seeds_of_each_method():
     text = script.table({"lora": [record(0.1), record(0.3)], "flora": [record(0.2), record(0.2)]})
-    assert "9 steps of 4 pictures on `qv`" in text
+    assert "9 steps of 4 images on `qv`" in text
     assert "of 2 seeds" in text
     assert "| `lora` | 1,234 | 0.002 | 0.200 ± 0.141 |  |  |" in text
     assert "| `flora` | 1,234 | 0.002 | 0.200 ± 0.000 |  |  |" in text

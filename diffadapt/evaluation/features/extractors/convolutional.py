@@ -35,7 +35,7 @@ LPIPS_BACKBONES = {  # LPIPS' name -> torchvision's, and the layers after which 
 }
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)  # of images in [-1, 1], from LPIPS' ScalingLayer
 LPIPS_SCALE = (0.458, 0.448, 0.450)
-LPIPS_NATIVE = "LPIPS of the images at their own size, which must be one (default: resized to 256 x 256)"
+LPIPS_NATIVE = "LPIPS at the images' own size, which must be the same for all (default: 256 x 256)"
 SPATIAL_BLOCK = "Mixed_6d"  # whose 1 x 1 branch is `mixed_6/conv` in TensorFlow's graph
 SPATIAL_CHANNELS = 7  # of its 192, in 17 x 17 places: 2023 numbers, ordered by row, column, channel
 
