@@ -264,6 +264,8 @@ def _swap(
             adapter.hooks += label_dropout_hooks(part.methods[0], root)
         if part.grouped:
             for root in adapter.roots.values():
-                adapter.hooks.append(root.register_forward_pre_hook(part.prepare))
-                adapter.hooks.append(root.register_forward_hook(part.release, always_call=True))
+                adapter.hooks.append(root.register_forward_pre_hook(part.grouped_changes.before_forward))
+                adapter.hooks.append(
+                    root.register_forward_hook(part.grouped_changes.after_forward, always_call=True)
+                )
     adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.layer_states)

@@ -24,9 +24,11 @@ from diffadapt.algebra.combined_weight import (
 from diffadapt.algebra.expression import Update
 from diffadapt.algebra.layer_maps import LayerMap, LinearMap, conv_map
 
+_LINEAR_MAP = LinearMap()
+
 
 class Owner(Protocol):
-    """Who owns trained tensors and says what they change: a part of an adapter."""
+    """An owner of trained tensors, which says what they change: the state of a method."""
 
     strength: float
 
@@ -73,8 +75,12 @@ class LayerState:
         return [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
 
     def active(self) -> list[Entry]:
-        """The entries that act in the forward pass."""
-        return [entry for entry in self.entries if not entry.merged and entry.owner.strength != 0]
+        """The entries that act in the forward pass: neither merged nor at strength 0."""
+        active = []
+        for entry in self.entries:
+            if not entry.merged and entry.owner.strength != 0:
+                active.append(entry)
+        return active
 
 
 def layer_state_of(layers: Sequence[nn.Module]) -> LayerState:
@@ -110,7 +116,9 @@ class Adapted(nn.Module):
 class AdaptedLinear(Adapted, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         entries = self._diffadapt.active()
-        return _affine(self, LinearMap(), x, entries) if entries else nn.Linear.forward(self, x)
+        if not entries:
+            return nn.Linear.forward(self, x)
+        return _adapted_output(self, _LINEAR_MAP, x, entries)
 
 
 class _AdaptedConv(Adapted):
@@ -120,7 +128,7 @@ class _AdaptedConv(Adapted):
             return super().forward(x)
         unbatched = x.dim() == len(self.kernel_size) + 1
         layer_map, x = conv_map(self, x.unsqueeze(0) if unbatched else x)
-        y = _affine(self, layer_map, x, entries)
+        y = _adapted_output(self, layer_map, x, entries)
         return y.squeeze(0) if unbatched else y
 
 
@@ -177,66 +185,86 @@ ADAPTED: dict[type[nn.Module], type[Adapted]] = {
 ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
-def _affine(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: list[Entry]) -> Tensor:
-    """``y`` for ``W + sum_i t_i (W'_i - W)``: rows scaled on the outputs, factors never multiplied out."""
-    layer_state, device = layer._diffadapt, x.device.type
+def _adapted_output(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: Sequence[Entry]) -> Tensor:
+    """The output of a linear layer or a convolution for the weight `W + sum_i t_i (W'_i - W)`.
+
+    `W'_i = scale_i * (W + m_i delta_i)` is the weight under entry `i`, and `t_i` its strength. Without a
+    scale the entry is a term `t_i m_i L(x; delta_i)` beside the layer's own product. With one it has an
+    output `y_i` of its own and adds `t_i (y_i - y_bare)`. No matrix `W'_i` is ever built for a low-rank
+    change.
+    """
+    layer_state = layer._diffadapt
+    device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    base, base_bias = layer.weight, layer.bias  # of a frozen layer
-    if layer_state.original is not None:
-        base, base_bias = layer_state.original, layer_state.base_bias(layer)
-    updates = [(entry, entry.owner.update(entry.index, base, in_forward=True)) for entry in entries]
+    base = layer.weight
+    base_bias = layer.bias
+    if layer_state.original is not None:  # another adapter is merged: the base's bits are kept elsewhere
+        base = layer_state.original
+        base_bias = layer_state.base_bias(layer)
+    additive: list[tuple[Entry, Update]] = []
+    rescaling: list[tuple[Entry, Update]] = []
+    for entry in entries:
+        update = entry.owner.update(entry.index, base, in_forward=True)
+        if update.scale is None:
+            additive.append((entry, update))
+        else:
+            rescaling.append((entry, update))
     base = base.to(x.dtype)
-    entry, update = updates[0]
-    is_alone = len(updates) == 1 and entry.owner.strength == 1 and layer_state.original is None
-    if is_alone and update.scale is not None:
-        return _rescaled(layer_map, x, base, base_bias, entry, update)
-    additive = [(e, u) for e, u in updates if u.scale is None]
-    bias = effective_bias(base_bias, layer.bias, [(e.owner.strength, u) for e, u in additive])
-    terms = [found for e, u in additive for found in _terms(x, e, u, e.owner.strength)]
+    if rescaling and len(entries) == 1 and entries[0].owner.strength == 1 and layer_state.original is None:
+        return _rescaled_output(layer_map, x, base, base_bias, *rescaling[0])
+
+    terms: list[Term] = []
+    bias_updates: list[tuple[float, Update]] = []
+    for entry, update in additive:
+        strength = entry.owner.strength
+        if update.delta is not None:
+            terms.append(_term(x, entry, update, strength))
+        if update.bias is not None or update.bias_scale is not None:
+            bias_updates.append((strength, update))
+    bias = effective_bias(base_bias, layer.bias, bias_updates) if bias_updates else layer.bias
     y = branch_sum(layer_map, x, layer.weight.to(x.dtype), bias, terms)
-    if len(additive) < len(updates):
-        plain = branch_sum(layer_map, x, base, base_bias, [])
-        for entry, update in updates:
-            if update.scale is not None:
-                whole = _rescaled(layer_map, x, base, base_bias, entry, update)
-                y = y + entry.owner.strength * (whole - plain)
+    if rescaling:
+        y_bare = branch_sum(layer_map, x, base, base_bias, [])
+        for entry, update in rescaling:
+            y_entry = _rescaled_output(layer_map, x, base, base_bias, entry, update)
+            y = y + entry.owner.strength * (y_entry - y_bare)
     return y
 
 
-def _rescaled(
+def _rescaled_output(
     layer_map: LayerMap, x: Tensor, base: Tensor, base_bias: Tensor | None, entry: Entry, update: Update
 ) -> Tensor:
-    """The whole output under one update that scales rows."""
-    scale, terms = _per_channel(update.scale, x, layer_map), _terms(x, entry, update, 1.0)
+    """The output `scale * (L(x; W) + m L(x; delta)) + b'` under one update that scales rows alone."""
+    terms = [] if update.delta is None else [_term(x, entry, update, 1.0)]
+    scale = _per_channel(update.scale, x, layer_map)
     if update.bias_scale is update.scale:  # gamma * (y + beta): one product, bit for bit y at gamma = 1
-        bias = base_bias if update.bias is None else _added(base_bias, update.bias)
+        bias = base_bias
+        if update.bias is not None:
+            bias = update.bias if base_bias is None else base_bias + update.bias
         return scaled_channels(branch_sum(layer_map, x, base, bias, terms), scale)
     bias = effective_bias(base_bias, base_bias, [(1.0, update)])
     return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
 
 
-def _terms(x: Tensor, entry: Entry, update: Update, coefficient: float) -> list[Term]:
-    """The change of one entry as a term of the sum; none where only rows or biases change."""
-    if update.delta is None:
-        return []
-    change, inputs = update.delta.for_dtype(x.dtype), entry.owner.dropout(x, entry.index)
-    return [(change, coefficient * update.multiplier, inputs)]
+def _term(x: Tensor, entry: Entry, update: Update, strength: float) -> Term:
+    """The change of one entry as a term of the sum."""
+    change = update.delta
+    if x.dtype == torch.float16:
+        change = change.for_float16()
+    return Term(change, strength * update.multiplier, entry.owner.dropout(x, entry.index))
 
 
 def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:
-    """A vector ``(out,)``, shaped to act on the channels of the layer's output."""
+    """A vector `(out,)`, shaped to act on the channels of the layer's output."""
     trailing = x.dim() - 2 if layer_map.channel_dim == 1 else 0
     return vector.reshape(-1, *(1,) * trailing)
 
 
-def _added(base_bias: Tensor | None, bias: Tensor) -> Tensor:
-    return bias if base_bias is None else base_bias + bias
-
-
-def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
+def _changed_weight(layer: Adapted, entries: Sequence[Entry]) -> Tensor:
     """The whole changed weight, for layers whose weight is small beside their activations."""
-    layer_state, base = layer._diffadapt, layer._diffadapt.base()
+    layer_state = layer._diffadapt
+    base = layer_state.base()
     updates = layer_state.updates(entries)
     if changed_shape(base, updates) == layer.weight.shape == base.shape:
         return changed_weight(to_compute_dtype(base), updates, resident=layer.weight)
@@ -244,8 +272,8 @@ def _changed_weight(layer: Adapted, entries: list[Entry]) -> Tensor:
     return changed_weight(to_compute_dtype(base), layer_state.updates(layer_state.entries))
 
 
-def _changed_bias(layer: Adapted, entries: list[Entry]) -> Tensor | None:
+def _changed_bias(layer: Adapted, entries: Sequence[Entry]) -> Tensor | None:
     layer_state = layer._diffadapt
-    base, updates = layer_state.base(), layer_state.updates(entries)
+    updates = layer_state.updates(entries)
     bias = effective_bias(layer_state.base_bias(layer), layer.bias, updates)
-    return None if bias is None else bias.to(to_compute_dtype(base).dtype)
+    return None if bias is None else bias.to(to_compute_dtype(layer_state.base()).dtype)

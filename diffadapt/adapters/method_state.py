@@ -1,9 +1,8 @@
-"""Parts of an adapter: one method's trained tensors for the sites it changes, first as a plan of shapes."""
+"""One method of an adapter: its plan, from shapes alone, and its state, the tensors that it trains."""
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.algebra.expression import Expression, Update
+from diffadapt.adapters.grouped_changes import Changes, GroupedChanges
+from diffadapt.algebra.expression import Update
 from diffadapt.algebra.layer_maps import without_autocast
-from diffadapt.algebra.recomputation import (
-    Forward,
-    SeedHistory,
-    is_reentrant,
-    next_node,
-    node_of_recomputation,
-)
+from diffadapt.algebra.recomputation import SeedHistory, is_reentrant, node_of_recomputation
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.random_init import named_generator
 from diffadapt.methods.site import Site
@@ -28,13 +22,13 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What a part will own, from shapes alone.
+    """The tensors that a `MethodState` will own.
 
     Attributes:
-        label: unique among the parts of an adapter; the first piece of its names in a file.
-        indices: which of the adapter's sites it changes.
+        label: unique among the methods of an adapter; the first piece of its names in a file.
+        indices: which of the adapter's sites the method changes.
         sites: those sites.
-        methods: the method of each; they differ in rank only.
+        methods: the method for each of them; they differ in rank only.
     """
 
     label: str
@@ -42,97 +36,124 @@ class MethodPlan:
     sites: tuple[Site, ...]
     methods: tuple[Method, ...]
 
-    def trained(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the trained tensors by name in a file: ``label/site/tensor``, ``label//shared``."""
-        return self._named([method.trained_tensors(site) for method, site in self._pairs()])
+    def trained_shapes(self) -> Shapes:
+        """Shapes of the trained tensors by their names in a file: `label/site/tensor`, `label//shared`."""
+        shapes: Shapes = {}
+        for method, site in zip(self.methods, self.sites, strict=True):
+            shapes |= self._site_names(site, method.trained_tensors(site))
+        return shapes | self._shared_shapes()
 
-    def stored(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors in a file: the trained ones, and those kept without training."""
-        return self._named(
-            [method.trained_tensors(site) | method.frozen_tensors(site) for method, site in self._pairs()]
-        )
-
-    def _pairs(self) -> list[tuple[Method, Site]]:
-        return list(zip(self.methods, self.sites, strict=True))
-
-    def _named(self, own: Sequence[Shapes]) -> dict[str, tuple[int, ...]]:
-        named = {
-            f"{self.label}/{site.name}/{key}": shape
-            for site, shapes in zip(self.sites, own, strict=True)
-            for key, shape in shapes.items()
-        }
-        shared = self.methods[0].shared_tensors(self.sites)
-        return named | {f"{self.label}//{key}": shape for key, shape in shared.items()}
+    def stored_shapes(self) -> Shapes:
+        """Shapes of all tensors in a file: the trained ones, and those that are stored without training."""
+        shapes: Shapes = {}
+        for method, site in zip(self.methods, self.sites, strict=True):
+            stored = method.trained_tensors(site) | method.frozen_tensors(site)
+            shapes |= self._site_names(site, stored)
+        return shapes | self._shared_shapes()
 
     def counts(self) -> dict[str, int]:
         """The number of values of every trained tensor."""
-        return {name: math.prod(shape) for name, shape in self.trained().items()}
+        return {name: math.prod(shape) for name, shape in self.trained_shapes().items()}
 
     @property
     def num_parameters(self) -> int:
         return sum(self.counts().values())
 
+    def _site_names(self, site: Site, shapes: Shapes) -> Shapes:
+        return {f"{self.label}/{site.name}/{key}": shape for key, shape in shapes.items()}
+
+    def _shared_shapes(self) -> Shapes:
+        shared = self.methods[0].shared_tensors(self.sites)
+        return {f"{self.label}//{key}": shape for key, shape in shared.items()}
+
 
 def plan_methods(
     method: Method, sites: Sequence[Site], ranks: Mapping[str, int] | None = None
 ) -> list[MethodPlan]:
-    """One plan for every part of a method, over the sites whose kind it can change.
+    """Plans every method that a method combines, over the sites whose kind it can change.
 
-    ``ranks`` gives single sites another rank, by name, in the parts that have one. Raises ValueError when a
-    part finds no site, or no part has a rank.
+    Args:
+        ranks: the rank of single sites by name, for the methods that have a rank.
+
+    Raises:
+        ValueError: a method finds no site, or none has a rank.
     """
-    ranks, plans = ranks or {}, []
-    if ranks and not any(hasattr(part, "rank") for part in method.members):
+    ranks = ranks or {}
+    if ranks and not any(hasattr(member, "rank") for member in method.members):
         raise ValueError(f"{method} has no rank, so there is none to choose for {next(iter(ranks))}")
-    for number, part in enumerate(method.members):
-        indices = tuple(i for i, site in enumerate(sites) if part.supports(site))
+    plans = []
+    for number, member in enumerate(method.members):
+        indices = tuple(index for index, site in enumerate(sites) if member.supports(site))
         if not indices:
-            kinds = ", ".join(sorted(part.kinds))
-            raise ValueError(f"{part.name} changes {kinds} layers, and the targets choose none of them")
-        chosen = tuple(sites[i] for i in indices)
-        ranked = [site.name for site in chosen if part.grouped and site.name in ranks]
-        if ranked:
-            raise ValueError(
-                f"{part.name} shares its factors among layers, so {ranked[0]} cannot have a rank of its own "
-                f"({ranks[ranked[0]]}); drop its rank pattern"
-            )
-        own = ranks if hasattr(part, "rank") else {}
-        methods = tuple(replace(part, rank=own[s.name]) if s.name in own else part for s in chosen)
-        label = part.name if len(method.members) == 1 else f"{number}.{part.name}"
-        plans.append(MethodPlan(label, indices, chosen, methods))
+            kinds = ", ".join(sorted(member.kinds))
+            raise ValueError(f"{member.name} changes {kinds} layers, and the targets choose none of them")
+        member_sites = tuple(sites[index] for index in indices)
+        member_methods = []
+        for site in member_sites:
+            has_rank_pattern = site.name in ranks
+            if has_rank_pattern and member.grouped:
+                raise ValueError(
+                    f"{member.name} shares its factors among layers, so {site.name} cannot have a rank of "
+                    f"its own ({ranks[site.name]}); drop its rank pattern"
+                )
+            if has_rank_pattern and hasattr(member, "rank"):
+                member_methods.append(replace(member, rank=ranks[site.name]))
+            else:
+                member_methods.append(member)
+        label = member.name if len(method.members) == 1 else f"{number}.{member.name}"
+        plans.append(MethodPlan(label, indices, member_sites, tuple(member_methods)))
     return plans
 
 
 class MethodState(nn.Module):
-    """Owns the tensors of one method: float32, or float64 for a float64 base."""
+    """Owns the tensors of one method, in float32, or in float64 for a float64 base.
+
+    Attributes:
+        tensors: the tensors of each site, in the order of `sites`.
+        shared: the tensors trained for several sites together.
+        constants: buffers that are computed again from the seed and never stored.
+        strength: `t` in `W + t (W' - W)`.
+        merged: whether the changes are folded into the weights now.
+        dropout_seed: what dropout is a function of; None for torch's global generator.
+        grouped_changes: of a method that computes the changes of all sites together; else None.
+
+    The names `tensors` and `shared` are keys of training checkpoints.
+    """
 
     def __init__(self, plan: MethodPlan, bases: Sequence[Tensor], seed: int):
         super().__init__()
-        self.label, self.sites, self.methods, self.seed = plan.label, plan.sites, plan.methods, seed
+        self.label = plan.label
+        self.sites = plan.sites
+        self.methods = plan.methods
+        self.seed = seed
         self.strength = 1.0
-        self.dropout_seed: int | None = None
         self.merged = False
+        self.dropout_seed: int | None = None
         self.dropout_seeds = SeedHistory()
-        self.last_forward: Forward | None = None  # of the model, with the changes of grouped sites
-        self.earlier_forwards: list[weakref.ref[Forward]] = []  # whose backward may still come
-        self.recomputed: tuple[tuple[int, int], Sequence[Expression]] | None = None  # by backward and node
-        self.exact: tuple[Tensor, Sequence[Expression]] | None = None  # trained values, and their changes
-        method, first = self.methods[0], bases[0]
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        options = {"dtype": dtype, "device": first.device}
-        self.tensors = nn.ModuleList(
-            _parameters(method.trained_tensors(site), method.frozen_tensors(site), options)
-            for method, site in zip(self.methods, self.sites, strict=True)
-        )
-        self.shared = _parameters(method.shared_tensors(self.sites), {}, options)
+
+        method = self.methods[0]
+        device = bases[0].device
+        dtype = torch.float64 if bases[0].dtype == torch.float64 else torch.float32
+        self.tensors = nn.ModuleList()
+        self.shared_tensor_names = []
+        for site_method, site in zip(self.methods, self.sites, strict=True):
+            trained = site_method.trained_tensors(site)
+            frozen = site_method.frozen_tensors(site)
+            self.tensors.append(_parameters(trained, frozen, dtype, device))
+            self.shared_tensor_names.append(site_method.shared_tensor_names(site))
+        self.shared = _parameters(method.shared_tensors(self.sites), {}, dtype, device)
         self.constants = nn.Module()
         for key, constant in method.constants(self.sites, seed).items():
-            constant = constant.to(**options) if constant.is_floating_point() else constant.to(first.device)
+            constant_dtype = dtype if constant.is_floating_point() else constant.dtype
+            constant = constant.to(dtype=constant_dtype, device=device)
             self.constants.register_buffer(key, constant, persistent=False)
-        self.shared_tensor_names = [
-            method.shared_tensor_names(site) for method, site in zip(self.methods, self.sites, strict=True)
-        ]
+
         self.change_plan = method.plan_changes(self.sites)
+        self.grouped_changes: GroupedChanges | None = None
+        if method.grouped:
+            self.grouped_changes = GroupedChanges(
+                self._compute_changes, self._shared_values, self._acts_in_forward
+            )
 
     @property
     def device(self) -> torch.device:
@@ -140,167 +161,117 @@ class MethodState(nn.Module):
 
     @property
     def grouped(self) -> bool:
-        return self.methods[0].grouped
+        """Whether the changes of all sites are computed together."""
+        return self.grouped_changes is not None
 
     @torch.no_grad()
     def start(self, bases: Sequence[Tensor]) -> None:
-        """Give the tensors their starting values: a function of the seed, the label and the site's name."""
+        """Gives the tensors their initial values: a function of the seed, the label and the site's name."""
         if bases[0].device.type == "meta":
             return
         self.methods[0].init_shared_tensors(self.sites, bases, dict(self.shared.items()), self.seed)
         for index, (site, base) in enumerate(zip(self.sites, bases, strict=True)):
             generator = named_generator(self.seed, self.label, site.name)
-            self.methods[index].init_tensors(site, self._lend(index), base, generator)
+            self.methods[index].init_tensors(site, self._site_tensors(index), base, generator)
 
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
-        """What the part does to one site; ``in_forward``: as part of a forward of the model, for backward."""
-        tensors = self._lend(index)
+        """The change of one site.
+
+        Args:
+            index: of the site in `sites`.
+            base: its frozen weight.
+            in_forward: whether a layer asks while it runs, so that a backward may follow.
+        """
+        tensors = self._site_tensors(index)
         with without_autocast(base.device.type):  # the factors meet in their own precision
-            if self.grouped:
-                tensors["change"] = (self._for_forward() if in_forward else self._for_reading())[index]
+            if self.grouped_changes is not None:
+                grouped = self.grouped_changes
+                changes = grouped.for_forward() if in_forward else grouped.for_reading()
+                tensors["change"] = changes[index]
             return self.methods[index].update(self.sites[index], tensors, base)
 
-    @property
-    def in_forward(self) -> bool:
-        """Whether a forward of the model runs now."""
-        return self.last_forward is not None and self.last_forward.running
-
-    @property
-    def prepared(self) -> Sequence[Expression] | None:
-        """The changes of grouped sites for the last forward and its backward."""
-        return None if self.last_forward is None else self.last_forward.prepared
-
-    def prepare(self, *_) -> None:
-        """Compute what the sites of a grouped method share: a hook before the forward of an adapted model."""
-        self.exact, self.recomputed = None, None
-        self._track_forwards()
-        self.last_forward = Forward()
-        if not torch.compiler.is_compiling():
-            self.last_forward.first_node = next_node()
-        if self.strength != 0 and not self.merged:
-            self.last_forward.prepared = self._prepared_now()
-
-    def release(self, _model: nn.Module, _inputs: object, output: object) -> None:
-        """After that forward; checkpointed blocks run again in backward, and need the same tensors there."""
-        forward = self.last_forward
-        forward.running = False
-        if not torch.is_grad_enabled() or node_of_recomputation() is not None:
-            forward.prepared = None
-        elif not torch.compiler.is_compiling():
-            forward.end_node = next_node()
-            forward.live_with(output)
-
     def dropout(self, x: Tensor, index: int) -> Tensor:
-        """The branch's input under the method's dropout, which acts while the adapter is in training mode and
-        gradients are recorded: never while sampling, whatever mode the base is in.
+        """The input of a site's change under the method's dropout.
 
-        Raises: RuntimeError under reentrant checkpointing, whose forward recorded no gradients.
+        Dropout acts while the adapter is in training mode and gradients are recorded: never while sampling,
+        whatever mode the base is in.
+
+        Args:
+            x: the input of the layer, of any shape.
+            index: of the site in `sites`.
+
+        Raises:
+            RuntimeError: reentrant checkpointing, whose forward recorded no gradients.
         """
-        share = getattr(self.methods[index], "dropout", 0.0)
-        if share == 0 or not self.training or not torch.is_grad_enabled():
+        probability = getattr(self.methods[index], "dropout", 0.0)
+        if probability == 0 or not self.training or not torch.is_grad_enabled():
             return x
-        seed, node = self.dropout_seed, node_of_recomputation()
-        if node is not None and is_reentrant(node):
-            raise RuntimeError(
-                f"dropout={share} needs checkpointing with use_reentrant=False: reentrant checkpointing runs "
-                "the forward without gradients, where nothing is dropped, so gradients would be those of "
-                "another output"
-            )
+        seed = self.dropout_seed
+        node = node_of_recomputation()
         if node is not None:
-            seed = self.dropout_seeds.used_for(node)
+            if is_reentrant(node):
+                raise RuntimeError(
+                    f"dropout={probability} needs checkpointing with use_reentrant=False: reentrant "
+                    "checkpointing runs the forward without gradients, where nothing is dropped, so "
+                    "gradients would be those of another output"
+                )
+            seed = self.dropout_seeds.seed_of(node)  # the mask of the forward, not of now
         elif not torch.compiler.is_compiling():
-            self.dropout_seeds.use(seed)
+            self.dropout_seeds.add(seed)
         if seed is None:
-            return F.dropout(x, share)
+            return F.dropout(x, probability)
         generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + index) % 2**63)
-        keep = torch.rand(x.shape, device=x.device, generator=generator) >= share
-        return x * keep / (1 - share)
+        keep = torch.rand(x.shape, device=x.device, generator=generator) >= probability
+        return x * keep / (1 - probability)
 
     def without_decay(self) -> list[nn.Parameter]:
-        """The trained tensors that weight decay would take away from the base: absolute values, as DoRA's
-        magnitudes, whose zeros are no start."""
+        """The trained tensors that weight decay must leave alone.
+
+        These are absolute values such as DoRA's magnitudes, whose zeros are far from the base.
+        """
         owned = [(self.methods[0], self.shared), *zip(self.methods, self.tensors, strict=True)]
-        return [
-            tensor
-            for method, tensors in owned
-            for key, tensor in tensors.items()
-            if not method.has_weight_decay(key)
-        ]
+        parameters = []
+        for method, tensors in owned:
+            for key, tensor in tensors.items():
+                if not method.has_weight_decay(key):
+                    parameters.append(tensor)
+        return parameters
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor by its name in a file, in the order of ``MethodPlan.stored``."""
-        own = {
-            f"{self.label}/{site.name}/{key}": tensor
-            for site, tensors in zip(self.sites, self.tensors, strict=True)
-            for key, tensor in tensors.items()
-        }
-        return own | {f"{self.label}//{key}": tensor for key, tensor in self.shared.items()}
+        """Every stored tensor by its name in a file, in the order of `MethodPlan.stored_shapes`."""
+        named = {}
+        for site, tensors in zip(self.sites, self.tensors, strict=True):
+            for key, tensor in tensors.items():
+                named[f"{self.label}/{site.name}/{key}"] = tensor
+        for key, tensor in self.shared.items():
+            named[f"{self.label}//{key}"] = tensor
+        return named
 
     def move_to(self, device: torch.device) -> None:
-        """Move to the device of the adapted layers, unless they hold no data."""
+        """Moves to the device of the adapted layers, unless they hold no data."""
         if self.device != device and "meta" not in (device.type, self.device.type):
             self.to(device)
 
-    def _lend(self, index: int) -> dict[str, Tensor]:
+    def _site_tensors(self, index: int) -> dict[str, Tensor]:
         """A site's own tensors and those it shares, by the names its method uses."""
-        lent = dict(self.tensors[index].items())
+        tensors = dict(self.tensors[index].items())
         for key, name in self.shared_tensor_names[index].items():
-            lent[key] = self.shared[name] if name in self.shared else getattr(self.constants, name)
-        return lent
+            tensors[key] = self.shared[name] if name in self.shared else getattr(self.constants, name)
+        return tensors
 
-    def _prepared_now(self) -> Sequence[Expression]:
+    def _compute_changes(self) -> Changes:
         tensors = dict(self.shared.items()) | dict(self.constants.named_buffers())
         with without_autocast(self.device.type):
             return self.methods[0].compute_changes(self.change_plan, tensors)
 
-    def _for_forward(self) -> Sequence[Expression]:
-        """The prepared changes of the forward that runs, or runs again in backward."""
-        if self.in_forward and self.prepared is not None:
-            return self.prepared
-        node = node_of_recomputation()
-        if node is None:
-            return self._prepared_now()
-        if is_reentrant(node):  # it differentiates every part on its own, with a graph of its own
-            return self._prepared_once(node)
-        earlier = [self.last_forward, *(reference() for reference in self.earlier_forwards)]
-        for forward in earlier:
-            if forward is not None and forward.prepared is not None and forward.made(node):
-                return forward.prepared
-        return self._prepared_now()
+    def _shared_values(self) -> Tensor:
+        return torch.cat([tensor.detach().flatten() for tensor in self.shared.values()])
 
-    def _prepared_once(self, node: torch.autograd.graph.Node) -> Sequence[Expression]:
-        """The changes of now, computed once for all layers that run again for a node."""
-        key = torch._C._current_graph_task_id(), node._sequence_nr()
-        if self.recomputed is None or self.recomputed[0] != key:
-            self.recomputed = key, self._prepared_now()
-        return self.recomputed[1]
-
-    def _track_forwards(self) -> None:
-        """Know the forwards whose graphs are alive; what they prepared goes once their backward is over."""
-        if torch.compiler.is_compiling():
-            return
-        if self.last_forward is not None:
-            self.earlier_forwards.append(weakref.ref(self.last_forward))
-        alive = [earlier for reference in self.earlier_forwards if (earlier := reference()) is not None]
-        if node_of_recomputation() is None:  # no backward runs
-            for earlier in alive:
-                earlier.prepared = None if earlier.in_backward else earlier.prepared
-        self.earlier_forwards = [weakref.ref(earlier) for earlier in alive if earlier.prepared is not None]
-
-    def _for_reading(self) -> Sequence[Expression]:
-        """The changes for the values of now; without gradients, computed once for all sites."""
-        if torch.is_grad_enabled():
-            return self._prepared_now()
-        values = torch.cat([tensor.detach().flatten() for tensor in self.shared.values()])
-        if self.exact is not None:
-            known, changes = self.exact
-            if known.device == values.device and torch.equal(known, values):
-                return changes
-        self.exact = values, self._prepared_now()
-        return self.exact[1]
+    def _acts_in_forward(self) -> bool:
+        return self.strength != 0 and not self.merged
 
     def _apply(self, fn, recurse: bool = True):
-        """Move, but never change precision: trained tensors stay as wide as they were made."""
+        """Moves, but never changes precision: trained tensors stay as wide as they were made."""
 
         def move(tensor: Tensor) -> Tensor:
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
@@ -309,12 +280,15 @@ class MethodState(nn.Module):
         return super()._apply(move, recurse)
 
     def __getstate__(self) -> dict:
-        forgotten = {"last_forward": None, "earlier_forwards": [], "recomputed": None, "exact": None}
-        return self.__dict__ | forgotten | {"dropout_seeds": SeedHistory()}
+        """Copies and pickles know no forward."""
+        return self.__dict__ | {"dropout_seeds": SeedHistory()}
 
 
-def _parameters(trained: Shapes, frozen: Shapes, options: dict) -> nn.ParameterDict:
-    made = OrderedDict()  # ordered, or a ParameterDict would sort the names
+def _parameters(
+    trained: Shapes, frozen: Shapes, dtype: torch.dtype, device: torch.device
+) -> nn.ParameterDict:
+    parameters = OrderedDict()  # ordered, or a ParameterDict would sort the names
     for key, shape in (trained | frozen).items():
-        made[key] = nn.Parameter(torch.zeros(shape, **options), requires_grad=key in trained)
-    return nn.ParameterDict(made)
+        zeros = torch.zeros(shape, dtype=dtype, device=device)
+        parameters[key] = nn.Parameter(zeros, requires_grad=key in trained)
+    return nn.ParameterDict(parameters)

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from diffadapt.algebra.layer_maps import ChainStep, LayerMap
+from diffadapt.algebra.layer_maps import ChainStep, LayerMap, cast_steps
 
 
 class Expression:
@@ -86,8 +85,8 @@ class Expression:
         """The gradients by `tensors()`, given those by the weights of `steps` (None for untrained steps)."""
         raise TypeError(f"{type(self).__name__} does not define steps_backward()")
 
-    def for_dtype(self, dtype: torch.dtype) -> Expression:
-        """The same change, with steps whose values stay in the range of activations in that precision."""
+    def for_float16(self) -> Expression:
+        """The same change, with steps whose values stay in the range of float16 activations."""
         return self
 
     def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
@@ -97,8 +96,8 @@ class Expression:
         """
         if not self.is_thin(layer, shape):
             return None
-        for step in self.steps(layer, shape):
-            x = step.map.apply(x, step.to(x.dtype).weight)
+        for step in cast_steps(self.steps(layer, shape), x.dtype):
+            x = step.map.apply(x, step.weight)
         return x
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -29,6 +29,10 @@ class LinearMap:
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Adds the product to `y` in place."""
+        as_rows(y).addmm_(as_rows(x), weight.T)
+
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad @ weight  # dx = g w
 
@@ -78,6 +82,10 @@ class ConvMap:
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         conv = _CONV[self.dims]
         return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Adds the product to `y` in place."""
+        y.add_(self.apply(x, weight))
 
     def ungrouped(self) -> ConvMap:
         """The same sliding window, every channel into every channel."""
@@ -176,6 +184,10 @@ class GroupMix:
         shape[self.channel_dim] = shape[self.channel_dim] // weight.shape[1] * weight.shape[0]
         return (weight @ self._runs(x, weight.shape[1])).reshape(shape)
 
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Adds the product to `y` in place."""
+        y.add_(self.apply(x, weight))
+
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: NeedsGrad, into: Tensor | None = None
     ) -> Grads:
@@ -234,11 +246,6 @@ class ChainStep:
     weight: Tensor | None = None
     trained: bool = True
 
-    def to(self, dtype: torch.dtype) -> ChainStep:
-        if self.weight is None or self.weight.dtype == dtype:
-            return self
-        return ChainStep(self.map, self.weight.to(dtype), self.trained)
-
 
 def conv_map(layer: nn.Module, x: Tensor) -> tuple[ConvMap, Tensor]:
     """The geometry of a convolution layer, and its input, padded unless equal zeros on both sides will do."""
@@ -248,6 +255,15 @@ def conv_map(layer: nn.Module, x: Tensor) -> tuple[ConvMap, Tensor]:
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(layer.stride)
     return ConvMap(layer.stride, padding, layer.dilation, layer.groups), x
+
+
+def cast_steps(steps: Sequence[ChainStep], dtype: torch.dtype) -> list[ChainStep]:
+    """The steps of a chain with their weights in the precision of activations."""
+    cast = []
+    for step in steps:
+        needs_cast = step.weight is not None and step.weight.dtype != dtype
+        cast.append(ChainStep(step.map, step.weight.to(dtype), step.trained) if needs_cast else step)
+    return cast
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -158,10 +158,8 @@ class FeatureSum(Expression):
         grad = grads[-1].reshape(self.vector.shape)
         return (grad if self.share == 1 else grad / self.share,)
 
-    def for_dtype(self, dtype: torch.dtype) -> FeatureSum:
-        """In float16 thousands of features would add up to more than 65,504, the largest number there."""
-        if dtype != torch.float16:
-            return self
+    def for_float16(self) -> FeatureSum:
+        """Thousands of features would add up to more than 65,504, the largest number of float16."""
         # log2(fan_in) bits would keep every sum in range; half of them, because the vector, which is divided
         # by the same share, has a range too
         bits = math.ceil(math.log2(self.fan_in) / 2)

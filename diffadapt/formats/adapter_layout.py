@@ -80,7 +80,7 @@ def tensor_shapes(plans: Sequence[MethodPlan]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in the file of an adapter of these methods."""
     shapes: dict[str, tuple[int, ...]] = {}
     for plan in plans:
-        shapes |= plan.stored()
+        shapes |= plan.stored_shapes()
     return shapes
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.expression import Update
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.conv_reshape import RESHAPES, factor_shapes, low_rank_change
 from diffadapt.methods.random_init import draw_uniform
@@ -52,4 +53,8 @@ class LoRA(RankedMethod):
 
     def update(self, site: Site, tensors: Mapping[str, Tensor], base: Tensor) -> Update:
         # the paper's B and A: dW = s * B A
-        return Update(low_rank_change(site, tensors["up"], tensors["down"]), self.multiplier)
+        up = tensors["up"]
+        down = tensors["down"]
+        if self.conv_reshape == "peft":  # the factors have the shape of the weight's own matrix
+            return Update(LowRank(up, down), self.multiplier)
+        return Update(low_rank_change(site, up, down), self.multiplier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class RankedMethod(Method):
             raise ValueError(f"{self.name}: dropout must be in [0, 1), got {self.dropout}")
         check_multiplier(self.name, self.multiplier)
 
-    @property
+    @functools.cached_property  # every forward reads it
     def multiplier(self) -> float:
         """The factor `s` of the change: `scale`, or `alpha` over its divisor."""
         if self.scale is not None:

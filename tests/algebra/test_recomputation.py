@@ -138,15 +138,15 @@ def test_what_a_forward_prepared_goes_with_its_graph_or_its_backward():
     model, adapter = adapted("superlora(rank=2, groups=1, projection=linear, rho=0.5)")
     part = adapter.parts[0]
     y = model(inputs(1))
-    waiting = part.last_forward
+    waiting = part.grouped_changes.last_forward
     model(inputs(2))
-    assert waiting.prepared is not None  # its backward may still come
+    assert waiting.changes is not None  # its backward may still come
     y.sum().backward()
     model(inputs(3))
-    assert waiting.prepared is None
+    assert waiting.changes is None
     for seed in range(4, 8):
         model(inputs(seed))  # without a backward
-    assert [reference() for reference in part.earlier_forwards] == [None]
+    assert [reference() for reference in part.grouped_changes.earlier_forwards] == [None]
 
 
 @pytest.mark.parametrize("spec", DROPPING)

@@ -478,16 +478,16 @@ def test_a_merged_or_idle_adapter_prepares_nothing():
     part = adapter.parts[0]
     with torch.no_grad():
         model(inputs())
-    assert part.prepared is None
+    assert part.grouped_changes.current is None
     model(inputs())
-    assert part.prepared is not None
+    assert part.grouped_changes.current is not None
     da.merge(adapter)
     model(inputs())
-    assert part.prepared is None
+    assert part.grouped_changes.current is None
     da.unmerge(adapter)
     adapter.strength = 0
     model(inputs())
-    assert part.prepared is None
+    assert part.grouped_changes.current is None
     assert torch.equal(model(inputs()), make()(inputs()))
 
 
@@ -496,7 +496,7 @@ def test_a_failing_forward_leaves_nothing_stale():
     with pytest.raises(RuntimeError):
         model(torch.zeros(3, 5, dtype=torch.float64))
     train(adapter)
-    assert not adapter.parts[0].in_forward
+    assert not adapter.parts[0].grouped_changes.in_forward
 
 
 def test_two_models_share_nothing():
@@ -523,7 +523,7 @@ def test_autocast_does_not_round_the_groups(options):
     model, adapter = adapted(options, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         model(inputs(torch.float32))
-        for change in adapter.parts[0].prepared:
+        for change in adapter.parts[0].grouped_changes.current:
             assert {tensor.dtype for tensor in change.tensors()} == {torch.float32}
     expected = make(torch.float32)
     for site in adapter.sites:
