@@ -22,8 +22,10 @@ from diffadapt.metrics.similarity import text_similarities
 
 ALL = "all"
 REALISM_K = 3
-LIKENESS = ("clip_i", "dino")  # metrics of one subject
-LACKING = {  # role -> what is said where an extractor has no layer for it
+LIKENESS_METRICS = ("clip_i", "dino")  # meant for sets of one subject
+LIKENESS_NOTE = "mean over all real images: a likeness to a subject only where all show it"
+PROMPT_ROLES = ("texts", "groups")  # come from prompts, not from a layer
+MISSING_LAYER = {  # role -> what is said where an extractor has no layer for it
     "pixels": "it needs an lpips: extractor",
     "spatial": "sFID's layer is Inception's: give --extractor inception",
     "raw": "CLIP-FID needs a clip: extractor",
@@ -38,8 +40,10 @@ class Plan:
     Attributes:
         metrics: keys of the registry; () for all that apply.
         options: metric -> options that differ from its defaults.
-        allow_small: score below the minimum numbers of images too, and stamp it.
-        intervals, floor: whether to spend the time for them.
+        seed: of subsets, bootstraps, probes and floors.
+        allow_small: score below the minimum numbers of images too, with a note.
+        intervals: whether to spend the time for them.
+        floor: whether to spend the time for it.
     """
 
     metrics: tuple[str, ...] = ()
@@ -50,9 +54,28 @@ class Plan:
     floor: bool = True
 
 
+@dataclass
+class ScoringResult:
+    """The scores of one set under one extractor.
+
+    Attributes:
+        refused: score -> why the rules do not allow it, such as too few images.
+        failed: score -> why it is missing although it was asked for by name, or should have been possible.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """`fid,kid` -> keys; `all` -> (). Raises: ValueError naming the nearest metric."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    """`fid,kid` to keys of the registry; `all` to ().
+
+    Raises:
+        ValueError: a metric is unknown; the message names the nearest.
+    """
+    stripped = [name.strip() for name in text.split(",")]
+    names = tuple(dict.fromkeys(name for name in stripped if name))
     for name in names:
         if name not in METRICS and name != ALL:
             raise ValueError(f"unknown metric {name!r}{did_you_mean(name, [*METRICS, ALL])}")
@@ -70,70 +93,55 @@ def check_plan(
     only_statistics: bool = False,
     has_train: bool = False,
 ) -> None:
-    """Before any image is read.
+    """Checks, before any image is read, that the metrics can be computed.
 
     Args:
         only_statistics: whether the reference consists of Frechet statistics, without images or features.
 
-    Raises: ValueError for a metric asked for that no extractor can give, and for an extractor with which
-        nothing can be computed.
+    Raises:
+        ValueError: no extractor can serve a metric asked for by name, or an extractor serves no metric.
     """
-    facts = {
+    sources = {
         "has_reference": has_reference,
         "has_prompts": has_prompts,
         "only_statistics": only_statistics,
         "has_train": has_train,
     }
-    for extractor in () if plan.metrics else extractors:
-        suited = [metric for metric in METRICS.values() if suits(metric, extractor) and not metric.is_extra]
-        lacking = [_missing(metric, extractor, **facts) for metric in suited]
-        if None not in lacking:
-            why = "; ".join(dict.fromkeys(reason for reason in lacking if reason))
-            raise ValueError(f"no metric can be computed with {extractor.name!r}: {why}")
-    for key in plan.metrics:
-        metric, reasons = METRICS[key], []
+    if not plan.metrics:
         for extractor in extractors:
-            reason = _missing(metric, extractor, **facts)
-            if reason is None:
-                break
-            reasons.append(reason)
-        else:
+            reasons = []
+            for metric in METRICS.values():
+                if suits(metric, extractor) and not metric.is_extra:
+                    reasons.append(_obstacle(metric, extractor, **sources))
+            if None not in reasons:
+                raise ValueError(
+                    f"no metric can be computed with {extractor.name!r}: {'; '.join(dict.fromkeys(reasons))}"
+                )
+    for key in plan.metrics:
+        reasons = [_obstacle(METRICS[key], extractor, **sources) for extractor in extractors]
+        if None not in reasons:
             raise ValueError(f"{key} cannot be computed: {'; '.join(reasons)}")
 
 
 def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) -> Plan | None:
-    """What one of several extractors computes of the metrics named: not what another is meant for.
+    """The part of a plan that one of several extractors computes; None where there is none.
 
-    None: nothing.
-    `clip_i,dino` on CLIP and DINO are two scores, not four; on CLIP alone both are computed, under its name.
+    A named metric is left to the extractors that it is meant for: `clip_i,dino` on CLIP and DINO are two
+    scores, not four; on CLIP alone both are computed, under its name.
     """
     if not plan.metrics:
         return plan
-    kept = []
+    keys = []
     for key in plan.metrics:
         metric = METRICS[key]
-        meant = [other for other in extractors if suits(metric, other) and gives(metric, other)]
-        if gives(metric, extractor) and (extractor in meant or not meant):
-            kept.append(key)
-    return replace(plan, metrics=tuple(kept)) if kept else None
-
-
-@dataclass
-class ScoringResult:
-    """What came of one set under one extractor.
-
-    Attributes:
-        refused: score -> why the rules do not allow it, such as too few images.
-        failed: score -> why it is missing although it was asked for by name, or should have been possible.
-    """
-
-    scores: list[Score] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+        meant_for = [other for other in extractors if suits(metric, other) and provides_roles(metric, other)]
+        if provides_roles(metric, extractor) and (extractor in meant_for or not meant_for):
+            keys.append(key)
+    return replace(plan, metrics=tuple(keys)) if keys else None
 
 
 def with_layers(extractor: Extractor, plan: Plan) -> Extractor:
-    """The extractor with the layers that only the metrics named need, such as sFID's."""
+    """The extractor with the layers that only metrics asked for by name need, such as sFID's."""
     roles = [role for key in plan.metrics for role in METRICS[key].generated]
     return extractor.with_layers_for(roles)
 
@@ -147,198 +155,185 @@ def score_set(
     train: ScoredSet | None = None,
 ) -> ScoringResult:
     """All scores of one set under one extractor. A metric that cannot be computed costs itself alone."""
-    own = generated.feature_sets.get(extractor.name)
-    reference = real and real.feature_sets.get(extractor.name)
-    training = train and train.feature_sets.get(extractor.name)
     is_named = bool(plan.metrics)
-    scored = ScoringResult()
+    features = _features_by_side(extractor, generated, real, train)
+    result = ScoringResult()
     for key in plan.metrics or METRICS:
         metric = METRICS[key]
-        name = f"{label}: {_name(metric.scores[0], metric, extractor)}"
-        if own is None or not _applies(metric, extractor, own, reference, training, is_named=is_named):
+        name = f"{label}: {_score_name(metric.scores[0], metric, extractor)}"
+        missing = _missing_role(metric, features)
+        if missing is not None or not (is_named or _is_for_all(metric, extractor)):
             if is_named:
-                scored.failed[name] = _unread_roles(metric, own, reference, training)
+                result.failed[name] = missing
             continue
         try:
-            scores = _scores(label, metric, own, reference, training, extractor, plan, real, train)
-        except ValueError as error:  # too few images, also where none of the rules can be waived
-            (scored.failed if is_named else scored.refused)[name] = str(error)
+            scores = score_metric(label, metric, generated, real, extractor, plan, train)
+        except ValueError as error:  # too few images, also where no option allows fewer
+            if is_named:
+                result.failed[name] = str(error)
+            else:
+                result.refused[name] = str(error)
         except Exception as error:  # one metric's fault must not cost the others
-            scored.failed[name] = f"{type(error).__name__}: {error}"
+            result.failed[name] = f"{type(error).__name__}: {error}"
         else:
             for score in scores:
                 if math.isfinite(score.value):
-                    scored.scores.append(score)
+                    result.scores.append(score)
                 else:
-                    scored.failed[f"{label}: {score.name}"] = f"its value is {score.value}"
-    return scored
+                    result.failed[f"{label}: {score.name}"] = f"its value is {score.value}"
+    return result
 
 
-def image_rows(
-    label: str, generated: ScoredSet, real: ScoredSet | None, extractor: Extractor
-) -> list[ImageRow]:
-    """Figures of each image: likeness to its text, realism, and the nearest reference image."""
-    own, reference = generated.feature_sets[extractor.name], real and real.feature_sets[extractor.name]
-    values: dict[str, Tensor] = {}
-    nearest: list[str | None] = [None] * len(generated.infos)
-    if "features" in own.roles and "texts" in own.roles:
-        values["clip_t"] = text_similarities(images=own["unit"], texts=own["texts"])
-    if reference is not None and "features" in reference.roles and "features" in own.roles:
-        if reference.n > REALISM_K:
-            values["realism"] = realism(real=reference["features"], generated=own["features"], k=REALISM_K)
-        found = nearest_images(training=reference["unit"], generated=own["unit"])
-        values["nearest_similarity"] = found.similarity
-        if real.load_image is not None:
-            nearest = [real.infos[row].name for row in found.index.tolist()]
-    seeds = generated.summary.made.get("seeds") or [None] * len(nearest)
-    figures = {name: column.tolist() for name, column in values.items()}
-    return [
-        ImageRow(
-            label,
-            facts.name,
-            {name: column[row] for name, column in figures.items()},
-            nearest[row],
-            "reference" if nearest[row] is not None else None,
-            generated.prompts[row] if generated.prompts else None,
-            seeds[row],
-        )
-        for row, facts in enumerate(generated.infos)
-    ]
+def score_metric(
+    label: str,
+    metric: Metric,
+    generated: ScoredSet,
+    real: ScoredSet | None,
+    extractor: Extractor,
+    plan: Plan,
+    train: ScoredSet | None = None,
+) -> list[Score]:
+    """The scores of one metric, one for each of `metric.scores`.
 
-
-def kind_of(extractor: Extractor) -> str:
-    """inception, vgg16, clip, dino, lpips, digits, or the module of one's own."""
-    head = extractor.name.partition(":")[0]
-    return KINDS.get(extractor.name) or KINDS.get(head) or head
-
-
-def _scores(
-    label: str, metric: Metric, own: FeatureSet, reference: FeatureSet | None, training: FeatureSet | None,
-    extractor: Extractor, plan: Plan, real: ScoredSet | None, train: ScoredSet | None,
-) -> list[Score]:  # fmt: skip
-    options = dict(plan.options.get(metric.key, {}))
-    network = _squared_distance if extractor.perceptual_layer else None
+    Raises:
+        ValueError: the metric cannot be computed of these sets.
+    """
+    features = _features_by_side(extractor, generated, real, train)
     result = evaluate(
         metric.key,
-        generated=own,
-        real=reference,
-        train=training,
+        generated=features["generated"],
+        real=features["real"],
+        train=features["training"],
         seed=plan.seed,
         allow_small=plan.allow_small,
         intervals=plan.intervals,
         floor=plan.floor,
-        network=network,
-        metric_options=options,
+        network=_squared_distance if extractor.perceptual_layer else None,
+        metric_options=plan.options.get(metric.key, {}),
     )
     identity = _identity(metric, result, extractor, plan, real, train)
     notes = result.notes
     if extractor.perceptual_layer:
         notes = (lpips_size(extractor), *notes)
-    if metric.key in LIKENESS:
-        notes = (*notes, "mean over all real images: a likeness to a subject only where all show it")
-    return [
-        Score(
-            _name(score, metric, extractor),
-            metric.key,
-            label,
-            estimate.value,
-            estimate.interval,
-            dict(result.n),
-            (result.floor or {}).get(score),
-            metric.better,
-            {**identity, "score": score},
-            notes,
+    if metric.key in LIKENESS_METRICS and "subjects" not in features["generated"].roles:
+        notes = (*notes, LIKENESS_NOTE)
+    scores = []
+    for name, estimate in result.values.items():
+        score = Score(
+            name=_score_name(name, metric, extractor),
+            metric=metric.key,
+            generated=label,
+            value=estimate.value,
+            interval=estimate.interval,
+            n=dict(result.n),
+            floor=None if result.floor is None else result.floor[name],
+            better=metric.better,
+            identity={**identity, "score": name},
+            notes=notes,
         )
-        for score, estimate in result.values.items()
-    ]
+        scores.append(score)
+    return scores
 
 
-def _identity(
-    metric: Metric,
-    result: Evaluation,
-    extractor: Extractor,
-    plan: Plan,
-    real: ScoredSet | None,
-    train: ScoredSet | None,
-) -> dict[str, object]:
-    """The fields of `record.IDENTITY`, but for the score's own name."""
-    is_paired = bool(metric.real)
-    options = dict(result.options)
-    if metric.train:
-        options["training_images"] = train.summary.fingerprint
-    return {
-        "metric": metric.key,
-        "metric_version": metric.version,
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "preset": extractor.preset,
-        "layer": extractor.layer_of(metric.generated[0]),
-        "reference": real.summary.fingerprint if is_paired else None,
-        "options": options,
-        "n_generated": result.n["generated"],
-        "n_real": result.n.get("real"),
-        "seed": plan.seed,
-    }
+def image_rows(
+    label: str, generated: ScoredSet, real: ScoredSet | None, extractor: Extractor
+) -> list[ImageRow]:
+    """Values of each image: likeness to its text, realism, and the nearest reference image."""
+    features = generated.feature_sets[extractor.name]
+    reference = None if real is None else real.feature_sets[extractor.name]
+    columns: dict[str, Tensor] = {}  # name -> (N,)
+    nearest_names: list[str] | None = None
+    if "features" in features.roles and "texts" in features.roles:
+        columns["clip_t"] = text_similarities(images=features["unit"], texts=features["texts"])
+    if reference is not None and "features" in reference.roles and "features" in features.roles:
+        if reference.n > REALISM_K:
+            columns["realism"] = realism(
+                real=reference["features"], generated=features["features"], k=REALISM_K
+            )
+        nearest = nearest_images(training=reference["unit"], generated=features["unit"])
+        columns["nearest_similarity"] = nearest.similarity
+        if real.load_image is not None:
+            nearest_names = [real.infos[row].name for row in nearest.index.tolist()]
+    values = {name: column.tolist() for name, column in columns.items()}
+    seeds = generated.summary.made.get("seeds")
+    rows = []
+    for number, info in enumerate(generated.infos):
+        row = ImageRow(
+            generated=label,
+            name=info.name,
+            values={name: column[number] for name, column in values.items()},
+            nearest=nearest_names[number] if nearest_names else None,
+            nearest_in="reference" if nearest_names else None,
+            prompt=generated.prompts[number] if generated.prompts else None,
+            seed=seeds[number] if seeds else None,
+        )
+        rows.append(row)
+    return rows
 
 
-def _applies(
-    metric: Metric,
-    extractor: Extractor,
-    own: FeatureSet,
-    reference: FeatureSet | None,
-    training: FeatureSet | None,
-    *,
-    is_named: bool,
-) -> bool:
-    """Whether the features at hand are what a metric reads and, unless named, of the kind it is for."""
-    if metric.train and (training is None or not set(metric.train) <= set(training.roles)):
-        return False
-    if metric.is_extra and not is_named:
-        return False
-    has_roles = all(role in own.roles for role in metric.generated)
-    has_real = not metric.real or (reference is not None and all(r in reference.roles for r in metric.real))
-    return has_roles and has_real and (is_named or suits(metric, extractor))
+def kind_of(extractor: Extractor) -> str:
+    """inception, vgg16, clip, dino, lpips, digits, or the module of a user's own class."""
+    head = extractor.name.partition(":")[0]
+    return KINDS.get(extractor.name) or KINDS.get(head) or head
 
 
 def suits(metric: Metric, extractor: Extractor) -> bool:
-    """CLIP-I is not computed from DINO features, nor the other way round, unless asked for by name."""
+    """Whether a metric is meant for an extractor: CLIP-I for CLIP, not for DINO, nor the other way round."""
     kind = kind_of(extractor)
     if metric.key == "copy_rate":
         return kind in ("clip", "dino")
     return metric.extractor == "inception" or metric.extractor == kind
 
 
-def gives(metric: Metric, extractor: Extractor) -> bool:
+def provides_roles(metric: Metric, extractor: Extractor) -> bool:
     """Whether an extractor has the layers, and the text encoder, that a metric reads."""
     for role in metric.generated:
         if role == "texts" and extractor.embed_texts is None:
             return False
         if role == "preference" and kind_of(extractor) != "preference":
             return False
-        if role not in ("texts", "groups") and extractor.layer_of(role) is None:
+        if role not in PROMPT_ROLES and extractor.layer_of(role) is None:
             return False
     return True
 
 
-def _unread_roles(
-    metric: Metric, own: FeatureSet | None, reference: FeatureSet | None, training: FeatureSet | None
-) -> str:
-    """Why a metric that was asked for by name has nothing to read."""
-    if own is None:
+def lpips_size(extractor: Extractor) -> str:
+    """The size of the images under LPIPS, on which its value depends."""
+    if extractor.preset == "none":
+        return "LPIPS of the images at their native size"
+    return f"LPIPS of the images at {extractor.side} x {extractor.side} pixels"
+
+
+def _features_by_side(
+    extractor: Extractor, generated: ScoredSet, real: ScoredSet | None, train: ScoredSet | None
+) -> dict[str, FeatureSet | None]:
+    """The features of all sets under one extractor, by their names in messages."""
+    sets = {"generated": generated, "real": real, "training": train}
+    features: dict[str, FeatureSet | None] = {}
+    for side, scored_set in sets.items():
+        features[side] = None if scored_set is None else scored_set.feature_sets.get(extractor.name)
+    return features
+
+
+def _missing_role(metric: Metric, features: Mapping[str, FeatureSet | None]) -> str | None:
+    """Why a metric has nothing to read; None where every role is there."""
+    if features["generated"] is None:
         return "the set has no features of this extractor"
-    sides = (
-        ("generated", metric.generated, own),
-        ("real", metric.real, reference),
-        ("training", metric.train, training),
-    )
-    for side, roles, inputs in sides:
-        lacking = [role for role in roles if inputs is None or role not in inputs.roles]
-        if lacking:
-            return f"the {side} set has no {lacking[0]}"
-    return "it does not apply"
+    required = {"generated": metric.generated, "real": metric.real, "training": metric.train}
+    for side, roles in required.items():
+        feature_set = features[side]
+        for role in roles:
+            if feature_set is None or role not in feature_set.roles:
+                return f"the {side} set has no {role}"
+    return None
 
 
-def _missing(
+def _is_for_all(metric: Metric, extractor: Extractor) -> bool:
+    """Whether `--metrics all` computes a metric with an extractor."""
+    return suits(metric, extractor) and not metric.is_extra
+
+
+def _obstacle(
     metric: Metric,
     extractor: Extractor,
     *,
@@ -347,14 +342,15 @@ def _missing(
     only_statistics: bool,
     has_train: bool,
 ) -> str | None:
+    """Why a metric cannot be computed with an extractor; None where it can."""
     for role in metric.generated:
         if role == "preference" and kind_of(extractor) != "preference":
             return "it needs a model of preference: give --preference module:Class"
-        if role not in ("texts", "groups") and extractor.layer_of(role) is None:
-            return LACKING.get(role, f"{extractor.name} gives no {role}")
+        if role not in PROMPT_ROLES and extractor.layer_of(role) is None:
+            return MISSING_LAYER.get(role, f"{extractor.name} gives no {role}")
         if role == "texts" and extractor.embed_texts is None:
             return f"{extractor.name} knows no texts; use a clip: extractor"
-        if role in ("texts", "groups") and not has_prompts:
+        if role in PROMPT_ROLES and not has_prompts:
             return (
                 "it needs the images' prompts: give --captions, or draw them with --adapters, --run or "
                 "`diffadapt sample`"
@@ -368,20 +364,40 @@ def _missing(
     return None
 
 
-def lpips_size(extractor: Extractor) -> str:
-    """The pixels on which LPIPS was taken, which its value depends on."""
-    if extractor.preset == "none":
-        return "LPIPS of the images at their native size"
-    return f"LPIPS of the images at {extractor.side} x {extractor.side} pixels"
+def _identity(
+    metric: Metric,
+    result: Evaluation,
+    extractor: Extractor,
+    plan: Plan,
+    real: ScoredSet | None,
+    train: ScoredSet | None,
+) -> dict[str, object]:
+    """The fields of `record.IDENTITY` without the score's own name."""
+    options = dict(result.options)
+    if metric.train:
+        options["training_images"] = train.summary.fingerprint
+    return {
+        "metric": metric.key,
+        "metric_version": metric.version,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "preset": extractor.preset,
+        "layer": extractor.layer_of(metric.generated[0]),
+        "reference": real.summary.fingerprint if metric.real else None,
+        "options": options,
+        "n_generated": result.n["generated"],
+        "n_real": result.n.get("real"),
+        "seed": plan.seed,
+    }
 
 
-def _name(score: str, metric: Metric, extractor: Extractor) -> str:
-    """Its name; with the layer where an extractor's cosines and distances are of different layers."""
+def _score_name(score: str, metric: Metric, extractor: Extractor) -> str:
+    """The name of a score; with the layer where an extractor's cosines and distances use different layers."""
     role = metric.generated[0]
-    is_split = "unit" in extractor.role_layers and role == "features"
-    return score_name(score, extractor.name, extractor.layer_of(role) if is_split else None)
+    layer = extractor.layer_of(role) if role == "features" and "unit" in extractor.role_layers else None
+    return score_name(score, extractor.name, layer)
 
 
 def _squared_distance(first: Tensor, second: Tensor) -> Tensor:
-    """LPIPS of two images from the rows of an lpips extractor."""
+    """LPIPS of pairs of images from the rows of an lpips extractor, (B, D) and (B, D) to (B,)."""
     return (first - second).square().sum(dim=1)
