@@ -21,13 +21,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from diffadapt.common.atomic_files import write_utf8
 from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation import image_quality_cli
 from diffadapt.evaluation.evaluate_sets import (
-    EvaluationOutput,
     check_counts,
-    check_places,
+    check_not_own_reference,
     evaluate_sets,
     open_generated,
     open_reference,
@@ -37,9 +35,8 @@ from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.preference import METRIC, load_preference
 from diffadapt.evaluation.generate import files_of_run, generate_sets
 from diffadapt.evaluation.generated_files import temporary_folder
-from diffadapt.evaluation.output_files import OutputFiles, report
+from diffadapt.evaluation.output_files import OutputFiles, report_problems
 from diffadapt.evaluation.report import tables
-from diffadapt.evaluation.report.page import write_page
 from diffadapt.evaluation.scoring import Plan, check_plan, with_layers
 from diffadapt.evaluation.sets.captions import with_captions
 from diffadapt.evaluation.sets.image_sets import ImageSet, has_prompts
@@ -109,7 +106,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         only_statistics=isinstance(reference, Path) and reference.suffix == ".npz",
         has_train=arguments.train is not None,
     )
-    check_places(existing_sets, reference, read_options)
+    check_not_own_reference(existing_sets, reference, read_options)
     check_counts(plan, extractors, existing_sets, reference)
     if generates:
         check_generated_count(arguments, adapter_files, plan, extractors, reference)
@@ -136,8 +133,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
         if output is None:  # only the first process writes
             return 0
-        problems = write_output(output, OutputFiles.of(arguments.output))
-    return report(problems)
+        output_files = OutputFiles.of(arguments.output)
+        problems = output.write(output_files)
+    print(tables.markdown(output.record, width=tables.WIDTH))
+    print(f"{output_files.json} with .md, .csv and .html beside it")
+    return report_problems(problems)
 
 
 def choose_base(arguments: argparse.Namespace, adapter_files: Sequence[str]) -> str:
@@ -193,18 +193,6 @@ def image_folder(
     if generates and arguments.keep_images is None:
         return temporary_folder()
     return nullcontext(arguments.keep_images)
-
-
-def write_output(output: EvaluationOutput, files: OutputFiles) -> list[str]:
-    """Writes the scores first, the page last. Returns what could not be computed or written."""
-    record = output.record
-    record.write(files.json)
-    write_utf8(files.markdown, tables.report(record))
-    write_utf8(files.csv, tables.per_image_csv(record))
-    problems = [*output.failures, *write_page(record, files.page, output.load_image)]
-    print(tables.markdown(record, width=tables.WIDTH))
-    print(f"{files.json} with .md, .csv and .html beside it")
-    return problems
 
 
 if __name__ == "__main__":

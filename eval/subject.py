@@ -31,14 +31,12 @@ from diffadapt.evaluation.features.extractors import (
     weights_by_extractor,
 )
 from diffadapt.evaluation.features.extractors.convolutional import LPIPS_NATIVE, lpips_preset
-from diffadapt.evaluation.output_files import OutputFiles, report
+from diffadapt.evaluation.output_files import OutputFiles, report_problems
 from diffadapt.evaluation.report.tables import WIDTH, markdown
-from diffadapt.evaluation.subject.generate import Drawing, draw_subjects
-from diffadapt.evaluation.subject.record import evaluate_subjects, write_record
-from diffadapt.evaluation.subject.scores import check_extractors
+from diffadapt.evaluation.subject.evaluate_subjects import check_extractors, evaluate_subjects
+from diffadapt.evaluation.subject.generate import SubjectSampling, SubjectSets, generate_subjects
 from diffadapt.evaluation.subject.subjects import (
     Subject,
-    SubjectImages,
     embedded_subjects,
     existing_images,
     open_subjects,
@@ -63,9 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     require_at_least(arguments, MINIMUM_VALUES)
     require_seed(arguments.seed)
     device = setup_evaluation(arguments.num_threads)
-    places = OutputFiles.of(Path(arguments.output) / "subject.json")
+    output_files = OutputFiles.of(Path(arguments.output) / "subject.json")
     check_writable_folder(arguments.output)
-    places.check()
+    output_files.check()
     files = adapter_files(arguments.adapters or ())
     subjects = chosen_subjects(arguments, list(files))
     with PartialState().local_main_process_first():  # which fetches what is missing
@@ -78,31 +76,41 @@ def main(argv: list[str] | None = None) -> int:
         "demo": arguments.subjects is None,
         "unique_token": arguments.unique_token,
     }
-    token, seed = arguments.unique_token, arguments.seed
-    record = evaluate_subjects(
-        sets, extractors, token=token, seed=seed, settings=settings, skip_bad=arguments.skip_bad
+    output = evaluate_subjects(
+        sets,
+        extractors,
+        token=arguments.unique_token,
+        seed=arguments.seed,
+        settings=settings,
+        skip_bad=arguments.skip_bad,
     )
-    if record is None:  # the first process writes
+    if output is None:  # the first process writes
         return 0
-    problems = write_record(record, sets, places)
-    print(markdown(record, width=WIDTH))
-    print(f"the images, best and worst: {places.page}")
-    if not record.scores:
+    problems = output.write(output_files)
+    print(markdown(output.record, width=WIDTH))
+    print(f"the images, best and worst: {output_files.page}")
+    if not output.record.scores:
         problems.append("no score could be computed")
-    return report(problems)
+    return report_problems(problems)
 
 
-def adapter_files(given: Sequence[str]) -> dict[str, str]:
-    """SUBJECT=FILE ... as a dictionary."""
-    files = dict(item.partition("=")[::2] for item in given)
-    wrong = [item for item in given if not item.partition("=")[2]]
-    if wrong or len(files) < len(given):
-        raise ValueError(f"--adapters takes one SUBJECT=FILE for each subject, got {' '.join(given)}")
+def adapter_files(arguments: Sequence[str]) -> dict[str, str]:
+    """Subject -> file of its adapter, from arguments SUBJECT=FILE.
+
+    Raises:
+        ValueError: an argument is of another form, or a subject has two.
+    """
+    files: dict[str, str] = {}
+    for argument in arguments:
+        subject, _, file = argument.partition("=")
+        if not file or subject in files:
+            raise ValueError(f"--adapters takes one SUBJECT=FILE for each subject, got {' '.join(arguments)}")
+        files[subject] = file
     return files
 
 
 def chosen_subjects(arguments: argparse.Namespace, names: list[str]) -> list[Subject]:
-    """The named subjects (those with adapters), or all of them."""
+    """The subjects with these names (those with adapters); all of them without names."""
     if arguments.subjects is None:
         if arguments.prompts is not None:
             raise ValueError("--prompts belongs to --subjects FOLDER; give both or neither")
@@ -118,7 +126,10 @@ def chosen_subjects(arguments: argparse.Namespace, names: list[str]) -> list[Sub
 
 
 def chosen_extractors(arguments: argparse.Namespace, device: str) -> list[Extractor]:
-    """The named ones; embedded:clip for the embedded subjects, DreamBooth's otherwise; LPIPS where it is."""
+    """The extractors of `--extractors`.
+
+    Default: embedded:clip for the embedded subjects, else DreamBooth's; LPIPS where its weights are at hand.
+    """
     weights = weights_by_extractor(arguments.weights or ())
     names = arguments.extractors
     if names is None:
@@ -131,14 +142,16 @@ def chosen_extractors(arguments: argparse.Namespace, device: str) -> list[Extrac
 
 def generated_sets(
     arguments: argparse.Namespace, subjects: Sequence[Subject], files: dict[str, str]
-) -> dict[str, tuple[list[SubjectImages], dict]]:
-    """Label -> the images of every subject, and how they were made."""
+) -> SubjectSets:
+    """The images to score: those of `--images`, or generated ones."""
     if arguments.images is not None:
         if files or arguments.base or arguments.compare:
             raise ValueError("--images scores what is there: leave out --adapters, --base and --compare")
-        made = existing_images(arguments.images, subjects, follow_links=arguments.follow_links)
-        return {Path(arguments.images).name: (made, {})}
-    base = arguments.base or (base_named_in(list(files.values())) if files else None)
+        images = existing_images(arguments.images, subjects, follow_links=arguments.follow_links)
+        return {Path(arguments.images).name: (images, {})}
+    base = arguments.base
+    if not base and files:
+        base = base_named_in(list(files.values()))
     if base is None and arguments.subjects is not None:
         raise ValueError(
             "name what draws the images: --base, --adapters SUBJECT=FILE ..., or --images FOLDER"
@@ -146,11 +159,11 @@ def generated_sets(
     base = base or DEMO_BASE
     if is_embedded(base) != (arguments.subjects is None):
         raise ValueError(f"the base {base!r} and the subjects must both be embedded, or neither")
-    options = {field.name: getattr(arguments, field.name) for field in fields(Drawing)[2:]}
+    options = {field.name: getattr(arguments, field.name) for field in fields(SubjectSampling)[2:]}
     if options["samples"] is None:
         options["samples"] = 2 if is_embedded(base) else 4
-    drawing = Drawing(base, Path(arguments.output) / "images", **options)
-    return draw_subjects(drawing, subjects, files, with_base=arguments.compare or not files)
+    sampling = SubjectSampling(base, Path(arguments.output) / "images", **options)
+    return generate_subjects(sampling, subjects, files, with_base=arguments.compare or not files)
 
 
 def _parser() -> argparse.ArgumentParser:

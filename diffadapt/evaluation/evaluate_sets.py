@@ -1,11 +1,11 @@
-"""From names of image sets to the record of their scores: one reference, any number of generated sets."""
+"""Scores any number of generated image sets against one reference, and records the result."""
 
 from __future__ import annotations
 
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffadapt.evaluation.features.feature_file import (
 )
 from diffadapt.evaluation.features.preference import Preference, score_preference, with_preference
 from diffadapt.evaluation.features.prompt_lengths import long_prompts_warning
+from diffadapt.evaluation.output_files import EvaluationOutput
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score
 from diffadapt.evaluation.run_facts import run_facts, versions
 from diffadapt.evaluation.scored_set import (
@@ -43,20 +44,21 @@ from diffadapt.evaluation.sets.image_sets import ImageSet, open_set
 from diffadapt.evaluation.sets.sizes import check_sizes
 
 REFERENCE = "reference"  # label of the real set
-PATIENCE = timedelta(days=1)  # of the processes that wait while the first one scores; NCCL's is ten minutes
+TIMEOUT = timedelta(days=1)  # of processes that wait while the first one scores; NCCL's is ten minutes
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How images are read.
+    """How images are read, and where their features are kept.
 
     Attributes:
+        batch_size: images per forward of an extractor.
         skip_bad: leave unreadable images out and list them, instead of stopping.
         cache: folder of the reference's features; None keeps none.
         save_features: folder for the features of all sets; None writes none.
-        record_folder: where the record will stand, which names that folder.
-        allow_overlap: score a set all of whose images stand in the reference.
-        download: whether named data sets may be fetched.
+        record_folder: folder of the record, from which it names `save_features`.
+        allow_overlap: score a set even if all of its images are in the reference.
+        download: download named data sets that are missing.
         follow_links: follow links out of the sets' folders too.
     """
 
@@ -70,33 +72,9 @@ class ReadOptions:
     follow_links: bool = False
 
 
-@dataclass(frozen=True)
-class EvaluationOutput:
-    """What an evaluation gave.
-
-    Attributes:
-        load_image: (label of a set, name) -> the image, of the images that the record names.
-        failures: what should have been computed and was not, "what: why".
-    """
-
-    record: EvaluationRecord
-    load_image: Callable[[str, str], Image.Image]
-    failures: tuple[str, ...] = ()
-
-
-@dataclass
-class _Result:
-    scores: list[Score] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    rows: list[ImageRow] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    scored_sets: dict[str, ScoredSet] = field(default_factory=dict)
-
-
 def evaluate_sets(
-    generated: Mapping[str, str | ImageSet],
-    reference: str | ImageSet | None,
+    generated: Mapping[str, str | ImageSet | Path],
+    reference: str | ImageSet | Path | None,
     extractors: Sequence[Extractor],
     plan: Plan,
     *,
@@ -106,72 +84,229 @@ def evaluate_sets(
     train: str | ImageSet | None = None,
     preference: Preference | None = None,
 ) -> EvaluationOutput | None:
-    """Scores every generated set against one reference. None on all but the main process.
+    """Scores every generated set against one reference.
+
+    A set that cannot be read or scored, and a metric that cannot be computed, cost themselves alone; they
+    are listed in `EvaluationOutput.failures`.
 
     Args:
         generated: label -> a set, or its name as `open_set` takes it, or a file of features.
+        reference: the real images, or their features or statistics.
+        extractors: networks, each of which sees every image once.
+        plan: the metrics.
+        read_options: how images are read.
+        protocol: name in `protocols.PROTOCOLS`, whose numbers of images are compared with the sets'.
         settings: kept in the record: the command, whether it is a demo, ...
         train: the images that the generators were trained on.
-        preference: gives a number for each image and prompt.
+        preference: a model that gives a number for each image and prompt.
 
-    A set that cannot be read or scored, and a metric that cannot be computed, cost themselves alone; they
-    stand in `EvaluationOutput.failures`.
+    Returns: the record and its images; None on all but the main process.
 
-    Raises: what `open_set`, `check_sizes` and the reading of the reference raise; with a single generated
-        set, what its reading raises.
+    Raises: what `open_set`, `check_sizes` and reading the reference raise; with a single generated set, what
+        reading it raises.
     """
-    start, result = time.perf_counter(), _Result()
-    opened = {label: open_generated(source, read_options) for label, source in generated.items()}
-    opened_reference = None if reference is None else open_reference(reference, read_options)
-    check_counts(plan, extractors, opened, opened_reference)
-    real = None
-    for label, source in {**opened, REFERENCE: opened_reference}.items():
+    start = time.perf_counter()
+    sources = {label: open_generated(source, read_options) for label, source in generated.items()}
+    reference_source = None if reference is None else open_reference(reference, read_options)
+    check_counts(plan, extractors, sources, reference_source)
+    evaluator = _SetEvaluator(extractors, plan, read_options, protocol, preference)
+    for label, source in {**sources, REFERENCE: reference_source}.items():
         if isinstance(source, ImageSet):
-            result.warnings += set_warnings.excluded_images_warning(label, source)
-    if opened_reference is not None:
-        cache = FeatureCache(read_options.cache)
-        real = _material(REFERENCE, opened_reference, extractors, read_options, role="real", cache=cache)
-        if real is not None:
-            result.scored_sets[REFERENCE] = real
-            result.warnings += _remarks(REFERENCE, real)
-    training = None
+            evaluator.warnings += set_warnings.excluded_images_warning(label, source)
+    if reference_source is not None:
+        evaluator.real = evaluator.read(REFERENCE, reference_source, role="real")
+        if evaluator.real is not None:
+            evaluator.scored_sets[REFERENCE] = evaluator.real
+            evaluator.warn_of_images(REFERENCE, evaluator.real)
     if train is not None:
-        cache = FeatureCache(read_options.cache)
-        images = open_reference(train, read_options)
-        training = _material("training images", images, extractors, read_options, role="real", cache=cache)
-    for label, source in opened.items():
+        train_source = open_reference(train, read_options)
+        evaluator.train = evaluator.read("training images", train_source, role="real")
+    for label, source in sources.items():
         try:
-            own = _material(label, source, extractors, read_options, role="generated", cache=None)
-            if own is not None:
-                _score(label, own, real, training, extractors, plan, read_options, protocol, result)
-                if preference is not None:
-                    _add_preference(label, own, preference, plan, result)
-                result.scored_sets[label] = replace(own, feature_sets={})  # features are needed no more
+            scored_set = evaluator.read(label, source, role="generated")
+            if scored_set is not None:
+                evaluator.score(label, scored_set)
         except (ValueError, OSError, FloatingPointError) as error:
-            if len(opened) == 1:
+            if len(sources) == 1:
                 raise
-            result.failed[label] = str(error)
-    if all(label in result.failed for label in opened):
-        raise ValueError("no set could be scored:\n" + "\n".join(_failures(result)))
+            evaluator.failed[label] = str(error)
+    if all(label in evaluator.failed for label in sources):
+        raise ValueError("no set could be scored:\n" + "\n".join(evaluator.failures()))
     if not PartialState().is_main_process:
         return None
-    if training is not None:
-        settings = {**(settings or {}), "train": _in_words(training)}
-    facts = {
-        **(settings or {}),
-        "protocol": protocol,
-        "batch_size": read_options.batch_size,
-        **run_facts(start),
-    }
-    used = [*extractors, *([preference.extractor] if preference is not None else [])]
-    record = _record(result, used, plan, facts)
-    return EvaluationOutput(
-        record, lambda label, name: result.scored_sets[label].load_image(name), _failures(result)
-    )
+    return evaluator.output({**(settings or {})}, start)
+
+
+@dataclass
+class _SetEvaluator:
+    """One evaluation: what all sets share, and the results so far.
+
+    Attributes:
+        real: the reference.
+        train: the images that the generators were trained on.
+        refused: "set: metric" -> why the rules do not allow it.
+        failed: "set" or "set: metric" -> why it could not be computed.
+        scored_sets: every set that was read, by label.
+    """
+
+    extractors: Sequence[Extractor]
+    plan: Plan
+    read_options: ReadOptions
+    protocol: str | None
+    preference: Preference | None
+    real: ScoredSet | None = None
+    train: ScoredSet | None = None
+    scores: list[Score] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    rows: list[ImageRow] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    scored_sets: dict[str, ScoredSet] = field(default_factory=dict)
+
+    def read(self, label: str, source: ImageSet | Path, *, role: str) -> ScoredSet | None:
+        """The features of a set. None on all but the main process, which scores.
+
+        Args:
+            role: "real", whose features are cached, or "generated".
+        """
+        options = self.read_options
+        is_main = PartialState().is_main_process
+        if isinstance(source, Path):
+            return scored_set_from_file(source, self.extractors, role=role) if is_main else None
+        extracted = extract(
+            source,
+            self.extractors,
+            batch_size=options.batch_size,
+            skip_bad=options.skip_bad,
+            cache=FeatureCache(options.cache) if role == "real" else None,
+            title=label,
+        )
+        if not is_main:
+            return None
+        scored_set = scored_set_from_images(source, extracted, self.extractors, role=role)
+        if role == "real" and has_statistics(source.source):
+            scored_set = with_statistics(scored_set, Path(source.source))
+        if options.save_features is None:
+            return scored_set
+        folder = options.save_features / label
+        for extractor in self.extractors:
+            if extractor.perceptual_layer is None:
+                layers = extracted.features[extractor.name]
+                content = SetFeatures(identity_of(extractor), layers, extracted.infos)
+                write_features(folder / file_name(extractor.name), content)
+        relative_folder = os.path.relpath(folder, options.record_folder)
+        return replace(scored_set, summary=replace(scored_set.summary, features=relative_folder))
+
+    def score(self, label: str, scored_set: ScoredSet) -> None:
+        """Adds the scores of a set, the values of its images, and warnings about it."""
+        self.warn_of_images(label, scored_set)
+        self._warn_of_overlap(label, scored_set)
+        self._warn_of_protocol(scored_set)
+        for extractor in self.extractors:
+            features = scored_set.feature_sets.get(extractor.name)
+            if features is not None and "texts" in features.roles:
+                self.warnings += long_prompts_warning(label, scored_set.prompts, extractor)
+            plan = plan_for(extractor, self.extractors, self.plan)
+            if plan is not None:
+                result = score_set(label, scored_set, self.real, extractor, plan, self.train)
+                self.scores += result.scores
+                self.refused |= result.refused
+                self.failed |= result.failed
+        self._add_image_rows(label, scored_set)
+        if self.preference is not None:
+            self._add_preference(label, scored_set)
+        self.scored_sets[label] = replace(scored_set, feature_sets={})  # features are needed no more
+
+    def warn_of_images(self, label: str, scored_set: ScoredSet) -> None:
+        self.warnings += set_warnings.odd_sizes_warning(label, scored_set.infos)
+        self.warnings += set_warnings.conversions_warning(label, scored_set.infos)
+
+    def failures(self) -> tuple[str, ...]:
+        """What failed, and every set without a score, whatever was refused by the rules."""
+        lines = [f"{name}: {reason}" for name, reason in self.failed.items()]
+        labels_with_scores = {score.generated for score in self.scores}
+        for label in self.scored_sets:
+            if label != REFERENCE and label not in labels_with_scores:
+                lines.append(f"{label}: no score could be computed")
+        return tuple(lines)
+
+    def output(self, settings: Mapping[str, object], start: float) -> EvaluationOutput:
+        """The record of all scores.
+
+        Args:
+            start: `time.perf_counter()` at the beginning.
+        """
+        settings = dict(settings)
+        if self.train is not None:
+            summary = self.train.summary
+            settings["train"] = {
+                "source": summary.source,
+                "count": summary.count,
+                "fingerprint": summary.fingerprint,
+            }
+        settings["protocol"] = self.protocol
+        settings["batch_size"] = self.read_options.batch_size
+        extractors = [extractor.summary for extractor in self.extractors]
+        if self.preference is not None:
+            extractors.append(self.preference.extractor.summary)
+        record = EvaluationRecord(
+            scores=tuple(self.scores),
+            sets={label: scored_set.summary for label, scored_set in self.scored_sets.items()},
+            extractors=tuple(extractors),
+            seeds={"metrics": self.plan.seed},
+            versions=versions(),
+            warnings=tuple(self.warnings),
+            images=tuple(self.rows),
+            refused={**self.refused, **self.failed},
+            settings={**settings, **run_facts(start)},
+        )
+
+        def load_image(label: str, name: str) -> Image.Image:
+            return self.scored_sets[label].load_image(name)
+
+        return EvaluationOutput(record, load_image, self.failures())
+
+    def _warn_of_overlap(self, label: str, scored_set: ScoredSet) -> None:
+        self.warnings += overlap.check_repeats(scored_set.infos, label=label)
+        if self.real is not None and scored_set.infos and self.real.infos:
+            self.warnings += overlap.check_sets(
+                scored_set.infos,
+                self.real.infos,
+                label=label,
+                allow_overlap=self.read_options.allow_overlap,
+            )
+
+    def _warn_of_protocol(self, scored_set: ScoredSet) -> None:
+        if self.protocol is not None:
+            self.warnings += protocols.shortfall(
+                protocols.protocol(self.protocol),
+                self.protocol,
+                n_generated=scored_set.summary.count,
+                n_real=0 if self.real is None else self.real.summary.count,
+            )
+
+    def _add_image_rows(self, label: str, scored_set: ScoredSet) -> None:
+        """Adds the values of each image, with the first extractor that has features."""
+        with_features = [e for e in self.extractors if e.feature_layer is not None]
+        if not with_features or scored_set.load_image is None:
+            return
+        try:
+            self.rows += image_rows(label, scored_set, self.real, with_features[0])
+        except (ValueError, RuntimeError) as error:  # the scores stay
+            self.failed[f"{label}: figures of each image"] = str(error)
+
+    def _add_preference(self, label: str, scored_set: ScoredSet) -> None:
+        """Adds the score of the model of preference, and its number to the row of each image."""
+        result, numbers = score_preference(label, scored_set, self.preference, self.plan)
+        self.scores += result.scores
+        self.failed |= result.failed
+        other_rows = [row for row in self.rows if row.generated != label]
+        rows = [row for row in self.rows if row.generated == label]
+        self.rows = [*other_rows, *with_preference(rows, scored_set, label, numbers)]
 
 
 def open_reference(source: str | ImageSet | Path, read_options: ReadOptions) -> ImageSet | Path:
-    """The images a name stands for; the path of a file of features or statistics."""
+    """The images that a name stands for; the path of a file of features or statistics."""
     if not isinstance(source, str):
         return source
     if holds_features(source):
@@ -180,9 +315,10 @@ def open_reference(source: str | ImageSet | Path, read_options: ReadOptions) -> 
 
 
 def open_generated(source: str | ImageSet | Path, read_options: ReadOptions) -> ImageSet | Path:
-    """The same for a set to score, of which the images or their features are needed.
+    """`open_reference` for a set to score, of which the images or their features are needed.
 
-    Raises: ValueError for a file that holds statistics alone.
+    Raises:
+        ValueError: the file holds statistics alone.
     """
     if isinstance(source, str) and Path(source).suffix == ".npz" and holds_features(source):
         raise ValueError(
@@ -191,21 +327,25 @@ def open_generated(source: str | ImageSet | Path, read_options: ReadOptions) -> 
     return open_reference(source, read_options)
 
 
-def check_places(
+def check_not_own_reference(
     generated: Mapping[str, ImageSet | Path], reference: ImageSet | Path | None, read_options: ReadOptions
 ) -> None:
-    """Raises: ValueError for a set that is its own reference, unless `read_options.allow_overlap`."""
+    """Checks that no set is compared with itself.
+
+    Raises:
+        ValueError: a set is its own reference, unless `read_options.allow_overlap`.
+    """
     if reference is None or read_options.allow_overlap:
         return
     for label, source in generated.items():
-        if _place_of(source) == _place_of(reference):
+        if _path_of(source) == _path_of(reference):
             raise ValueError(
                 f"{label!r} is scored against itself: the same folder twice? Name two different sets, or "
                 "give --allow_overlap"
             )
 
 
-def _place_of(source: ImageSet | Path) -> Path:
+def _path_of(source: ImageSet | Path) -> Path:
     return Path(source.source if isinstance(source, ImageSet) else source).resolve()
 
 
@@ -221,140 +361,22 @@ def check_counts(
 
 
 def _count_of(source: ImageSet | Path) -> int | None:
-    """None where only statistics of the images are at hand."""
+    """Number of images; None where only their statistics are at hand."""
     if isinstance(source, ImageSet):
         return len(source)
-    return None if source.suffix == ".npz" else len(read_features(source).infos)
-
-
-def _failures(result: _Result) -> tuple[str, ...]:
-    """What is missing, set by set; a set without any score is one, whatever was refused by the rules."""
-    lines = [f"{what}: {why}" for what, why in result.failed.items()]
-    scored = {score.generated for score in result.scores}
-    empty = [label for label in result.scored_sets if label != REFERENCE and label not in scored]
-    return (*lines, *(f"{label}: no score could be computed" for label in empty))
-
-
-def _in_words(scored_set: ScoredSet) -> dict[str, object]:
-    """Source, number and fingerprint of a set."""
-    summary = scored_set.summary
-    return {"source": summary.source, "count": summary.count, "fingerprint": summary.fingerprint}
-
-
-def _add_preference(label: str, own: ScoredSet, preference: Preference, plan: Plan, result: _Result) -> None:
-    scored, numbers = score_preference(label, own, preference, plan)
-    result.scores += scored.scores
-    result.failed |= scored.failed
-    others = [row for row in result.rows if row.generated != label]
-    rows = [row for row in result.rows if row.generated == label]
-    result.rows[:] = [*others, *with_preference(rows, own, label, numbers)]
-
-
-def _record(
-    result: _Result, extractors: Sequence[Extractor], plan: Plan, settings: Mapping[str, object]
-) -> EvaluationRecord:
-    return EvaluationRecord(
-        scores=tuple(result.scores),
-        sets={label: scored_set.summary for label, scored_set in result.scored_sets.items()},
-        extractors=tuple(extractor.summary for extractor in extractors),
-        seeds={"metrics": plan.seed},
-        versions=versions(),
-        warnings=tuple(result.warnings),
-        images=tuple(result.rows),
-        refused={**result.refused, **result.failed},
-        settings=settings,
-    )
-
-
-def _material(
-    label: str,
-    source: ImageSet | Path,
-    extractors: Sequence[Extractor],
-    read_options: ReadOptions,
-    *,
-    role: str,
-    cache: FeatureCache | None,
-) -> ScoredSet | None:
-    """A set's features and facts. None on all but the main process, which scores."""
-    if isinstance(source, Path):
-        return scored_set_from_file(source, extractors, role=role) if PartialState().is_main_process else None
-    images = source
-    made = extract(
-        images,
-        extractors,
-        batch_size=read_options.batch_size,
-        skip_bad=read_options.skip_bad,
-        cache=cache,
-        title=label,
-    )
-    if not PartialState().is_main_process:
+    if source.suffix == ".npz":
         return None
-    scored_set = scored_set_from_images(images, made, extractors, role=role)
-    if role == "real" and has_statistics(images.source):
-        scored_set = with_statistics(scored_set, Path(images.source))
-    if read_options.save_features is None:
-        return scored_set
-    for extractor in (e for e in extractors if e.perceptual_layer is None):
-        content = SetFeatures(identity_of(extractor), made.features[extractor.name], made.infos)
-        write_features(read_options.save_features / label / file_name(extractor.name), content)
-    folder = os.path.relpath(read_options.save_features / label, read_options.record_folder)
-    return replace(scored_set, summary=replace(scored_set.summary, features=folder))
-
-
-def _score(
-    label: str,
-    own: ScoredSet,
-    real: ScoredSet | None,
-    training: ScoredSet | None,
-    extractors: Sequence[Extractor],
-    plan: Plan,
-    read_options: ReadOptions,
-    protocol: str | None,
-    result: _Result,
-) -> None:
-    result.warnings += _remarks(label, own)
-    result.warnings += overlap.check_repeats(own.infos, label=label)
-    if real is not None and own.infos and real.infos:
-        found = overlap.check_sets(
-            own.infos, real.infos, label=label, allow_overlap=read_options.allow_overlap
-        )
-        result.warnings += found
-    if protocol is not None:
-        counts = {"n_generated": own.summary.count, "n_real": real.summary.count if real else 0}
-        result.warnings += protocols.shortfall(protocols.protocol(protocol), protocol, **counts)
-    for extractor in extractors:
-        features = own.feature_sets.get(extractor.name)
-        if features is not None and "texts" in features.roles:
-            result.warnings += long_prompts_warning(label, own.prompts, extractor)
-        its_plan = plan_for(extractor, extractors, plan)
-        if its_plan is None:
-            continue
-        scored = score_set(label, own, real, extractor, its_plan, training)
-        result.scores += scored.scores
-        result.refused |= scored.refused
-        result.failed |= scored.failed
-    showing = next((e for e in extractors if e.feature_layer is not None), None)
-    if showing is not None and own.load_image is not None:
-        try:
-            result.rows += image_rows(label, own, real, showing)
-        except (ValueError, RuntimeError) as error:  # the scores stay
-            result.failed[f"{label}: figures of each image"] = str(error)
-
-
-def _remarks(label: str, scored_set: ScoredSet) -> list[str]:
-    return [
-        *set_warnings.odd_sizes_warning(label, scored_set.infos),
-        *set_warnings.conversions_warning(label, scored_set.infos),
-    ]
+    return len(read_features(source).infos)
 
 
 def setup_evaluation(num_threads: int | None) -> torch.device:
-    """The surroundings of an evaluation: all processes, quiet libraries, the same numbers in every run.
+    """Prepares this process for an evaluation, and returns its device.
 
-    Returns this process's device.
+    Starts all processes, silences the loading bars and warnings of torch, transformers and diffusers, and
+    makes cuDNN deterministic: for scripts, which own their process (docs/evaluation.md says so).
     """
     silence_libraries()
     warnings.filterwarnings("ignore", module="torch|transformers|diffusers")
     torch.backends.cudnn.deterministic = True  # else cuDNN chooses kernels by their speed
     torch.backends.cudnn.benchmark = False
-    return make_accelerator(mixed_precision="no", num_threads=num_threads, timeout=PATIENCE).device
+    return make_accelerator(mixed_precision="no", num_threads=num_threads, timeout=TIMEOUT).device

@@ -1,14 +1,18 @@
-"""The files that an evaluation writes, which are checked before the work begins."""
+"""The files that an evaluation writes: checked before the work, the scores written first, the page last."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffadapt.common.atomic_files import check_writable
-from diffadapt.evaluation.record import read_record
+from PIL import Image
+
+from diffadapt.common.atomic_files import check_writable, write_utf8
+from diffadapt.evaluation.record import EvaluationRecord, read_record
+from diffadapt.evaluation.report.page import write_page
+from diffadapt.evaluation.report.tables import per_image_csv, report
 
 JSON = ".json"
 SUFFIXES_BESIDE = (".md", ".csv", ".html")  # of the files beside the JSON
@@ -67,7 +71,29 @@ class OutputFiles:
         return True
 
 
-def report(problems: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class EvaluationOutput:
+    """The scores of an evaluation, and the images that its page shows.
+
+    Attributes:
+        record: the scores.
+        load_image: (label of a set, image name) -> the image, of the images that the record names.
+        failures: what should have been computed and was not, "what: why".
+    """
+
+    record: EvaluationRecord
+    load_image: Callable[[str, str], Image.Image]
+    failures: tuple[str, ...] = ()
+
+    def write(self, files: OutputFiles) -> list[str]:
+        """Writes the scores first, the page last. Returns what could not be computed or written."""
+        self.record.write(files.json)
+        write_utf8(files.markdown, report(self.record))
+        write_utf8(files.csv, per_image_csv(self.record))
+        return [*self.failures, *write_page(self.record, files.page, self.load_image)]
+
+
+def report_problems(problems: Sequence[str]) -> int:
     """Prints what could not be computed or written. Returns the exit code: 1 if there is anything, else 0."""
     for line in problems:
         print(f"error: {line}", file=sys.stderr)

@@ -243,6 +243,7 @@ _ALL = (
         better="higher",
         value=bindings.text_similarity_value,
         estimate=bindings.text_similarity_estimate,
+        per_image=bindings.text_similarities,
         interval=_MEAN_INTERVAL,
         source=f"{_DREAMBOOTH}; CLIP: arXiv:2103.00020",
         minimum=_at_least(10),

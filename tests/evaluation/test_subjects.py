@@ -9,9 +9,8 @@ from PIL import Image
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.report.page import page
 from diffadapt.evaluation.sets.image_files import ArrayImage
-from diffadapt.evaluation.subject.generate import Drawing
-from diffadapt.evaluation.subject.record import evaluate_subjects
-from diffadapt.evaluation.subject.scores import check_extractors
+from diffadapt.evaluation.subject.evaluate_subjects import check_extractors, evaluate_subjects
+from diffadapt.evaluation.subject.generate import SubjectSampling
 from diffadapt.evaluation.subject.subjects import (
     SubjectImages,
     embedded_subjects,
@@ -110,14 +109,15 @@ def test_existing_images_belong_to_the_prompt_whose_number_begins_their_name(tmp
 
 def test_samples_have_the_same_seeds_for_every_prompt_and_others_for_every_subject(tmp_path):
     cat, monkey = embedded_subjects()
-    drawing = Drawing("embedded:emoji", tmp_path, samples=2, seed=5)
-    assert [shot.seed for shot in drawing.shots(cat, 0)][:4] == [5, 6, 5, 6]
-    assert {shot.seed for shot in drawing.shots(monkey, 1)} == {7, 8}
-    assert drawing.shots(cat, 0)[2].prompt == "a sks cat face emoji on a blue background"
+    sampling = SubjectSampling("embedded:emoji", tmp_path, samples=2, seed=5)
+    assert [request.seed for request in sampling.requests(cat, 0)][:4] == [5, 6, 5, 6]
+    assert {request.seed for request in sampling.requests(monkey, 1)} == {7, 8}
+    assert sampling.requests(cat, 0)[2].prompt == "a sks cat face emoji on a blue background"
     with pytest.raises(ValueError, match="--samples must be at least 1, got 0"):
-        Drawing("embedded:emoji", tmp_path, samples=0)
-    assert drawing.sampler().autocast is None  # on a CPU
-    assert Drawing("embedded:emoji", tmp_path, mixed_precision="bf16").sampler().autocast == torch.bfloat16
+        SubjectSampling("embedded:emoji", tmp_path, samples=0)
+    assert sampling.config().autocast is None  # on a CPU
+    half = SubjectSampling("embedded:emoji", tmp_path, mixed_precision="bf16")
+    assert half.config().autocast == torch.bfloat16
 
 
 def toy(name="clip:toy", **options):
@@ -164,7 +164,7 @@ def evaluated(tmp_path, prompts):
     ]
     record = evaluate_subjects(
         {"ours": (images, {})}, extractors, token="sks", seed=0, settings={"demo": True}
-    )
+    ).record
     return record, subjects, real, drawn
 
 

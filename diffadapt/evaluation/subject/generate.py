@@ -1,4 +1,4 @@
-"""Images of subjects from a base and its adapters: every prompt, every sample, the same seeds for all."""
+"""Images of subjects from a base model and its adapters: the same prompts and seeds for all."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ from diffadapt.models.open_pipeline import open_frozen_pipeline
 from diffadapt.models.sampling import ImageRequest, SamplingConfig
 
 BASE = "base"  # label of the images without an adapter
-ADAPTERS = "adapters"  # label of those with each subject's own
+ADAPTERS = "adapters"  # label of the images with each subject's own adapter
+RUN_COSTS = ("parameters", "seconds", "peak_memory_bytes")  # in the run.json of a training run
 
-Sets = dict[str, tuple[list[SubjectImages], dict]]  # label -> the images of every subject, and how they came
+# label -> the images of every subject, and how they were generated
+SubjectSets = dict[str, tuple[list[SubjectImages], dict[str, object]]]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How images are drawn.
+class SubjectSampling:
+    """How images of subjects are generated.
 
     Attributes:
         base: name of the pipeline.
-        folder: where the images go: LABEL/SUBJECT/NN-S.png, prompt and sample.
+        folder: where the images are saved, as LABEL/SUBJECT/NN-S.png with NN the prompt and S the sample.
         samples: images of each prompt.
         unique_token: the unique word of the prompts.
         seed: of the first subject's first sample; samples of one subject have consecutive seeds, the same
             for every prompt, and every subject has its own.
-        num_inference_steps, guidance_scale: None for what suits the base.
-        mixed_precision: no, fp16 or bf16; None for what `sampling_precision` chooses.
+        num_inference_steps: denoising steps; None for the base's default.
+        guidance_scale: of classifier-free guidance; None for the base's default.
+        batch_size: images generated at once; changes speed and memory only.
+        mixed_precision: no, fp16 or bf16; None for the choice of `sampling_precision`.
     """
 
     base: str
@@ -57,89 +61,107 @@ class Drawing:
 
     @property
     def precision(self) -> Precision:
+        """The precision of the denoiser on this process's device."""
         return sampling_precision(self.mixed_precision, PartialState().device)
 
-    def sampler(self) -> SamplingConfig:
-        defaults = sampling_defaults(self.base)
-        steps = (
-            defaults["num_inference_steps"] if self.num_inference_steps is None else self.num_inference_steps
-        )
-        guidance = defaults["guidance_scale"] if self.guidance_scale is None else self.guidance_scale
+    def config(self) -> SamplingConfig:
+        """The options of the sampler, with the base's defaults."""
+        options = sampling_defaults(self.base)
+        steps = self.num_inference_steps
+        guidance = self.guidance_scale
         return SamplingConfig(
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=options["num_inference_steps"] if steps is None else steps,
+            guidance_scale=options["guidance_scale"] if guidance is None else guidance,
             batch_size=self.batch_size,
             autocast=self.precision.dtype,
         )
 
-    def shots(self, subject: Subject, place: int) -> list[ImageRequest]:
-        """All images of the subject at that place in the list, prompt by prompt."""
-        first = self.seed + place * self.samples
-        return [
-            ImageRequest(p, first + s)
-            for p in subject.prompts(self.unique_token)
-            for s in range(self.samples)
-        ]
+    def requests(self, subject: Subject, position: int) -> list[ImageRequest]:
+        """All images of a subject, prompt by prompt.
+
+        Args:
+            position: of the subject in the list of all, which its seeds depend on.
+        """
+        first_seed = self.seed + position * self.samples
+        requests = []
+        for prompt in subject.prompts(self.unique_token):
+            requests += [ImageRequest(prompt, first_seed + sample) for sample in range(self.samples)]
+        return requests
 
 
-def draw_subjects(
-    drawing: Drawing, subjects: Sequence[Subject], adapters: Mapping[str, str], *, with_base: bool
-) -> Sets:
-    """Images with each subject's own adapter, and of the bare base where asked for, as files.
+def generate_subjects(
+    sampling: SubjectSampling, subjects: Sequence[Subject], adapters: Mapping[str, str], *, with_base: bool
+) -> SubjectSets:
+    """Generates images with each subject's own adapter, and with the bare base, into files.
 
-    With several processes each draws whole batches of every subject's images.
+    With several processes each generates whole batches of every subject's images.
+
+    Args:
+        adapters: subject -> file of its adapter; empty for the base alone.
+        with_base: whether to generate images with the bare base too.
     """
-    state, sampler = PartialState(), drawing.sampler()
-    for notice in drawing.precision.notices:
+    state = PartialState()
+    config = sampling.config()
+    for notice in sampling.precision.notices:
         state.print(notice)
-    pipe = open_frozen_pipeline(drawing.base, device=state.device)
-    labels = [*([BASE] if with_base else []), *([ADAPTERS] if adapters else [])]
-    found: Sets = {}
-    total = sum(len(drawing.shots(s, 0)) for s in subjects) * len(labels)
+    pipe = open_frozen_pipeline(sampling.base, device=state.device)
+    labels = []
+    if with_base:
+        labels.append(BASE)
+    if adapters:
+        labels.append(ADAPTERS)
+    sets: SubjectSets = {}
+    total = len(labels) * sum(len(sampling.requests(subject, 0)) for subject in subjects)
     with tqdm(desc="images", total=total, disable=not state.is_main_process) as bar:
         for label in labels:
             images = []
-            for place, subject in enumerate(subjects):
+            for position, subject in enumerate(subjects):
                 adapter = da.load(pipe, adapters[subject.name]) if label == ADAPTERS else None
-                images.append(_draw(drawing, pipe, sampler, subject, place, drawing.folder / label, bar))
+                images.append(_generate(sampling, pipe, config, subject, position, label, bar))
                 if adapter is not None:
                     da.detach(adapter)
-            made = {"base": drawing.base, "samples": drawing.samples, **vars(sampler)}
-            made["autocast"] = drawing.precision.name
+            generation = {"base": sampling.base, "samples": sampling.samples, **vars(config)}
+            generation["autocast"] = sampling.precision.name
             if label == ADAPTERS:
-                made |= {"adapters": dict(adapters), **_training(adapters)}
-            found[label] = (images, made)
-    return found
+                generation["adapters"] = dict(adapters)
+                generation |= _training_costs(adapters)
+            sets[label] = (images, generation)
+    return sets
 
 
-def _draw(
-    drawing: Drawing,
+def _generate(
+    sampling: SubjectSampling,
     pipe: DiffusionPipeline,
-    sampler: SamplingConfig,
+    config: SamplingConfig,
     subject: Subject,
-    place: int,
-    folder: Path,
+    position: int,
+    label: str,
     bar: tqdm,
 ) -> SubjectImages:
+    """Generates the images of one subject with what is attached now."""
+    folder = sampling.folder / label
     (folder / subject.name).mkdir(parents=True, exist_ok=True)
-    shots = drawing.shots(subject, place)
-    places = [divmod(index, drawing.samples) for index in range(len(shots))]
-    names = [f"{subject.name}/{number:02d}-{sample}.png" for number, sample in places]
-    generate_files(pipe, shots, sampler, [folder / name for name in names], bar)
-    return SubjectImages(
-        subject,
-        tuple(ImageFile(name, folder / name) for name in names),
-        tuple(number for number, _ in places),
-        tuple(shot.seed for shot in shots),
-    )
+    requests = sampling.requests(subject, position)
+    images = []
+    numbers = []
+    for index in range(len(requests)):
+        number, sample = divmod(index, sampling.samples)
+        name = f"{subject.name}/{number:02d}-{sample}.png"
+        images.append(ImageFile(name, folder / name))
+        numbers.append(number)
+    generate_files(pipe, requests, config, [folder / image.name for image in images], bar)
+    seeds = tuple(request.seed for request in requests)
+    return SubjectImages(subject, tuple(images), tuple(numbers), seeds)
 
 
-def _training(adapters: Mapping[str, str]) -> dict[str, dict]:
-    """What the adapters' run.json say of their cost, the mean over subjects, where all have one."""
+def _training_costs(adapters: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """The costs in the run.json beside the adapters, means over subjects, where all have one."""
     files = [Path(path).with_name("run.json") for path in adapters.values()]
     if not all(file.is_file() for file in files):
         return {}
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    keys = ("parameters", "seconds", "peak_memory_bytes")
-    known = [key for key in keys if all(key in run for run in runs)]
-    return {"run": {key: sum(run[key] for run in runs) / len(runs) for key in known}}
+    costs = {}
+    for key in RUN_COSTS:
+        if all(key in run for run in runs):
+            costs[key] = sum(run[key] for run in runs) / len(runs)
+    return {"run": costs}

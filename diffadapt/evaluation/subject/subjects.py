@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,25 +17,32 @@ from diffadapt.models.prompts import EMOJI_CONTEXTS
 
 LIVE_CLASSES = ("cat", "dog")  # subjects of these get the prompts for live subjects
 EMBEDDED = {"cat": "cat face", "monkey": "monkey face"}  # shipped subject -> its class in the base's words
-LARGEST = 1 << 20  # bytes of a prompts file
+MAX_BYTES = 1 << 20  # of a prompts file
 TEMPLATE = re.compile(
     r"""(['"])(?P<prompt>[^{}]{0,200}\{0\} \{1\}[^{}]{0,200})\1\.format\(unique_token, class_token\),?"""
 )
 CLASS = re.compile(r"(?P<subject>[\w .-]{1,100}),(?P<class>[\w .-]{1,100})")
 SECTIONS = {"Classes": "classes", "Object Prompts": "objects", "Live Subject Prompts": "live"}
-FURNITURE = ("Prompts", "prompt_list = [", "]", "subject_name,class")  # lines without content
-NUMBER = re.compile(r"(\d{1,4})[-_/.]")  # of the prompt, where an image's name begins
+LINES_WITHOUT_CONTENT = ("Prompts", "prompt_list = [", "]", "subject_name,class")
+PROMPT_NUMBER = re.compile(r"(\d{1,4})[-_/.]")  # where an image's name begins
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompts file: subject -> class, and templates with {0} for the unique token and {1} for the class."""
+    """The content of a prompts file.
+
+    Attributes:
+        classes: subject -> class.
+        objects: templates for objects, with {0} for the unique token and {1} for the class.
+        live: templates for animals.
+    """
 
     classes: Mapping[str, str]
     objects: tuple[str, ...]
     live: tuple[str, ...]
 
     def of(self, class_name: str) -> tuple[str, ...]:
+        """The templates for subjects of a class."""
         return self.live if class_name in LIVE_CLASSES and self.live else self.objects
 
 
@@ -49,17 +56,27 @@ class Subject:
     real: tuple[LazyImage, ...]
 
     def prompts(self, token: str) -> list[str]:
-        """What a model is told: "a sks dog in the jungle"."""
+        """Prompts for generation: "a sks dog in the jungle"."""
         return [template.format(token, self.class_name) for template in self.templates]
 
     def texts(self) -> list[str]:
-        """What CLIP-T compares with: the prompts without the unique token, "a dog in the jungle"."""
-        return [" ".join(template.format("", self.class_name).split()) for template in self.templates]
+        """Texts for CLIP-T, the prompts without the unique token: "a dog in the jungle"."""
+        texts = []
+        for template in self.templates:
+            words = template.format("", self.class_name).split()
+            texts.append(" ".join(words))
+        return texts
 
 
 @dataclass(frozen=True)
 class SubjectImages:
-    """Generated images of a subject; of each, the number of its prompt and, where known, its seed."""
+    """Generated images of a subject.
+
+    Attributes:
+        images: the images.
+        numbers: of each image, the number of its prompt, from 0.
+        seeds: of each image, its seed; None where it is unknown.
+    """
 
     subject: Subject
     images: tuple[LazyImage, ...]
@@ -68,108 +85,126 @@ class SubjectImages:
 
 
 def read_prompts(path: str | Path) -> Prompts:
-    """A `prompts_and_classes.txt`: read line by line, nothing in it is run.
+    """Reads a `prompts_and_classes.txt` line by line; nothing in it is run.
 
-    Raises: ValueError naming the first line that is none of the format's, or what is missing.
+    Raises:
+        ValueError: a line is not of the format (the first is named), or classes or prompts are missing.
     """
     path = Path(path)
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a prompts file has at most {LARGEST:,}")
-    found: dict[str, dict] = {name: {} for name in SECTIONS.values()}
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; a prompts file has at most {MAX_BYTES:,}")
+    classes: dict[str, str] = {}
+    templates: dict[str, list[str]] = {"objects": [], "live": []}
     section = None
     for number, line in enumerate(text_lines(read_text(path)), 1):
         line = line.strip()
-        pattern = CLASS if section == "classes" else TEMPLATE
         if line in SECTIONS:
             section = SECTIONS[line]
-        elif line and line not in FURNITURE:
-            match = pattern.fullmatch(line)
-            if section is None or match is None:
-                raise ValueError(f"{path}, line {number}: {line[:80]!r} is not of the dreambooth format")
-            key = match["subject"] if section == "classes" else match["prompt"]
-            found[section][key] = match["class"].strip() if section == "classes" else ""
-    if not found["classes"] or not found["objects"]:
-        raise ValueError(f"{path} lacks {' or '.join(n for n in ('classes', 'objects') if not found[n])}")
-    return Prompts(found["classes"], tuple(found["objects"]), tuple(found["live"]))
+            continue
+        if not line or line in LINES_WITHOUT_CONTENT:
+            continue
+        pattern = CLASS if section == "classes" else TEMPLATE
+        match = pattern.fullmatch(line)
+        if section is None or match is None:
+            raise ValueError(f"{path}, line {number}: {line[:80]!r} is not of the dreambooth format")
+        if section == "classes":
+            classes[match["subject"]] = match["class"].strip()
+        elif match["prompt"] not in templates[section]:
+            templates[section].append(match["prompt"])
+    missing = []
+    if not classes:
+        missing.append("classes")
+    if not templates["objects"]:
+        missing.append("objects")
+    if missing:
+        raise ValueError(f"{path} lacks {' or '.join(missing)}")
+    return Prompts(classes, tuple(templates["objects"]), tuple(templates["live"]))
 
 
 def open_subjects(
     folder: str | Path, prompts: Prompts, names: Sequence[str] = (), *, follow_links: bool = False
 ) -> list[Subject]:
-    """The subjects in a folder, one folder of images each; all of them, or those named.
+    """The subjects in a folder, one folder of images each.
 
-    Raises: FileNotFoundError or ValueError for a subject without images or without a class.
+    Args:
+        names: of the subjects to open; none for all.
+        follow_links: follow links out of the folder too.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a subject has no images or no class.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of subjects at {str(folder)!r}")
-    chosen = list(names) or sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = []
-    for name in chosen:
+    if not names:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    subjects = []
+    for name in names:
         if name not in prompts.classes:
             raise ValueError(
                 f"subject {name!r} has no class in the prompts file{did_you_mean(name, prompts.classes)}"
             )
         class_name = prompts.classes[name]
-        real = _real_images(name, folder / name, follow_links)
-        found.append(Subject(name, class_name, prompts.of(class_name), real))
-    if not found:
+        images = _real_images(name, folder / name, follow_links)
+        subjects.append(Subject(name, class_name, prompts.of(class_name), images))
+    if not subjects:
         raise ValueError(f"{folder} holds no folders; it needs one with images for each subject")
-    return found
+    return subjects
 
 
 def embedded_subjects(names: Sequence[str] = ()) -> list[Subject]:
-    """The shipped cat and monkey, in the contexts the embedded base knows."""
+    """The cat and the monkey shipped with the package, in the contexts that the embedded base knows."""
     templates = tuple(template.replace("{}", "{0} {1}") for template in EMOJI_CONTEXTS)
-    unknown = [name for name in names if name not in EMBEDDED]
-    if unknown:
-        raise ValueError(f"no embedded subject {unknown[0]!r}; there are {', '.join(EMBEDDED)}")
-    return [
-        Subject(
-            name, EMBEDDED[name], templates, _real_images(name, Path(resolve(f"embedded:subjects/{name}")))
-        )
-        for name in names or EMBEDDED
-    ]
+    subjects = []
+    for name in names or EMBEDDED:
+        if name not in EMBEDDED:
+            raise ValueError(f"no embedded subject {name!r}; there are {', '.join(EMBEDDED)}")
+        images = _real_images(name, Path(resolve(f"embedded:subjects/{name}")))
+        subjects.append(Subject(name, EMBEDDED[name], templates, images))
+    return subjects
 
 
 def existing_images(
     folder: str | Path, subjects: Sequence[Subject], *, follow_links: bool = False
 ) -> list[SubjectImages]:
-    """Images made before: FOLDER/SUBJECT/NN-anything.png, or SUBJECT/NN/anything.png, NN the prompt's number.
+    """Images that another program generated.
 
-    Raises: FileNotFoundError or ValueError for a subject without images, or a name without such a number.
+    They are FOLDER/SUBJECT/NN-anything.png or FOLDER/SUBJECT/NN/anything.png, NN the number of the prompt.
+
+    Raises:
+        FileNotFoundError: a subject has no folder.
+        ValueError: a subject has no images, or a name does not begin with the number of a prompt.
     """
-    found = []
+    images_of_subjects = []
     for subject in subjects:
-        own = Path(folder) / subject.name
-        paths = list_images(own, recursive=True, follow_links=follow_links)
-        names = [path.relative_to(own).as_posix() for path in paths]
-        numbers = [_prompt_number(name, subject) for name in names]
-        pictures = [ImageFile(f"{subject.name}/{n}", path) for n, path in zip(names, paths, strict=True)]
-        found.append(SubjectImages(subject, tuple(pictures), tuple(numbers), (None,) * len(names)))
-    return found
+        subject_folder = Path(folder) / subject.name
+        paths = list_images(subject_folder, recursive=True, follow_links=follow_links)
+        images = []
+        numbers = []
+        for path in paths:
+            name = path.relative_to(subject_folder).as_posix()
+            images.append(ImageFile(f"{subject.name}/{name}", path))
+            numbers.append(_prompt_number(name, subject))
+        seeds = (None,) * len(images)
+        images_of_subjects.append(SubjectImages(subject, tuple(images), tuple(numbers), seeds))
+    return images_of_subjects
 
 
-def readable(images: SubjectImages, names: Collection[str]) -> SubjectImages:
-    """Those of a subject's images whose names are among `names`."""
-    rows = [row for row, picture in enumerate(images.images) if picture.name in names]
-    return SubjectImages(
-        images.subject,
-        tuple(images.images[row] for row in rows),
-        tuple(images.numbers[row] for row in rows),
-        tuple(images.seeds[row] for row in rows),
-    )
-
-
-def joined(sets: Sequence[SubjectImages], *, source: str, kind: str) -> ImageSet:
-    """The images of all subjects as one set, in order; prompts: subject and number of the prompt."""
-    pictures = [picture for own in sets for picture in own.images]
-    prompts = tuple(f"{own.subject.name} {number}" for own in sets for number in own.numbers)
-    return ImageSet(source, kind, pictures, prompts=prompts)
+def as_image_set(images_of_subjects: Sequence[SubjectImages], *, source: str) -> ImageSet:
+    """The images of all subjects as one set, in order; subject and prompt's number serve as prompts."""
+    images: list[LazyImage] = []
+    prompts: list[str] = []
+    for of_subject in images_of_subjects:
+        images += of_subject.images
+        prompts += [f"{of_subject.subject.name} {number}" for number in of_subject.numbers]
+    return ImageSet(source, "memory", images, prompts=tuple(prompts))
 
 
 def _prompt_number(name: str, subject: Subject) -> int:
-    match, count = NUMBER.match(name), len(subject.templates)
+    match = PROMPT_NUMBER.match(name)
+    count = len(subject.templates)
     if match is None or int(match[1]) >= count:
         raise ValueError(
             f"image {subject.name}/{name} does not begin with the number of its prompt, 00 to "
