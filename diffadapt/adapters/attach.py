@@ -19,7 +19,6 @@ from diffadapt.adapters.peft_bridge import attach_peft
 from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites, name_matches
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder, text_encoder_names
 from diffadapt.methods import Method
-from diffadapt.methods.peft_config import PeftMethod
 
 Targets = str | Sequence[str]
 
@@ -129,19 +128,30 @@ def attach_sites(
     instead of the method's start; when it raises, the model is as before."""
     if name in {taken for module in roots.values() for taken in attached(module)}:
         raise ValueError(f"the model already has an adapter named {name!r}; detach it or pass another name")
-    if isinstance(method, PeftMethod):
-        return attach_peft(roots, method, found, name=name, seed=seed, ranks=ranks, fill=fill)
-    plans = plan_methods(method, [choice.site for choice in found], ranks)
+    adapter = Adapter(name, method, seed, ranks, roots)
+    if method.library == "peft":
+        attach_peft(adapter, found, fill)
+    else:
+        _attach_methods(adapter, found, fill)
+    return adapter
+
+
+def _attach_methods(
+    adapter: Adapter, found: Sequence[TargetSite], fill: Callable[[Adapter], None] | None
+) -> None:
+    """Attaches an adapter of diffadapt's own methods."""
+    method = adapter.method
+    roots = adapter.roots
+    plans = plan_methods(method, [choice.site for choice in found], adapter.ranks)
     _check_all_served(method, found, plans)
     for plan in plans:
         layers = [layer for index in plan.indices for layer in found[index].layers]
         for root in roots.values():
             check_new_table(plan.methods[0], layers, root, _home(root))
     layer_states = [layer_state_of(choice.layers) for choice in found]
-    adapter = Adapter(name, method, seed, ranks, roots)
     for plan in plans:
         bases = [layer_states[i].base() for i in plan.indices]
-        adapter.add_method_state(MethodState(plan, bases, seed))
+        adapter.add_method_state(MethodState(plan, bases, adapter.seed))
         if fill is None:
             adapter.parts[-1].start(bases)
     if fill is not None:
@@ -150,7 +160,6 @@ def attach_sites(
     for module in roots.values():
         adapter.frozen += [p for p in module.parameters() if p.requires_grad]
         module.requires_grad_(False)
-    return adapter
 
 
 def detach(adapter: Adapter) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import nn
 
 from diffadapt.adapters.attach import Targets, choose_sites
 from diffadapt.adapters.method_state import MethodPlan, plan_methods
@@ -13,17 +15,18 @@ from diffadapt.methods import Method
 from diffadapt.methods.parse_method import make_method, option_names
 from diffadapt.methods.peft_config import PREFIX as PEFT
 
-_MOST = 2**20  # no rank above this is tried
+_LARGEST_RANK = 2**20  # no rank above this is tried
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
 @dataclass(frozen=True)
 class ParameterTable:
-    """What a method would train.
+    """The number of values that a method would train.
 
     Attributes:
         blocks: (name of the block, number of sites, trained parameters), in the model's order; tensors that
-            several blocks share come last under ``shared``.
-        base: parameters of the adapted models.
+            several blocks share come last under `shared`.
+        base: Parameters of the adapted models.
     """
 
     blocks: tuple[tuple[str, int, int], ...]
@@ -31,6 +34,7 @@ class ParameterTable:
 
     @property
     def total(self) -> int:
+        """Trained parameters."""
         return sum(count for _, _, count in self.blocks)
 
     @property
@@ -53,22 +57,32 @@ def count_parameters(
     rank_patterns: Mapping[str, int] | None = None,
     depth: int = 2,
 ) -> ParameterTable:
-    """What ``attach`` with the same arguments would train, from shapes alone: the meta device will do.
+    """Counts what `attach` with the same arguments would train, from shapes alone: the meta device will do.
 
-    ``depth`` is how many pieces of a site's name make a block.
+    Args:
+        model: As for `attach`.
+        method: As for `attach`.
+        targets: As for `attach`.
+        text_encoder_targets: As for `attach`.
+        rank_patterns: As for `attach`.
+        depth: The number of pieces of a site's name that make a block.
     """
-    roots, found = choose_sites(model, method, targets, text_encoder_targets)
-    sites = [choice.site for choice in found]
+    roots, target_sites = choose_sites(model, method, targets, text_encoder_targets)
+    sites = [target.site for target in target_sites]
     ranks = assign_ranks(sites, rank_patterns or {})
-    rows: dict[str, list[int]] = {}
+    num_sites: dict[str, int] = {}
+    num_parameters: dict[str, int] = {}  # of the same blocks, and of those tensors that blocks share
     for plan in plan_methods(method, sites, ranks):
         for site in plan.sites:
-            rows.setdefault(_block(site.name, depth), [0, 0])[0] += 1
-        for key, count in plan.counts().items():
-            name = key.split("/")[1]
-            rows.setdefault(_block(name, depth) if name else "shared", [0, 0])[1] += count
-    base = sum(p.numel() for module in roots.values() for p in module.parameters())
-    return ParameterTable(tuple((name, sites, count) for name, (sites, count) in rows.items()), base)
+            block = _block(site.name, depth)
+            num_sites[block] = num_sites.get(block, 0) + 1
+            num_parameters.setdefault(block, 0)
+        for tensor_name, count in plan.counts().items():
+            site_name = tensor_name.split("/")[1]
+            block = _block(site_name, depth) if site_name else "shared"
+            num_parameters[block] = num_parameters.get(block, 0) + count
+    blocks = tuple((block, num_sites.get(block, 0), count) for block, count in num_parameters.items())
+    return ParameterTable(blocks, _count_base(roots.values()))
 
 
 def fit_budget(
@@ -80,44 +94,48 @@ def fit_budget(
     text_encoder_targets: Targets | None = None,
     **options: object,
 ) -> Method:
-    """The method with the largest rank whose trained parameters do not exceed ``budget``.
+    """The method with the largest rank whose trained parameters do not exceed a budget.
 
     Args:
-        method: a registered name or combination; ``options`` as in ``make_method``, without ``rank``.
-        budget: trained parameters.
+        model: As for `attach`.
+        method: A registered name or combination.
+        targets: As for `attach`.
+        budget: Trained parameters.
+        text_encoder_targets: As for `attach`.
+        **options: As for `make_method`, without `rank`.
 
-    Raises: ValueError when the method has no rank, or when rank 1 does not fit.
+    Raises:
+        ValueError: When the method has no rank, or when rank 1 does not fit.
     """
     if method.startswith(PEFT) or "rank" not in option_names(method):
         raise ValueError(f"{method} has no rank to choose, so a budget does not apply to it")
-    _, found = choose_sites(model, make_method(method, **options), targets, text_encoder_targets)
-    sites = [choice.site for choice in found]
+    _, target_sites = choose_sites(model, make_method(method, **options), targets, text_encoder_targets)
+    sites = [target.site for target in target_sites]
 
     def count(rank: int) -> int | None:
         """Parameters at a rank; None above what the method accepts."""
         try:
-            chosen = make_method(method, rank=rank, **options)
-            return sum(plan.num_parameters for plan in plan_methods(chosen, sites))
+            plans = plan_methods(make_method(method, rank=rank, **options), sites)
+            return sum(plan.num_parameters for plan in plans)
         except ValueError:
             if rank == 1:
                 raise
             return None
 
-    least = count(1)
-    if least > budget:
-        raise ValueError(f"{method} needs {least:,} parameters at rank 1, more than the budget of {budget:,}")
-    if count(2) == least == count(_MOST):
+    smallest = count(1)
+    if smallest > budget:
         raise ValueError(
-            f"{method} has {least:,} parameters at every rank; leave out the budget or its own rank"
+            f"{method} needs {smallest:,} parameters at rank 1, more than the budget of {budget:,}"
         )
-    plans = plan_methods(make_method(method, rank=1, **options), sites)
-    falls = {
-        rank
-        for plan in plans
-        for site in plan.sites
-        for rank in plan.methods[0].ranks_where_count_drops(site)
-    }
-    return make_method(method, rank=_largest_within(count, falls, budget), **options)
+    if count(2) == smallest == count(_LARGEST_RANK):
+        raise ValueError(
+            f"{method} has {smallest:,} parameters at every rank; leave out the budget or its own rank"
+        )
+    drops: set[int] = set()
+    for plan in plan_methods(make_method(method, rank=1, **options), sites):
+        for site in plan.sites:
+            drops.update(plan.methods[0].ranks_where_count_drops(site))
+    return make_method(method, rank=_largest_rank_within(count, drops, budget), **options)
 
 
 def size_notices(
@@ -127,16 +145,29 @@ def size_notices(
     *,
     text_encoder_targets: Targets | None = None,
 ) -> list[str]:
-    """Lines where a method is larger than what it adapts: its rank than the layers, or all it trains than
-    their weights. A change of a matrix (n, m) has at most the rank min(n, m)."""
-    roots, choices = choose_sites(model, method, targets, text_encoder_targets)
-    sites = [choice.site for choice in choices]
+    """Notices where a method is larger than what it adapts.
+
+    Its rank may be above the size of layers (a change of a matrix (n, m) has at most the rank min(n, m)), or
+    its trained parameters may be more than the weights of the layers.
+
+    Args:
+        model: As for `attach`.
+        method: As for `attach`.
+        targets: As for `attach`.
+        text_encoder_targets: As for `attach`.
+
+    Returns:
+        Lines to print; none where all is well.
+    """
+    roots, target_sites = choose_sites(model, method, targets, text_encoder_targets)
+    sites = [target.site for target in target_sites]
+    plans = plan_methods(method, sites)
     notices = []
-    for plan in plan_methods(method, sites):
+    for plan in plans:
         notices += _rank_notices(plan)
-    trained = sum(plan.num_parameters for plan in plan_methods(method, sites))
+    trained = sum(plan.num_parameters for plan in plans)
     adapted = sum(math.prod(site.shape) for site in sites)
-    base = sum(p.numel() for root in roots.values() for p in root.parameters())
+    base = _count_base(roots.values())
     if trained > adapted:
         share = f", {trained / base:.0%} of the base" if trained > base else ""
         notices.append(
@@ -146,47 +177,76 @@ def size_notices(
     return notices
 
 
+def parse_budget(text: str) -> int:
+    """Reads `500000`, `500k` or `1.5M` as a number.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    unit = _UNITS.get(text[-1:].lower())
+    number = text if unit is None else text[:-1]
+    try:
+        value = float(number) * (unit or 1)
+    except ValueError:
+        value = 0
+    if not 1 <= value < 10**15:
+        raise ValueError(f"a budget is a number of parameters such as 500000, 500k or 1.5M, got {text!r}")
+    return int(value)
+
+
 def _rank_notices(plan: MethodPlan) -> list[str]:
-    rank = getattr(plan.methods[0], "rank", None)
-    if rank is None or plan.methods[0].grouped:
+    """A line where the rank of a method is above the size of layers."""
+    method = plan.methods[0]
+    rank = getattr(method, "rank", None)
+    if rank is None or method.grouped:
         return []
-    largest = {site.name: min(site.shape[0], math.prod(site.shape[1:])) for site in plan.sites}
-    exceeded = [name for name, size in largest.items() if rank > size]
+    largest_rank = {site.name: min(site.out, site.fan_in) for site in plan.sites}
+    exceeded = [name for name, size in largest_rank.items() if rank > size]
     if not exceeded:
         return []
-    smallest = min(exceeded, key=largest.__getitem__)
-    method = plan.methods[0].name
+    smallest_layer = min(exceeded, key=largest_rank.__getitem__)
     return [
-        f"rank {rank} of {method} is above the size of {len(exceeded)} of {len(largest)} layers (no change "
-        f"of {smallest} has a rank above {largest[smallest]}); a smaller --param_budget may do"
+        f"rank {rank} of {method.name} is above the size of {len(exceeded)} of {len(largest_rank)} layers "
+        f"(no change of {smallest_layer} has a rank above {largest_rank[smallest_layer]}); a smaller "
+        "--param_budget may do"
     ]
 
 
-def _largest_within(count: Callable[[int], int | None], falls: Collection[int], budget: int) -> int:
-    """The largest rank with at most ``budget`` parameters; the first of those that train the most, where the
-    parameters stop growing before.
+def _largest_rank_within(count: Callable[[int], int | None], drops: Collection[int], budget: int) -> int:
+    """The largest rank with at most `budget` parameters.
+
+    Where the parameters stop growing before that, it is the first rank of those that train the most.
 
     Args:
-        falls: the ranks at which the parameters may become fewer; between two of them they never do.
+        count: Parameters at a rank; None above what the method accepts.
+        drops: The ranks at which the parameters may become fewer; between two of them they never do.
+        budget: Trained parameters.
     """
 
     def fits(rank: int) -> bool:
         parameters = count(rank)
         return parameters is not None and parameters <= budget
 
-    starts = [1, *sorted(rank for rank in falls if 1 < rank <= _MOST)]
-    ends = [*(start - 1 for start in starts[1:]), _MOST]
-    start, end = next(bounds for bounds in reversed(list(zip(starts, ends, strict=True))) if fits(bounds[0]))
-    rank = _last(fits, start, end)
-    if rank < _MOST:
+    # the intervals of ranks in which the parameters never become fewer; the last whose start fits holds the
+    # largest rank
+    starts = [1, *sorted(rank for rank in drops if 1 < rank <= _LARGEST_RANK)]
+    ends = [*(start - 1 for start in starts[1:]), _LARGEST_RANK]
+    start, end = next(
+        interval for interval in reversed(list(zip(starts, ends, strict=True))) if fits(interval[0])
+    )
+    rank = _last_rank(fits, start, end)
+    if rank < _LARGEST_RANK:
         return rank
-    most = count(_MOST)
-    return start if count(start) == most else _last(lambda rank: count(rank) < most, start, end) + 1
+    most_parameters = count(_LARGEST_RANK)
+    if count(start) == most_parameters:
+        return start
+    return _last_rank(lambda rank: count(rank) < most_parameters, start, end) + 1
 
 
-def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest rank of ``low..high`` for which something holds, given that it holds up to there."""
+def _last_rank(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest rank of `low..high` for which something holds, given that it holds up to there."""
     while low < high:
+        # doubles at first: large ranks cost more to count, and some methods refuse them
         middle = min(2 * low, (low + high + 1) // 2)
         if holds(middle):
             low = middle
@@ -195,17 +255,14 @@ def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def parse_budget(text: str) -> int:
-    """``500000``, ``500k`` or ``1.5M`` as a number. Raises ValueError for anything else."""
-    factor = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower(), 1)
-    try:
-        value = float(text[:-1] if factor > 1 else text) * factor
-    except ValueError:
-        value = 0
-    if not 1 <= value < 10**15:
-        raise ValueError(f"a budget is a number of parameters such as 500000, 500k or 1.5M, got {text!r}")
-    return int(value)
+def _count_base(roots: Iterable[nn.Module]) -> int:
+    """Parameters of the adapted models."""
+    total = 0
+    for root in roots:
+        total += sum(parameter.numel() for parameter in root.parameters())
+    return total
 
 
 def _block(name: str, depth: int) -> str:
+    """The first pieces of a site's name."""
     return ".".join(name.split(".")[:depth])

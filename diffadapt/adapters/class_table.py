@@ -134,7 +134,7 @@ def check_new_table(
         warnings.warn(
             f"{method}: stock DiTPipeline takes row 1000 for the null class, which is {method.classes} now; "
             "draw with diffadapt.pipelines.DiTPipeline or `diffadapt sample`, or with guidance_scale=1",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

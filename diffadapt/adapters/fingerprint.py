@@ -1,5 +1,7 @@
 """Fingerprints of a base: enough of its weights to tell whether an adapter was trained on them."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 
@@ -7,7 +9,8 @@ import torch
 
 from diffadapt.adapters.layers import LayerState
 
-SAMPLE = 64  # values of each layer
+VALUES_PER_LAYER = 64
+# keys of the fingerprints in an adapter file that are taken of rounded values
 ROUNDED = {"values_float16": torch.float16, "values_bfloat16": torch.bfloat16}
 
 
@@ -17,14 +20,20 @@ def fingerprint(layer_states: Sequence[LayerState]) -> str:
 
 
 def fingerprints(layer_states: Sequence[LayerState]) -> dict[str, str]:
-    """Hashes of a sample of the base weights as they are (``values``) and as rounded to the half precisions:
-    a base and its copy in half precision have one of them in common, two fine-tunes have none."""
+    """Hashes of a sample of the base weights as they are, and as rounded to the half precisions.
+
+    A base and its copy in half precision have one of the hashes in common, two fine-tuned models none.
+
+    Returns:
+        The key in an adapter file (`values` and those of `ROUNDED`) -> 32 hexadecimal digits.
+    """
     hashers = {key: hashlib.sha256() for key in ("values", *ROUNDED)}
     for layer_state in layer_states:
-        flat = layer_state.base().reshape(-1)
-        step = max(1, flat.numel() // SAMPLE)
-        sample = flat[::step][:SAMPLE].float().cpu().clone()  # numpy would pin the weight's own storage
+        weight = layer_state.base().reshape(-1)
+        step = max(1, weight.numel() // VALUES_PER_LAYER)
+        # cloned, since a NumPy view would keep the weight's own storage alive
+        sample = weight[::step][:VALUES_PER_LAYER].float().cpu().clone()
         for key, hasher in hashers.items():
-            kept = sample.to(ROUNDED[key]).float() if key in ROUNDED else sample
-            hasher.update(kept.numpy().tobytes())
+            rounded = sample.to(ROUNDED[key]).float() if key in ROUNDED else sample
+            hasher.update(rounded.numpy().tobytes())
     return {key: hasher.hexdigest()[:32] for key, hasher in hashers.items()}

@@ -1,7 +1,7 @@
-"""PEFT's methods behind the calls of our own: attach, save, load, merge, strength, disabled, detach.
+"""PEFT's methods behind diffadapt's own functions: attach, save, load, merge, strength, disabled, detach.
 
-PEFT wraps the layers and computes the forward; the state of each layer and the file are ours. Nothing is
-pickled. Source: huggingface/peft, ``get_peft_model`` and ``get_peft_model_state_dict``.
+PEFT wraps the layers and computes the forward; the state of each layer and the file are diffadapt's. Nothing
+is pickled. Source: huggingface/peft, `get_peft_model` and `get_peft_model_state_dict`.
 """
 
 from __future__ import annotations
@@ -21,192 +21,248 @@ from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import to_compute_dtype
 from diffadapt.algebra.expression import Update
 from diffadapt.algebra.full_rank import Dense
-from diffadapt.methods.peft_config import PeftMethod
 from diffadapt.methods.site import Site
 
+_PEFT_ERRORS = (AssertionError, AttributeError, ArithmeticError, LookupError, RuntimeError)
 
-class PeftPart(nn.Module):
-    """Owns what PEFT trains in one model, and says what it does to each layer."""
 
-    def __init__(self, label: str, wrapped: nn.Module, adapter_name: str, sites: Sequence[Site]):
+class PeftState(nn.Module):
+    """Owns what PEFT trains in one model, and says what it does to each layer.
+
+    The counterpart of `MethodState` for a method whose forward PEFT computes.
+    """
+
+    grouped = False
+
+    def __init__(self, label: str, peft_model: nn.Module, adapter_name: str, sites: Sequence[Site]):
         super().__init__()
-        object.__setattr__(self, "wrapped", wrapped)  # PEFT's model around ours: a reference, not a submodule
-        self.label, self.adapter_name, self.sites = label, adapter_name, tuple(sites)
-        self.strength, self.merged, self.grouped = 1.0, False, False
+        # references, not submodules: the tensors are those of `trained` alone
+        object.__setattr__(self, "peft_model", peft_model)
+        object.__setattr__(self, "wrappers", ())
+        object.__setattr__(self, "layer_states", ())
+        self.label = label
+        self.adapter_name = adapter_name
+        self.sites = tuple(sites)
+        self.strength = 1.0
+        self.merged = False
         self.dropout_seed: int | None = None
-        self.layers: tuple[nn.Module, ...] = ()
-        object.__setattr__(self, "layer_states", [])
 
-    def own(self, layers: Sequence[nn.Module], layer_states: Sequence[LayerState]) -> None:
-        """Take charge of PEFT's layers, in the order of the sites."""
-        object.__setattr__(self, "layers", tuple(layers))
-        object.__setattr__(self, "layer_states", list(layer_states))
-        trained = [(name, p) for name, p in self.wrapped.named_parameters() if p.requires_grad]
-        self.trained = nn.ParameterDict({name.replace(".", "/"): value for name, value in trained})
+    def set_layers(self, wrappers: Sequence[nn.Module], layer_states: Sequence[LayerState]) -> None:
+        """Takes over PEFT's wrappers and the states of the layers inside, in the order of the sites."""
+        object.__setattr__(self, "wrappers", tuple(wrappers))
+        object.__setattr__(self, "layer_states", tuple(layer_states))
+        trained = {}
+        for name, parameter in self.peft_model.named_parameters():
+            if parameter.requires_grad:
+                trained[name.replace(".", "/")] = parameter  # the names of parameters hold no dots
+        self.trained = nn.ParameterDict(trained)  # sorts by name
 
     @property
     def device(self) -> torch.device:
+        """The device of the trained tensors."""
         return next(self.parameters()).device
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Everything PEFT stores of the adapter, by its name in our file."""
+        """Everything that PEFT stores of the adapter, by its name in diffadapt's file."""
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(
-            self.wrapped, adapter_name=self.adapter_name, save_embedding_layers=False
+        state_dict = get_peft_model_state_dict(
+            self.peft_model, adapter_name=self.adapter_name, save_embedding_layers=False
         )
-        return {f"{self.label}/{key}": tensor for key, tensor in state.items()}
+        return {f"{self.label}/{key}": tensor for key, tensor in state_dict.items()}
 
     @torch.no_grad()
     def update(self, index: int, base: Tensor, *, in_forward: bool = False) -> Update:
-        """PEFT's merged weight and bias, as differences."""
-        wrapper, bias = self.copy_of(index, base), self.layer_states[index].base_bias()
+        """PEFT's merged weight and bias of one site, as differences from the base's."""
+        wrapper = self.copy_wrapper(index, base)
         wrapper.merge(adapter_names=[self.adapter_name])
         merged = wrapper.get_base_layer()  # another layer than before where PEFT trains a copy, as of norms
-        change = None if bias is None else to_compute_dtype(merged.bias.detach()) - to_compute_dtype(bias)
-        return Update(Dense(to_compute_dtype(merged.weight.detach()) - to_compute_dtype(base)), bias=change)
+        weight_change = to_compute_dtype(merged.weight.detach()) - to_compute_dtype(base)
+        base_bias = self.layer_states[index].base_bias()
+        bias_change = None
+        if base_bias is not None:
+            bias_change = to_compute_dtype(merged.bias.detach()) - to_compute_dtype(base_bias)
+        return Update(Dense(weight_change), bias=bias_change)
 
-    def copy_of(self, index: int, base: Tensor) -> nn.Module:
-        """PEFT's layer again, around a base layer with the weight ``base``, wide."""
-        layer, layer_state = self.layers[index], self.layer_states[index]
-        shared = {id(layer_state): layer_state, id(self): self}  # a hook of the layer names this part
-        wrapper = copy.deepcopy(layer, shared)
-        inner, bias = wrapper.get_base_layer(), layer_state.base_bias()
-        inner.weight = nn.Parameter(to_compute_dtype(base).clone(), requires_grad=False)
-        if bias is not None:
-            inner.bias = nn.Parameter(to_compute_dtype(bias).clone(), requires_grad=False)
+    def copy_wrapper(self, index: int, base: Tensor) -> nn.Module:
+        """A copy of PEFT's layer around a base layer with the weight `base`, in the compute dtype."""
+        layer_state = self.layer_states[index]
+        not_copied = {
+            id(layer_state): layer_state,
+            id(self): self,
+        }  # a hook of the layer holds self
+        wrapper = copy.deepcopy(self.wrappers[index], not_copied)
+        layer = wrapper.get_base_layer()
+        layer.weight = nn.Parameter(to_compute_dtype(base).clone(), requires_grad=False)
+        base_bias = layer_state.base_bias()
+        if base_bias is not None:
+            layer.bias = nn.Parameter(to_compute_dtype(base_bias).clone(), requires_grad=False)
         return wrapper
 
     def without_decay(self) -> list[nn.Parameter]:
-        """None: PEFT's tensors decay as they do in PEFT's own training."""
+        """No tensors: PEFT's decay as they do in PEFT's own training."""
         return []
 
     def dropout(self, x: Tensor, index: int) -> Tensor:
+        """The input itself: PEFT's forward has its own dropout."""
         return x
 
     def move_to(self, device: torch.device) -> None:
-        """PEFT's tensors lie in the layers, and move with them."""
+        """Does nothing: PEFT's tensors are in the layers, and move with them."""
 
-    def at_strength(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """A hook after PEFT's forward: ``y + t (y' - y)``, since every layer is linear in its weight."""
+    def scale_output(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """A hook after PEFT's forward that applies the strength t.
+
+        y + t (y' - y),    since every layer is linear in its weight
+        """
         if self.strength == 1 and not self.merged:
             return output
-        plain = layer.get_base_layer()(*args, **kwargs)
-        return plain if self.merged or self.strength == 0 else plain + self.strength * (output - plain)
+        plain_output = layer.get_base_layer()(*args, **kwargs)
+        if self.merged or self.strength == 0:
+            return plain_output
+        return plain_output + self.strength * (output - plain_output)
 
 
 class PeftLayerState(LayerState):
-    """A layer whose live change is computed by PEFT's wrapper around it, not by the layer."""
+    """The state of a layer whose active change is computed by PEFT's wrapper around it, not by the layer."""
 
     def active(self) -> list[Entry]:
-        return [entry for entry in super().active() if not isinstance(entry.owner, PeftPart)]
+        return [entry for entry in super().active() if not isinstance(entry.owner, PeftState)]
 
 
-class Wrapped:
-    """The wrappers in a model; ``remove`` takes them off, as a hook's handle does."""
+class PeftWrappers:
+    """PEFT's wrappers in a model; `remove` takes them off, as a hook's handle does."""
 
     def __init__(self, root: nn.Module):
-        self.root, self.before = root, set(root.__dict__)
+        self.root = root
+        self.attributes_before = set(root.__dict__)
 
     def remove(self) -> None:
+        """Puts the wrapped layers in their places, and deletes the attributes that PEFT gave the model."""
         for module in list(self.root.modules()):
             for name, child in list(module.named_children()):
                 if _is_wrapper(child):
                     setattr(module, name, child.get_base_layer())
-        for added in set(self.root.__dict__) - self.before:
-            delattr(self.root, added)
+        for attribute in set(self.root.__dict__) - self.attributes_before:
+            delattr(self.root, attribute)
 
 
 def attach_peft(
-    roots: Mapping[str, nn.Module],
-    method: PeftMethod,
-    found: Sequence[TargetSite],
-    *,
-    name: str,
-    seed: int,
-    ranks: Mapping[str, int],
-    fill: Callable[[Adapter], None] | None = None,
-) -> Adapter:
-    """``attaching.attach_sites`` for a method of PEFT. Raises ValueError; the model is then as before."""
-    if ranks:
-        raise ValueError(f"{method.name} takes rank patterns as its own option: rank_pattern={{...}}")
-    adapter = Adapter(name, method, seed, {}, dict(roots))
-    adapter.frozen = [p for root in roots.values() for p in root.parameters() if p.requires_grad]
-    flags = [(p, p.requires_grad) for root in roots.values() for p in root.parameters()]
+    adapter: Adapter, target_sites: Sequence[TargetSite], fill: Callable[[Adapter], None] | None
+) -> None:
+    """Attaches an adapter whose method is one of PEFT's.
+
+    Args:
+        adapter: The adapter, which owns nothing yet.
+        target_sites: The layers that it changes.
+        fill: Gives the tensors their values instead of PEFT's start.
+
+    Raises:
+        ValueError: Where PEFT cannot do it; the model is then as before.
+    """
+    if adapter.ranks:
+        raise ValueError(f"{adapter.method.name} takes rank patterns as its own option: rank_pattern={{...}}")
+    parameters = [parameter for root in adapter.roots.values() for parameter in root.parameters()]
+    flags = [parameter.requires_grad for parameter in parameters]
+    adapter.frozen = [parameter for parameter in parameters if parameter.requires_grad]
     try:
-        for root, module in roots.items():
-            own = [choice for choice in found if not root or choice.site.name.startswith(f"{root}.")]
-            if own:
-                adapter.hooks.insert(0, Wrapped(module))
-                _wrap(adapter, method, root, module, own)
-                adapter.hooks.append(FusingRefused(module))
+        for root, model in adapter.roots.items():
+            model_sites = [target for target in target_sites if _component(target.site, adapter) == root]
+            if model_sites:
+                adapter.hooks.insert(0, PeftWrappers(model))
+                _attach_to_model(adapter, root, model_sites)
+                adapter.hooks.append(FusingRefused(model))
         if fill is not None:
             fill(adapter)
     except BaseException:
-        _take_off(adapter)
-        for parameter, flag in flags:
+        _remove(adapter)
+        for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
         raise
-    adapter.sites = tuple(choice.site for choice in found)
-    return adapter
+    adapter.sites = tuple(target.site for target in target_sites)
 
 
-def filling(tensors: Mapping[str, Tensor], path: object) -> Callable[[Adapter], None]:
-    """A ``fill`` that gives PEFT's tensors the values of a file, all of them and no others."""
+def fill_from_file(tensors: Mapping[str, Tensor], path: object) -> Callable[[Adapter], None]:
+    """A `fill` that gives PEFT's tensors the values of a file, all of them and no others.
+
+    Args:
+        tensors: The tensors of the file, by name.
+        path: The file, for messages.
+    """
 
     def fill(adapter: Adapter) -> None:
-        own = {key: tensor for part in adapter.parts for key, tensor in part.named_tensors().items()}
-        for key, tensor in own.items():
+        adapter_tensors: dict[str, Tensor] = {}
+        for peft_state in adapter.parts:
+            adapter_tensors |= peft_state.named_tensors()
+        for key, tensor in adapter_tensors.items():
             if key not in tensors or tensors[key].shape != tensor.shape:
                 raise ValueError(f"{path} lacks the tensor {key!r} of shape {tuple(tensor.shape)}")
             tensor.data.copy_(tensors[key])
-        if left := [key for key in tensors if key not in own]:
-            raise ValueError(f"{path} holds a tensor {left[0]!r} that its method does not have")
+        for key in tensors:
+            if key not in adapter_tensors:
+                raise ValueError(f"{path} holds a tensor {key!r} that its method does not have")
 
     return fill
 
 
-def _wrap(
-    adapter: Adapter, method: PeftMethod, root: str, module: nn.Module, found: Sequence[TargetSite]
-) -> None:
-    """Let PEFT wrap the layers of one model, and put its wrappers under our states of layers."""
+def _attach_to_model(adapter: Adapter, root: str, target_sites: Sequence[TargetSite]) -> None:
+    """Lets PEFT wrap the layers of one model, and puts its wrappers under diffadapt's states of layers."""
+    method = adapter.method
+    model = adapter.roots[root]
+    names = [target.site.name for target in target_sites]
+    paths = [name.removeprefix(f"{root}.") if root else name for name in names]
+    base_weights = [target.layers[0].weight.detach().clone() for target in target_sites]
+    peft_model = _wrap_layers(adapter, model, paths)
+    wrappers = [model.get_submodule(path) for path in paths]
+    layer_states = [PeftLayerState(list(target.layers)) for target in target_sites]
+
+    label = f"{method.name}/{root}" if root else method.name
+    peft_state = PeftState(label, peft_model, adapter.name, [target.site for target in target_sites])
+    for index, target in enumerate(target_sites):
+        layer = target.layers[0]
+        wrapper = wrappers[index]
+        if not _is_wrapper(wrapper) or wrapper.get_base_layer() is not layer:
+            raise ValueError(f"{method.name} cannot change {target.site.name}; exclude it")
+        if not torch.equal(layer.weight, base_weights[index]):
+            layer.weight.data.copy_(base_weights[index])
+            raise ValueError(f"{method} changes the base weights at its start, which an adapter must not")
+        layer_states[index].entries.append(Entry(peft_state, index))
+        adapter.layer_states[target.site.name] = layer_states[index]
+        adapter.hooks.append(wrapper.register_forward_hook(peft_state.scale_output, with_kwargs=True))
+        layer.__class__ = ADAPTED[type(layer)]
+        layer._diffadapt = layer_states[index]
+    peft_state.set_layers(wrappers, layer_states)
+
+    check_storable(method, peft_state.named_tensors())
+    for index in smallest_of_each_kind([target.layers[0] for target in target_sites]):
+        wrapper = peft_state.copy_wrapper(index, layer_states[index].base())
+        check_merge(method, target_sites[index].site.name, wrapper, adapter.name)
+    adapter.add_method_state(peft_state)
+
+
+def _wrap_layers(adapter: Adapter, model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Lets PEFT put its wrappers around the layers at these paths; returns PEFT's model around the model."""
     from peft import get_peft_model
 
-    if hasattr(module, "peft_config"):
+    if hasattr(model, "peft_config"):
         raise ValueError("the model already has an adapter of PEFT; detach it first")
-    paths = [choice.site.name[len(root) + 1 :] if root else choice.site.name for choice in found]
-    originals = [choice.layers[0].weight.detach().clone() for choice in found]
-    config = method.configuration(f"(?:{'|'.join(map(re.escape, paths))})")
+    pattern = "|".join(re.escape(path) for path in paths)
+    config = adapter.method.configuration(f"(?:{pattern})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter.seed)
         try:
-            wrapped = get_peft_model(module, config, adapter_name=adapter.name)
-        except (AssertionError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-            raise ValueError(f"{method}: PEFT cannot do this here: {error!r}") from error
-    label = f"{method.name}/{root}" if root else method.name
-    part = PeftPart(label, wrapped, adapter.name, [choice.site for choice in found])
-    wrappers = [module.get_submodule(path) for path in paths]
-    layer_states = [PeftLayerState(list(choice.layers)) for choice in found]
-    for index, (choice, wrapper, original) in enumerate(zip(found, wrappers, originals, strict=True)):
-        layer = choice.layers[0]
-        if not _is_wrapper(wrapper) or wrapper.get_base_layer() is not layer:
-            raise ValueError(f"{method.name} cannot change {choice.site.name}; exclude it")
-        if not torch.equal(layer.weight, original):
-            layer.weight.data.copy_(original)
-            raise ValueError(f"{method} changes the base weights at its start, which an adapter must not")
-        layer_states[index].entries.append(Entry(part, index))
-        adapter.layer_states[choice.site.name] = layer_states[index]
-        adapter.hooks.append(wrapper.register_forward_hook(part.at_strength, with_kwargs=True))
-        layer.__class__, layer._diffadapt = ADAPTED[type(layer)], layer_states[index]
-    part.own(wrappers, layer_states)
-    check_storable(method, part.named_tensors())
-    for index in smallest_of_each_kind([choice.layers[0] for choice in found]):
-        wrapper = part.copy_of(index, layer_states[index].base())
-        check_merge(method, found[index].site.name, wrapper, adapter.name)
-    adapter.add_method_state(part)
+            return get_peft_model(model, config, adapter_name=adapter.name)
+        except _PEFT_ERRORS as error:
+            raise ValueError(f"{adapter.method}: PEFT cannot do this here: {error!r}") from error
 
 
-def _take_off(adapter: Adapter) -> None:
+def _component(site: Site, adapter: Adapter) -> str:
+    """The component of the pipeline that holds a site; empty for a bare model."""
+    return "" if "" in adapter.roots else site.name.partition(".")[0]
+
+
+def _remove(adapter: Adapter) -> None:
+    """Takes off what was attached so far."""
     for layer_state in adapter.layer_states.values():
         for layer in layer_state.layers:
             if "_diffadapt" in layer.__dict__:

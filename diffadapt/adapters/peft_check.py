@@ -1,4 +1,4 @@
-"""Whether an adapter of PEFT can be stored and merged, found out before it is trained."""
+"""Whether an adapter of PEFT can be stored and merged, checked before it is trained."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from diffadapt.common.safetensors_file import FLOAT_DTYPES
+from diffadapt.common.safetensors_file import PRECISIONS
 
 _RELATIVE_ERROR = 1e-2  # of the change of the output; PEFT's own methods stay below 1e-5
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_REFUSALS = (
+_PEFT_ERRORS = (  # what PEFT's layers raise for what they cannot do
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -23,21 +23,28 @@ _REFUSALS = (
 
 
 def check_storable(method: object, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a tensor that an adapter file cannot hold: no dense floats, or memory that two
-    tensors share."""
-    keys: dict[int, str] = {}
+    """Checks that an adapter file can hold tensors: dense floats that share no memory.
+
+    Args:
+        method: The method, for the message.
+        tensors: The tensors of the adapter by name.
+
+    Raises:
+        ValueError: For the first tensor that it cannot hold.
+    """
+    key_by_storage: dict[int, str] = {}
     for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.dtype not in FLOAT_DTYPES:
+        if tensor.layout != torch.strided or tensor.dtype not in PRECISIONS:
             raise ValueError(
                 f"{method}: its tensor {key} is {tensor.dtype} ({tensor.layout}), which an adapter file does "
                 "not hold, so it could not be saved after training; take another method"
             )
         if tensor.numel() == 0 or tensor.is_meta:
             continue
-        other = keys.setdefault(tensor.untyped_storage().data_ptr(), key)
-        if other != key:
+        first_key = key_by_storage.setdefault(tensor.untyped_storage().data_ptr(), key)
+        if first_key != key:
             raise ValueError(
-                f"{method}: its tensors {other} and {key} share memory, which an adapter file does not "
+                f"{method}: its tensors {first_key} and {key} share memory, which an adapter file does not "
                 "hold, so it could not be saved after training; take another method"
             )
 
@@ -47,29 +54,33 @@ def check_merge(method: object, name: str, wrapper: nn.Module, adapter_name: str
     """Compares the forward of a layer of PEFT with that of its merged weight, on one random input.
 
     Args:
-        name: of the layer, for the message.
-        wrapper: PEFT's layer, of which nothing else is in use: its tensors are overwritten, and it is merged.
+        method: The method, for the message.
+        name: The layer's name, for the message.
+        wrapper: PEFT's layer, a copy: its tensors are overwritten, and it is merged.
+        adapter_name: The adapter's name in PEFT.
 
-    Raises: ValueError where the two differ, or where PEFT can do one of them only.
+    Raises:
+        ValueError: Where the two differ, or where PEFT can do one of them only.
     """
     layer = wrapper.float().eval().get_base_layer()
     generator = torch.Generator().manual_seed(0)
     for parameter in wrapper.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad:  # away from the start, which changes nothing
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-    x = _example(layer, generator).to(layer.weight.device)
+    x = _random_input(layer, generator).to(layer.weight.device)
     try:
-        base = layer(x)
-        live = wrapper(x)
+        base_output = layer(x)
+        adapted_output = wrapper(x)
         wrapper.merge(adapter_names=[adapter_name])
-        merged = wrapper.get_base_layer()(x)
-        change = (live - base).abs().max()
-        error = (merged - live).abs().max()
-    except _REFUSALS as failure:
+        merged_output = wrapper.get_base_layer()(x)
+        change = (adapted_output - base_output).abs().max()
+        error = (merged_output - adapted_output).abs().max()
+    except _PEFT_ERRORS as failure:
         raise ValueError(
             f"{method} cannot change {name}: {failure!r}; exclude it with '!{name}'"
         ) from failure
-    if not error <= _RELATIVE_ERROR * change + 1e-4 * base.abs().max():
+    # "not <=" refuses NaN too
+    if not error <= _RELATIVE_ERROR * change + 1e-4 * base_output.abs().max():
         raise ValueError(
             f"{method} on {name}: PEFT's merged weight does not do what its forward does (outputs differ by "
             f"{error:.1e} where the adapter changes them by {change:.1e}), so a merge or an export would not "
@@ -78,18 +89,19 @@ def check_merge(method: object, name: str, wrapper: nn.Module, adapter_name: str
 
 
 def smallest_of_each_kind(layers: Sequence[nn.Module]) -> list[int]:
-    """The indices of the layers to check: the smallest among those that PEFT computes alike."""
+    """The indices of the layers to check: the smallest of those that PEFT treats alike."""
     smallest: dict[tuple, int] = {}
     for index, layer in enumerate(layers):
-        kind = (type(layer), layer.bias is None if hasattr(layer, "bias") else None)
-        kind += tuple(getattr(layer, option, None) for option in _GEOMETRY)
+        has_no_bias = layer.bias is None if hasattr(layer, "bias") else None
+        geometry = [getattr(layer, option, None) for option in _GEOMETRY]
+        kind = (type(layer), has_no_bias, *geometry)
         best = smallest.setdefault(kind, index)
         if layer.weight.numel() < layers[best].weight.numel():
             smallest[kind] = index
     return sorted(smallest.values())
 
 
-def _example(layer: nn.Module, generator: torch.Generator) -> Tensor:
+def _random_input(layer: nn.Module, generator: torch.Generator) -> Tensor:
     """A random input of a layer."""
     if isinstance(layer, nn.Embedding):
         return torch.randint(layer.num_embeddings, (4,), generator=generator)
@@ -100,6 +112,8 @@ def _example(layer: nn.Module, generator: torch.Generator) -> Tensor:
     elif isinstance(layer, nn.GroupNorm):
         shape = (2, layer.num_channels, 3)
     else:
-        sides = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
-        shape = (2, layer.in_channels, *(d * (k - 1) + 2 + s for k, d, s in sides))
+        # a side that gives at least two outputs: the dilated kernel and one stride more
+        geometry = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+        sides = [dilation * (size - 1) + 2 + stride for size, dilation, stride in geometry]
+        shape = (2, layer.in_channels, *sides)
     return torch.randn(shape, generator=generator)

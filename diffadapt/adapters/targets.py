@@ -10,24 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.fused_projections import check_not_fused
-from diffadapt.adapters.layers import ADAPTED, ORIGINAL
+from diffadapt.adapters.layers import ADAPTED, ORIGINAL, layer_state_of
 from diffadapt.common.messages import did_you_mean
 from diffadapt.methods.site import LayerKind, Site, is_class_table
 
-_PROJECTIONS = {
-    "qv": ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "proj_q", "proj_v"),
-    "rest": (
-        "to_k",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "k_proj",
-        "out_proj",
-    ),
-    "other": ("to_qkv", "qkv", "key", "proj_attn", "proj_k"),
-}
+# last names of attention's projections in diffusers, transformers and older models
+_QV_PROJECTIONS = ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "proj_q", "proj_v")
+_OTHER_PROJECTIONS = (
+    "to_k",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "k_proj",
+    "out_proj",
+    "to_qkv",
+    "qkv",
+    "key",
+    "proj_attn",
+    "proj_k",
+)
 _PLAIN_TYPES = (nn.Parameter, Tensor)
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,7 +50,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TargetSite:
-    """A layer chosen by targets, all layers that share its weight, and whether a glob named it on purpose."""
+    """A weight chosen by targets.
+
+    Attributes:
+        site: The weight and its layer, by name and shapes.
+        layers: All layers that share the weight.
+        by_name: Whether a glob named the layer on purpose, not a preset.
+    """
 
     site: Site
     layers: tuple[nn.Module, ...]
@@ -62,68 +71,90 @@ def find_sites(
     extra_presets: Sequence[str] = (),
     family_presets: Mapping[str, Sequence[str]] | None = None,
 ) -> list[TargetSite]:
-    """The layers of ``model`` that ``targets`` choose, in the model's order; a shared weight is one site.
-
-    ``targets`` are presets or globs on module names, joined with ``+`` or as a sequence; ``!glob`` excludes.
-    A name without wildcards matches also as the end of another.
+    """Finds the layers that targets choose, in the model's order; a shared weight is one site.
 
     Args:
-        extra_presets: added where they match.
-        family_presets: preset -> globs, in place of the general rule of that preset.
-    Raises: ValueError for a target that matches nothing, TypeError for a layer that cannot be adapted.
+        model: The model.
+        targets: Presets or globs on module names, joined with `+` or as a sequence; `!glob` excludes. A name
+            without wildcards also matches as the end of another.
+        prefix: What the sites' names begin with, e.g. `unet.`.
+        extra_presets: Presets that are added where they match.
+        family_presets: Preset -> globs, in place of the general rule of that preset.
+
+    Raises:
+        ValueError: For a target that matches nothing.
+        TypeError: For a layer that cannot be adapted.
     """
     family_presets = family_presets or {}
     presets = dict.fromkeys((*PRESETS, *family_presets))
-    tokens = _tokens(targets)
+    tokens = _split_targets(targets)
     layers = dict(layers_with_weight(model))
-    chosen: dict[str, bool] = {}
+    by_name: dict[str, bool] = {}  # of the chosen layers
     for token in (*tokens, *extra_presets):
         if token.startswith("!"):
             continue
-        matched = [name for name, layer in layers.items() if _matches(token, name, layer, family_presets)]
-        if not matched and token in tokens:
-            others = [name for name in (*presets, *layers) if name != token]
-            raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, others)}")
-        for name in matched:
-            chosen[name] = chosen.get(name, False) or token not in presets
+        matched_layers = [
+            name for name, layer in layers.items() if _matches(token, name, layer, family_presets)
+        ]
+        if not matched_layers and token in tokens:
+            other_names = [name for name in (*presets, *layers) if name != token]
+            raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, other_names)}")
+        for name in matched_layers:
+            by_name[name] = by_name.get(name, False) or token not in presets
     for token in tokens:
-        if token.startswith("!"):
-            excluded = [name for name in layers if name_matches(token[1:], name)]
-            if not excluded:
-                raise ValueError(f"exclusion {token!r} matches no layer{did_you_mean(token[1:], layers)}")
-            for name in excluded:
-                chosen.pop(name, None)
-    return sites_by_name(model, chosen, prefix)
+        if not token.startswith("!"):
+            continue
+        pattern = token[1:]
+        excluded_layers = [name for name in layers if name_matches(pattern, name)]
+        if not excluded_layers:
+            raise ValueError(f"exclusion {token!r} matches no layer{did_you_mean(pattern, layers)}")
+        for name in excluded_layers:
+            by_name.pop(name, None)
+    return sites_by_name(model, by_name, prefix)
 
 
 def sites_by_name(model: nn.Module, names: Mapping[str, bool], prefix: str = "") -> list[TargetSite]:
-    """The layers of ``model`` with these names, in the model's order; layers sharing a weight are one site.
+    """The layers of a model with these names, in the model's order; layers sharing a weight are one site.
 
-    ``names`` says for each whether it was named on purpose. Raises ValueError for a name that is not there.
+    Args:
+        model: The model.
+        names: Module name -> `TargetSite.by_name`.
+        prefix: What the sites' names begin with, e.g. `unet.`.
+
+    Raises:
+        ValueError: For a name that the model does not have.
+        TypeError: For a layer that cannot be adapted.
     """
     layers = dict(layers_with_weight(model))
     for name in names:
         if name not in layers:
             raise ValueError(f"the model has no layer {name!r} with a weight{did_you_mean(name, layers)}")
-    shared: dict[int, list[nn.Module]] = {}
+    layers_by_weight: dict[int, list[nn.Module]] = {}
     for layer in layers.values():
-        shared.setdefault(id(layer.weight), []).append(layer)
-    found: dict[int, TargetSite] = {}
+        layers_by_weight.setdefault(id(layer.weight), []).append(layer)
+    sites: dict[int, TargetSite] = {}
     for name, layer in layers.items():
-        if name in names and id(layer.weight) not in found:
-            check_not_fused(model, name)
-            same = shared[id(layer.weight)]
-            site = site_of_layer(prefix + name, layer)
-            if any(_kind(other) != site.kind for other in same):
-                raise TypeError(
-                    f"{name} shares its weight with a layer of another kind; exclude it with '!{name}'"
-                )
-            found[id(layer.weight)] = TargetSite(site, tuple(same), names[name])
-    return list(found.values())
+        weight_id = id(layer.weight)
+        if name not in names or weight_id in sites:
+            continue
+        check_not_fused(model, name)
+        site = site_of_layer(prefix + name, layer)
+        sharing_layers = layers_by_weight[weight_id]
+        if any(_kind(other) != site.kind for other in sharing_layers):
+            raise TypeError(
+                f"{name} shares its weight with a layer of another kind; exclude it with '!{name}'"
+            )
+        sites[weight_id] = TargetSite(site, tuple(sharing_layers), names[name])
+    return list(sites.values())
 
 
 def site_of_layer(name: str, layer: nn.Module) -> Site:
-    """The site of a layer. Raises TypeError for an unknown exact type, ValueError for a hooked forward."""
+    """Describes a layer's weight.
+
+    Raises:
+        TypeError: For a layer whose exact type is unknown, or whose weight is no plain float tensor.
+        ValueError: For a layer whose forward is overridden by a hook.
+    """
     if type(layer) not in ADAPTED and type(layer) not in ORIGINAL:
         raise TypeError(
             f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}, which cannot be adapted; "
@@ -134,13 +165,12 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
             f"{name}: its forward is overridden by a hook, so an adapter would have no effect; "
             "attach before offloading or dispatching the model"
         )
-    for key in ("weight", "bias"):
-        _check_plain(f"{name}.{key}", getattr(layer, key, None))
+    bias = getattr(layer, "bias", None)
+    _check_plain(f"{name}.weight", layer.weight)
+    _check_plain(f"{name}.bias", bias)
     groups = layer.groups if isinstance(layer, _CONV_TYPES) else 1
-    # of an adapted layer the base: a merged class table may have other rows
-    layer_state = getattr(layer, "_diffadapt", None)
-    shape = tuple((layer.weight if layer_state is None else layer_state.base()).shape)
-    return Site(name, _kind(layer), shape, groups, getattr(layer, "bias", None) is not None)
+    base = layer_state_of([layer]).base()  # not layer.weight: a merged class table may have more rows
+    return Site(name, _kind(layer), tuple(base.shape), groups, bias is not None)
 
 
 def _check_plain(name: str, tensor: Tensor | None) -> None:
@@ -155,33 +185,44 @@ def _check_plain(name: str, tensor: Tensor | None) -> None:
 
 
 def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str, int]:
-    """The rank of every site a pattern names; the last matching pattern wins."""
+    """The rank of every site that a pattern names; the last matching pattern wins.
+
+    Args:
+        sites: The sites of an adapter.
+        patterns: Glob on site names -> rank.
+
+    Raises:
+        ValueError: For a pattern that matches no site.
+    """
+    site_names = [site.name for site in sites]
     ranks: dict[str, int] = {}
     for pattern, rank in patterns.items():
-        matched = [site.name for site in sites if name_matches(pattern, site.name)]
-        if not matched:
-            raise ValueError(
-                f"rank pattern {pattern!r} matches no site{did_you_mean(pattern, [s.name for s in sites])}"
-            )
-        ranks.update(dict.fromkeys(matched, rank))
+        matched_sites = [name for name in site_names if name_matches(pattern, name)]
+        if not matched_sites:
+            raise ValueError(f"rank pattern {pattern!r} matches no site{did_you_mean(pattern, site_names)}")
+        ranks.update(dict.fromkeys(matched_sites, rank))
     return ranks
 
 
-def _tokens(targets: str | Sequence[str]) -> list[str]:
-    parts = targets.split("+") if isinstance(targets, str) else list(targets)
-    tokens = [part.strip() for part in parts if part.strip()]
-    if not any(not token.startswith("!") for token in tokens):
+def layers_with_weight(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer that holds a weight of its own, whether it can be adapted or not, with its name."""
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            yield name, layer
+
+
+def _split_targets(targets: str | Sequence[str]) -> list[str]:
+    """Presets, globs and exclusions; raises ValueError where there are exclusions at most."""
+    tokens = []
+    for target in targets.split("+") if isinstance(targets, str) else targets:
+        token = target.strip()
+        if token:
+            tokens.append(token)
+    if all(token.startswith("!") for token in tokens):
         raise ValueError(
             f"targets {targets!r} choose nothing; presets: {', '.join(PRESETS)}, or globs on module names"
         )
     return tokens
-
-
-def layers_with_weight(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer that holds a weight of its own, whether it can be adapted or not."""
-    for name, layer in model.named_modules():
-        if isinstance(getattr(layer, "weight", None), nn.Parameter):
-            yield name, layer
 
 
 def _kind(layer: nn.Module) -> LayerKind | None:
@@ -195,6 +236,7 @@ def _kind(layer: nn.Module) -> LayerKind | None:
 
 
 def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a preset or glob chooses a layer."""
     kind = _kind(layer)
     if token in family_presets:
         is_product = kind in ("linear", "conv")
@@ -206,11 +248,13 @@ def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[st
     if token == "class_embedding":
         return kind == "embedding" and is_class_table(name)
     if token in ("attention", "qv"):
-        names = _PROJECTIONS["qv"] if token == "qv" else sum(_PROJECTIONS.values(), ())
-        return kind in ("linear", "conv") and any(name == leaf or name.endswith("." + leaf) for leaf in names)
+        projections = _QV_PROJECTIONS if token == "qv" else _QV_PROJECTIONS + _OTHER_PROJECTIONS
+        is_projection = name in projections or name.endswith(tuple(f".{leaf}" for leaf in projections))
+        return kind in ("linear", "conv") and is_projection
     return name_matches(token, name)
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a glob matches a layer's name; without wildcards it matches the end of a name, too."""
-    return fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and name.endswith("." + pattern))
+    """Whether a glob matches a module name; one without wildcards also matches the name's last parts."""
+    has_wildcard = any(wildcard in pattern for wildcard in "*?[")
+    return fnmatchcase(name, pattern) or (not has_wildcard and name.endswith("." + pattern))

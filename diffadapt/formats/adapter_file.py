@@ -14,7 +14,7 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
 from diffadapt.adapters.fingerprint import fingerprints
 from diffadapt.adapters.layers import layer_state_of
-from diffadapt.adapters.peft_bridge import filling
+from diffadapt.adapters.peft_bridge import fill_from_file
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.pipeline_components import is_text_encoder
@@ -24,7 +24,6 @@ from diffadapt.formats.adapter_layout import check_tensors, expected_tensors, ma
 from diffadapt.formats.foreign import attach_foreign, open_foreign
 from diffadapt.methods import Method
 from diffadapt.methods.parse_method import read_method
-from diffadapt.methods.peft_config import PeftMethod
 from diffadapt.methods.peft_limits import check_sizes
 from diffadapt.methods.site import Site
 
@@ -209,7 +208,7 @@ def _checked_filling(
     path: str | Path,
 ) -> Callable[[Adapter], None]:
     """A function that fills a new adapter, once the file's tensors are known to be those of its method."""
-    if not isinstance(method, PeftMethod):
+    if method.library == "diffadapt":
         expected = expected_tensors(method, targets, stored_sites)
         check_tensors(expected, tensors, path)
         return _filling(expected, tensors)
@@ -217,7 +216,7 @@ def _checked_filling(
     num_values = sum(tensor.numel() for tensor in tensors.values())
     check_sizes(method.name, method.options, widest, num_values)
     check_finite(tensors, path)
-    return filling(tensors, path)
+    return fill_from_file(tensors, path)
 
 
 def _filling(keys: Sequence[str], tensors: Mapping[str, Tensor]) -> Callable[[Adapter], None]:

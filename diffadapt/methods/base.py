@@ -28,6 +28,8 @@ class Method:
         kinds: The kinds of layers it can change.
         learning_rate: The recommended rate for AdamW, used when none is given.
         grouped: Whether the changes of all layers are computed together, by `compute_changes`.
+        library: The library whose code computes the change, `diffadapt` or `peft`. PEFT's methods define
+            none of the functions below: their tensors are known once PEFT has wrapped the layers.
         extra_targets: Target presets that it changes in addition to the requested targets.
     """
 
@@ -35,6 +37,7 @@ class Method:
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv"})
     learning_rate: ClassVar[float]
     grouped: ClassVar[bool] = False
+    library: ClassVar[str] = "diffadapt"
     extra_targets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

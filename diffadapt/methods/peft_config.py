@@ -28,6 +28,7 @@ class PeftMethod(Method):
 
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "embedding", "norm"})
     learning_rate: ClassVar[float] = 5e-4
+    library: ClassVar[str] = "peft"
 
     type: str = "LORA"
     options: dict = field(default_factory=dict)

@@ -31,7 +31,6 @@ from diffadapt.formats.foreign.stored_change import StoredChange
 from diffadapt.formats.layer_change import LayerChange, layer_changes
 from diffadapt.methods.imported import MAGNITUDES
 from diffadapt.methods.parse_method import read_method
-from diffadapt.methods.peft_config import PeftMethod
 from diffadapt.methods.site import LayerKind, Site
 
 Changes = Mapping[str, StoredChange]  # by site name
@@ -212,7 +211,7 @@ def _open_native(files: Sequence[tuple[str, float]]) -> NativeFiles:
     for path, strength in files:
         configuration, tensors = read_adapter_file(path)
         method = read_method(configuration.method)
-        if isinstance(method, PeftMethod):
+        if method.library == "peft":
             raise BaseNeeded(f"{path} holds a method of PEFT's library, which needs its model")
         if first is None:
             first = configuration
