@@ -209,34 +209,34 @@ def _attach_to_model(adapter: Adapter, root: str, target_sites: Sequence[TargetS
     """Lets PEFT wrap the layers of one model, and puts its wrappers under diffadapt's states of layers."""
     method = adapter.method
     model = adapter.roots[root]
-    names = [target.site.name for target in target_sites]
-    paths = [name.removeprefix(f"{root}.") if root else name for name in names]
-    base_weights = [target.layers[0].weight.detach().clone() for target in target_sites]
+    layers = [target.layers[0] for target in target_sites]
+    sites = [target.site for target in target_sites]
+    paths = [site.name.removeprefix(f"{root}.") if root else site.name for site in sites]
+    base_weights = [layer.weight.detach().clone() for layer in layers]
     peft_model = _wrap_layers(adapter, model, paths)
     wrappers = [model.get_submodule(path) for path in paths]
     layer_states = [PeftLayerState(list(target.layers)) for target in target_sites]
 
     label = f"{method.name}/{root}" if root else method.name
-    peft_state = PeftState(label, peft_model, adapter.name, [target.site for target in target_sites])
-    for index, target in enumerate(target_sites):
-        layer = target.layers[0]
+    peft_state = PeftState(label, peft_model, adapter.name, sites)
+    for index, (site, layer) in enumerate(zip(sites, layers, strict=True)):
         wrapper = wrappers[index]
         if not _is_wrapper(wrapper) or wrapper.get_base_layer() is not layer:
-            raise ValueError(f"{method.name} cannot change {target.site.name}; exclude it")
+            raise ValueError(f"{method.name} cannot change {site.name}; exclude it")
         if not torch.equal(layer.weight, base_weights[index]):
             layer.weight.data.copy_(base_weights[index])
             raise ValueError(f"{method} changes the base weights at its start, which an adapter must not")
         layer_states[index].entries.append(Entry(peft_state, index))
-        adapter.layer_states[target.site.name] = layer_states[index]
+        adapter.layer_states[site.name] = layer_states[index]
         adapter.hooks.append(wrapper.register_forward_hook(peft_state.scale_output, with_kwargs=True))
         layer.__class__ = ADAPTED[type(layer)]
         layer._diffadapt = layer_states[index]
     peft_state.set_layers(wrappers, layer_states)
 
     check_storable(method, peft_state.named_tensors())
-    for index in smallest_of_each_kind([target.layers[0] for target in target_sites]):
+    for index in smallest_of_each_kind(layers):
         wrapper = peft_state.copy_wrapper(index, layer_states[index].base())
-        check_merge(method, target_sites[index].site.name, wrapper, adapter.name)
+        check_merge(method, sites[index].name, wrapper, adapter.name)
     adapter.add_method_state(peft_state)
 
 

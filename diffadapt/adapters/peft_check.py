@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from diffadapt.common.safetensors_file import PRECISIONS
+from diffadapt.common.safetensors_file import FLOAT_DTYPES
 
 _RELATIVE_ERROR = 1e-2  # of the change of the output; PEFT's own methods stay below 1e-5
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -34,7 +34,7 @@ def check_storable(method: object, tensors: Mapping[str, Tensor]) -> None:
     """
     key_by_storage: dict[int, str] = {}
     for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.dtype not in PRECISIONS:
+        if tensor.layout != torch.strided or tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{method}: its tensor {key} is {tensor.dtype} ({tensor.layout}), which an adapter file does "
                 "not hold, so it could not be saved after training; take another method"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,7 +94,10 @@ class GroupPlan:
         lengths = [piece.length for piece in self.group.pieces]
         surplus = self.group.size - sum(lengths)  # entries of the last group that belong to no site
         runs = entries.split([*lengths, surplus])[: len(lengths)]
-        return [Dense(run.reshape(shape)) for run, shape in zip(runs, self.shapes, strict=True)]
+        changes: list[Expression] = []
+        for run, shape in zip(runs, self.shapes, strict=True):
+            changes.append(Dense(run.reshape(shape)))
+        return changes
 
     def _projected_entries(self, fold_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
         """All entries of the group: the fold through its projection, less the output of its start.
@@ -203,16 +207,16 @@ class AdapterPlan:
         Args:
             tensors: The shared tensors and the constants of the method, by name.
         """
-        site_changes: list[list[Expression]] = [[] for _ in self.shapes]
-        site_lengths: list[list[int]] = [[] for _ in self.shapes]
+        site_changes: defaultdict[int, list[Expression]] = defaultdict(list)
+        site_lengths: defaultdict[int, list[int]] = defaultdict(list)
         for group_plan in self.groups:
             group_changes = group_plan.changes(tensors)
             for piece, change in zip(group_plan.group.pieces, group_changes, strict=True):
                 site_changes[piece.site].append(change)
                 site_lengths[piece.site].append(piece.length)
         joined = []
-        for changes, lengths, shape in zip(site_changes, site_lengths, self.shapes, strict=True):
-            joined.append(join_runs(changes, lengths, shape))
+        for site, shape in enumerate(self.shapes):
+            joined.append(join_runs(site_changes[site], site_lengths[site], shape))
         return joined
 
 
@@ -227,14 +231,14 @@ def plan_groups(
         folds: One fold per group.
         projection: The projection of every group.
     """
-    site_lengths: list[list[int]] = [[] for _ in sites]
+    site_lengths: defaultdict[int, list[int]] = defaultdict(list)
     for group in groups:
         for piece in group.pieces:
             site_lengths[piece.site].append(piece.length)
     # for every site the shapes of its pieces, in the order in which the groups hold them
     pending_shapes = []
-    for lengths, site in zip(site_lengths, sites, strict=True):
-        pending_shapes.append(run_shapes(lengths, site.fan_in))
+    for index, site in enumerate(sites):
+        pending_shapes.append(run_shapes(site_lengths[index], site.fan_in))
     plans = []
     for number, (group, fold) in enumerate(zip(groups, folds, strict=True)):
         shapes = tuple(pending_shapes[piece.site].pop(0) for piece in group.pieces)
