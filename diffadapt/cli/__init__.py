@@ -1,1 +1,1 @@
-"""The commands of `diffadapt`, one file each: its options, and what it does."""
+"""The `diffadapt` command line, one module for each command."""

@@ -1,4 +1,4 @@
-"""The command line: `diffadapt COMMAND`. One function adds a command's options, one runs it."""
+"""Entry point of the command line: `diffadapt COMMAND`."""
 
 import argparse
 import dataclasses
@@ -13,47 +13,83 @@ from diffadapt.cli import combine, export, extract, params, resize
 from diffadapt.common.exit_codes import run_command
 from diffadapt.models.sampling_options import add_sampling_options
 
+EPILOG = """\
+examples:
+  diffadapt params --model stabilityai/stable-diffusion-xl-base-1.0 --adapter "lora(rank=8)"
+  diffadapt sample --adapter adapter.safetensors --prompt "a photo of a sks dog"
+  diffadapt export adapter.safetensors for_comfyui.safetensors --to kohya
+
+`diffadapt COMMAND --help` describes the options of a command. Training has scripts of its own, which take
+`--help` too: train_scripts/dreambooth.py, style_transfer.py and class_conditional.py.
+"""
+
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand."""
+    """One subcommand.
+
+    Attributes:
+        help: One line for the list of commands, and the description of its own help.
+        example: A command line that shows its use.
+        add_options: Adds its options to a parser.
+        run: Runs it with the parsed options; returns the exit code.
+    """
 
     help: str
+    example: str
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `diffadapt`. Returns the exit code; 2 for mistakes of the user."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: COMMANDS[arguments.command].run(arguments))
+    """Runs `diffadapt` with these arguments, by default those of the process. Returns the exit code."""
+    arguments = _make_parser().parse_args(argv)
+    command = COMMANDS[arguments.command]
+    return run_command(lambda: command.run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffadapt", description=da.__doc__, allow_abbrev=False)
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffadapt",
+        description=da.__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=da.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
-        command.add_options(own)
+        subparser = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog=f"example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_options(subparser)
     return parser
 
 
-def _no_options(parser: argparse.ArgumentParser) -> None:
-    pass
+def _add_methods_options(parser: argparse.ArgumentParser) -> None:
+    """`diffadapt methods` has no options."""
 
 
 def _run_methods(arguments: argparse.Namespace) -> int:
+    print("Methods for --adapter, with their default options:\n")
     for name, method in da.METHODS.items():
-        summary = (method.__doc__ or "").splitlines()[0]
+        summary = (method.__doc__ or "").splitlines()[0].replace("`", "")
         options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(method))
-        print(f"{name:<10} {summary}\n{'':<10} options: {options}; learning rate {method.learning_rate:g}\n")
+        print(f"{name}: {summary}")
+        print(f"    options: {options or 'none'}")
+        print(f"    learning rate: {method.learning_rate:g}\n")
+    print('Give options in parentheses, and join methods with +: --adapter "lora(rank=8)+norms".')
     return 0
 
 
-def _info_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="an adapter file")
-    parser.add_argument("--json", action="store_true", help="everything in the header, as JSON")
+def _add_info_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="adapter file")
+    parser.add_argument("--json", action="store_true", help="print the whole header as JSON")
 
 
 def _run_info(arguments: argparse.Namespace) -> int:
@@ -70,52 +106,100 @@ def _run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sample_options(parser: argparse.ArgumentParser) -> None:
+def _add_sample_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="several are added up")
-    add("--grid_adapters", action="store_true", help="the adapters side by side instead of added up")
-    add("--compare", action="store_true", help="the bare base as well, with the same seeds")
-    add("--out", default="runs/sample", help="folder for the images (default: runs/sample)")
-    add("--strength", default="1", help="of adapters without their own (default: 1); 0,0.5,1 draws each")
+    add(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="FILE[:STRENGTH]",
+        help="adapter file; repeat to apply several adapters together",
+    )
+    add(
+        "--grid_adapters",
+        action="store_true",
+        help="apply each adapter alone and show them side by side, instead of all together",
+    )
+    add("--compare", action="store_true", help="also generate with the base model alone, from the same seeds")
+    add("--out", default="runs/sample", help="output folder (default: runs/sample)")
+    add(
+        "--strength",
+        default="1",
+        help="strength of adapters that have none of their own (default: 1); a list such as 0,0.5,1 "
+        "generates a column for each",
+    )
     add_sampling_options(parser, num_images=4)
 
 
 def _run_sample(arguments: argparse.Namespace) -> int:
-    from diffadapt.cli.sample import sample  # imports diffusers, which takes seconds
+    # These modules import diffusers, which takes seconds; the other commands do without.
+    from diffadapt.cli.sample import sample
     from diffadapt.common.runtime import silence_libraries
 
     silence_libraries()
     folder = sample(arguments, command=shlex.join(["diffadapt", *sys.argv[1:]]))
-    count = len(json.loads((folder / "sample.json").read_text(encoding="utf-8"))["images"])
-    print(f"{count} images in {folder}, all on {folder / 'sheet.png'}")
+    record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
+    print(f"{len(record['images'])} images in {folder}, all on {folder / 'sheet.png'}")
     return 0
 
 
-def _printing(text: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
-    def run_it(arguments: argparse.Namespace) -> int:
-        print(text(arguments))
+def _print_result(function: Callable[[argparse.Namespace], object]) -> Callable[[argparse.Namespace], int]:
+    """A command that prints what a function returns, and exits with 0."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        print(function(arguments))
         return 0
 
-    return run_it
+    return run
 
 
 COMMANDS = {
-    "methods": Command("the adapter methods and their options", _no_options, _run_methods),
+    "methods": Command(
+        "list the adapter methods and their options",
+        "diffadapt methods",
+        _add_methods_options,
+        _run_methods,
+    ),
     "params": Command(
-        "what an adapter would train, from a config alone", params.add_options, _printing(params.params)
+        "count the parameters an adapter would train, without loading weights",
+        'diffadapt params --model path/to/unet/config.json --adapter "flora(rank=8)"',
+        params.add_options,
+        _print_result(params.params),
     ),
-    "info": Command("what is in an adapter file", _info_options, _run_info),
+    "info": Command(
+        "show what an adapter file contains",
+        "diffadapt info adapter.safetensors",
+        _add_info_options,
+        _run_info,
+    ),
+    "sample": Command(
+        "generate images with one or more adapters",
+        'diffadapt sample --adapter adapter.safetensors --prompt "a photo of a sks dog" --compare',
+        _add_sample_options,
+        _run_sample,
+    ),
     "export": Command(
-        "an adapter in another program's format, proven when it is written",
+        "convert an adapter to another program's format and verify the result",
+        "diffadapt export adapter.safetensors for_comfyui.safetensors --to kohya",
         export.add_options,
-        _printing(export.export),
+        _print_result(export.export),
     ),
-    "resize": Command("the same adapter at a smaller rank", resize.add_options, _printing(resize.resize)),
+    "resize": Command(
+        "reduce the rank of an adapter",
+        "diffadapt resize adapter.safetensors smaller.safetensors --rank 8",
+        resize.add_options,
+        _print_result(resize.resize),
+    ),
+    "combine": Command(
+        "combine several adapters into one file",
+        "diffadapt combine dog.safetensors style.safetensors:0.5 --out both.safetensors",
+        combine.add_options,
+        _print_result(combine.combine),
+    ),
     "extract": Command(
-        "an adapter from a fine-tuned model and its base",
+        "extract an adapter from a fine-tuned model and its base",
+        "diffadapt extract --finetuned tuned --base base --rank 16 --out adapter.safetensors",
         extract.add_options,
-        _printing(extract.extract),
+        _print_result(extract.extract),
     ),
-    "combine": Command("several adapters as one file", combine.add_options, _printing(combine.combine)),
-    "sample": Command("draw images with one or more adapters", _sample_options, _run_sample),
 }

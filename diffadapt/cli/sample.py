@@ -1,4 +1,4 @@
-"""`diffadapt sample`: images from adapter files, with everything that is needed to make them again."""
+"""`diffadapt sample`: generate images with adapters, and record everything needed to generate them again."""
 
 import argparse
 import dataclasses
@@ -38,7 +38,61 @@ from diffadapt.models.text_conditioned import truncated_prompts
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
-    """Writes images, sheet.png and sample.json into the folder `arguments.out`, which it returns."""
+    """Generates images with adapters.
+
+    Args:
+        arguments: The options of `diffadapt sample`.
+        command: The command line, for the record.
+
+    Returns:
+        The output folder, with the images, sheet.png and sample.json.
+
+    Raises:
+        ValueError: An option has no possible value.
+    """
+    _check_options(arguments)
+    files = [parse_adapter_spec(text) for text in arguments.adapter]
+    paths = [file.path for file in files]
+    strengths = parse_strengths(arguments.strength)
+    columns = make_columns(
+        files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare
+    )
+    requests = requested_images(arguments, paths)
+    base = arguments.base or base_named_in(paths)
+
+    set_cpu_threads(arguments.num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = sampling_precision(arguments.mixed_precision, device)
+    for notice in precision.notices:
+        notify(notice)
+    defaults = sampling_defaults(base, revision=arguments.revision)
+    config = make_sampling_config(arguments, defaults, precision.dtype, paths)
+    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
+    pipe = open_frozen_pipeline(base, device=device, **source)
+    _notify_truncated_prompts(pipe, requests, config)
+    adapters = []
+    for number, path in enumerate(paths):
+        adapters.append(da.load(pipe, path, name=f"adapter-{number}"))
+
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = _write_images(pipe, adapters, columns, requests, config, folder, base)
+    record = {
+        "command": command,
+        "demo": is_embedded(base),
+        "base": base,
+        **source,
+        "sampler": {**dataclasses.asdict(config), "autocast": precision.name},
+        "device": device.type,
+        **_describe_pipeline(pipe, files, columns),
+        "images": images,
+    }
+    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    return folder
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses numbers out of range before anything is loaded."""
     if arguments.num_images < 1:
         raise ValueError(f"--num_images must be at least 1, got {arguments.num_images}")
     for name in ("num_inference_steps", "batch_size"):
@@ -46,62 +100,33 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     require_seed(arguments.seed)
-    files = [parse_adapter_spec(text) for text in arguments.adapter]
-    strengths = parse_strengths(arguments.strength)
-    looks = make_columns(files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare)
-    wanted = requested_images(arguments, [file.path for file in files])
-    base = arguments.base or base_named_in([file.path for file in files])
-    set_cpu_threads(arguments.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = sampling_precision(arguments.mixed_precision, device)
-    for notice in precision.notices:
-        notify(notice)
-    defaults = sampling_defaults(base, revision=arguments.revision)
-    sampler = make_sampling_config(arguments, defaults, precision.dtype, [file.path for file in files])
-    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
-    pipe = open_frozen_pipeline(base, device=device, **source)
-    _notify_cut_prompts(pipe, wanted, sampler)
-    adapters = [da.load(pipe, file.path, name=f"adapter-{i}") for i, file in enumerate(files)]
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    images = _write_images(pipe, adapters, looks, wanted, sampler, folder, base)
-    record = {
-        "command": command,
-        "demo": is_embedded(base),
-        "base": base,
-        **source,
-        "sampler": {**dataclasses.asdict(sampler), "autocast": precision.name},
-        "device": device.type,
-        **_facts(pipe, files, looks),
-        "images": images,
-    }
-    (folder / "sample.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    return folder
 
 
-def _notify_cut_prompts(
-    pipe: DiffusionPipeline, wanted: Sequence[ImageRequest], sampler: SamplingConfig
+def _notify_truncated_prompts(
+    pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig
 ) -> None:
-    prompts = [shot.prompt for shot in wanted if shot.label is None]
-    if sampler.negative_prompt:
-        prompts.append(sampler.negative_prompt)
-    cuts = truncated_prompts(pipe, prompts)
-    if cuts:
-        notify(describe_truncated_captions(cuts))
+    """Reports prompts that are longer than the text encoders read."""
+    prompts = [request.prompt for request in requests if request.label is None]
+    if config.negative_prompt:
+        prompts.append(config.negative_prompt)
+    truncated = truncated_prompts(pipe, prompts)
+    if truncated:
+        notify(describe_truncated_captions(truncated))
 
 
-def _facts(
-    pipe: DiffusionPipeline, files: Sequence[AdapterFile], looks: Sequence[SamplingColumn]
+def _describe_pipeline(
+    pipe: DiffusionPipeline, files: Sequence[AdapterFile], columns: Sequence[SamplingColumn]
 ) -> dict[str, object]:
-    """What one needs to know of pipeline, adapters and libraries to make the images again."""
+    """The facts about pipeline, adapters and libraries that are needed to generate the images again."""
+    adapters = []
+    for file, strength in zip(files, columns[-1].strengths, strict=True):
+        sha256 = str(da.read_metadata(file.path)["sha256"])
+        adapters.append({"path": file.path, "strength": strength, "sha256": sha256})
     return {
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(pipe.scheduler).__name__, **dict(pipe.scheduler.config)},
-        "adapters": [
-            {"path": file.path, "strength": looks[-1].strengths[i], "sha256": _sha256(file.path)}
-            for i, file in enumerate(files)
-        ],
-        "looks": [dataclasses.asdict(look) for look in looks],
+        "adapters": adapters,
+        "looks": [dataclasses.asdict(column) for column in columns],  # the name in the file's format
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -112,39 +137,43 @@ def _facts(
     }
 
 
-def _sha256(path: str) -> str:
-    return str(da.read_metadata(path)["sha256"])
-
-
 def _write_images(
     pipe: DiffusionPipeline,
     adapters: Sequence[Adapter],
-    looks: Sequence[SamplingColumn],
-    wanted: Sequence[ImageRequest],
-    sampler: SamplingConfig,
+    columns: Sequence[SamplingColumn],
+    requests: Sequence[ImageRequest],
+    config: SamplingConfig,
     folder: Path,
     base: str,
 ) -> list[dict]:
-    """Every image in its own file and all on one sheet, a panel for each look. Returns a record of each."""
-    panels, records = [], []
-    captions = [f"seed {shot.seed}: {shot.prompt}" for shot in wanted]
-    with tqdm(desc="images", total=len(wanted) * len(looks)) as bar:
-        for look in looks:
-            for adapter, strength in zip(adapters, look.strengths, strict=True):
+    """Writes every image to its own file, and all to one sheet with a panel for each column.
+
+    Returns:
+        A record of each image: its file, column, prompt, seed and label.
+    """
+    panels = []
+    records = []
+    captions = [f"seed {request.seed}: {request.prompt}" for request in requests]
+    with tqdm(desc="images", total=len(requests) * len(columns)) as bar:
+        for column in columns:
+            for adapter, strength in zip(adapters, column.strengths, strict=True):
                 adapter.strength = strength
-            pictures = []
-            for images in generate(pipe, wanted, sampler):
-                pictures += to_pil_images(images)
-                bar.update(len(images))
-            for shot, picture in zip(wanted, pictures, strict=True):
-                name = f"{len(records):03d}-seed{shot.seed}.png"
-                picture.save(folder / name)
-                records.append({"file": name, "look": look.name, **dataclasses.asdict(shot)})
-            heading = look.name if len(looks) > 1 else ""
-            panels.append(Panel(heading, pictures, 4 if len(looks) == 1 else 2, captions))
+            images = []
+            for batch in generate(pipe, requests, config):
+                images += to_pil_images(batch)
+                bar.update(len(batch))
+            for request, image in zip(requests, images, strict=True):
+                name = f"{len(records):03d}-seed{request.seed}.png"
+                image.save(folder / name)
+                records.append({"file": name, "look": column.name, **dataclasses.asdict(request)})
+            if len(columns) == 1:
+                panels.append(Panel("", images, 4, captions))
+            else:
+                panels.append(Panel(column.name, images, 2, captions))
     title = "DEMO · " if is_embedded(base) else ""
-    title += wanted[0].prompt if len({shot.prompt for shot in wanted}) == 1 else "samples"
-    note = f"{base}, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
+    distinct_prompts = {request.prompt for request in requests}
+    title += requests[0].prompt if len(distinct_prompts) == 1 else "samples"
+    note = f"{base}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
     rows = [panels[start : start + 4] for start in range(0, len(panels), 4)]
     make_contact_sheet(rows, title=title, note=note).save(folder / "sheet.png")
     return records

@@ -1,8 +1,10 @@
 """The command line: every subcommand, and what it says when something is wrong."""
 
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from helpers.pipelines import tiny_sd_pipeline
 from PIL import Image
 
 import diffadapt as da
-from diffadapt.cli.main import main
+from diffadapt.cli.main import COMMANDS, EPILOG, main
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling_columns import AdapterFile, parse_adapter_spec
 
@@ -111,6 +113,20 @@ def test_methods_lists_every_method_with_its_options(capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in da.METHODS)
     assert "kernel_rank=2" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_ends_with_an_example_that_it_accepts(capsys, monkeypatch, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"example:\n  {COMMANDS[command].example}" in capsys.readouterr().out
+    accepted = []
+    monkeypatch.setitem(COMMANDS, command, replace(COMMANDS[command], run=accepted.append))
+    examples = [COMMANDS[command].example]
+    examples += [line.strip() for line in EPILOG.splitlines() if line.startswith(f"  diffadapt {command} ")]
+    for example in examples:
+        main(shlex.split(example)[1:])
+    assert len(accepted) == len(examples)
 
 
 def test_info_shows_what_a_file_holds(work, capsys):
