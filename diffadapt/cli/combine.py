@@ -35,8 +35,9 @@ def combine(arguments: argparse.Namespace) -> str:
     changes, error = combined(opened.layers())
     dense_count = sum(change.form == "dense" for change in changes.values())
     path = opened.write(changes, arguments.out, {"combined_from": " + ".join(arguments.files)})
+    joined_count = len(changes) - dense_count
     return (
-        f"{path}: {len(changes)} layers, {len(changes) - dense_count} as joined factors, {dense_count} as whole "
+        f"{path}: {len(changes)} layers, {joined_count} by joined factors, {dense_count} as whole "
         f"differences; relative error {error:.2e}"
     )
 

@@ -75,7 +75,7 @@ def as_text(method: Method, table: ParameterTable) -> str:
 def as_json(method: Method, table: ParameterTable) -> str:
     """The table and the method with all its options as JSON."""
     parts = []
-    for part in method.parts:
+    for part in method.members:
         parts.append({"name": part.name, "options": dataclasses.asdict(part)})
     blocks = []
     for name, layers, parameters in table.blocks:

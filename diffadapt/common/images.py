@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffadapt.common.color_profiles import WITH_ALPHA, UnusableProfile, convert_to_srgb
 from diffadapt.common.image_suffixes import IMAGE_SUFFIXES, describe_unused
 from diffadapt.common.messages import indented_list, notify
-from diffadapt.common.symlinks import escapes_root, visible_files
+from diffadapt.common.symlinks import escapes_root, list_subfolders, visible_files
 
 MAX_PIXELS = 357_913_940  # of one image; above, Pillow takes it for a decompression bomb
 MAX_ASPECT = (
@@ -107,9 +107,7 @@ def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bo
 
 def _no_images(folder: Path, files: Sequence[Path], *, recursive: bool) -> str:
     """The error for a folder without images: the readable suffixes, and the content of the folder."""
-    folders = []
-    if not recursive:
-        folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    folders = [] if recursive else list_subfolders(folder)
     message = f"no images in {str(folder)!r}; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
     content = describe_unused(files, folders)
     if content:

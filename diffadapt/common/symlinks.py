@@ -73,3 +73,8 @@ def visible_files(
 
     collect(folder, (folder.resolve(),))
     return sorted(files), sorted(refused_links)
+
+
+def list_subfolders(folder: Path) -> list[Path]:
+    """Lists the folders in a folder that are not hidden, sorted by name."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]

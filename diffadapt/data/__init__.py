@@ -1,1 +1,1 @@
-"""Images and captions on their way to the model."""
+"""Training data: examples, their order, and their way to encoded batches."""

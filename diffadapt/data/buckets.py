@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures keep their shape, and every batch holds pictures of one size only."""
+"""Aspect-ratio buckets: images keep their shape, and all images of a batch have one size."""
 
 import math
 from bisect import bisect_right
@@ -13,48 +13,61 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes there are, and how many samples must share one: those of an optimizer step."""
+    """The sizes of images, and the number of samples that share one.
+
+    Attributes:
+        sizes: The sizes to choose from.
+        group: The number of consecutive samples of one size: those of an optimizer step.
+    """
 
     sizes: tuple[Size, ...]
     group: int
 
     def nearest(self, image_size: tuple[int, int]) -> Size:
-        """The size whose shape is nearest to a picture of `image_size` (width, height)."""
-        ratio = math.log(image_size[1] / image_size[0])
-        return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
+        """The size whose aspect ratio is closest, in logarithms, to that of `image_size` (width, height)."""
+        log_ratio = math.log(image_size[1] / image_size[0])
+        return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - log_ratio))
 
 
 def bucket_sizes(text: str, *, resolution: int, step: int) -> tuple[Size, ...]:
-    """Sizes from `auto` or from "height,width;height,width".
+    """Parses sizes written as `auto` or as "height,width;height,width".
 
-    `auto` gives all sizes in multiples of `step` with sides from half to twice the resolution and the most
-    pixels that do not exceed resolution x resolution.
-    Raises: ValueError for text of another form, or for sides that are no multiple of `step`.
+    Args:
+        text: The value of `--aspect_ratio_buckets`. `auto` stands for all sizes with sides in multiples of
+            `step`, from half to twice the resolution, with the most pixels up to resolution x resolution.
+        resolution: The side of square images, in pixels.
+        step: The number that sides must be multiples of.
+
+    Raises:
+        ValueError: The text has another form, or a side is not a multiple of `step`.
     """
     if text == "auto":
-        return _auto(resolution, step)
+        return _auto_sizes(resolution, step)
+    sizes = []
     try:
-        sizes = tuple(
-            tuple(int(side) for side in part.split(",")) for part in text.split(";") if part.strip()
-        )
-    except ValueError:
-        sizes = ()
-    if not sizes or any(len(size) != 2 for size in sizes):
+        for part in text.split(";"):
+            if part.strip():
+                height, width = (int(side) for side in part.split(","))
+                sizes.append((height, width))
+    except ValueError:  # not a number, or not two
+        sizes = []
+    if not sizes:
         raise ValueError(f'--aspect_ratio_buckets takes auto or "height,width;height,width", got {text!r}')
     for height, width in sizes:
         if min(height, width) < step or height % step or width % step:
             raise ValueError(
-                f"--aspect_ratio_buckets: {height},{width} will not do; this base needs multiples of {step}"
+                f"--aspect_ratio_buckets: {height},{width} is impossible; this base needs multiples of {step}"
             )
-    return sizes
+    return tuple(sizes)
 
 
-def _auto(resolution: int, step: int) -> tuple[Size, ...]:
+def _auto_sizes(resolution: int, step: int) -> tuple[Size, ...]:
+    """See `bucket_sizes`."""
     sizes = set()
-    for long in range(max(resolution, step), 2 * resolution + 1, step):
-        short = resolution * resolution // long // step * step
-        if short >= max(resolution // 2, step):
-            sizes |= {(long, short), (short, long)}
+    for long_side in range(max(resolution, step), 2 * resolution + 1, step):
+        short_side = resolution * resolution // long_side // step * step
+        if short_side >= max(resolution // 2, step):
+            sizes |= {(long_side, short_side), (short_side, long_side)}
     if not sizes:
         raise ValueError(f"no sizes of about {resolution} x {resolution} pixels in multiples of {step}")
     return tuple(sorted(sizes))
@@ -64,42 +77,52 @@ def _auto(resolution: int, step: int) -> tuple[Size, ...]:
 class BucketOrder:
     """The endless stream of samples in groups of one size: position p belongs to group p // group.
 
-    Each bucket is an endless stream of its own pictures, pass after pass, each pass shuffled anew. An epoch
-    takes from every bucket as many full groups as are complete by then, in shuffled order; what is left, less
-    than a group per bucket, is the first to be used in the next epoch. So all pictures are used equally
-    often, and any number of processes or microsteps that share a group see one size. Groups of a bucket with
-    fewer pictures than a group hold some of them more than once, each time with other noise.
+    Each bucket is an endless stream of its own images, pass after pass, and each pass is shuffled anew. An
+    epoch takes all groups that are complete by then from every bucket, in shuffled order. The remainder, less
+    than a group per bucket, comes first in the next epoch. So all images are used equally often, and any
+    number of processes or accumulation steps that share a group see one size. Groups of a bucket with fewer
+    images than a group hold some images more than once, each time with other noise.
+
+    Attributes:
+        members: The indices of the examples in each bucket; no bucket is empty.
+        group: The number of samples in a group.
+        seed: The seed of the run.
     """
 
-    members: Sequence[Sequence[int]]  # example indices of each bucket, none empty
+    members: Sequence[Sequence[int]]
     group: int
     seed: int
-    _epochs: list[int] = field(default_factory=lambda: [0], repr=False)  # first group of each epoch
+    _epoch_starts: list[int] = field(default_factory=lambda: [0], repr=False)  # first group of each epoch
 
     def sample_indices(self, positions: Sequence[int]) -> list[SampleIndex]:
-        """The draws of these positions."""
-        return [self._draw(*divmod(position, self.group)) for position in positions]
+        """The samples at these positions."""
+        samples = []
+        for position in positions:
+            group, place = divmod(position, self.group)
+            samples.append(self._sample_index(group, place))
+        return samples
 
-    def _draw(self, group: int, place: int) -> SampleIndex:
-        while self._epochs[-1] <= group:
-            self._epochs.append(self._complete(len(self._epochs)))
-        epoch = bisect_right(self._epochs, group) - 1
-        bucket, number = self._schedule(epoch)[group - self._epochs[epoch]]
+    def _sample_index(self, group: int, place: int) -> SampleIndex:
+        while self._epoch_starts[-1] <= group:
+            self._epoch_starts.append(self._complete_groups(len(self._epoch_starts)))
+        epoch = bisect_right(self._epoch_starts, group) - 1
+        bucket, number = self._schedule(epoch)[group - self._epoch_starts[epoch]]
         members = self.members[bucket]
-        walk, spot = divmod(number * self.group + place, len(members))
-        index = members[int(permutation(("bucket", self.seed, bucket, walk), len(members))[spot])]
-        return SampleIndex("instance", index, walk, index)
+        pass_number, pass_place = divmod(number * self.group + place, len(members))
+        shuffled = permutation(("bucket", self.seed, bucket, pass_number), len(members))
+        index = members[int(shuffled[pass_place])]
+        return SampleIndex("instance", index, pass_number, index)
 
-    def _complete(self, epochs: int) -> int:
-        """How many groups are full after so many epochs."""
+    def _complete_groups(self, epochs: int) -> int:
+        """The number of groups that are complete after this many epochs."""
         return sum(epochs * len(members) // self.group for members in self.members)
 
     def _schedule(self, epoch: int) -> list[tuple[int, int]]:
         """(bucket, number of the group within the bucket) of every group of an epoch, in order."""
-        groups = [
-            (bucket, number)
-            for bucket, members in enumerate(self.members)
-            for number in range(epoch * len(members) // self.group, (epoch + 1) * len(members) // self.group)
-        ]
+        groups = []
+        for bucket, members in enumerate(self.members):
+            first = epoch * len(members) // self.group
+            end = (epoch + 1) * len(members) // self.group
+            groups += [(bucket, number) for number in range(first, end)]
         order = permutation(("buckets", self.seed, epoch), len(groups))
         return [groups[index] for index in order.tolist()]

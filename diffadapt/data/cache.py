@@ -1,10 +1,10 @@
-"""Encoded pictures and captions, kept under a hash of everything they follow from.
+"""Caches of encoded images and captions, under a hash of everything that an encoding depends on.
 
-The key of a picture names the file's content, the autoencoder, the size, the cut and the mirroring; that of a
-caption its text, the text encoders, the tokenizers and what the pipeline makes of an empty caption. So
-another base, or a picture that was edited, never finds an old entry, and any number of runs can share one
-folder. An entry holds what an autoencoder gives for a picture (moments, not a sample), so every draw from it
-is new.
+The key of an image covers the content of its file, the autoencoder, the size, the crop and the mirroring;
+that of a caption covers its text, the text encoders, the tokenizers and the pipeline's treatment of empty
+captions. So another base, or an edited image, never finds an old entry, and any number of runs can share a
+folder. For an image the cache holds the moments of the autoencoder and not a sample, so that every use
+samples anew.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.safetensors_file import hash_tensors, read_tensors
 
-FORMAT = 2  # of entries; a change in how pictures are read or scaled must raise it
+FORMAT = 2  # part of every key; raise it when images are read or scaled in another way
 KINDS = ("memory", "disk", "none")
-PASSING_SETTINGS = ("transformers_version", "dtype", "torch_dtype")  # of a configuration; change no result
-TOKENIZER_SETTINGS = (  # beside the rules of its backend
+IRRELEVANT_SETTINGS = ("transformers_version", "dtype", "torch_dtype")  # of a configuration; change no result
+TOKENIZER_SETTINGS = (  # in addition to the rules of the tokenizer's backend
     "model_max_length",
     "padding_side",
     "truncation_side",
@@ -31,48 +31,53 @@ TOKENIZER_SETTINGS = (  # beside the rules of its backend
     "eos_token_id",
     "unk_token_id",
 )
+PER_CALL_RULES = ("padding", "truncation")  # rules of a backend that the latest call has set
 
-Entry = dict[str, Tensor]  # what one key holds, by name
+Entry = dict[str, Tensor]  # the content of one key, by name
 
 
 class MemoryCache:
-    """Entries of this run."""
+    """A cache in memory, for one run."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
 
     def get(self, key: str) -> Entry | None:
+        """The entry, or None if there is none."""
         return self._entries.get(key)
 
     def put(self, key: str, entry: Entry) -> None:
+        """Stores an entry."""
         self._entries[key] = entry
 
 
 class DiskCache:
-    """A folder of entries, one safetensors file each, checked whenever it is read.
+    """A cache in a folder, with a safetensors file for each entry, which is checked whenever it is read.
 
-    Files are written under a temporary name and renamed: runs that share the folder see whole entries only.
+    Files are written under a temporary name and renamed, so that runs that share the folder see complete
+    entries only.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
     def get(self, key: str) -> Entry | None:
-        """The entry, or None where there is none; a damaged one is reported and counts as missing."""
+        """The entry, or None if there is none. A damaged entry is reported and counts as missing."""
         path = self._path(key)
         if not path.is_file():
             return None
         try:
             header, entry = read_tensors(path)
         except (ValueError, FileNotFoundError) as error:
-            tqdm.write(f"cache: {error}; it is made again")
+            tqdm.write(f"cache: {error}; it is encoded again")
             return None
         if header.get("key") != key or header.get("sha256") != hash_tensors(entry):
-            tqdm.write(f"cache: {path} holds other bytes than were written; it is made again")
+            tqdm.write(f"cache: {path} does not hold what was written to it; it is encoded again")
             return None
         return entry
 
     def put(self, key: str, entry: Entry) -> None:
+        """Stores an entry."""
         entry = {name: value.detach().cpu().contiguous() for name, value in entry.items()}
         header = {"key": key, "sha256": hash_tensors(entry)}
         write_atomically(self._path(key), lambda path: save_file(entry, path, metadata=header))
@@ -82,9 +87,17 @@ class DiskCache:
 
 
 def open_cache(kind: str, folder: str | Path | None = None) -> MemoryCache | DiskCache | None:
-    """The cache of that kind (one of KINDS); None keeps nothing.
+    """Opens a cache.
 
-    Raises: ValueError for "disk" without a folder, a folder without "disk", or an unknown kind.
+    Args:
+        kind: "memory", "disk" or "none".
+        folder: The folder of a cache on disk.
+
+    Returns:
+        The cache; None for "none".
+
+    Raises:
+        ValueError: The kind is unknown, or it does not fit the folder.
     """
     if kind not in KINDS:
         raise ValueError(f"--cache_latents must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -96,36 +109,39 @@ def open_cache(kind: str, folder: str | Path | None = None) -> MemoryCache | Dis
 
 
 def cache_key(**parts: object) -> str:
-    """The name of an entry: a hash over everything its content follows from."""
+    """The key of an entry: a hash over everything its content depends on."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(*parts: object) -> str:
-    """SHA-256 over the weights and settings of modules, and all that tokenizers make of words."""
+def fingerprint(*components: object) -> str:
+    """SHA-256 over the weights and configurations of modules, and everything tokenizers depend on."""
     hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(f"{type(part).__name__}|{_settings(part)}|".encode())
-        if isinstance(part, nn.Module):
-            weights = {name: value.detach().cpu() for name, value in part.state_dict().items()}
+    for component in components:
+        hasher.update(f"{type(component).__name__}|{_configuration(component)}|".encode())
+        if isinstance(component, nn.Module):
+            weights = {name: value.detach().cpu() for name, value in component.state_dict().items()}
             hasher.update(hash_tensors(weights).encode())
-        if isinstance(part, PreTrainedTokenizerBase):
-            hasher.update(_words(part).encode())
+        if isinstance(component, PreTrainedTokenizerBase):
+            hasher.update(_tokenizer_rules(component).encode())
     return hasher.hexdigest()
 
 
-def _words(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Vocabulary, merges, normalization, special tokens, padding and length of a tokenizer."""
+def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Vocabulary, merges, normalization, special tokens, padding and length of a tokenizer, as JSON."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    last_call = ("padding", "truncation")  # what the last caller asked for
-    rules = {name: value for name, value in rules.items() if name not in last_call}
-    own = {name: getattr(tokenizer, name) for name in TOKENIZER_SETTINGS}
-    return json.dumps([rules, own], sort_keys=True)
+    for name in PER_CALL_RULES:
+        rules.pop(name, None)
+    settings = {name: getattr(tokenizer, name) for name in TOKENIZER_SETTINGS}
+    return json.dumps([rules, settings], sort_keys=True)
 
 
-def _settings(part: object) -> str:
-    """The configuration of a module, without what tells where and with what version it was stored."""
-    config = getattr(part, "config", None)
+def _configuration(component: object) -> str:
+    """The configuration of a component as JSON, without what changes no result."""
+    config = getattr(component, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    kept = {k: v for k, v in values.items() if k[0] != "_" and k not in PASSING_SETTINGS}
-    return json.dumps(kept, sort_keys=True, default=str)
+    relevant = {}
+    for name, value in values.items():
+        if not name.startswith("_") and name not in IRRELEVANT_SETTINGS:
+            relevant[name] = value
+    return json.dumps(relevant, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Captions as they stand in cells of metadata and data sets, and in text files beside images."""
+"""Captions in cells of metadata and data sets, and in text files beside images."""
 
 from __future__ import annotations
 
@@ -11,38 +11,47 @@ from diffadapt.common.atomic_files import read_text
 from diffadapt.common.messages import indented_list
 from diffadapt.common.symlinks import escapes_root
 
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order when no column is named
-CAPTION_ENDINGS = (".txt", ".caption")  # of files beside images, in any case
-MISSING = frozenset(
-    ("", "nan", "null", "none", "<na>", "n/a")
-)  # what programs write where there is no caption
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # tried in this order if no column is named
+CAPTION_SUFFIXES = (".txt", ".caption")  # of files beside images, in any case
+MISSING = frozenset(("", "nan", "null", "none", "<na>", "n/a"))  # what programs write for a missing caption
 
 
-def choose_caption_column(columns: Sequence[str], wanted: str | None, place: object) -> str:
-    """The column of captions: the one that is wanted, or the first usual name.
+def choose_caption_column(columns: Sequence[str], requested: str | None, place: object) -> str:
+    """The column of captions.
 
-    Raises: ValueError that lists the columns.
+    Args:
+        columns: The columns of the table.
+        requested: The value of `--caption_column`; None for the first of CAPTION_COLUMNS.
+        place: The table, for messages.
+
+    Raises:
+        ValueError: There is no such column; the message lists the columns.
     """
-    candidates = CAPTION_COLUMNS if wanted is None else (wanted,)
+    candidates = CAPTION_COLUMNS if requested is None else (requested,)
     for name in candidates:
         if name in columns:
             return name
-    tried = " or ".join(repr(name) for name in candidates)
-    raise ValueError(f"{place} has no column {tried}; --caption_column is one of: {', '.join(columns)}")
+    names = " or ".join(repr(name) for name in candidates)
+    raise ValueError(f"{place} has no column {names}; --caption_column is one of: {', '.join(columns)}")
 
 
 def parse_caption(cell: object, place: str) -> str:
-    """The caption in a cell, on one line; of several the first. Empty where there is none.
-
-    None, NaN and the words that programs write for them (nan, null, None) are no caption.
+    """The caption in a cell, on one line.
 
     Args:
-        place: file and line, for messages.
-    Raises: ValueError for what is no text: numbers, truth values, mappings.
+        cell: A text, or a list of texts, of which the first one is the caption. None, NaN and the words that
+            programs write for them (nan, null, None) are no caption.
+        place: File and line, for messages.
+
+    Returns:
+        The caption; empty if there is none.
+
+    Raises:
+        ValueError: The cell is of another type, such as a number.
     """
     if isinstance(cell, list | tuple):
-        texts = (parse_caption(item, place) for item in cell)
-        return next((text for text in texts if text), "")
+        captions = (parse_caption(item, place) for item in cell)
+        return next((caption for caption in captions if caption), "")
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     if not isinstance(cell, str):
@@ -59,13 +68,15 @@ def parse_caption(cell: object, place: str) -> str:
 
 
 class CaptionFiles:
-    """The text files of a folder, by the image that they stand beside.
+    """The caption files of a folder, found by the image that they lie beside.
 
-    Names are compared in Unicode's composed form: one program writes "é" as one character, another as two.
+    Names are compared in Unicode's composed form, since some programs write "é" as one character and others
+    as two.
 
     Args:
-        files: all files of the folder.
-        folder: that links must not leave.
+        files: All files of the folder.
+        folder: The folder, which links must not leave.
+        follow_links: Follow links out of the folder too.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path, *, follow_links: bool = False):
@@ -73,29 +84,31 @@ class CaptionFiles:
         self._follow_links = follow_links
         self._files: dict[tuple[str, str], list[Path]] = {}
         for path in files:
-            if path.suffix.lower() in CAPTION_ENDINGS:
+            if path.suffix.lower() in CAPTION_SUFFIXES:
                 self._files.setdefault(_key(path), []).append(path)
 
     def beside(self, image: Path) -> list[Path]:
-        """The files beside an image: none, or those with its name and an ending of captions."""
+        """The caption files of an image: those with its name and a suffix of captions."""
         return self._files.get(_key(image), [])
 
     def caption(self, image: Path) -> str:
-        """The caption beside an image; empty where there is none.
+        """The caption of an image from the file beside it; empty if there is none.
 
-        Raises: ValueError for two files that say different things, one that is not UTF-8, and links out of
-            the folder.
+        Raises:
+            ValueError: There are two files with different captions, a file is not UTF-8, or it is a link out
+                of the folder.
         """
-        outside = [path for path in self.beside(image) if escapes_root(path, self._folder)]
-        if outside and not self._follow_links:
-            raise ValueError(
-                f"{outside[0]} is a link out of {str(self._folder)!r}; copy the file, or give --follow_links"
-            )
-        texts = {path: parse_caption(read_text(path), str(path)) for path in self.beside(image)}
+        texts: dict[Path, str] = {}
+        for path in self.beside(image):
+            if not self._follow_links and escapes_root(path, self._folder):
+                raise ValueError(
+                    f"{path} is a link out of {str(self._folder)!r}; copy the file, or give --follow_links"
+                )
+            texts[path] = parse_caption(read_text(path), str(path))
         captions = set(texts.values()) - {""}
         if len(captions) > 1:
-            names = [f"{path}: {text[:80]!r}" for path, text in texts.items()]
-            raise ValueError(f"{image} has two captions; remove one of the files:\n{indented_list(names)}")
+            lines = [f"{path}: {text[:80]!r}" for path, text in texts.items()]
+            raise ValueError(f"{image} has two captions; remove one of the files:\n{indented_list(lines)}")
         return captions.pop() if captions else ""
 
 
@@ -105,4 +118,5 @@ def to_nfc(name: str) -> str:
 
 
 def _key(path: Path) -> tuple[str, str]:
+    """The folder and the name without suffix: equal for an image and its caption files."""
     return str(path.parent), to_nfc(path.stem)

@@ -1,7 +1,7 @@
-"""Pictures and captions through the base's encoders, each once, through a cache.
+"""Encoding of images and captions by the base, once each where a cache can hold the result.
 
-Everything is encoded alone, not in batches: on most machines a batch changes the last bits, and so an entry
-follows from its content only, whoever makes it and when.
+Images and captions are encoded one by one, not in batches: on most machines the last bits of a batch depend
+on its size. So an encoding depends on its content only, and not on the run that computed it.
 """
 
 import hashlib
@@ -18,103 +18,130 @@ from diffadapt.data.cache import DiskCache, Entry, MemoryCache, cache_key, finge
 from diffadapt.data.scaled_images import ScaledImages
 from diffadapt.models.base import BaseModel
 
-MANY = 20  # encodings from which on a progress bar is shown
-RECENT = 1000  # captions whose states are kept while streaming
+PROGRESS_FROM = 20  # number of encodings from which on a progress bar is shown
+RECENT_CAPTIONS = 1000  # number of captions whose encodings are kept in memory while streaming
 
 
 class UnreadableImage(ValueError):
-    """A picture that cannot be used; the message names it."""
+    """An image that cannot be used; the message names it."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What of a picture is encoded."""
+    """The part of an image that is encoded.
 
-    size: tuple[int, int]  # (height, width) in pixels
-    crop: tuple[float, float] = (0.5, 0.5)  # as in `to_pixels`
+    Attributes:
+        size: (height, width) in pixels.
+        position: The position along (width, height), from 0 to 1; see `to_pixels`.
+        flip: Whether it is mirrored.
+    """
+
+    size: tuple[int, int]
+    position: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
 
 
 class EncodedImages:
-    """Encoded cuts of pictures.
+    """Encoded crops of images.
 
     Args:
-        cache: where they are kept; None: encoded whenever they are asked for.
-        image_memory: bytes of scaled images that are kept, where nothing is encoded beforehand.
+        model: The base that encodes them.
+        cache: The cache of encodings; None to encode an image whenever it is used.
+        image_memory: The bytes of scaled images that are kept in memory if there is no cache.
     """
 
     def __init__(self, model: BaseModel, cache: MemoryCache | DiskCache | None, *, image_memory: int = 0):
-        self.model, self.cache = model, cache
+        self.model = model
+        self.cache = cache
         self.images = ScaledImages(image_memory if cache is None else 0)
-        self._encoder = _autoencoder_fingerprint(model) if isinstance(cache, DiskCache) else ""
-        self._contents: dict[ImageSource, str] = {}  # SHA-256 of the files of `prepare`
+        self._autoencoder = ""
+        if isinstance(cache, DiskCache):  # runs with other autoencoders may share the folder
+            self._autoencoder = _fingerprint_of_autoencoder(model)
+        self._sha256: dict[ImageSource, str] = {}  # hashes of the files of `prepare`
 
-    def prepare(self, wanted: Sequence[tuple[ImageSource, Crop]]) -> None:
-        """Encodes what the cache does not hold yet.
+    def prepare(self, crops: Sequence[tuple[ImageSource, Crop]]) -> None:
+        """Encodes the crops that the cache does not hold yet.
 
-        Raises: UnreadablePicture, or ValueError when an encoding is not finite.
+        Raises:
+            UnreadableImage: An image cannot be read.
+            ValueError: An encoding is not finite.
         """
-        for source in {source for source, _ in wanted}:
-            self._contents[source] = _sha256(source)
-        for source, cut in tqdm(wanted, desc="encoding pictures", disable=len(wanted) < MANY):
-            encoded, _ = self.get(source, cut)
+        for source in {source for source, _ in crops}:
+            self._sha256[source] = _hash_file(source)
+        for source, crop in tqdm(crops, desc="encoding images", disable=len(crops) < PROGRESS_FROM):
+            encoded, _ = self.get(source, crop)
             if not encoded.isfinite().all():
                 raise ValueError(
-                    f"the autoencoder gives non-finite latents for {source}; remove this picture, or name "
+                    f"the autoencoder gives non-finite latents for {source}; remove this image, or name "
                     "another autoencoder with --pretrained_vae_model_name_or_path"
                 )
 
-    def get(self, source: ImageSource, cut: Crop) -> tuple[Tensor, CropGeometry]:
-        """What `Base.encode_images` gives for one picture (without the batch), and its view."""
-        key = None if self.cache is None else self._key(source, cut)
-        entry = self.cache.get(key) if key else None
+    def get(self, source: ImageSource, crop: Crop) -> tuple[Tensor, CropGeometry]:
+        """The encoding of one image by `BaseModel.encode_images`, without the batch axis, and its geometry.
+
+        Raises:
+            UnreadableImage: The image cannot be read.
+        """
+        key = None
+        entry = None
+        if self.cache is not None:
+            key = self._cache_key(source, crop)
+            entry = self.cache.get(key)
         if entry is None:
-            entry = self._encode(source, cut)
-            if key and entry["encoded"].isfinite().all():  # the loss tells the others: step and picture
+            entry = self._encode(source, crop)
+            # Encodings that are not finite are not cached: the loss reports them, with step and image.
+            if key is not None and entry["encoded"].isfinite().all():
                 self.cache.put(key, entry)
         height, width = entry["original_size"].tolist()
-        return entry["encoded"], crop_geometry((width, height), cut.size, crop=cut.crop, flip=cut.flip)
+        geometry = crop_geometry((width, height), crop.size, crop=crop.position, flip=crop.flip)
+        return entry["encoded"], geometry
 
-    def read_ahead(self, cuts: Sequence[tuple[ImageSource, Crop]]) -> None:
-        """Begins to read images that `get` will encode, while other work goes on."""
+    def read_ahead(self, crops: Sequence[tuple[ImageSource, Crop]]) -> None:
+        """Starts to read images in the background that `get` will encode."""
         if self.cache is None:
-            self.images.read_ahead([(source, cut.size) for source, cut in cuts])
+            self.images.read_ahead([(source, crop.size) for source, crop in crops])
 
-    def _key(self, source: ImageSource, cut: Crop) -> str:
-        content = self._contents.get(source) or _sha256(source)
-        return cache_key(picture=content, encoder=self._encoder, size=cut.size, crop=cut.crop, flip=cut.flip)
+    def _cache_key(self, source: ImageSource, crop: Crop) -> str:
+        return cache_key(
+            picture=self._sha256.get(source) or _hash_file(source),
+            encoder=self._autoencoder,
+            size=crop.size,
+            crop=crop.position,
+            flip=crop.flip,
+        )
 
-    def _encode(self, source: ImageSource, cut: Crop) -> Entry:
+    def _encode(self, source: ImageSource, crop: Crop) -> Entry:
         try:
-            scaled = self.images.get(source, cut.size)
+            scaled = self.images.get(source, crop.size)
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise UnreadableImage(f"{source} cannot be read: {error or type(error).__name__}") from None
-        pixels = to_pixels(scaled.image, cut.size, crop=cut.crop, flip=cut.flip)
+        pixels = to_pixels(scaled.image, crop.size, crop=crop.position, flip=crop.flip)  # (3, H, W)
         encoded = self.model.encode_images(pixels[None])[0].cpu()
         width, height = scaled.original_size
         return {"encoded": encoded, "original_size": torch.tensor([height, width])}
 
 
 class EncodedCaptions:
-    """What the base is told for a caption: one row of each of its conditions.
+    """Encoded captions: one row of each condition of the base.
 
     Args:
-        cache: where text states are kept from run to run, if it is on disk.
-        recent: how many captions are held in memory; None: all.
+        model: The base that encodes them.
+        cache: The cache of encodings; only one on disk is used, and only if no text encoder is trained.
+        recent: The number of captions whose encodings are kept in memory; None for all.
     """
 
     def __init__(self, model: BaseModel, cache: MemoryCache | DiskCache | None, *, recent: int | None):
         self.model = model
-        is_trained = model.train_text_encoder
-        self._is_kept = isinstance(cache, DiskCache) and not is_trained
-        self.cache = cache
-        self._encoder = _text_encoding(model) if self._is_kept else ""
-        self.row = lru_cache(maxsize=recent)(self._find)  # caption -> name -> (...) without the batch
+        is_usable = isinstance(cache, DiskCache) and not model.train_text_encoder
+        self._cache = cache if is_usable else None
+        self._text_encoders = _fingerprint_of_text_encoders(model) if self._cache is not None else ""
+        # caption -> name of the condition -> its row, without the batch axis
+        self.row = lru_cache(maxsize=recent)(self._row)
 
     def prepare(self, captions: Sequence[str | int]) -> None:
         """Encodes these captions, so that training does not wait for them."""
         distinct = list(dict.fromkeys(captions))
-        for caption in tqdm(distinct, desc="encoding captions", disable=len(distinct) < MANY):
+        for caption in tqdm(distinct, desc="encoding captions", disable=len(distinct) < PROGRESS_FROM):
             self.row(caption)
 
     def rows(self, captions: Sequence[str | int]) -> dict[str, Tensor]:
@@ -122,32 +149,32 @@ class EncodedCaptions:
         rows = [self.row(caption) for caption in captions]
         return self.model.collate_conditions(rows)
 
-    def _find(self, caption: str | int) -> Entry:
-        if not self._is_kept or isinstance(caption, int):
+    def _row(self, caption: str | int) -> Entry:
+        if self._cache is None or isinstance(caption, int):
             return self._encode(caption)
-        key = cache_key(caption=caption, encoder=self._encoder)
-        entry = self.cache.get(key)
+        key = cache_key(caption=caption, encoder=self._text_encoders)
+        entry = self._cache.get(key)
         if entry is None:
             entry = self._encode(caption)
-            self.cache.put(key, entry)
+            self._cache.put(key, entry)
         return entry
 
     def _encode(self, caption: str | int) -> Entry:
         return {name: value[0].cpu() for name, value in self.model.encode_captions([caption]).items()}
 
 
-def _text_encoding(model: BaseModel) -> str:
-    """Everything besides a caption that its conditions follow from, as one hash."""
+def _fingerprint_of_autoencoder(model: BaseModel) -> str:
+    components = [] if model.autoencoder is None else [model.autoencoder]
+    return fingerprint(*components)
+
+
+def _fingerprint_of_text_encoders(model: BaseModel) -> str:
+    """A hash of everything that encoded captions depend on, besides the caption."""
     components = [*model.text_encoders.values(), *model.tokenizers.values()]
     return cache_key(
         family=type(model).__name__, parts=fingerprint(*components), settings=model.caption_settings()
     )
 
 
-def _autoencoder_fingerprint(model: BaseModel) -> str:
-    components = [] if model.autoencoder is None else [model.autoencoder]
-    return fingerprint(*components)
-
-
-def _sha256(source: ImageSource) -> str:
+def _hash_file(source: ImageSource) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""Pictures from the `datasets` library: a name on the hub, a folder it reads, or a saved data set.
+"""Examples from the `datasets` library: a name on the hub, a folder it reads, or a saved data set.
 
-Picture files are taken as they are stored and opened by `images.open_image`. Nothing but the named data set
-is fetched: cells that hold an address, or a path out of the data set, are errors.
+Image files are taken as they are stored, and opened by `common/images.py`. Nothing but the data set itself is
+downloaded: cells that hold an address, or a path out of the data set, are errors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,10 @@ from diffadapt.data.stream import Stream
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # in the folders of save_to_disk
 IMAGE_COLUMN = "image"
 LABEL_COLUMN = "label"
-TEXT_TYPES = ("string", "large_string", "null")
-TABLES = (".jsonl", ".json", ".csv", ".parquet")  # whose cells may name files beside them
-PICTURE_TYPES = (
-    "string",
-    "large_string",
-    "binary",
-    "large_binary",
-)  # besides Image: cells that are paths or files
+CAPTION_TYPES = ("string", "large_string", "null")
+# Types of columns, besides Image, whose cells may be paths or contents of image files.
+IMAGE_FILE_TYPES = ("string", "large_string", "binary", "large_binary")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # of tables whose cells may name files beside them
 
 Table = Dataset | IterableDataset
 
@@ -38,16 +34,22 @@ Table = Dataset | IterableDataset
 def open_table(
     name: str, *, config_name: str | None = None, split: str = "train", is_streaming: bool = False
 ) -> Table:
-    """The split of a data set: of one saved with `save_to_disk`, else of what `load_dataset` finds.
+    """Opens a split of a data set: one saved with `save_to_disk`, or what `load_dataset` finds.
 
-    Raises: OSError when there is none of that name, ValueError that lists its splits.
+    Args:
+        name: A folder, or the name of a data set on the hub.
+        config_name: The configuration of the data set.
+        split: The name of the split.
+        is_streaming: Read row by row instead of downloading all of it.
+
+    Raises:
+        OSError: There is no data set of that name.
+        ValueError: There is no such split; the message lists the splits.
     """
-    saved = any((Path(name) / file).is_file() for file in SAVED_DATASET_FILES)
-    table = (
-        datasets.load_from_disk(name)
-        if saved
-        else datasets.load_dataset(name, config_name, streaming=is_streaming)
-    )
+    if any((Path(name) / file).is_file() for file in SAVED_DATASET_FILES):
+        table = datasets.load_from_disk(name)
+    else:
+        table = datasets.load_dataset(name, config_name, streaming=is_streaming)
     if isinstance(table, DatasetDict | IterableDatasetDict):
         if split not in table:
             raise ValueError(f"{name!r} has no split {split!r}, but: {', '.join(table)}")
@@ -57,34 +59,52 @@ def open_table(
 
 @dataclass(frozen=True)
 class TableImage:
-    """A picture file in a cell of a data set; equal to another one of the same table and cell."""
+    """An image file in a cell of a data set; equal to another one of the same cell.
+
+    Attributes:
+        table: The data set.
+        row: The row of the cell.
+        column: The column of the cell.
+        name: The name of the data set.
+    """
 
     table: Dataset
     row: int
     column: str
-    name: str  # of the data set
+    name: str
 
     def read_bytes(self) -> bytes:
-        return _file_of(self.table[self.row][self.column], str(self), self.name)
+        """The content of the image file."""
+        return _read_image_file(self.table[self.row][self.column], str(self), self.name)
 
     def __str__(self) -> str:
         return f"row {self.row} of {self.name}"
 
 
 class TableExamples(Sequence[Example]):
-    """The rows of a data set as examples, read when they are asked for."""
+    """The rows of a data set as examples, read when they are used.
 
-    def __init__(self, table: Dataset, *, image_column: str, told_column: str, name: str):
-        self._pictures = _as_files(table, image_column)
-        self._told = table.select_columns([told_column])
-        self._image_column, self._told_column, self._name = image_column, told_column, name
+    Args:
+        table: The data set.
+        image_column: The column of images.
+        caption_column: The column of captions.
+        name: The name of the data set.
+    """
+
+    def __init__(self, table: Dataset, *, image_column: str, caption_column: str, name: str):
+        self._images = _as_image_files(table, image_column)
+        self._captions = table.select_columns([caption_column])
+        self._image_column = image_column
+        self._caption_column = caption_column
+        self._name = name
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._captions)
 
     def __getitem__(self, row: int) -> Example:
-        picture = TableImage(self._pictures, row, self._image_column, self._name)
-        return Example(picture, parse_caption(self._told[row][self._told_column], str(picture)))
+        image = TableImage(self._images, row, self._image_column, self._name)
+        caption = parse_caption(self._captions[row][self._caption_column], str(image))
+        return Example(image, caption)
 
 
 def read_captioned_table(
@@ -96,26 +116,34 @@ def read_captioned_table(
     seed: int = 0,
     buffer: int = 1000,
 ) -> TableExamples | Stream:
-    """Pictures and captions of a data set; of one that is read row by row, a stream.
+    """Reads images and captions from a data set.
 
     Args:
-        name: of the data set, for messages and to know where its files lie.
-        seed: of the order of a stream's shards and of its blocks.
-        buffer: samples a stream holds and shuffles together.
-    Raises: ValueError that lists the columns.
+        table: The data set.
+        name: Its name, for messages and to find its files.
+        image_column: The column of images; None to find it by its type.
+        caption_column: The column of captions; None for text, caption or prompt.
+        seed: The seed for the order of a stream's shards and blocks.
+        buffer: The number of samples that a stream holds and shuffles together.
+
+    Returns:
+        The examples; a stream if the table is read row by row.
+
+    Raises:
+        ValueError: A column does not exist or has another type; the message lists the columns.
     """
-    image_column, columns = _image_column(table, image_column, name)
+    image_column, columns = _choose_image_column(table, image_column, name)
     caption_column = choose_caption_column(columns, caption_column, name)
-    _check_captions(table, caption_column, name)
+    _check_caption_type(table, caption_column, name)
     if isinstance(table, Dataset):
-        return TableExamples(table, image_column=image_column, told_column=caption_column, name=name)
-    files = _as_files(table, image_column, caption_column)
+        return TableExamples(table, image_column=image_column, caption_column=caption_column, name=name)
+    files = _as_image_files(table, image_column, caption_column)
 
     def open_epoch(epoch: int) -> Iterator[Example]:
         shards = files.shuffle(seed=seed + epoch, buffer_size=1) if files.num_shards > 1 else files
         for number, row in enumerate(shards):
             place = f"sample {number} of epoch {epoch} of {name}"
-            image = StoredImage(place, _file_of(row[image_column], place, name))
+            image = StoredImage(place, _read_image_file(row[image_column], place, name))
             yield Example(image, parse_caption(row[caption_column], place))
 
     return Stream(open_epoch, seed=seed, buffer=buffer)
@@ -124,28 +152,44 @@ def read_captioned_table(
 def read_labelled_table(
     table: Dataset, *, name: str, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[list[Example], list[str]]:
-    """Pictures and class numbers of a data set. Returns: examples, and the names of the classes.
+    """Reads images and class numbers from a data set.
 
-    Raises: ValueError that lists the columns, or for labels that are no class numbers.
+    Args:
+        table: The data set.
+        name: Its name, for messages and to find its files.
+        image_column: The column of images; None to find it by its type.
+        label_column: The column of labels; None for "label".
+
+    Returns:
+        The examples, and the names of the classes.
+
+    Raises:
+        ValueError: A column does not exist, which the message lists, or a label is not a class.
     """
-    image_column, columns = _image_column(table, image_column, name)
+    image_column, columns = _choose_image_column(table, image_column, name)
     label_column = label_column or LABEL_COLUMN
     if label_column not in columns:
         raise ValueError(f"{name} has no column {label_column!r} of labels, but: {', '.join(columns)}")
     labels = list(table[label_column])
-    kind = table.features[label_column]
-    if isinstance(kind, ClassLabel):
-        names = kind.names
-        numbers = _checked_numbers(labels, label_column, name)
+    column_type = table.features[label_column]
+    if isinstance(column_type, ClassLabel):
+        class_names = column_type.names
+        class_numbers = _check_numbers(labels, label_column, name)
     else:
-        names, numbers = _classes(labels, label_column, name)
-    files = _as_files(table, image_column)
-    sources = [TableImage(files, row, image_column, name) for row in range(len(labels))]
-    return [Example(source, number) for source, number in zip(sources, numbers, strict=True)], names
+        class_names, class_numbers = _number_classes(labels, label_column, name)
+    files = _as_image_files(table, image_column)
+    examples = []
+    for row, number in enumerate(class_numbers):
+        examples.append(Example(TableImage(files, row, image_column, name), number))
+    return examples, class_names
 
 
-def _checked_numbers(labels: Sequence[object], column: str, name: str) -> list[int]:
-    """Class numbers from 0 on. Raises: ValueError that names the first row with another label."""
+def _check_numbers(labels: Sequence[object], column: str, name: str) -> list[int]:
+    """The labels, which must be class numbers from 0 on.
+
+    Raises:
+        ValueError: A label is not; the message names its row.
+    """
     for row, label in enumerate(labels):
         if not isinstance(label, int) or label < 0:
             raise ValueError(
@@ -156,7 +200,11 @@ def _checked_numbers(labels: Sequence[object], column: str, name: str) -> list[i
 
 
 def _check_names(labels: Sequence[object], column: str, name: str) -> None:
-    """Raises: ValueError that names the first row whose label is no name."""
+    """Checks that all labels are names.
+
+    Raises:
+        ValueError: A label is not; the message names its row.
+    """
     for row, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
             raise ValueError(
@@ -165,62 +213,75 @@ def _check_names(labels: Sequence[object], column: str, name: str) -> None:
             )
 
 
-def _classes(labels: Sequence[object], column: str, name: str) -> tuple[list[str], list[int]]:
-    """Names of the classes that occur and each row's number among them.
+def _number_classes(labels: Sequence[object], column: str, name: str) -> tuple[list[str], list[int]]:
+    """The names of the classes that occur, and the number of each row's class among them.
 
-    Labels that are numbers keep their order: 0, 5 and 900 are three classes, not 901.
+    Labels that are numbers keep their order, but not their gaps: 0, 5 and 900 are three classes, not 901.
     """
     if any(isinstance(label, str) for label in labels):
         _check_names(labels, column, name)
-        distinct = sorted(set(labels))
-        if all(label.isdecimal() for label in distinct):
-            distinct.sort(key=int)  # 2 before 10, as of folders
+        classes = sorted(set(labels))
+        if all(label.isdecimal() for label in classes):
+            classes.sort(key=int)  # 2 before 10, as for folders
     else:
-        distinct = sorted(set(_checked_numbers(labels, column, name)))
-    names = [str(label) for label in distinct]
-    number_of = {label: number for number, label in enumerate(distinct)}
-    if distinct != list(range(len(distinct))):
+        classes = sorted(set(_check_numbers(labels, column, name)))
+    names = [str(label) for label in classes]
+    number_of = {label: number for number, label in enumerate(classes)}
+    if classes != list(range(len(classes))):
         notify(
             f"labels of {name}: {shorten_list(names)} are its classes 0 to {len(names) - 1}, in this order"
         )
     return names, [number_of[label] for label in labels]
 
 
-def _image_column(table: Table, wanted: str | None, name: str) -> tuple[str, list[str]]:
-    """The column of pictures, and all columns."""
-    features = table.features or next(iter(table))  # streams without a schema: the first row knows the names
+def _choose_image_column(table: Table, requested: str | None, name: str) -> tuple[str, list[str]]:
+    """The column of images, and all columns.
+
+    Raises:
+        ValueError: There is no such column, or it does not hold images.
+    """
+    features = table.features or next(iter(table))  # a stream without a schema: the first row has the names
     columns = list(features)
-    kinds = dict(table.features or {})
-    pictures = [column for column, kind in kinds.items() if _holds_images(kind)]
-    chosen = wanted or (pictures[0] if pictures else IMAGE_COLUMN)
-    if chosen not in columns:
-        listed = ", ".join(columns)
-        raise ValueError(f"{name} has no column {chosen!r}; --image_column is one of: {listed}")
-    kind = kinds.get(chosen)
-    if kind is not None and chosen not in pictures and getattr(kind, "dtype", None) not in PICTURE_TYPES:
-        raise ValueError(f"column {chosen!r} of {name} holds {kind}, not pictures; see --image_column")
-    return chosen, columns
+    column_types = dict(table.features or {})
+    image_columns = [column for column, column_type in column_types.items() if _holds_images(column_type)]
+    column = requested or (image_columns[0] if image_columns else IMAGE_COLUMN)
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}; --image_column is one of: {', '.join(columns)}")
+    column_type = column_types.get(column)
+    may_hold_files = getattr(column_type, "dtype", None) in IMAGE_FILE_TYPES
+    if column_type is not None and column not in image_columns and not may_hold_files:
+        raise ValueError(f"column {column!r} of {name} holds {column_type}, not images; see --image_column")
+    return column, columns
 
 
-def _as_files(table: Table, *columns: str) -> Table:
-    """The columns, the first one as undecoded picture files."""
+def _as_image_files(table: Table, *columns: str) -> Table:
+    """The columns, with the first one as image files that are not decoded."""
     return table.select_columns(list(columns)).cast_column(columns[0], datasets.Image(decode=False))
 
 
-def _file_of(cell: object, place: str, name: str) -> bytes:
-    """The bytes of a picture file: in the cell, or in a file of the data set that the cell names."""
+def _read_image_file(cell: object, place: str, name: str) -> bytes:
+    """The content of an image file: in the cell, or in a file of the data set that the cell names.
+
+    Args:
+        cell: The cell.
+        place: The row, for messages.
+        name: The name of the data set.
+
+    Raises:
+        ValueError: There is no image in the cell, or it names a file out of the data set.
+    """
     if not isinstance(cell, dict):
-        raise ValueError(f"{place} holds no picture")
+        raise ValueError(f"{place} holds no image")
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
     path = Path(str(cell.get("path")))
-    homes = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    allowed_folders = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     if Path(name).is_dir():
-        homes = [link_root(name)]
-        path = _below(name, path)
-    if not any(is_inside(path, home) for home in homes):
+        allowed_folders = [link_root(name)]
+        path = _resolve_path(name, path)
+    if not any(is_inside(path, folder) for folder in allowed_folders):
         raise ValueError(
-            f"{place} names {path}, which is not a file of this data set; the pictures must be in its tables "
+            f"{place} names {path}, which is not a file of this data set; the images must be in its tables "
             "or in its folder"
         )
     if not path.is_file():
@@ -228,40 +289,48 @@ def _file_of(cell: object, place: str, name: str) -> bytes:
     return path.read_bytes()
 
 
-def _below(name: str, path: Path) -> Path:
-    """A path as a folder's tables mean it: from the folder itself, or from the one a table lies in."""
+def _resolve_path(name: str, path: Path) -> Path:
+    """A path in a table of a folder, which is relative to the folder, or to the folder of the table."""
     if path.is_absolute():
         return path
-    for place in _table_folders(name):
-        if (place / path).is_file():
-            return place / path
+    for folder in _table_folders(name):
+        if (folder / path).is_file():
+            return folder / path
     return path
 
 
 @lru_cache
 def _table_folders(name: str) -> tuple[Path, ...]:
-    """A folder, and the folders in it that hold tables."""
-    tables = [path for path in sorted(Path(name).rglob("*")) if path.suffix in TABLES]
-    return tuple(dict.fromkeys([Path(name), *(path.parent for path in tables)]))
+    """The folder `name`, and the folders below it that hold tables."""
+    folders = {Path(name): None}  # an ordered set
+    for path in sorted(Path(name).rglob("*")):
+        if path.suffix in TABLE_SUFFIXES:
+            folders[path.parent] = None
+    return tuple(folders)
 
 
-def _check_captions(table: Table, column: str, name: str) -> None:
-    """Raises: ValueError for a column that cannot hold captions, before any row is read."""
-    kind = (table.features or {}).get(column)
-    if kind is None:  # a stream without a schema
+def _check_caption_type(table: Table, column: str, name: str) -> None:
+    """Checks the type of the column of captions before any row is read.
+
+    Raises:
+        ValueError: The column cannot hold captions.
+    """
+    column_type = (table.features or {}).get(column)
+    if column_type is None:  # a stream without a schema
         return
-    is_list = isinstance(kind, datasets.List | datasets.LargeList)
-    item = kind.feature if is_list else kind
-    if not isinstance(item, datasets.Value) or item.dtype not in TEXT_TYPES:
+    is_list = isinstance(column_type, datasets.List | datasets.LargeList)
+    item_type = column_type.feature if is_list else column_type
+    if not isinstance(item_type, datasets.Value) or item_type.dtype not in CAPTION_TYPES:
         raise ValueError(
-            f"column {column!r} of {name} holds {kind}, not captions; name another with --caption_column"
+            f"column {column!r} of {name} holds {column_type}, not captions; name another with "
+            "--caption_column"
         )
     if is_list:
         notify(f"the captions of {name} are lists: the first of each is used")
 
 
-def _holds_images(kind: object) -> bool:
-    """Whether a column is of images, or of their bytes and paths as pandas and polars store them."""
-    if isinstance(kind, dict):
-        return bool(kind) and set(kind) <= {"bytes", "path"}
-    return isinstance(kind, datasets.Image)
+def _holds_images(column_type: object) -> bool:
+    """Whether a column holds images, or bytes and paths of them as pandas and polars store them."""
+    if isinstance(column_type, dict):
+        return bool(column_type) and set(column_type) <= {"bytes", "path"}
+    return isinstance(column_type, datasets.Image)

@@ -1,4 +1,4 @@
-"""Captions from metadata.jsonl, .csv or .parquet: read right, or refused with file and line."""
+"""Captions from metadata.jsonl, metadata.csv and metadata.parquet, with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -15,38 +15,41 @@ from diffadapt.common.messages import indented_list
 from diffadapt.common.symlinks import escapes_root
 from diffadapt.data.captions import choose_caption_column, parse_caption, to_nfc
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that is there is read
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that exists is read
 FILE_COLUMN = "file_name"  # as in the image folders of `datasets`
-DELIMITERS = (",", ";", "\t")  # of csv files; the header tells which
+DELIMITERS = (",", ";", "\t")  # of csv files; the header decides
 
 Row = dict[str, object]
 
 
 @dataclass(frozen=True)
 class MetadataCaptions:
-    """What a metadata file says.
+    """The content of a metadata file.
 
     Attributes:
-        captions: image, as a normal path without links followed -> caption; empty where there is none.
-        lists: how many cells hold several captions, of which the first is used.
+        captions: Image, as an absolute path with links not resolved -> caption; empty if it has none.
+        num_lists: The number of cells with several captions, of which the first one is used.
     """
 
     captions: Mapping[Path, str]
-    lists: int
+    num_lists: int
 
 
 def find_metadata_files(files: Sequence[Path]) -> dict[Path, Path]:
     """Folder -> the metadata file in it that is read."""
-    chosen: dict[Path, Path] = {}
+    metadata: dict[Path, Path] = {}
     for name in METADATA:
         for path in files:
             if path.name.lower() == name and path.is_file():
-                chosen.setdefault(path.parent, path)
-    return chosen
+                metadata.setdefault(path.parent, path)
+    return metadata
 
 
 def normalize_path(path: Path) -> Path:
-    """The absolute path without "." and "..", links not followed: files of one content stay two."""
+    """The absolute path without "." and "..".
+
+    Links are not resolved, so that two links to one file stay two images.
+    """
     return Path(os.path.abspath(path))
 
 
@@ -60,17 +63,24 @@ def read_metadata_captions(
     follow_links: bool = False,
     with_other_columns: bool = False,
 ) -> MetadataCaptions:
-    """The captions of a metadata file.
+    """Reads the captions of a metadata file.
 
     Args:
-        files: of the folder, to find names that are written in another form of Unicode.
-        root: that links must not leave.
-        with_other_columns: the usual names will do where the columns asked for are not there.
-    Raises: ValueError that names file and line of all that cannot be used.
+        metadata: The file.
+        files: All files of the folder, to find names that are written in another form of Unicode.
+        root: The folder that links must not leave.
+        image_column: The column of file names; None for FILE_COLUMN.
+        caption_column: The column of captions; None for the first of CAPTION_COLUMNS.
+        follow_links: Follow links out of the root too.
+        with_other_columns: Fall back to the default columns if the requested ones do not exist.
+
+    Raises:
+        ValueError: The file has other columns, or rows that cannot be used; the message names the file and
+            the lines.
     """
     if not follow_links and escapes_root(metadata, root):
         raise ValueError(f"{metadata} is a link out of {str(root)!r}; copy the file, or give --follow_links")
-    rows, columns = _table(metadata)
+    rows, columns = _read_table(metadata)
     if with_other_columns:
         image_column = image_column if image_column in columns else None
         caption_column = caption_column if caption_column in columns else None
@@ -80,23 +90,25 @@ def read_metadata_captions(
             f"{metadata} has no column {image_column!r}; --image_column is one of: {', '.join(columns)}"
         )
     caption_column = choose_caption_column(columns, caption_column, metadata)
-    by_name = {to_nfc(path.relative_to(metadata.parent).as_posix()): path for path in _below(files, metadata)}
+    folder = metadata.parent
+    path_of_name = _paths_by_name(files, folder)
     captions: dict[Path, str] = {}
     line_of: dict[Path, int] = {}
     problems: list[str] = []
-    lists = 0
+    num_lists = 0
     for line, row in rows:
-        name, cell = row.get(image_column), row.get(caption_column)
+        name = row.get(image_column)
         if not isinstance(name, str) or not name.strip():
-            problems.append(f"line {line}: no name of a file in column {image_column!r}")
+            problems.append(f"line {line}: no file name in column {image_column!r}")
             continue
-        image = _image(name, metadata.parent, by_name)
-        problem = _problem_of_name(name, image, metadata.parent, by_name)
+        image = _resolve_name(name, folder, path_of_name)
+        problem = _problem_of_name(name, image, folder, path_of_name)
         if not problem and not follow_links and escapes_root(image, root):
             problem = f"{name} is outside of the folder; copy the file, or give --follow_links"
         if problem:
             problems.append(f"line {line}: {problem}")
             continue
+        cell = row.get(caption_column)
         try:
             caption = parse_caption(cell, f"line {line}")
         except ValueError as error:
@@ -105,104 +117,122 @@ def read_metadata_captions(
         if captions.get(image, caption) != caption:
             problems.append(f"lines {line_of[image]} and {line} caption {name} differently; keep one of them")
             continue
-        lists += isinstance(cell, list | tuple) and len(cell) > 1
+        if isinstance(cell, list | tuple) and len(cell) > 1:
+            num_lists += 1
         captions[image] = caption
         line_of[image] = line
     if problems:
         raise ValueError(
             f"{metadata} has {len(problems)} rows that cannot be used:\n{indented_list(problems)}"
         )
-    return MetadataCaptions(captions, lists)
+    return MetadataCaptions(captions, num_lists)
 
 
 def read_caption_table(path: Path) -> dict[str, str]:
-    """Name of an image -> caption, from the columns file_name and text (caption, prompt) of a table.
+    """Reads file name -> caption from the columns file_name and text (caption, prompt) of a table.
 
-    Raises: ValueError for other columns, naming those there are, and for rows that cannot be used.
+    Raises:
+        ValueError: The table has other columns, which the message lists, or a row that cannot be used.
     """
-    rows, columns = _table(path)
+    rows, columns = _read_table(path)
     if FILE_COLUMN not in columns:
         raise ValueError(f"{path} has no column {FILE_COLUMN!r}, only {', '.join(columns)}")
-    column = choose_caption_column(columns, None, path)
+    caption_column = choose_caption_column(columns, None, path)
     captions: dict[str, str] = {}
     for line, row in rows:
         name = row.get(FILE_COLUMN)
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"line {line} of {path} has no name of a file in column {FILE_COLUMN!r}")
-        caption = parse_caption(row.get(column), f"line {line} of {path}")
+            raise ValueError(f"line {line} of {path} has no file name in column {FILE_COLUMN!r}")
+        caption = parse_caption(row.get(caption_column), f"line {line} of {path}")
         if captions.get(name, caption) != caption:
             raise ValueError(f"line {line} of {path} captions {name} a second time, in other words")
         captions[name] = caption
     return captions
 
 
-def _below(files: Sequence[Path], metadata: Path) -> list[Path]:
-    return [path for path in files if path.is_relative_to(metadata.parent)]
+def _paths_by_name(files: Sequence[Path], folder: Path) -> dict[str, Path]:
+    """Name relative to a folder, in composed form -> path, for all files below the folder."""
+    path_of_name = {}
+    for path in files:
+        if path.is_relative_to(folder):
+            path_of_name[to_nfc(path.relative_to(folder).as_posix())] = path
+    return path_of_name
 
 
-def _image(name: str, folder: Path, by_name: Mapping[str, Path]) -> Path:
-    """The file that a name stands for: as it is, or one of the folder's in another form of Unicode, with
-    Windows' separators or without spaces around it.
+def _resolve_name(name: str, folder: Path, path_of_name: Mapping[str, Path]) -> Path:
+    """The file that a name in metadata means.
+
+    It is the name as written, or a file of the folder in another form of Unicode, with the separators of
+    Windows, or without spaces around it.
     """
     path = normalize_path(folder / name)
     if os.path.isfile(path):
         return path
-    for candidate in (name, name.strip(), PureWindowsPath(name.strip()).as_posix()):
-        key = to_nfc(os.path.normpath(candidate))
-        if key in by_name:
-            return normalize_path(by_name[key])
+    for spelling in (name, name.strip(), PureWindowsPath(name.strip()).as_posix()):
+        normalized = to_nfc(os.path.normpath(spelling))
+        if normalized in path_of_name:
+            return normalize_path(path_of_name[normalized])
     return path
 
 
-def _other_case(name: str, names: Iterable[str]) -> str:
-    """Which file differs from a missing one in small and capital letters alone, for a message."""
-    similar = [other for other in names if other.casefold() == to_nfc(name).casefold()]
-    return f"; did you mean {similar[0]}?" if similar else ""
-
-
-def _problem_of_name(name: str, image: Path, folder: Path, by_name: Mapping[str, Path]) -> str:
-    """Why a name in metadata is no file of the folder; "" where it is one."""
+def _problem_of_name(name: str, image: Path, folder: Path, path_of_name: Mapping[str, Path]) -> str:
+    """Why a name in metadata is not a file of the folder; "" if it is one."""
     if "\0" in name:
-        return f"{name!r} is no name of a file"
+        return f"{name!r} is not a file name"
     if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
-        return f"{name} is an absolute name; write it from the folder of the metadata on"
+        return f"{name} is an absolute name; write it relative to the folder of the metadata"
     if not image.is_relative_to(normalize_path(folder)):
         return f"{name} is outside of the folder"
     if not os.path.isfile(image):
-        return f"there is no {name[:200]}{_other_case(name, by_name)}"
+        return f"there is no {name[:200]}{_suggest_other_case(name, path_of_name)}"
     if any(part.startswith(".") for part in image.relative_to(normalize_path(folder)).parts):
         return f"{name} is hidden, and hidden files and folders are not read; rename it"
     return ""
 
 
-def _table(metadata: Path) -> tuple[list[tuple[int, Row]], list[str]]:
-    """Line number and columns of every row, and the names of all columns.
+def _suggest_other_case(name: str, existing_names: Iterable[str]) -> str:
+    """The end of a message about a missing file: an existing one that differs in upper and lower case."""
+    folded = to_nfc(name).casefold()
+    for existing in existing_names:
+        if existing.casefold() == folded:
+            return f"; did you mean {existing}?"
+    return ""
 
-    Raises: ValueError for a table without rows.
+
+def _read_table(metadata: Path) -> tuple[list[tuple[int, Row]], list[str]]:
+    """Reads a table.
+
+    Returns:
+        (line number, row) of every row, and the names of all columns.
+
+    Raises:
+        ValueError: The table has no rows, or cannot be read.
     """
-    rows = list(_rows(metadata))
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    rows = list(_read_rows(metadata))
     if not rows:
-        header = "; the first line of csv names the columns" if metadata.suffix.lower() == ".csv" else ""
-        raise ValueError(f"{metadata} has no rows{header}")
-    return rows, columns
+        hint = "; the first line of csv names the columns" if metadata.suffix.lower() == ".csv" else ""
+        raise ValueError(f"{metadata} has no rows{hint}")
+    columns: dict[str, None] = {}  # an ordered set: rows of JSON may have different columns
+    for _, row in rows:
+        columns |= dict.fromkeys(row)
+    return rows, list(columns)
 
 
-def _rows(metadata: Path) -> Iterator[tuple[int, Row]]:
-    """Line number and columns of every row."""
-    kind = metadata.suffix.lower()
-    if kind == ".parquet":
-        return _parquet_rows(metadata)
+def _read_rows(metadata: Path) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of every row."""
+    suffix = metadata.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet_rows(metadata)
     text = read_text(metadata)
-    return _csv_rows(metadata, text) if kind == ".csv" else _json_rows(metadata, text)
+    return _read_csv_rows(metadata, text) if suffix == ".csv" else _read_json_rows(metadata, text)
 
 
-def _json_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
+def _read_json_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(text_lines(text), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_distinct)
+            row = json.loads(line, object_pairs_hook=_row_of_pairs)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} of {metadata} is not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -210,23 +240,23 @@ def _json_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> Row:
+def _row_of_pairs(pairs: list[tuple[str, object]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError("a column stands there twice")
+        raise ValueError("a column occurs twice")
     return row
 
 
-def _csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
-    """Rows of a csv file, strictly: a quotation mark or comma too many would move words from row to row."""
-    offset = 0
-    first, _, rest = text.partition("\n")
-    if first.lower().startswith("sep="):  # Excel's line that names the delimiter
-        delimiter = first[4:].strip() or "\t"
-        text = rest
-        offset = 1
+def _read_csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
+    """Reads csv strictly: an extra quotation mark or comma would move text from row to row."""
+    line_offset = 0
+    first_line, _, remaining_text = text.partition("\n")
+    if first_line.lower().startswith("sep="):  # Excel's line that names the delimiter
+        delimiter = first_line[4:].strip() or "\t"
+        text = remaining_text
+        line_offset = 1
     else:
-        delimiter = max(DELIMITERS, key=first.count) if "," not in first else ","
+        delimiter = "," if "," in first_line else max(DELIMITERS, key=first_line.count)
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
     )
@@ -237,17 +267,19 @@ def _csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
+            line = reader.line_num + line_offset
             if len(cells) != len(columns):
                 raise ValueError(
-                    f"line {reader.line_num + offset} of {metadata} has {len(cells)} fields for "
-                    f"{len(columns)} columns; a caption with {delimiter!r} in it must stand in quotes"
+                    f"line {line} of {metadata} has {len(cells)} fields for {len(columns)} columns; "
+                    f"a caption with {delimiter!r} in it must stand in quotes"
                 )
-            yield reader.line_num + offset, dict(zip(columns, cells, strict=True))
+            yield line, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num + offset} of {metadata} is not CSV: {error}") from None
+        line = reader.line_num + line_offset
+        raise ValueError(f"line {line} of {metadata} is not CSV: {error}") from None
 
 
-def _parquet_rows(metadata: Path) -> Iterator[tuple[int, Row]]:
+def _read_parquet_rows(metadata: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow
     from pyarrow import parquet
 

@@ -1,52 +1,86 @@
-"""What a run found as its data, in words."""
+"""The summary of a run's training data, in words."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from diffadapt.common.images import ImageSource, PlannedImage
 from diffadapt.common.messages import indented_list
-from diffadapt.data.cache import DiskCache
+from diffadapt.data.cache import DiskCache, MemoryCache
+from diffadapt.data.examples import OrderedExamples
 from diffadapt.data.stream import Stream
 from diffadapt.models.text_conditioned import TruncatedCaption
 
-if TYPE_CHECKING:
-    from diffadapt.data.batches import Batches
-
-MUCH_ENLARGED = 2  # times its size
-MUCH_CROPPED = 0.5  # share of its area
+MUCH_ENLARGED = 2  # scale above which an enlarged image is reported
+MUCH_CROPPED = 0.5  # share of the area outside of the crop above which an image is reported
 
 
-def describe(batches: Batches) -> str:
-    """How many pictures, how they are cut and encoded, what is changed at random, which captions are cut."""
-    lines = [f"{_found(batches)}, {_shapes(batches)}, {_encoding(batches)}"]
-    changes = ["half of them mirrored"] if batches.random_flip else []
-    changes += [f"{batches.caption_dropout:.0%} told no caption"] if batches.caption_dropout else []
-    changes += [f"trigger word {batches.trigger_word!r}"] if batches.trigger_word else []
-    if changes:
-        lines.append(", ".join(changes))
-    lines += batches.size_notes
-    if batches.truncated_captions:
-        lines.append(describe_truncated_captions(batches.truncated_captions))
+@dataclass(frozen=True)
+class DataSummary:
+    """The facts about training data that a summary tells.
+
+    Attributes:
+        order: The examples and their order.
+        resolution: The side of the square crops, in pixels.
+        bucket_of: Image -> (height, width) of its bucket; empty without buckets.
+        cache: The cache of encoded images; None if images are encoded in every step.
+        center_crop: Whether the crop of an image is always the same.
+        random_flip: Whether half of the images are mirrored.
+        caption_dropout: The share of samples without their caption.
+        trigger_word: The word added to captions.
+        size_notes: The notes of `size_notes`.
+        truncated_captions: The captions that are too long for the tokenizer.
+    """
+
+    order: OrderedExamples | Stream
+    resolution: int
+    bucket_of: Mapping[ImageSource, tuple[int, int]]
+    cache: MemoryCache | DiskCache | None
+    center_crop: bool
+    random_flip: bool
+    caption_dropout: float
+    trigger_word: str | None
+    size_notes: Sequence[str]
+    truncated_captions: Sequence[TruncatedCaption]
+
+
+def describe(summary: DataSummary) -> str:
+    """The summary as text: number and size of images, augmentation, notes on sizes, truncated captions."""
+    lines = [f"{_count_images(summary.order)}, {_describe_sizes(summary)}, {_describe_encoding(summary)}"]
+    augmentation = []
+    if summary.random_flip:
+        augmentation.append("half of them mirrored")
+    if summary.caption_dropout:
+        augmentation.append(f"{summary.caption_dropout:.0%} without caption")
+    if summary.trigger_word:
+        augmentation.append(f"trigger word {summary.trigger_word!r}")
+    if augmentation:
+        lines.append(", ".join(augmentation))
+    lines += summary.size_notes
+    if summary.truncated_captions:
+        lines.append(describe_truncated_captions(summary.truncated_captions))
     return "\n".join(lines)
 
 
 def size_notes(
-    sources: Sequence[ImageSource], sizes: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]]
+    sources: Sequence[ImageSource], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
 ) -> list[str]:
-    """Images that training shows otherwise than a person would expect: very small ones and very long ones.
+    """Notes about images that are much enlarged or much cropped in training.
 
     Args:
-        sizes: (width, height) of each image; targets: (height, width) of what is cut from it.
+        sources: The images.
+        sizes: (width, height) of each image.
+        crops: (height, width) of the crop of each image.
     """
-    enlarged, cropped = [], []
-    for source, (width, height), (target_height, target_width) in zip(sources, sizes, targets, strict=True):
+    enlarged = []
+    cropped = []
+    for source, (width, height), (crop_height, crop_width) in zip(sources, sizes, crops, strict=True):
         if isinstance(source, PlannedImage):
             continue
-        scale = max(target_width / width, target_height / height)
-        share_outside = 1 - target_width * target_height / (scale**2 * width * height)
+        scale = max(crop_width / width, crop_height / height)
+        share_outside = 1 - crop_width * crop_height / (scale**2 * width * height)
         name = f"{source} ({width} x {height} pixels)"
         if scale > MUCH_ENLARGED:
             enlarged.append((scale, name))
@@ -64,34 +98,42 @@ def size_notes(
     return notes
 
 
-def describe_truncated_captions(cuts: Sequence[TruncatedCaption]) -> str:
-    """Which words of captions or prompts are not read."""
-    lost = [f"{c.lost!r} of {c.caption!r} ({c.length} tokens, {c.limit} are read)" for c in cuts]
-    return f"too long for the tokenizer, so not read:\n{indented_list(lost, limit=5)}"
+def describe_truncated_captions(captions: Sequence[TruncatedCaption]) -> str:
+    """Captions or prompts that are too long, and the words that are lost of each."""
+    lines = []
+    for caption in captions:
+        limits = f"{caption.length} tokens, {caption.limit} are read"
+        lines.append(f"{caption.lost!r} of {caption.caption!r} ({limits})")
+    return f"too long for the tokenizer, so not read:\n{indented_list(lines, limit=5)}"
 
 
-def _found(batches: Batches) -> str:
-    order = batches.order
+def _count_images(order: OrderedExamples | Stream) -> str:
     if isinstance(order, Stream):
         return f"a stream, shuffled in blocks of {order.buffer}"
-    undrawn = sum(isinstance(example.source, PlannedImage) for example in order.classes)
-    classes = f", {len(order.classes)} class pictures" if order.classes else ""
-    classes += f" ({undrawn} of them still to be drawn by the base)" if undrawn else ""
     distinct = len({id(example.source) for example in order.examples})
-    repeated = f" ({len(order.examples)} with repeats)" if distinct < len(order.examples) else ""
-    return f"{distinct} pictures{repeated}{classes}"
+    text = f"{distinct} images"
+    if distinct < len(order.examples):
+        text += f" ({len(order.examples)} with repeats)"
+    if order.classes:
+        text += f", {len(order.classes)} class images"
+        planned = sum(isinstance(example.source, PlannedImage) for example in order.classes)
+        if planned:
+            text += f" ({planned} of them still to be generated by the base)"
+    return text
 
 
-def _shapes(batches: Batches) -> str:
-    if not batches.bucket_of:
-        return f"{batches.resolution} pixels"
-    counts = Counter(batches.bucket_of.values())
-    return ", ".join(f"{count} of {h} x {w}" for (h, w), count in sorted(counts.items()))
+def _describe_sizes(summary: DataSummary) -> str:
+    if not summary.bucket_of:
+        return f"{summary.resolution} pixels"
+    counts = Counter(summary.bucket_of.values())
+    return ", ".join(f"{count} of {height} x {width}" for (height, width), count in sorted(counts.items()))
 
 
-def _encoding(batches: Batches) -> str:
-    if isinstance(batches.cache, DiskCache):
-        return f"encoded once, kept in {batches.cache.folder}"
-    if batches.cache is not None:
+def _describe_encoding(summary: DataSummary) -> str:
+    if isinstance(summary.cache, DiskCache):
+        return f"encoded once, kept in {summary.cache.folder}"
+    if summary.cache is not None:
         return "encoded once"
-    return ("" if batches.center_crop else "cut at random and ") + "encoded in every step"
+    if summary.center_crop:
+        return "encoded in every step"
+    return "cropped at random and encoded in every step"

@@ -1,50 +1,53 @@
-"""The trigger word of a style: put before a caption that does not hold it as a word."""
+"""The trigger word of a style, added to captions that do not contain it."""
 
 from __future__ import annotations
 
 import unicodedata
 
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts without word spaces
+# Scripts that write no spaces between words.
+UNSPACED_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 
 def add_trigger_word(caption: str | int, trigger_word: str | None) -> str | int:
-    """The caption with the trigger word before it, unless it holds that word; a class stays as it is."""
+    """Puts the trigger word before a caption that does not contain it; a class number stays as it is."""
     if trigger_word is None or isinstance(caption, int) or contains_word(caption, trigger_word):
         return caption
     return f"{trigger_word} {caption}"
 
 
 def contains_word(text: str, word: str) -> bool:
-    """Whether a word, or several with spaces, stands in a text and is not part of a longer word.
+    """Whether a word, or several words with spaces, occurs in a text and is not part of a longer word.
 
-    Capitals do not matter: CLIP's tokenizers make them small. In scripts without spaces between words any
-    place counts.
+    Case is ignored, since CLIP's tokenizers convert to lower case. In scripts that write no spaces any
+    occurrence counts.
     """
-    text = _comparable(text)
-    word = _comparable(word)
+    text = _normalize(text)
+    word = _normalize(word)
     start = text.find(word)
     while start >= 0:
         end = start + len(word)
-        if not _joins(text, start) and not _joins(text, end):
+        if not _is_within_word(text, start) and not _is_within_word(text, end):
             return True
         start = text.find(word, start + 1)
     return False
 
 
-def _comparable(text: str) -> str:
-    composed = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-    return " ".join(composed.split())
+def _normalize(text: str) -> str:
+    """The text in a form in which equal words are equal strings: composed, without case, single spaces."""
+    # Case folding may decompose characters, so the text is composed again after it.
+    folded = unicodedata.normalize("NFC", text).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def _joins(text: str, place: int) -> bool:
+def _is_within_word(text: str, place: int) -> bool:
     """Whether the characters before and at a place belong to one word."""
     if not 0 < place < len(text):
         return False
-    return _is_letter(text[place - 1]) and _is_letter(text[place])
+    return _is_word_character(text[place - 1]) and _is_word_character(text[place])
 
 
-def _is_letter(character: str) -> bool:
-    """Whether a character is part of words: a letter, a digit, an accent or an underscore."""
-    if unicodedata.name(character, "").startswith(UNSPACED):
+def _is_word_character(character: str) -> bool:
+    """Whether a character is part of words: a letter, digit, accent or underscore of a script with spaces."""
+    if unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS):
         return False
     return character == "_" or unicodedata.category(character)[0] in "LMN"

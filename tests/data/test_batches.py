@@ -178,7 +178,7 @@ def test_half_of_the_pictures_are_mirrored_and_encoded_as_such(tmp_path, model):
         model.encode_images(to_pixels(open_image(examples[0].source), 32, flip=flip)[None])[0]
         for flip in (False, True)
     ]
-    found = [batches._sample(draw)[1] for draw in batches.order.sample_indices(range(60))]
+    found = [batches._load(draw)[1] for draw in batches.order.sample_indices(range(60))]
     mirrored = [torch.equal(encoded, expected[1]) for encoded in found]
     assert all(m or torch.equal(e, expected[0]) for m, e in zip(mirrored, found, strict=True))
     assert 18 <= sum(mirrored) <= 42
@@ -253,7 +253,7 @@ def test_streaming_may_keep_encodings_on_disk_only(tmp_path, model):
 
 def test_no_pictures_are_an_error(model):
     for is_streaming in (False, True):
-        with pytest.raises(ValueError, match="no pictures to train on"):
+        with pytest.raises(ValueError, match="no images to train on"):
             make(model, [], is_streaming=is_streaming)
 
 
@@ -261,7 +261,9 @@ def test_encodings_of_random_cuts_are_not_kept(tmp_path, model):
     examples = captioned(tmp_path, 2, (64, 40))
     with pytest.raises(ValueError, match="add --center_crop"):
         make(model, examples, center_crop=False, cache_latents="memory")
-    assert "cut at random and encoded in every step" in make(model, examples, center_crop=False).description
+    assert (
+        "cropped at random and encoded in every step" in make(model, examples, center_crop=False).description
+    )
 
 
 def test_missing_and_cut_captions_are_told_before_the_first_step(tmp_path, model):
@@ -270,7 +272,7 @@ def test_missing_and_cut_captions_are_told_before_the_first_step(tmp_path, model
     description = make(model, long).description
     assert "too long for the tokenizer, so not read" in description
     assert "of 'a picture of a very long disc'" in description
-    with pytest.raises(ValueError, match=r"1 of 2 pictures have no caption(.|\n)*picture-0"):
+    with pytest.raises(ValueError, match=r"1 of 2 images have no caption(.|\n)*picture-0"):
         make(model, [Example(examples[0].source, ""), examples[1]])
 
 
@@ -392,4 +394,4 @@ def test_a_repeated_image_is_drawn_more_often_and_read_once(tmp_path, model):
     batches = make(model, [examples[0], examples[0], examples[0], examples[1]])
     names = batches.names(range(4))
     assert sorted(names.count(str(e.source)) for e in examples) == [1, 3]
-    assert "2 pictures (4 with repeats)" in batches.description
+    assert "2 images (4 with repeats)" in batches.description

@@ -121,9 +121,9 @@ def test_a_damaged_entry_is_made_again_with_a_notice(tmp_path, bases, capsys, da
     entries[0].write_bytes({"flip": data, "cut": data[:50], "swap": entries[1].read_bytes()}[damage])
     capsys.readouterr()
     assert same(make(bases[0], examples, **disk(tmp_path)).batch(range(4)), expected)
-    assert "it is made again" in capsys.readouterr().out
+    assert "it is encoded again" in capsys.readouterr().out
     make(bases[0], examples, **disk(tmp_path))
-    assert "made again" not in capsys.readouterr().out
+    assert "encoded again" not in capsys.readouterr().out
 
 
 def test_entries_are_whole_or_not_there(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_pictures_without_caption_are_all_listed(tmp_path):
     write_pictures(tmp_path, 3)
     (tmp_path / "picture-1.txt").write_text("a disc", encoding="utf-8")
     (tmp_path / "picture-2.txt").write_text("  \n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"2 of 3 pictures have no caption(.|\n)*picture-0(.|\n)*picture-2"):
+    with pytest.raises(ValueError, match=r"2 of 3 images have no caption(.|\n)*picture-0(.|\n)*picture-2"):
         captions(tmp_path)
 
 
@@ -144,12 +144,12 @@ def test_class_folders_are_numbered_by_name_and_numbers_by_value(tmp_path):
         (
             "jsonl",
             '{"file_name": "picture-0.png", "text": "a", "text": "b"}',
-            "line 1 .* a column stands there twice",
+            "line 1 .* a column occurs twice",
         ),
         ("jsonl", '{"file_name": "picture-0.png", "text": "\\ud83d"}', "line 1: .* half of a surrogate pair"),
-        ("jsonl", '{"file_name": null, "text": "a"}', "line 1: no name of a file"),
+        ("jsonl", '{"file_name": null, "text": "a"}', "line 1: no file name"),
         ("jsonl", '{"file_name": "Picture-0.PNG", "text": "a"}', "did you mean picture-0.png"),
-        ("jsonl", '{"file_name": "picture-0.png\\u0000", "text": "a"}', "line 1: .* is no name of a file"),
+        ("jsonl", '{"file_name": "picture-0.png\\u0000", "text": "a"}', "line 1: .* is not a file name"),
         ("jsonl", f'{{"file_name": "{"a" * 5000}", "text": "a"}}', "line 1: there is no aaa"),
         ("jsonl", '{"file_name": ".hidden/a.png", "text": "a"}', "line 1: .*hidden.* are not read"),
         ("csv", "picture-0.png,a disc\n", "has no rows; the first line of csv names the columns"),
@@ -193,7 +193,7 @@ def test_what_programs_write_for_nothing_is_no_caption(tmp_path, cell):
     write_pictures(tmp_path, 1)
     line = f'{{"file_name": "picture-0.png", "text": {cell}}}'
     (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"1 of 1 pictures have no caption(.|\n)*picture-0"):
+    with pytest.raises(ValueError, match=r"1 of 1 images have no caption(.|\n)*picture-0"):
         captions(tmp_path)
     assert [e.caption for e in read_instance_folder(tmp_path, "a sks dog")] == ["a sks dog"]
 

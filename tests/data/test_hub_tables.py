@@ -63,7 +63,7 @@ def test_wrong_columns_and_splits_list_those_there_are(tmp_path, table):
         read_captioned_table(table, name="n", caption_column="words")
     with pytest.raises(ValueError, match=r"no column 'img'; --image_column .*: picture, text, label"):
         read_captioned_table(table, name="n", image_column="img")
-    with pytest.raises(ValueError, match=r"column 'label' of n holds .*, not pictures"):
+    with pytest.raises(ValueError, match=r"column 'label' of n holds .*, not images"):
         read_captioned_table(table, name="n", image_column="label")
     with pytest.raises(ValueError, match=r"no column 'kind' of labels, but: picture, text, label"):
         read_labelled_table(table, name="n", label_column="kind")

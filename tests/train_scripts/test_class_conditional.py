@@ -51,8 +51,8 @@ def test_a_run_on_class_folders_leaves_everything_it_promises(run, base, picture
     more = {"train_data_dir": pictures, "held_out": held_out, "class_labels": "2,0,1", "validation_steps": 2}
     assert run(*arguments(base, out, extractor="embedded:digits", **more)) == 0
     shown = capsys.readouterr().out
-    assert "9 pictures" in shown
-    assert "10% told no caption" in shown
+    assert "9 images" in shown
+    assert "10% without caption" in shown
     assert "--class_labels 2,0,1" in shown
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert list(record["figures"]) == [
@@ -108,7 +108,7 @@ def test_the_demonstration_says_so_and_lowers_the_loss_on_handwriting(run, tmp_p
     out = tmp_path / "demo"
     assert run(*small, "--train_batch_size", 16, "--output_dir", out, "--num_threads", 1) == 0
     shown = capsys.readouterr().out
-    assert "1400 pictures, 16 pixels" in shown
+    assert "1400 images, 16 pixels" in shown
     assert "DEMO on an embedded base" in shown
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["demo"] is True
@@ -145,7 +145,7 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run, base, pictures, tmp
     fixed = arguments(base, tmp_path / "out", train_data_dir=pictures, held_out=pictures)
     assert run(*fixed, "--dry_run") == 0
     shown = capsys.readouterr().out
-    assert "  data     9 pictures" in shown
+    assert "  data     9 images" in shown
     assert "  memory   about " in shown
     assert not (tmp_path / "out").exists()
 

@@ -70,7 +70,7 @@ def test_held_out_captions_are_drawn_before_and_after_and_measured(run, tmp_path
     assert not record["demo"]
     assert len(list((tmp_path / "out" / "samples" / "after").iterdir())) == 3
     assert (tmp_path / "out" / "grid.png").stat().st_size > 10_000
-    assert "4 pictures, 32 pixels, encoded once" in shown
+    assert "4 images, 32 pixels, encoded once" in shown
     assert f"diffadapt sample --adapter {tmp_path}/out/adapter.safetensors --prompt 'disc 0'" in shown
 
 
@@ -191,7 +191,7 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run, tmp_path, base, cap
     fixed = arguments(base, tmp_path / "out", pictures=2)
     assert run(*fixed, "--train_data_dir", data, "--validation_data_dir", data, "--dry_run") == 0
     shown = capsys.readouterr().out
-    assert "  data     3 pictures" in shown
+    assert "  data     3 images" in shown
     assert "  memory   about " in shown
     assert not (tmp_path / "out").exists()
 
@@ -223,7 +223,7 @@ def test_without_arguments_it_is_the_demonstration_and_says_so(run, tmp_path, ca
     assert record["demo"]
     assert record["options"]["pretrained_model_name_or_path"] == "embedded:emoji"
     assert {"held_out_loss", "similarity_to_real[embedded:clip]"} <= set(record["figures"])
-    assert "8 pictures" in shown
+    assert "8 images" in shown
     assert "DEMO" in shown
     assert "accelerate launch --config_file accelerate_config.yaml train_scripts/style_transfer.py" in shown
     assert record["options"]["train_data_dir"] == "embedded:style/fluent3d/train"
