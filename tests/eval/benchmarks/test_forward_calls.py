@@ -1,0 +1,42 @@
+"""The code that a forward of an adapted layer runs stays short enough to be followed."""
+
+import sys
+from pathlib import Path
+
+import forward_calls
+import pytest
+import torch
+
+
+@pytest.mark.parametrize(
+    ("method", "most_files", "most_calls"), [("lora", 6, 25), ("flora", 7, 27), ("dora", 9, 34)]
+)
+def test_a_forward_of_a_linear_layer_is_short(method, most_files, most_calls):
+    calls = forward_calls.measure(f"diffadapt:{method}")
+    assert 0 < calls.files <= most_files
+    assert 0 < calls.calls <= most_calls
+    assert calls.files <= calls.functions <= calls.calls
+    assert calls.depth <= calls.calls
+
+
+def test_only_code_of_the_package_is_counted():
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return self.twice(super().forward(x))
+
+        def twice(self, x):
+            return 2 * x
+
+    previous = sys.getprofile()
+    calls = forward_calls.count_calls(Model(2, 2), torch.ones(2), Path(__file__).parent)
+    assert calls == forward_calls.Calls(files=1, functions=2, calls=2, depth=2)
+    assert sys.getprofile() is previous
+
+
+def test_the_page_has_a_row_for_every_variant(monkeypatch, tmp_path):
+    page = tmp_path / "page.md"
+    command = ["forward_calls.py", "--variants", "diffadapt:lora", "peft:lora", "--output", str(page)]
+    monkeypatch.setattr(sys, "argv", command)
+    forward_calls.main()
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert [row.split("|")[1].strip() for row in rows] == ["diffadapt:lora", "peft:lora"]
