@@ -31,3 +31,10 @@ def _reproducible():
         torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # one test's precision is not the next one's
     GradientState._reset_state()
+
+
+def pytest_collection_modifyitems(items):
+    """Every test that is not marked as slow belongs to the quick loop."""
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.quick)

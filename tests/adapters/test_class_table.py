@@ -37,6 +37,7 @@ def table_shapes(folder):
     return [tuple(value.shape) for name, value in stored.items() if "table_" in name]
 
 
+@pytest.mark.slow
 def test_more_classes_than_the_base_has_get_a_table_of_their_own(run, base, five, tmp_path, capsys):
     out = tmp_path / "out"
     more = {"train_data_dir": five, "held_out": five, "validation_steps": 2, "checkpointing_steps": 2}

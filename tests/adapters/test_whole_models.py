@@ -28,6 +28,7 @@ def gradients(adapter, loss):
 
 
 @everywhere
+@pytest.mark.slow
 def test_checkpointed_blocks_give_the_same_gradients(case):
     model = denoiser().double()
     adapter = da.attach(model, case.method, targets(case))
@@ -73,6 +74,7 @@ def test_layers_that_share_a_weight_are_changed_alike(case):
 
 
 @on_linear
+@pytest.mark.slow
 def test_components_that_meet_in_one_loss_add_their_gradients(case):
     pipe = pipeline()
     for component in (pipe.unet, pipe.text_encoder):

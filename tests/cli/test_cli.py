@@ -57,6 +57,7 @@ def test_batch_size_changes_no_image(work, tmp_path):
     assert max(abs(a - b).max() for a, b in zip(one, three, strict=True)) <= 2
 
 
+@pytest.mark.slow
 def test_adapters_stack_and_strength_weakens(work, tmp_path):
     one, two = work / "one.safetensors", work / "two.safetensors"
 
@@ -138,6 +139,7 @@ def test_info_shows_what_a_file_holds(work, capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light_and_large_tensors_then_come_in_large_pages():
     program = """
 import sys, diffadapt.cli

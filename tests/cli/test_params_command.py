@@ -114,6 +114,7 @@ def test_rank_patterns(capsys, pipe):
         (["--model", SDXL, "--blocks", "0"], "--blocks must be at least 1, got 0"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_end_with_one_line_and_code_2(tmp_path, capsys, arguments, message):
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     (tmp_path / "torn.json").write_text("{", encoding="utf-8")

@@ -16,6 +16,8 @@ from diffadapt.models.families import load_base
 from diffadapt.models.sampling_columns import AdapterFile, make_columns, parse_strengths
 from diffadapt.models.sampling_options import read_prompts
 
+pytestmark = pytest.mark.slow
+
 
 def adapted(base, seed=0, size=0.05):
     pipe = load_base(str(base)).pipe

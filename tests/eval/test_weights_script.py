@@ -31,6 +31,7 @@ def path_of(files, name):
     return str(files / name / "adapter.safetensors")
 
 
+@pytest.mark.slow
 def test_table_json_and_plots_hold_the_figures_of_the_files(files, tmp_path, capsys):
     given = [path_of(files, "lora"), path_of(files, "1lora"), "--dense", path_of(files, "full")]
     assert script.main([*given, "--output", str(tmp_path), "--k", "3"]) == 0

@@ -63,6 +63,7 @@ def as_coco(folder, captions):
 
 
 @pytest.mark.parametrize("write", [as_sidecar, as_jsonl, as_coco])
+@pytest.mark.slow
 def test_captions_give_any_folder_its_text_similarity(tmp_path, write):
     folder = tmp_path / "images"
     captions = captioned(folder)
@@ -208,6 +209,7 @@ def test_wrong_models_of_preference_are_refused(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_adms_batch_serves_fid_and_sfid_by_its_statistics_and_the_rest_by_its_images(tmp_path):
     """Slow (10 s): the eigenvalues of Inception's 2048 x 2048 covariances."""
     extractor = load_extractor("inception", smoke=True).with_layers_for(["spatial"])
@@ -243,6 +245,7 @@ def test_adms_batch_serves_fid_and_sfid_by_its_statistics_and_the_rest_by_its_im
 
 
 @pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.slow
 def test_lpips_says_its_size_and_can_have_the_images_own(tmp_path, is_native):
     folder = tmp_path / "images"
     captions = captioned(folder)

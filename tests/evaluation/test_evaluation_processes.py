@@ -57,6 +57,7 @@ def subjects(adapter, out):
     return ["subject", *given, "--output", str(out)]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, adapter, monkeypatch):
     generated, real = write_images(tmp_path / "a", 19), write_images(tmp_path / "real", 23, first=50)
     random_image(3, (30, 20)).save(generated / "image-007.png")

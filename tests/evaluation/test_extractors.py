@@ -27,6 +27,7 @@ def images(count=2, height=21, width=17):
     return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     torch.manual_seed(3)
     path = tmp_path / "inception.pth"

@@ -44,6 +44,7 @@ def evaluate(tmp_path, *arguments):
     return code, output
 
 
+@pytest.mark.slow
 def test_the_demonstration_writes_json_table_csv_and_page(tmp_path, capsys):
     code, output = evaluate(tmp_path, "--no_intervals", "--metrics", "fid,precision_recall,clip_i")
     record = read_record(output)
@@ -68,6 +69,7 @@ def test_the_demonstration_writes_json_table_csv_and_page(tmp_path, capsys):
     assert len(list(csv.DictReader(output.with_suffix(".csv").open(encoding="utf-8")))) == 200
 
 
+@pytest.mark.slow
 def test_random_weights_are_stamped_in_every_output(tmp_path, sets, capsys):
     code, output = evaluate(
         tmp_path, "--generated", sets[0], "--reference", sets[1], "--extractor", "inception", "--smoke",
@@ -324,6 +326,7 @@ def trained(tmp_path_factory):
 DRAWING = ["--num_images", "2", "--num_inference_steps", "2", "--guidance_scale", "1", "--seed", "5"]
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_a_run_with_paired_seeds(tmp_path, trained):
     run = trained
     prompts = tmp_path / "prompts.txt"

@@ -220,6 +220,7 @@ def open_in_browser(path, home, *options):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+@pytest.mark.slow
 def test_a_browser_has_nothing_to_complain_of(tmp_path):
     """The page as it is written: nothing in it offends its own rule to fetch nothing and run nothing."""
     write_page(record(count=3), tmp_path / "page.html", load_image)
@@ -246,6 +247,7 @@ PROBE = """<script>addEventListener("load", () => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.slow
 def test_a_browser_shows_every_image_at_a_desks_and_a_phones_width(tmp_path, width):
     """The frame around the page gives it the width, which a browser's window cannot go below 500 pixels."""
     html = page(record(count=14), load_image)

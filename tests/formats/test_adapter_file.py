@@ -56,6 +56,7 @@ def assert_same(path, other):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.slow
 def test_a_loaded_adapter_computes_the_same_bits(files, case):
     path, weights, output = files[case]
     model = denoiser()
@@ -82,6 +83,7 @@ pickle.dump(found, open(sys.argv[2], "wb"))
 """
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_same_bits_in_another_process_and_thread_count(files, tmp_path):
     paths = [str(path) for path, *_ in files.values()]
     here = str(Path(__file__).parents[1])
@@ -136,6 +138,7 @@ def test_names_decide_not_the_order_of_layers(files, case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if targets(c).startswith("linear")], ids=str)
+@pytest.mark.slow
 def test_one_file_holds_the_adapters_of_unet_and_text_encoder(tmp_path, case):
     pipe, text = pipeline(), torch.randn(3, 6)
     adapter = da.attach(pipe, case.method, "attention+norm", text_encoder_targets="qv")

@@ -3,6 +3,8 @@
 import pytest
 from fuzz_files import Hang, outcome, run
 
+pytestmark = pytest.mark.slow
+
 
 def test_mutated_adapter_files_load_right_or_are_refused_and_leave_no_trace(tmp_path):
     outcomes, failures = run("files", range(400), seed=1, folder=tmp_path)

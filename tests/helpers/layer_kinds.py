@@ -83,6 +83,7 @@ FEW = (  # one of each code path, for laws about the whole machinery
     "group-norm",
 )
 MAIN = ("linear", "conv-3x3", "conv-groups-2")
+QUICK = ("linear", "conv-3x3", "group-norm")
 LARGE = {  # weights far larger than their activations and the factors of a small rank
     kind.name: kind
     for kind in (

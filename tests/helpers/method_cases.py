@@ -7,8 +7,9 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
+import pytest
 import torch
-from helpers.layer_kinds import KINDS, MAIN, LayerKind
+from helpers.layer_kinds import KINDS, MAIN, QUICK, LayerKind
 from torch import Tensor, nn
 
 import diffadapt as da
@@ -102,19 +103,20 @@ CASES += [Case(combination) for combination in COMBINATIONS if _registered(combi
 
 
 def pairs(cases: Iterable[Case] = CASES, kinds: Iterable[str] = tuple(KINDS), *, of=KINDS) -> dict:
-    """Arguments of ``parametrize``: methods on the kinds of layers they can change. The first options of a
-    method go on all these kinds, further ones on the three whose code they share."""
-    chosen = [
-        (case, of[kind])
-        for case in cases
-        for kind in kinds
-        if (case in FIRST or kind in MAIN) and case.changes(of[kind])
-    ]
-    return {
-        "argnames": ("case", "kind"),
-        "argvalues": chosen,
-        "ids": [f"{case}-{kind.name}" for case, kind in chosen],
-    }
+    """Arguments of `parametrize`: methods on the kinds of layers they can change.
+
+    The first options of a method go on all these kinds, further ones on the three whose code they share. The
+    quick loop tries the first options on two kinds.
+    """
+    parameters = []
+    for case in cases:
+        for kind in kinds:
+            if not (case in FIRST or kind in MAIN) or not case.changes(of[kind]):
+                continue
+            is_quick = case in FIRST and kind in QUICK
+            marks = () if is_quick else pytest.mark.slow
+            parameters.append(pytest.param(case, of[kind], marks=marks, id=f"{case}-{kind}"))
+    return {"argnames": ("case", "kind"), "argvalues": parameters}
 
 
 class Model(nn.Module):

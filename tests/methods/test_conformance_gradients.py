@@ -98,6 +98,7 @@ def test_gradients_at_the_start_are_those_of_the_materialised_weight(case, kind)
 @on_few
 @pytest.mark.parametrize("run", [_accumulated, _two_forwards_before_one_backward])
 @pytest.mark.parametrize("model", [Model, Checkpointed])
+@pytest.mark.slow
 def test_gradients_survive_accumulation_and_checkpointing(case, kind, run, model):
     model, adapter, bare = adapt(case, kind, torch.float64, model=model)
     used = run(model, _inputs(kind))
@@ -147,6 +148,7 @@ def test_every_trained_tensor_has_a_gradient_within_two_steps(case, kind):
 
 
 @pytest.mark.parametrize(**pairs(FIRST, COMPILED))
+@pytest.mark.slow
 def test_compiling_keeps_outputs_and_gradients(case, kind):
     torch._dynamo.reset()
     model, adapter, bare = adapt(case, kind, torch.float64)
@@ -249,6 +251,7 @@ def test_half_precision_gradients_are_those_of_float32_to_its_accuracy(case, kin
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(**pairs(FIRST, ("linear",)))
+@pytest.mark.slow
 def test_compiling_for_sampling_needs_no_graph_break(case, kind, quiet):
     torch._dynamo.reset()
     model, _, _ = adapt(case, kind)

@@ -49,6 +49,7 @@ def test_rows_start_as_the_bases_or_as_the_mean_and_the_null_class_stays_last(fr
 
 @kinds
 @sizes
+@pytest.mark.slow
 def test_two_steps_then_saved_and_loaded_into_a_fresh_base(fresh, tmp_path, kind, size):
     pipe, classes = fresh(kind), size[kind]
     base = copy.deepcopy(network(pipe).state_dict())

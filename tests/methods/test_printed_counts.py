@@ -136,6 +136,7 @@ def models():
     COUNTS,
     ids=[f"{model}-{method}-{count}".replace(" ", "") for model, method, _, count in COUNTS],
 )
+@pytest.mark.slow
 def test_a_printed_count_is_reproduced(models, model, method, targets, count):
     assert count_parameters(models[model], da.make_method(method), targets).total == count
 

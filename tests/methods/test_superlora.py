@@ -198,6 +198,7 @@ def test_weights_are_those_of_the_formula_restated(options):
 
 
 @each_variant
+@pytest.mark.slow
 def test_forward_and_gradients_are_those_of_the_materialised_weights(options):
     model, adapter = adapted(options)
     y = model(inputs())
@@ -230,6 +231,7 @@ def test_every_trained_tensor_has_a_gradient_within_two_steps(options):
 
 @pytest.mark.parametrize("projection", ["linear", "linear_v2", "nonlinear", "nonlinear_v2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.slow
 def test_projected_adapters_learn(projection, order):
     options = {"rank": 2, "tensor_order": order, "rho": 0.5, "groups": 1, "projection": projection}
     model, adapter = adapted(options, trained=False)
@@ -444,6 +446,7 @@ COMPILED = [(VARIANTS[i], i in (13, 25)) for i in (3, 8, 13, 23, 25)]
 
 
 @pytest.mark.parametrize(("options", "checkpointed"), COMPILED, ids=[str(v) for v, _ in COMPILED])
+@pytest.mark.slow
 def test_compiling_the_model_keeps_gradients(options, checkpointed):
     torch._dynamo.reset()
     plain = gradients(*adapted(options), once)
@@ -566,6 +569,7 @@ def everything(adapter):
 
 
 @pytest.mark.parametrize(("options", "threads"), [(VARIANTS[25], 3), (VARIANTS[11], 1)], ids=["3", "1"])
+@pytest.mark.slow
 def test_another_process_makes_the_same_bits(options, threads, tmp_path):
     _, adapter = adapted(options, torch.float32, seed=7)
     path, out = str(tmp_path / "a.safetensors"), str(tmp_path / "out.pt")

@@ -44,6 +44,7 @@ def test_single_images_and_wrong_lengths_are_refused():
 
 
 @pytest.mark.parametrize(("net", "build"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
+@pytest.mark.slow
 def test_network_is_torchmetrics_on_torchvisions_weights(net, build):
     features = getattr(torchvision.models, build)().features.state_dict(prefix="features.")
     network = load_lpips(features, net=net)

@@ -170,6 +170,7 @@ def test_floors_that_move_with_the_numbers_are_of_the_scores_numbers_or_none(set
 
 @pytest.mark.parametrize("sizes", [(120, 120), (60, 240), (300, 60), (120, 130)])
 @pytest.mark.parametrize("key", ["fid", "fid_infinity", "cmmd", "msid", "precision_recall", "vendi"])
+@pytest.mark.slow
 def test_a_perfect_generator_does_not_beat_the_floor(key, sizes):
     """Over draws of both sets from one distribution the score is as often above its floor as below."""
     if key == "msid" and sizes != (60, 240):

@@ -140,6 +140,7 @@ def test_kernel_intervals_cover(shift):
     ("estimate", "shift"),
     [(fid_infinity_with_interval, 0.0), (fid_infinity_with_interval, 0.3), (fid_with_interval, 0.0)],
 )
+@pytest.mark.slow
 def test_frechet_intervals_cover_the_distance_without_bias(estimate, shift):
     width, scale = 6, 1 - shift / 2
     eye = torch.eye(width, dtype=torch.float64)
@@ -153,6 +154,7 @@ def test_frechet_intervals_cover_the_distance_without_bias(estimate, shift):
     assert _coverage(draw, truth) >= 0.9
 
 
+@pytest.mark.slow
 def test_precision_intervals_cover():
     real, population = gaussian_sets(100, 10_000, width=6)
     truth = precision_recall(real=real, generated=population)[0]
@@ -178,6 +180,7 @@ def test_inception_score_intervals_cover():
     assert np.mean([each.interval.low <= truth <= each.interval.high for each in found]) >= 0.93
 
 
+@pytest.mark.slow
 def test_density_intervals_cover_new_sets_of_both():
     """With the error over generated images alone they hold the truth in 88 of 100 draws."""
     found = []

@@ -122,6 +122,7 @@ def test_cmmd_intervals_hold_its_mean_at_these_numbers():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
+@pytest.mark.slow
 def test_paired_differences_have_their_own_variance(scale):
     """Without a difference random halves of the pairs give 1.7 times this width."""
     real = gaussian_sets(80, width=6, seed=1000)[0]

@@ -106,6 +106,7 @@ def test_revision_and_variant_reach_the_loader(place, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["autoencoder's folder", "pipeline's folder"])
+@pytest.mark.slow
 def test_another_autoencoder_replaces_the_bases_own(place, tmp_path, source):
     other = place / "kl" / "vae" if source == "autoencoder's folder" else place / "kl"
     model, plain = load_base(str(place / "sdxl"), vae=str(other)), load_base(str(place / "kl"))

@@ -19,6 +19,7 @@ def pipe(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scheduler", [None, "ddim", "ddpm", "dpm++", "euler", "euler_a", "pndm", "unipc"])
+@pytest.mark.slow
 def test_the_same_images_in_any_batch_size(pipe, scheduler):
     wanted = image_requests("a dog", 5, seed=3)
     images = [

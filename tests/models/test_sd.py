@@ -13,6 +13,7 @@ from diffadapt.models.prompts import EMOJI_CONTEXTS, context_prompts, subject_of
 
 @pytest.mark.parametrize("vae", ["kl", "tiny"])
 @pytest.mark.parametrize("scheduler", ["pndm", "ddim", "ddpm"])
+@pytest.mark.slow
 def test_a_base_loads_with_every_autoencoder_and_scheduler(tmp_path, vae, scheduler):
     model = load_base(str(tiny_sd_pipeline(tmp_path, vae=vae, scheduler=scheduler)))
     assert model.family == "sd"
@@ -33,6 +34,7 @@ def test_encoded_pictures_are_the_moments_of_the_autoencoder(tmp_path):
     assert torch.allclose(model.sample_latents(encoded, noise), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_prompts_become_the_states_the_pipeline_uses(tmp_path):
     model = load_base(str(tiny_sd_pipeline(tmp_path)))
     expected, _ = model.pipe.encode_prompt("a dog", "cpu", 1, False)

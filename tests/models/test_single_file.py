@@ -26,6 +26,7 @@ def bases(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FOLDERS)
+@pytest.mark.slow
 def test_a_single_file_is_the_base_of_its_folder(bases, family):
     folder, file = (load_base(name) for name in bases[family])
     assert file.family == profile_of(bases[family][1]).name == family
@@ -46,6 +47,7 @@ def test_a_single_file_is_the_base_of_its_folder(bases, family):
     assert torch.equal(*images)
 
 
+@pytest.mark.slow
 def test_marks_of_v_prediction_and_zero_terminal_signal_are_read(tmp_path, bases):
     folder = tiny_sdxl_pipeline(tmp_path / "eps", vae="kl")
     file = write_single_file(folder, tmp_path / "noob.safetensors", marks=("v_pred", "ztsnr"))

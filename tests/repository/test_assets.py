@@ -52,6 +52,7 @@ def test_stock_pipeline_draws_64_pixel_images_by_default(pipe):
     assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_words_decide_what_is_drawn(pipe, clip):
     wanted = ["a green apple emoji", "a blue heart emoji", "a pizza emoji"]
     images = [
@@ -195,6 +196,7 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
         embedded("emojy")
 
 
+@pytest.mark.slow
 def test_the_digits_base_draws_the_digit_that_is_asked_for():
     base = load_base("embedded:digits")
     assert (base.profile.name, base.resolution, base.num_classes, base.null_class) == ("digits", 16, 10, 10)

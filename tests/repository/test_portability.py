@@ -43,6 +43,7 @@ def reads_text_of_any_encoding(call: ast.Call) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_every_text_file_is_opened_as_utf_8():
     places = []
     for path in SOURCES:
@@ -156,6 +157,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_training_needs_neither_the_module_resource_nor_a_utf_8_locale(tmp_path):
     pictures = Path(write_pictures(tmp_path / "mine", 2))
     for picture in pictures.glob("*.png"):

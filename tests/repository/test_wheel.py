@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("dreambooth", "style_transfer", "class_conditional")
 pytest.importorskip("setuptools", minversion="77", reason="builds a wheel without a download")

@@ -26,6 +26,8 @@ from diffadapt.training.report.class_mapping import matched_by_name
 from diffadapt.training.report.classes import ClassReport, at_most, class_shots, figures
 from diffadapt.training.report.held_out import pixels_of
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "train_scripts" / "class_conditional.py"
 
 

@@ -23,6 +23,8 @@ from diffadapt.cli.main import main as diffadapt
 from diffadapt.models.families import load_base
 from diffadapt.training import push_to_hub
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "dreambooth.py"
 PROMPT = "a photo of sks dog"

@@ -13,6 +13,8 @@ from helpers.scripts import FOLDER, runner
 from diffadapt.common import launcher
 from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = FOLDER.parent
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]

@@ -14,6 +14,8 @@ from PIL import Image
 import diffadapt as da
 from diffadapt.cli.main import main as diffadapt
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a photo of sks dog"
 SMALL = [
     *("--num_inference_steps", "2", "--num_validation_images", "2"),

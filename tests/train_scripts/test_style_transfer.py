@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import diffadapt as da
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "train_scripts" / "style_transfer.py"
 
 

@@ -71,6 +71,7 @@ def descend(loss, parameters, optimizer):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.slow
 def test_first_20_losses_of_a_unet2d_equal_the_unconditional_script_with_labels(tmp_path, prediction):
     base = class_pipeline(tmp_path / "base", prediction_type=prediction)
     examples, _ = read_class_folders(write_classes(tmp_path / "classes", side=8))
@@ -96,6 +97,7 @@ def test_first_20_losses_of_a_unet2d_equal_the_unconditional_script_with_labels(
 
 
 @pytest.mark.parametrize("learns_sigma", [True, False])
+@pytest.mark.slow
 def test_first_20_losses_of_a_dit_equal_its_simple_loss(tmp_path, learns_sigma):
     base = dit_pipeline(tmp_path / "base", learns_sigma=learns_sigma)
     examples, _ = read_class_folders(write_classes(tmp_path / "classes"))

@@ -19,6 +19,8 @@ from diffadapt.training.options import TrainOptions
 from diffadapt.training.report.base import Report
 from diffadapt.training.report.subject import SubjectReport
 
+pytestmark = pytest.mark.slow
+
 MODELS = {"num_validation_images": 1, "num_inference_steps": 1}
 
 

@@ -88,6 +88,7 @@ def test_a_tensor_that_no_gradient_reaches_is_named_after_two_steps():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_no_method_gives_a_false_alarm_not_even_at_a_rate_that_rises_from_zero(method):
     train_state = small_train_state(method, max_train_steps=10, lr_scheduler="linear", lr_warmup_steps=1)
     steps = train(train_state, SmallBatches())

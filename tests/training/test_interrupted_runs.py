@@ -102,6 +102,7 @@ with StopRequest() as stop:
 
 
 @pytest.mark.skipif(not hasattr(select, "poll"), reason="Windows cannot ask a pipe for its reader")
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_any_more_still_ends_as_it_should():
     process = subprocess.Popen(
         [sys.executable, "-c", LOSES_ITS_OUTPUT],

@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.torchrun import ROOT, torchrun
 
@@ -19,6 +20,7 @@ def _workers(launcher):
     return [int(child) for child in children]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_message(tmp_path):
     base, pictures = tiny_sd_pipeline(tmp_path / "base"), write_pictures(tmp_path / "mine", 3)
     launcher = torchrun(

@@ -28,6 +28,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.slow
 def test_4_steps_equal_2_and_a_resume_of_2_with_any_optimizer(tmp_path, name):
     if name in PACKAGED_OPTIMIZERS:
         pytest.importorskip(PACKAGED_OPTIMIZERS[name][2])

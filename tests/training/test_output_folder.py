@@ -16,6 +16,8 @@ from diffadapt.training import output_folder
 from diffadapt.training.checkpoint.checkpoint_files import list_checkpoints, run_id_of
 from diffadapt.training.options import TrainOptions, option
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

@@ -14,6 +14,7 @@ from diffadapt.models.families import load_base
 pytest.importorskip("peft")
 
 
+@pytest.mark.slow
 def test_the_script_trains_a_method_of_peft_and_resumes_it_exactly(monkeypatch, tmp_path):
     run = runner("dreambooth", monkeypatch)
     base, pictures = tiny_sd_pipeline(tmp_path / "base"), write_pictures(tmp_path / "pictures")

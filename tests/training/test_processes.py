@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.torchrun import ROOT, run_torchrun
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).parents[1] / "helpers" / "run_sgd.py"
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     base, pictures = tiny_sd_pipeline(tmp_path / "base", vae="kl"), write_pictures(tmp_path / "mine", 5)
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]

@@ -40,6 +40,7 @@ def tensors(train_state):
     return {name: value.detach().clone() for name, value in train_state.adapter.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
     whole, batches = make(tmp_path)
     losses = [step.loss for step in train(whole, batches)]
@@ -91,6 +92,7 @@ def test_other_options_than_the_checkpoints_are_an_error_that_names_them(tmp_pat
         checkpoint_io.restore_checkpoint(other, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_run_at_a_constant_rate_can_be_made_longer(tmp_path):
     constant = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
     short, batches = make(tmp_path, **constant, max_train_steps=2)
@@ -117,6 +119,7 @@ def test_no_checkpoint_lists_those_there_are(tmp_path):
         find_checkpoint("latest", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_state_that_lacks_a_value_of_the_optimizer_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     train_state, batches = make(tmp_path)
     next(train(train_state, batches))

@@ -31,6 +31,7 @@ STEPS, BATCH, RATE, PROMPT, CLASS = 20, 2, 1e-3, "a photo of sks dog", "a photo 
         ("v_prediction", "tiny", False),
     ],
 )
+@pytest.mark.slow
 def test_first_20_losses_of_lora_equal_diffusers_loop(tmp_path, prediction, vae, prior):
     base = tiny_sd_pipeline(tmp_path / "base", vae=vae, prediction_type=prediction, scheduler="pndm")
     instances = folder_examples(write_pictures(tmp_path / "mine", 5), PROMPT)

@@ -30,6 +30,7 @@ def classes(folder):
 
 
 @pytest.mark.parametrize(("name", "make"), [("style_transfer", style), ("class_conditional", classes)])
+@pytest.mark.slow
 def test_two_processes_equal_one_at_the_same_global_batch(name, make, tmp_path, monkeypatch):
     shared = {
         **make(tmp_path),

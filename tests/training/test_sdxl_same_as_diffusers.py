@@ -30,6 +30,7 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
     ("prediction", "prior", "with_text"),
     [("epsilon", True, False), ("v_prediction", False, True)],
 )
+@pytest.mark.slow
 def test_first_20_losses_of_lora_equal_diffusers_sdxl_loop(tmp_path, prediction, prior, with_text):
     base = tiny_sdxl_pipeline(tmp_path / "base", vae="kl", prediction_type=prediction)
     instances = folder_examples(write_pictures(tmp_path / "mine", 5, size=(50, 40)), PROMPT)

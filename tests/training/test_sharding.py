@@ -29,6 +29,7 @@ def test_what_shards_trained_tensors_is_refused(kind):
         check_processes(accelerator, shard_base=False)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_trains_as_a_whole_one(tmp_path):
     base = tiny_sd_pipeline(tmp_path / "base", vae="kl")
     pictures = write_pictures(tmp_path / "mine", 5)

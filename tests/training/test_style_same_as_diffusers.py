@@ -37,6 +37,7 @@ def data(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("prediction", "snr_gamma", "noise_offset"), [("epsilon", None, 0.0), ("v_prediction", 5.0, 0.1)]
 )
+@pytest.mark.slow
 def test_first_20_losses_of_lora_equal_diffusers_loop(tmp_path, data, prediction, snr_gamma, noise_offset):
     base = tiny_sd_pipeline(tmp_path / "base", vae="kl", prediction_type=prediction, scheduler="pndm")
     settings = {"snr_gamma": snr_gamma, "noise_offset": noise_offset}

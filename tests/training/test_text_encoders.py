@@ -60,6 +60,7 @@ def test_captions_are_kept_as_token_ids(folders, family):
 
 @pytest.mark.parametrize("method", ["lora(rank=2)", "superlora(rank=2, projection=linear)", "liera(rank=2)"])
 @pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.slow
 def test_every_trained_tensor_gets_a_gradient(folders, family, method):
     train_state, batches, _ = make(folders[family], method, steps=2)
     before = tensors(train_state)
@@ -71,6 +72,7 @@ def test_every_trained_tensor_gets_a_gradient(folders, family, method):
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2)", "lora(rank=2)+norms", "peft:LORA"])
+@pytest.mark.slow
 def test_text_encoders_learn_at_their_own_rate(folders, method):
     train_state, batches, _ = make(
         folders["sdxl"], method, steps=2, text_encoder_lr=1e-4, lr_scheduler="linear", optimizer="SGD"
@@ -137,6 +139,7 @@ def test_a_single_text_encoder_is_adapted_to_its_last_layer(folders):
 
 
 @pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.slow
 def test_4_steps_equal_2_and_a_resume_of_2_and_the_file_gives_the_images(folders, family, tmp_path):
     whole, batches, trained = make(folders[family])
     losses = [step.loss for step in train(whole, batches)]

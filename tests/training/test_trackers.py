@@ -170,6 +170,7 @@ class Failing(GeneralTracker):
         ("finish", "tracker failing, the end: TimeoutError"),
     ],
 )
+@pytest.mark.slow
 def test_a_tracker_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys, call, failure):
     first, second = Failing(call), Failing(None)
     start = runtime.make_accelerator

@@ -54,6 +54,7 @@ def counts(tiny, variant, targets, rank=4):
 
 
 @pytest.mark.parametrize("targets", ["attention", "conv"])
+@pytest.mark.slow
 def test_lora_costs_no_more_than_that_of_peft(tiny, targets):
     pytest.importorskip("peft")
     own, other = (counts(tiny, variant, targets) for variant in ("diffadapt:lora", "peft:lora"))
@@ -80,6 +81,7 @@ def test_what_cannot_be_measured_is_said_on_the_page():
 
 
 @pytest.mark.parametrize("targets", ["attention", "conv"])
+@pytest.mark.slow
 def test_1lora_keeps_little_more_than_the_frozen_model(tiny, targets):
     adapted, bare = (counts(tiny, variant, targets) for variant in ("diffadapt:1lora", "floor"))
     assert adapted.kept_bytes < 1.03 * bare.kept_bytes
@@ -111,6 +113,7 @@ def test_a_ratio_is_the_median_over_rounds():
     assert cost_page.ratio(rows, "own", "missing", "step") is None
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_page_with_every_row_and_the_goals(tmp_path, monkeypatch):
     table = cost.Table("Tiny", "tiny", "attention", ("lora",), rivals=())
     monkeypatch.setitem(cost.TABLES, "tiny", table)

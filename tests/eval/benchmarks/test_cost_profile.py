@@ -25,6 +25,7 @@ def test_kinds(operator, kind):
     assert cost_profile.kind_of(operator) == kind
 
 
+@pytest.mark.slow
 def test_a_page_has_a_row_for_every_method(monkeypatch, tmp_path):
     output = tmp_path / "page.md"
     command = [

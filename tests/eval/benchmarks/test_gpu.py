@@ -13,6 +13,7 @@ def run(monkeypatch, *arguments):
     gpu.main()
 
 
+@pytest.mark.slow
 def test_a_rehearsal_fills_the_page_and_the_records(tmp_path, monkeypatch):
     records = tmp_path / "gpu.json"
     page = tmp_path / "gpu.md"
@@ -53,6 +54,7 @@ def test_the_page_says_that_nothing_was_measured():
     assert gpu.NEVER_RUN in gpu.page({})
 
 
+@pytest.mark.slow
 def test_every_row_can_be_made():
     """A name that no program knows would only be noticed on a GPU."""
     base = gpu.cost_models.build("tiny")

@@ -51,6 +51,7 @@ def test_the_command_writes_a_merged_pipeline(saved, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["flora(rank=3)", "dora(rank=2)", "loha(rank=2)", "lokr(rank=2)"])
+@pytest.mark.slow
 def test_files_of_other_tools_go_from_one_format_to_another(method, folder, tmp_path):
     pipe = open_pipeline(folder)
     adapter = trained(pipe, method)

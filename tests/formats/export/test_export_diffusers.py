@@ -64,6 +64,7 @@ def drawn_by_both(pipes, method, tmp_path, **options):
     ("base", "method"),
     [*(("sd", method) for method in EXACT), *(("sdxl", method) for method in ON_SDXL)],  # there: its names
 )
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_same_latents(base, method, pipes, tmp_path):
     bare, expected, drawn, report = drawn_by_both(pipes[base], method, tmp_path)
     assert (expected - bare).abs().max() > 1e-2, "the adapter changes nothing that could be compared"
@@ -72,6 +73,7 @@ def test_stock_diffusers_draws_the_same_latents(base, method, pipes, tmp_path):
 
 
 @pytest.mark.parametrize("method", WITH_RANK)
+@pytest.mark.slow
 def test_a_change_without_thin_factors_goes_through_at_a_rank_that_suffices(method, pipes, tmp_path):
     _, expected, drawn, report = drawn_by_both(pipes["sd"], method, tmp_path, rank=10_000)
     assert (drawn - expected).abs().max() < 1e-4
@@ -135,6 +137,7 @@ def test_strength_is_folded_into_the_file(pipes, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["flora(rank=4)", "dora(rank=4)", "1lora", "loha(rank=2)"])
+@pytest.mark.slow
 def test_the_embedded_base_draws_the_same_through_stock_diffusers(method, tmp_path):
     ours, stock = open_pipeline(da.embedded("emoji")), open_pipeline(da.embedded("emoji"))
     bare = latents(stock, height=64, width=64)

@@ -88,6 +88,7 @@ def read_by_lycoris(adapter, tensors):
 
 
 @pytest.mark.parametrize("method", EVERYWHERE)
+@pytest.mark.slow
 def test_lycoris_reads_the_weights_of_the_live_adapter(method, exported):
     adapter, report, tensors = exported(method)
     for name, (weight, _) in read_by_lycoris(adapter, tensors).items():
@@ -283,6 +284,7 @@ def test_a_detached_adapter_and_wrong_words_are_refused(pipe, tmp_path):
 @pytest.mark.parametrize(
     "method", ["lora(rank=2)", "loha(rank=2)", "lokr(rank=1)", "1lora", "liera(rank=2)", "full"]
 )
+@pytest.mark.slow
 def test_the_added_embedding_of_sdxl_is_found_by_every_program_that_reads_it(
     method, strength, folders, tmp_path
 ):

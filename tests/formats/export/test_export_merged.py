@@ -25,6 +25,7 @@ def folders(tmp_path_factory):
         ("sdxl", "flora(rank=3)", None),
     ],
 )
+@pytest.mark.slow
 def test_the_merged_pipeline_draws_the_same_latents(base, method, layers, folders, tmp_path):
     pipe = open_pipeline(folders[base])
     bare = latents(pipe)

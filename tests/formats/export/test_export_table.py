@@ -18,6 +18,7 @@ def test_every_method_has_a_line():
 
 
 @pytest.mark.parametrize("method", ["dora(rank=4)", "bitfit", "norms", "difffit"])
+@pytest.mark.slow
 def test_the_page_is_up_to_date(method):
     _, _, line = export_table.table([export_table.export_all(method)]).splitlines()
     assert line in (ROOT / "docs" / "export.md").read_text(encoding="utf-8").splitlines()

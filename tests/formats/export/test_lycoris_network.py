@@ -17,6 +17,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "method", ["flora(rank=3, scale=2)", "loha(rank=2)", "lokr(rank=2)", "liera(rank=2)"]
 )
+@pytest.mark.slow
 def test_the_network_draws_the_same_pictures(method, folder, tmp_path, monkeypatch):
     # its own choice of layers, made and thrown away before the file's, names some twice in this UNet
     monkeypatch.setattr(LycorisNetworkKohya, "UNET_TARGET_REPLACE_NAME", [])

@@ -35,6 +35,7 @@ def train(adapter):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_what_is_said_before_training_is_what_the_export_does(pipe, tmp_path, method):
     if method.startswith("peft:"):
         pytest.importorskip("peft")

@@ -40,6 +40,7 @@ def adapted(base):
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
+@pytest.mark.slow
 def test_an_exported_file_comes_back_as_the_same_weights(base, adapted, to, tmp_path):
     adapter, drawn, _ = adapted
     da.export(adapter, tmp_path / "file.safetensors", to)
@@ -52,6 +53,7 @@ def test_an_exported_file_comes_back_as_the_same_weights(base, adapted, to, tmp_
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
+@pytest.mark.slow
 def test_the_stock_pipeline_draws_the_same_from_the_file(base, adapted, to, tmp_path):
     adapter, drawn, plain = adapted
     report = da.export(adapter, tmp_path / "file.safetensors", to)

@@ -11,6 +11,8 @@ import diffadapt as da
 from diffadapt.formats.foreign.layer_names import LayerNames
 from diffadapt.formats.sgm_names import sgm_path
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 TEXT_TARGETS = ["q_proj", "v_proj", "out_proj", "fc1"]

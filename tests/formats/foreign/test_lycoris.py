@@ -59,6 +59,7 @@ def written(folder, *, seed: int = 0, prefix: str = "lora_unet", **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_file_of_lycoris_gives_its_outputs(tmp_path, kind):
     path, base, theirs = written(tmp_path, **KINDS[kind])
     model = unet()
@@ -67,6 +68,7 @@ def test_a_file_of_lycoris_gives_its_outputs(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_what_was_opened_can_be_saved_as_our_file_and_opened_again(tmp_path, kind):
     path, base, _ = written(tmp_path, **KINDS[kind])
     first, second = unet(), unet()
@@ -80,6 +82,7 @@ def test_what_was_opened_can_be_saved_as_our_file_and_opened_again(tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", ["DoRA by inputs", "LoHa, Tucker", "LoKr, both decomposed"])
+@pytest.mark.slow
 def test_what_was_opened_merges_and_can_be_trained_on(tmp_path, kind):
     path, *_ = written(tmp_path, **KINDS[kind])
     model = unet()
@@ -95,6 +98,7 @@ def test_what_was_opened_merges_and_can_be_trained_on(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_what_was_opened_can_be_exported_to_every_format_that_holds_it(tmp_path, kind):
     path, *_ = written(tmp_path, **KINDS[kind])
     model = unet()
@@ -147,6 +151,7 @@ def test_a_missing_alpha_means_a_multiplier_of_one(tmp_path):
         ("something", "something"),
     ],
 )
+@pytest.mark.slow
 def test_a_key_that_cannot_be_used_is_named_and_nothing_changes(tmp_path, key, said):
     path, base, _ = written(tmp_path, algo="locon")
     save_file({**load_file(path), key: torch.ones(1)}, path)

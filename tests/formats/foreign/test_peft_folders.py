@@ -71,6 +71,7 @@ def written(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_folder_of_peft_gives_its_outputs_and_survives_our_file(tmp_path, kind):
     base, theirs = written(tmp_path, kind)
     model, again = unet(), unet()
@@ -82,6 +83,7 @@ def test_a_folder_of_peft_gives_its_outputs_and_survives_our_file(tmp_path, kind
 
 
 @pytest.mark.parametrize("kind", ["patterns", "DoRA", "biases", "LoHa, Tucker", "LoKr, Tucker", "VeRA"])
+@pytest.mark.slow
 def test_what_was_opened_can_be_written_for_every_program(tmp_path, kind):
     written(tmp_path / "peft", kind)
     check_every_format(tmp_path / "peft", unet, tmp_path)
