@@ -1,4 +1,4 @@
-"""An adapter: the owner of every trained tensor, and what one can ask it."""
+"""An adapter: the owner of every trained tensor, its strength, and the weights it makes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ class Adapter(nn.Module):
 
     Attributes:
         name: unique among the adapters of a model.
-        method: the method it was made with.
+        method: the method it was attached with.
         sites: the weights it changes.
-        seed: what the starting values were drawn from.
+        seed: what the initial values were drawn from.
         ranks: the rank of sites where it differs from the method's.
-        layer_states: what happens to each weight, by the site's name; filled by ``attach``.
         roots: the adapted models, by component name ("" for a bare model).
+        parts: one state for each method that `method` combines. The name is part of the keys of training
+            checkpoints.
+        layer_states: what happens to each weight, by the site's name; filled by `attach`.
+        frozen: the parameters that `attach` froze and `detach` gives their `requires_grad` back.
+        hooks: what `detach` removes.
+        base_values: fingerprints of the base, where its weights cannot be read at any time (sharded ones).
     """
 
     def __init__(
@@ -38,23 +43,22 @@ class Adapter(nn.Module):
         roots: dict[str, nn.Module],
     ):
         super().__init__()
-        self.name, self.method, self.seed = name, method, seed
-        self.ranks, self.roots = dict(ranks), dict(roots)
+        self.name = name
+        self.method = method
+        self.seed = seed
+        self.ranks = dict(ranks)
+        self.roots = dict(roots)
         self.parts = nn.ModuleList()
         self.sites: tuple[Site, ...] = ()
         self.layer_states: dict[str, LayerState] = {}
-        self.frozen: list[nn.Parameter] = []  # whose requires_grad detach gives back
+        self.frozen: list[nn.Parameter] = []
         self.hooks: list[RemovableHandle] = []
-        self.base_values: dict[str, str] | None = None  # fingerprints, where weights cannot be read at will
+        self.base_values: dict[str, str] | None = None
         self._strength = 1.0
 
     def add_method_state(self, part: MethodState) -> None:
         object.__setattr__(part, "adapter", self)  # a reference, not a submodule
         self.parts.append(part)
-
-    @property
-    def owners(self) -> set[nn.Module]:
-        return set(self.parts)
 
     @property
     def num_parameters(self) -> int:
@@ -63,7 +67,7 @@ class Adapter(nn.Module):
 
     @property
     def strength(self) -> float:
-        """t in ``W + t (W' - W)``; 0 skips the adapter."""
+        """`t` in `W + t (W' - W)`; 0 skips the adapter."""
         return self._strength
 
     @strength.setter
@@ -84,20 +88,26 @@ class Adapter(nn.Module):
     def adapted_weight(self, site: str | Site) -> Tensor:
         """The exact changed weight of one site under this adapter alone, at its strength.
 
-        Returns: a tensor of the weight's own shape, float32 (float64 on a float64 base); a class table for
-            more classes than the base's has more rows.
-        Raises: ValueError for a name that is not one of ``sites``.
+        Args:
+            site: one of `sites`, or its name.
+
+        Returns:
+            A tensor of the weight's own shape, float32 (float64 on a float64 base). A class table for more
+            classes than the base's has more rows.
+
+        Raises:
+            ValueError: no site has that name.
         """
         layer_state = self._layer_state(site)
         return adapted_weight(layer_state, self.entries(layer_state))
 
     def adapted_bias(self, site: str | Site) -> Tensor | None:
-        """The exact changed bias ``(out,)`` of one site; None where the layer has none and gets none."""
+        """The exact changed bias `(out,)` of one site; None where the layer has none and gets none."""
         layer_state = self._layer_state(site)
         return adapted_biases(layer_state, self.entries(layer_state))[0]
 
     def set_dropout_seed(self, seed: int | None) -> None:
-        """Make dropout a function of ``seed`` and the site; None returns to torch's global generator."""
+        """Makes dropout a function of `seed` and the site; None returns to torch's global generator."""
         for part in self.parts:
             part.dropout_seed = seed
 
@@ -109,6 +119,6 @@ class Adapter(nn.Module):
         return self.layer_states[name]
 
     def entries(self, layer_state: LayerState) -> list[Entry]:
-        """What this adapter does to one weight."""
-        owners = self.owners
+        """The entries of a layer that belong to this adapter."""
+        owners = set(self.parts)
         return [entry for entry in layer_state.entries if entry.owner in owners]

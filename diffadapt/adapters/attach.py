@@ -11,7 +11,7 @@ from torch import nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.architectures import Architecture, architecture_of
 from diffadapt.adapters.class_table import check_new_table, label_dropout_hooks
-from diffadapt.adapters.fused_projections import FusingRefused
+from diffadapt.adapters.fused_projections import FusionGuard
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, LayerState, layer_state_of
 from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.adapters.method_state import MethodPlan, MethodState, plan_methods
@@ -22,7 +22,7 @@ from diffadapt.methods import Method
 
 Targets = str | Sequence[str]
 
-_pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # of models seen inside one
+_pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # model -> the pipeline it is part of
 
 
 def attach(
@@ -35,163 +35,239 @@ def attach(
     text_encoder_targets: Targets | None = None,
     rank_patterns: Mapping[str, int] | None = None,
 ) -> Adapter:
-    """Freeze a model and let a method change some of its layers, in place. No output changes yet.
+    """Freezes a model and lets a method change some of its layers, in place. No output changes yet.
 
     Args:
-        model: an ``nn.Module``, or a diffusers pipeline (its denoiser, and its text encoders when targeted).
-        method: e.g. ``FLoRA(rank=8)`` or ``make_method("flora", rank=8)``.
+        model: an `nn.Module`, or a diffusers pipeline (its denoiser, and its text encoders when targeted).
+        method: e.g. `FLoRA(rank=8)` or `make_method("flora", rank=8)`.
         targets: presets (attention, qv, linear, conv, norm, embedding, all) or globs on module names, joined
-            with ``+`` or as a sequence; ``!glob`` excludes.
+            with `+` or as a sequence; `!glob` excludes.
         name: unique among the model's adapters.
-        seed: the starting values are a function of it.
+        seed: the initial values are a function of it.
         text_encoder_targets: the same for a pipeline's text encoders; None leaves them alone.
         rank_patterns: glob on site names -> rank, where it differs from the method's.
 
-    Returns: the adapter, an ``nn.Module`` that owns the trained tensors.
-    Raises: ValueError or TypeError saying what does not fit; the model is then as before.
+    Returns:
+        The adapter, an `nn.Module` that owns the trained tensors.
+
+    Raises:
+        ValueError: something does not fit; the model is then as before.
+        TypeError: `model` or `method` is of another type.
     """
-    roots, found = choose_sites(model, method, targets, text_encoder_targets)
-    ranks = assign_ranks([choice.site for choice in found], rank_patterns or {})
-    return attach_sites(roots, method, found, name=name, seed=seed, ranks=ranks)
+    roots, target_sites = choose_sites(model, method, targets, text_encoder_targets)
+    ranks = assign_ranks([target.site for target in target_sites], rank_patterns or {})
+    return attach_sites(roots, method, target_sites, name=name, seed=seed, ranks=ranks)
 
 
 def choose_sites(
     model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None = None
 ) -> tuple[dict[str, nn.Module], list[TargetSite]]:
-    """The models by component name, and the layers that ``attach`` with these arguments would choose."""
+    """The models by component name, and the layers that `attach` chooses for these arguments."""
     if not isinstance(method, Method):
         raise TypeError(f"expected a method, got {method!r}; make one with da.make_method({str(method)!r})")
     roots = components(model, text_encoder_targets is not None)
     denoisers = [module for name, module in roots.items() if not is_text_encoder(name)]
     architecture = architecture_of(denoisers[0] if denoisers else None, roots)
-    sites: list[TargetSite] = []
+    target_sites: list[TargetSite] = []
     for component, module in roots.items():
         prefix = f"{component}." if component else ""
         if is_text_encoder(component):
-            chosen = find_sites(module, text_encoder_targets, prefix, extra_presets=method.extra_targets)
-            sites += _text_encoder_sites(chosen, component, architecture, text_encoder_targets)
+            matches = find_sites(module, text_encoder_targets, prefix, extra_presets=method.extra_targets)
+            target_sites += _text_encoder_sites(matches, component, architecture, text_encoder_targets)
         else:
-            chosen = find_sites(
+            matches = find_sites(
                 module,
                 targets,
                 prefix,
                 extra_presets=method.extra_targets,
                 family_presets=architecture.target_presets,
             )
-            unread = architecture.unread_layers.get(architecture.component, ())
-            kept = _read_sites(chosen, unread)
-            if chosen and not kept:
+            unread_layers = architecture.unread_layers.get(architecture.component, ())
+            sites_with_effect = _sites_with_effect(matches, unread_layers)
+            if matches and not sites_with_effect:
                 raise ValueError(f"targets {targets!r} choose only layers that no output depends on")
-            sites += kept
-    return roots, sites
+            target_sites += sites_with_effect
+    return roots, target_sites
 
 
 def _text_encoder_sites(
-    chosen: Sequence[TargetSite], component: str, architecture: Architecture, targets: Targets
+    matches: Sequence[TargetSite], component: str, architecture: Architecture, targets: Targets
 ) -> list[TargetSite]:
     """Of a text encoder's layers those that have an effect, and that other programs know.
 
     Presets leave the projection of pooled text alone: many programs have no name for it.
     """
-    kept = []
-    for choice in _read_sites(chosen, architecture.unread_layers.get(component, ())):
-        if choice.by_name or not choice.site.name.endswith("text_projection"):
-            kept.append(choice)
-    if not kept:
+    sites = []
+    for match in _sites_with_effect(matches, architecture.unread_layers.get(component, ())):
+        if match.by_name or not match.site.name.endswith("text_projection"):
+            sites.append(match)
+    if not sites:
         raise ValueError(
             f"text encoder targets {targets!r} choose only layers of {component} that have no effect: its "
             "states are read before its last layer"
         )
-    return kept
+    return sites
 
 
-def _read_sites(chosen: Sequence[TargetSite], unread_layers: Sequence[str]) -> list[TargetSite]:
+def _sites_with_effect(matches: Sequence[TargetSite], unread_layers: Sequence[str]) -> list[TargetSite]:
     """The sites whose outputs the model reads; the others would never get a gradient."""
-    kept = []
-    for choice in chosen:
-        if not any(name_matches(pattern, choice.site.name) for pattern in unread_layers):
-            kept.append(choice)
-    return kept
+    sites = []
+    for match in matches:
+        if not any(name_matches(pattern, match.site.name) for pattern in unread_layers):
+            sites.append(match)
+    return sites
 
 
 def attach_sites(
     roots: dict[str, nn.Module],
     method: Method,
-    found: Sequence[TargetSite],
+    target_sites: Sequence[TargetSite],
     *,
     name: str,
     seed: int,
     ranks: Mapping[str, int],
     fill: Callable[[Adapter], None] | None = None,
 ) -> Adapter:
-    """``attach`` for layers already chosen. ``fill`` gives the tensors, which arrive as zeros, their values
-    instead of the method's start; when it raises, the model is as before."""
-    if name in {taken for module in roots.values() for taken in attached(module)}:
-        raise ValueError(f"the model already has an adapter named {name!r}; detach it or pass another name")
+    """`attach` for layers that are already chosen.
+
+    Args:
+        roots: the models by component name.
+        ranks: site name -> rank, where it differs from the method's.
+        fill: gives the tensors, which arrive as zeros, their values instead of the method's initial ones; if
+            it raises, the model is as before.
+    """
+    for module in roots.values():
+        if name in attached(module):
+            raise ValueError(
+                f"the model already has an adapter named {name!r}; detach it or pass another name"
+            )
     adapter = Adapter(name, method, seed, ranks, roots)
     if method.library == "peft":
-        attach_peft(adapter, found, fill)
+        attach_peft(adapter, target_sites, fill)
     else:
-        _attach_methods(adapter, found, fill)
+        _attach_methods(adapter, target_sites, fill)
     return adapter
 
 
 def _attach_methods(
-    adapter: Adapter, found: Sequence[TargetSite], fill: Callable[[Adapter], None] | None
+    adapter: Adapter, target_sites: Sequence[TargetSite], fill: Callable[[Adapter], None] | None
 ) -> None:
     """Attaches an adapter of diffadapt's own methods."""
-    method = adapter.method
-    roots = adapter.roots
-    plans = plan_methods(method, [choice.site for choice in found], adapter.ranks)
-    _check_all_served(method, found, plans)
+    plans = plan_methods(adapter.method, [target.site for target in target_sites], adapter.ranks)
+    _check_all_supported(adapter.method, target_sites, plans)
     for plan in plans:
-        layers = [layer for index in plan.indices for layer in found[index].layers]
-        for root in roots.values():
-            check_new_table(plan.methods[0], layers, root, _home(root))
-    layer_states = [layer_state_of(choice.layers) for choice in found]
+        layers = []
+        for index in plan.indices:
+            layers += target_sites[index].layers
+        for root in adapter.roots.values():
+            check_new_table(plan.methods[0], layers, root, _pipeline_with(root))
+    layer_states = [layer_state_of(target.layers) for target in target_sites]
     for plan in plans:
-        bases = [layer_states[i].base() for i in plan.indices]
-        adapter.add_method_state(MethodState(plan, bases, adapter.seed))
+        bases = [layer_states[index].base() for index in plan.indices]
+        method_state = MethodState(plan, bases, adapter.seed)
+        adapter.add_method_state(method_state)
         if fill is None:
-            adapter.parts[-1].start(bases)
+            method_state.start(bases)
     if fill is not None:
         fill(adapter)
-    _swap(adapter, plans, found, layer_states)
-    for module in roots.values():
-        adapter.frozen += [p for p in module.parameters() if p.requires_grad]
+    # nothing of the model was changed up to here, so an error left it as it was
+    _adapt_layers(adapter, plans, target_sites, layer_states)
+    _add_hooks(adapter)
+    for module in adapter.roots.values():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                adapter.frozen.append(parameter)
         module.requires_grad_(False)
 
 
+def _check_all_supported(
+    method: Method, target_sites: Sequence[TargetSite], plans: Sequence[MethodPlan]
+) -> None:
+    """Raises ValueError for a layer that was named on purpose and that no method can change."""
+    planned = set()
+    for plan in plans:
+        planned.update(plan.indices)
+    for index, target in enumerate(target_sites):
+        if target.by_name and index not in planned:
+            site = target.site
+            raise ValueError(f"{method} cannot change {site.name}, a layer of kind {site.kind}; exclude it")
+
+
+def _adapt_layers(
+    adapter: Adapter,
+    plans: Sequence[MethodPlan],
+    target_sites: Sequence[TargetSite],
+    layer_states: Sequence[LayerState],
+) -> None:
+    """Gives the layers their adapted class, and their states the entries of the adapter."""
+    entries: list[list[Entry]] = [[] for _ in target_sites]
+    for plan, part in zip(plans, adapter.parts, strict=True):
+        for number, index in enumerate(plan.indices):
+            entries[index].append(Entry(part, number))
+    for target, layer_state, new_entries in zip(target_sites, layer_states, entries, strict=True):
+        if not new_entries:
+            continue
+        for layer in layer_state.layers:
+            layer.__class__ = ADAPTED.get(type(layer), type(layer))
+            layer._diffadapt = layer_state
+        layer_state.entries += new_entries
+        adapter.layer_states[target.site.name] = layer_state
+    changed_sites = [target.site for target in target_sites if target.site.name in adapter.layer_states]
+    adapter.sites = tuple(changed_sites)
+
+
+def _add_hooks(adapter: Adapter) -> None:
+    """Registers what the adapter does beside its layers' forwards; `detach` removes it."""
+    for root in adapter.roots.values():
+        adapter.hooks.append(FusionGuard(root))
+    for part in adapter.parts:
+        for root in adapter.roots.values():
+            adapter.hooks += label_dropout_hooks(part.methods[0], root)
+        changes = part.grouped_changes
+        if changes is None:
+            continue
+        for root in adapter.roots.values():
+            adapter.hooks.append(root.register_forward_pre_hook(changes.before_forward))
+            adapter.hooks.append(root.register_forward_hook(changes.after_forward, always_call=True))
+
+
 def detach(adapter: Adapter) -> None:
-    """Take an adapter off its model; when it was the last, the model is the bare one again, bit for bit."""
+    """Takes an adapter off its model; after the last one the model is the bare one again, bit for bit."""
     unmerge(adapter)
-    remaining: list[Adapter] = [other for root in adapter.roots.values() for other in attached(root).values()]
+    other_adapters: list[Adapter] = []
+    for root in adapter.roots.values():
+        for other in attached(root).values():
+            if other is not adapter:
+                other_adapters.append(other)
     for layer_state in adapter.layer_states.values():
-        owned = adapter.entries(layer_state)
-        layer_state.entries = [entry for entry in layer_state.entries if entry not in owned]
-        for layer in layer_state.layers if not layer_state.entries else ():
-            layer.__class__ = ORIGINAL[type(layer)]
-            del layer._diffadapt
-    remaining = [other for other in remaining if other is not adapter]
-    if remaining:
-        remaining[0].frozen += adapter.frozen
+        removed = adapter.entries(layer_state)
+        layer_state.entries = [entry for entry in layer_state.entries if entry not in removed]
+        if not layer_state.entries:
+            for layer in layer_state.layers:
+                layer.__class__ = ORIGINAL[type(layer)]
+                del layer._diffadapt
+    if other_adapters:
+        other_adapters[0].frozen += adapter.frozen
     else:
         for parameter in adapter.frozen:
             parameter.requires_grad_(True)
     for hook in adapter.hooks:
         hook.remove()
-    adapter.layer_states, adapter.frozen, adapter.hooks = {}, [], []
+    adapter.layer_states = {}
+    adapter.frozen = []
+    adapter.hooks = []
 
 
 def attached(model: object) -> dict[str, Adapter]:
     """The adapters of a model or pipeline by name, in the order they were attached."""
-    return {
-        entry.owner.adapter.name: entry.owner.adapter
-        for module in components(model, True).values()
-        for layer in module.modules()
-        if isinstance(layer, Adapted)
-        for entry in layer._diffadapt.entries
-    }
+    adapters = {}
+    for module in components(model, True).values():
+        for layer in module.modules():
+            if not isinstance(layer, Adapted):
+                continue
+            for entry in layer._diffadapt.entries:
+                adapters[entry.owner.adapter.name] = entry.owner.adapter
+    return adapters
 
 
 @contextmanager
@@ -213,68 +289,41 @@ def disabled(model: object) -> Iterator[None]:
 
 
 def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.Module]:
-    """The models that can be adapted, by component name: a bare module is ``""``."""
+    """The models that can be adapted, by component name; a bare module has the name `""`.
+
+    Raises:
+        TypeError: `model` is neither a module nor a pipeline with a denoiser.
+    """
     if isinstance(model, nn.Module):
         return {"": model}
     names = list(DENOISERS)
     if with_text_encoders:
         names += text_encoder_names(model)
-    found = {key: getattr(model, key) for key in names if isinstance(getattr(model, key, None), nn.Module)}
-    if not found:
+    modules = {}
+    for name in names:
+        module = getattr(model, name, None)
+        if isinstance(module, nn.Module):
+            modules[name] = module
+    if not modules:
         raise TypeError(
             f"expected an nn.Module or a pipeline with a unet or transformer, got {type(model).__name__}"
         )
     if hasattr(model, "__weakref__"):
-        _pipelines.update(dict.fromkeys(found.values(), ref(model)))
-    return found
+        for module in modules.values():
+            _pipelines[module] = ref(model)
+    return modules
 
 
 def pipeline_of(adapter: Adapter) -> object | None:
     """The pipeline an adapter was attached to or loaded into, while it lives; None for a bare model."""
-    homes = (_home(root) for component, root in adapter.roots.items() if component)
-    return next((home for home in homes if home is not None), None)
+    for component, root in adapter.roots.items():
+        pipeline = _pipeline_with(root) if component else None
+        if pipeline is not None:
+            return pipeline
+    return None
 
 
-def _home(root: nn.Module) -> object | None:
-    """The pipeline a model was last seen in, while it lives."""
-    home = _pipelines.get(root)
-    return None if home is None else home()
-
-
-def _check_all_served(method: Method, found: Sequence[TargetSite], plans: Sequence[MethodPlan]) -> None:
-    served = {index for plan in plans for index in plan.indices}
-    for index, choice in enumerate(found):
-        if choice.by_name and index not in served:
-            site = choice.site
-            raise ValueError(f"{method} cannot change {site.name}, a layer of kind {site.kind}; exclude it")
-
-
-def _swap(
-    adapter: Adapter,
-    plans: Sequence[MethodPlan],
-    found: Sequence[TargetSite],
-    layer_states: Sequence[LayerState],
-) -> None:
-    entries: list[list[Entry]] = [[] for _ in found]
-    for plan, part in zip(plans, adapter.parts, strict=True):
-        for index, i in enumerate(plan.indices):
-            entries[i].append(Entry(part, index))
-    for choice, layer_state, added in zip(found, layer_states, entries, strict=True):
-        if not added:
-            continue
-        for layer in layer_state.layers:
-            layer.__class__ = ADAPTED.get(type(layer), type(layer))
-            layer._diffadapt = layer_state
-        layer_state.entries += added
-        adapter.layer_states[choice.site.name] = layer_state
-    adapter.hooks += [FusingRefused(root) for root in adapter.roots.values()]
-    for part in adapter.parts:
-        for root in adapter.roots.values():
-            adapter.hooks += label_dropout_hooks(part.methods[0], root)
-        if part.grouped:
-            for root in adapter.roots.values():
-                adapter.hooks.append(root.register_forward_pre_hook(part.grouped_changes.before_forward))
-                adapter.hooks.append(
-                    root.register_forward_hook(part.grouped_changes.after_forward, always_call=True)
-                )
-    adapter.sites = tuple(choice.site for choice in found if choice.site.name in adapter.layer_states)
+def _pipeline_with(root: nn.Module) -> object | None:
+    """The pipeline that a model was last seen in, while it lives."""
+    reference = _pipelines.get(root)
+    return None if reference is None else reference()

@@ -1,4 +1,4 @@
-"""diffusers' fused projections of attention, which go around the layers that an adapter changes."""
+"""diffusers' fused projections of attention, which bypass the layers that an adapter changes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ from torch import nn
 
 from diffadapt.adapters.layers import Adapted
 
-_METHOD = "fuse_qkv_projections"
-_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+_FUSE_METHOD = "fuse_qkv_projections"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-class FusingRefused:
-    """Makes a model refuse to fuse its projections while adapters are attached; ``remove`` takes it back."""
+class FusionGuard:
+    """Makes a model refuse to fuse its projections until `remove` is called and no adapter is left."""
 
     def __init__(self, root: nn.Module):
         self.root = root
-        if hasattr(type(root), _METHOD):
-            root.__dict__[_METHOD] = _refuse
+        if hasattr(type(root), _FUSE_METHOD):
+            root.__dict__[_FUSE_METHOD] = _refuse
 
     def remove(self) -> None:
         if not any(isinstance(layer, Adapted) for layer in self.root.modules()):
-            self.root.__dict__.pop(_METHOD, None)
+            self.root.__dict__.pop(_FUSE_METHOD, None)
 
 
 def check_not_fused(model: nn.Module, name: str) -> None:
-    """Raises ValueError for a projection that a fused one stands in for, so that it is never called."""
+    """Checks that a layer is not one of attention's projections that a fused one replaces.
+
+    Args:
+        name: of the layer in the model.
+
+    Raises:
+        ValueError: it is, so it would never be called.
+    """
     parent, _, leaf = name.rpartition(".")
-    if leaf in _FUSED and _is_fused(model.get_submodule(parent)):
+    if leaf in _PROJECTIONS and _is_fused(model.get_submodule(parent)):
         raise ValueError(
             f"{name}: the model's projections are fused, so an adapter of this one would have no effect; "
             "call unfuse_qkv_projections() first"

@@ -1,7 +1,11 @@
 """Layers adapted in place: the same objects with the same parameters, under another class.
 
-A layer owns no trained tensor. Its state lists who changes it; the owners hand out their updates at every
-forward.
+A layer owns no trained tensor. Its state lists the entries that change it: their owners (states of methods)
+compute an update at every forward, and the layer applies it.
+
+    layer._diffadapt   -> LayerState: what happens to the layer's weight
+    LayerState.entries -> Entry, one for each method that changes it
+    Entry.owner        -> MethodState, one of Adapter.parts: the trained tensors
 """
 
 from __future__ import annotations
@@ -41,7 +45,12 @@ class Owner(Protocol):
 
 @dataclass
 class Entry:
-    """One owner's change of one site, and whether it is folded into the resident weight now."""
+    """One owner's change of one layer.
+
+    Attributes:
+        index: of the layer's site among those of the owner.
+        merged: whether the change is folded into the layer's weight now.
+    """
 
     owner: Owner
     index: int
@@ -50,12 +59,19 @@ class Entry:
 
 @dataclass
 class LayerState:
-    """Everything that happens to one weight. Layers that share the weight share its state."""
+    """Everything that happens to one weight. Layers that share the weight share its state.
+
+    Attributes:
+        layers: those with this weight, as their parameter.
+        entries: the changes of all adapters, in the order they were attached.
+        original: the base weight's bits while an entry is merged; None while the layers hold them.
+        original_biases: the base biases of all layers, for the same time.
+    """
 
     layers: list[nn.Module]
     entries: list[Entry] = field(default_factory=list)
-    original: Tensor | None = None  # the base weight's bits while an entry is merged
-    original_biases: list[Tensor | None] = field(default_factory=list)  # of every layer, likewise
+    original: Tensor | None = None
+    original_biases: list[Tensor | None] = field(default_factory=list)
 
     def base(self) -> Tensor:
         """The frozen base weight, whatever is merged."""
@@ -63,14 +79,18 @@ class LayerState:
 
     def base_bias(self, layer: nn.Module | None = None) -> Tensor | None:
         """The frozen bias of a layer, the first by default; layers that share a weight have their own."""
-        number = 0 if layer is None else next(i for i, own in enumerate(self.layers) if own is layer)
-        if self.original is not None:
-            return self.original_biases[number]
-        bias = getattr(self.layers[number], "bias", None)
-        return None if bias is None else bias.detach()
+        if layer is None:
+            layer = self.layers[0]
+        if self.original is None:
+            bias = getattr(layer, "bias", None)
+            return None if bias is None else bias.detach()
+        for other, original_bias in zip(self.layers, self.original_biases, strict=True):
+            if other is layer:
+                return original_bias
+        raise ValueError(f"{layer} is not a layer of this state")
 
     def updates(self, entries: Sequence[Entry]) -> list[tuple[float, Update]]:
-        """Strength and change of each entry."""
+        """The strengths and changes of entries, outside of a forward."""
         base = self.base()
         return [(entry.owner.strength, entry.owner.update(entry.index, base)) for entry in entries]
 
@@ -89,7 +109,7 @@ def layer_state_of(layers: Sequence[nn.Module]) -> LayerState:
 
 
 class Adapted(nn.Module):
-    """What every adapted layer adds to its original class."""
+    """The base of all adapted layers: moves what belongs to the layer with it, and guards merged weights."""
 
     _diffadapt: LayerState
 
@@ -126,10 +146,10 @@ class _AdaptedConv(Adapted):
         entries = self._diffadapt.active()
         if not entries:
             return super().forward(x)
-        unbatched = x.dim() == len(self.kernel_size) + 1
-        layer_map, x = conv_map(self, x.unsqueeze(0) if unbatched else x)
-        y = _adapted_output(self, layer_map, x, entries)
-        return y.squeeze(0) if unbatched else y
+        is_unbatched = x.dim() == len(self.kernel_size) + 1
+        layer_map, x = conv_map(self, x.unsqueeze(0) if is_unbatched else x)
+        y = _adapted_output(self, layer_map, x, entries)  # (batch, out, *size)
+        return y.squeeze(0) if is_unbatched else y
 
 
 class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
@@ -145,13 +165,13 @@ class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
 
 
 class AdaptedEmbedding(Adapted, nn.Embedding):
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, indices: Tensor) -> Tensor:
         entries = self._diffadapt.active()
         if not entries:
-            return nn.Embedding.forward(self, rows)
-        table = _changed_weight(self, entries).to(self.weight.dtype)
+            return nn.Embedding.forward(self, indices)
+        table = _changed_weight(self, entries).to(self.weight.dtype)  # (rows, dim)
         return F.embedding(
-            rows, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
+            indices, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
         )
 
 
@@ -160,7 +180,8 @@ class AdaptedLayerNorm(Adapted, nn.LayerNorm):
         entries = self._diffadapt.active()
         if not entries:
             return nn.LayerNorm.forward(self, x)
-        weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
+        weight = _changed_weight(self, entries)
+        bias = _changed_bias(self, entries)
         return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
@@ -169,7 +190,8 @@ class AdaptedGroupNorm(Adapted, nn.GroupNorm):
         entries = self._diffadapt.active()
         if not entries:
             return nn.GroupNorm.forward(self, x)
-        weight, bias = _changed_weight(self, entries), _changed_bias(self, entries)
+        weight = _changed_weight(self, entries)
+        bias = _changed_bias(self, entries)
         return F.group_norm(x.to(weight.dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 

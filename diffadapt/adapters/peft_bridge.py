@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.adapters.fused_projections import FusingRefused
+from diffadapt.adapters.fused_projections import FusionGuard
 from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Entry, LayerState
 from diffadapt.adapters.peft_check import check_merge, check_storable, smallest_of_each_kind
 from diffadapt.adapters.targets import TargetSite
@@ -171,7 +171,7 @@ def attach_peft(
             if model_sites:
                 adapter.hooks.insert(0, PeftWrappers(model))
                 _attach_to_model(adapter, root, model_sites)
-                adapter.hooks.append(FusingRefused(model))
+                adapter.hooks.append(FusionGuard(model))
         if fill is not None:
             fill(adapter)
     except BaseException:
