@@ -62,6 +62,8 @@ class ClassConditionedBase(BaseModel):
     def pipeline_arguments(
         cls, requests: Sequence[ImageRequest], config: SamplingConfig
     ) -> dict[str, object]:
+        if any(request.label is None for request in requests):
+            raise ValueError("this base is conditioned on classes; give --class_labels instead of prompts")
         return {
             "class_labels": [request.label for request in requests],
             "guidance_scale": config.guidance_scale,

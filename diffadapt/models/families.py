@@ -104,12 +104,10 @@ def load_base(
     )
     pipe.to(device)
     freeze(pipe.components)
-    missing = []
-    for component, value in pipe.components.items():
-        if value is None and component not in family.optional_components:
-            missing.append(component)
-    if missing:
-        raise ValueError(f"{name} has no {', '.join(missing)}; give the folder of a whole pipeline")
+    absent = [component for component, value in pipe.components.items() if value is None]
+    required = [component for component in absent if component not in family.optional_components]
+    if required:
+        raise ValueError(f"{name} has no {', '.join(required)}; give the folder of a whole pipeline")
     return family(pipe, name, profile_of(name, revision=revision))
 
 
@@ -124,6 +122,8 @@ def _family_of(name: str, revision: str | None) -> type[BaseModel]:
     class_name = pipeline_class(name, revision=revision)
     family = family_of_pipeline(class_name)
     if family is None:
-        known = [name for family in FAMILIES.values() for name in family.pipeline_classes]
-        raise ValueError(f"{name!r} is a {class_name}; the known kinds are {', '.join(known)}")
+        supported: list[str] = []
+        for supported_family in FAMILIES.values():
+            supported += supported_family.pipeline_classes
+        raise ValueError(f"{name!r} is a {class_name}; the known kinds are {', '.join(supported)}")
     return family

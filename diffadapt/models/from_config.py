@@ -16,10 +16,10 @@ from diffadapt.models.base_names import resolve
 
 
 def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module | SimpleNamespace:
-    """The model of a config file, of a folder with one, or the denoiser of a pipeline's folder.
+    """The model of a config file or of a folder with one, or the denoiser of a pipeline's folder.
 
     Args:
-        source: ``config.json``, a folder holding ``config.json`` or ``model_index.json``, ``embedded:NAME``,
+        source: `config.json`, a folder holding `config.json` or `model_index.json`, `embedded:NAME`,
             or a name on the hub, of which only the configurations are fetched.
         text_encoders: a pipeline's denoiser and text encoders, as attributes of one object, instead of the
             denoiser alone.

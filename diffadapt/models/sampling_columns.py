@@ -1,4 +1,4 @@
-"""Looks: the ways of one sheet to set the strengths of its adapters, the same seeds under each."""
+"""Columns of a sheet of samples: the same images under different strengths of the adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """One adapter to load, and how strong; None: what ``--strength`` says."""
+    """One adapter to load.
+
+    Attributes:
+        path: of its file.
+        strength: its strength; None for that of ``--strength``.
+    """
 
     path: str
     strength: float | None
@@ -18,25 +23,30 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class SamplingColumn:
-    """A heading and the strength of every adapter."""
+    """One column of the sheet.
+
+    Attributes:
+        name: the heading.
+        strengths: one per adapter.
+    """
 
     name: str
     strengths: tuple[float, ...]
 
 
 def parse_adapter_spec(text: str, *, strength: float | None = None) -> AdapterFile:
-    """FILE or FILE:STRENGTH; a colon that is part of an existing path is left alone."""
-    head, colon, tail = text.rpartition(":")
+    """Parses FILE or FILE:STRENGTH; a colon that is part of an existing path is left alone."""
+    path, colon, ending = text.rpartition(":")
     if not colon or Path(text).exists():
         return AdapterFile(text, strength)
     try:
-        return AdapterFile(head, float(tail))
+        return AdapterFile(path, float(ending))
     except ValueError:
         return AdapterFile(text, strength)
 
 
 def parse_strengths(text: str) -> list[float]:
-    """``1`` or ``0,0.5,1``. Raises ValueError for anything but finite numbers."""
+    """Parses ``1`` or ``0,0.5,1``. Raises ValueError for anything but finite numbers."""
     try:
         strengths = [float(item) for item in str(text).split(",")]
     except ValueError:
@@ -49,28 +59,35 @@ def parse_strengths(text: str) -> list[float]:
 def make_columns(
     files: Sequence[AdapterFile], strengths: Sequence[float], *, side_by_side: bool, with_base: bool
 ) -> list[SamplingColumn]:
-    """Every column of the sheet: the base, then each strength, and each adapter alone when side by side.
+    """All columns of the sheet: the base, then each strength of all adapters together or of each alone.
 
+    Args:
+        files: the adapters, those with a strength of their own among them.
+        strengths: for the adapters without one.
+        side_by_side: each adapter alone.
+        with_base: a column without adapters first.
     Raises: ValueError for several strengths that no adapter takes, since all have their own.
     """
     if len(strengths) > 1 and all(file.strength is not None for file in files):
         raise ValueError("every adapter has its own :STRENGTH, so several of --strength change nothing")
-    alone = range(len(files)) if side_by_side else [None]
-    looks = [SamplingColumn("base", (0.0,) * len(files))] if with_base else []
-    for chosen in alone:
-        moving = [file for i, file in enumerate(files) if chosen in (None, i) and file.strength is None]
-        for strength in strengths if moving else strengths[:1]:
-            own = tuple(
-                (strength if file.strength is None else file.strength) if chosen in (None, i) else 0.0
-                for i, file in enumerate(files)
-            )
-            looks.append(SamplingColumn(_heading(files, own, chosen), own))
-    return looks
+    columns = []
+    if with_base:
+        columns.append(SamplingColumn("base", (0.0,) * len(files)))
+    everything = range(len(files))
+    groups = [[index] for index in everything] if side_by_side else [list(everything)]
+    for group in groups:
+        is_variable = any(files[index].strength is None for index in group)
+        for strength in strengths if is_variable else strengths[:1]:
+            columns.append(_make_column(files, group, strength))
+    return columns
 
 
-def _heading(files: Sequence[AdapterFile], own: Sequence[float], chosen: int | None) -> str:
-    return " + ".join(
-        f"{Path(file.path).stem} {strength:g}"
-        for i, (file, strength) in enumerate(zip(files, own, strict=True))
-        if chosen in (None, i)
-    )
+def _make_column(files: Sequence[AdapterFile], group: Sequence[int], strength: float) -> SamplingColumn:
+    """The column in which the adapters of a group are on, at `strength` where they have none of their own."""
+    strengths = [0.0] * len(files)
+    headings = []
+    for index in group:
+        file = files[index]
+        strengths[index] = strength if file.strength is None else file.strength
+        headings.append(f"{Path(file.path).stem} {strengths[index]:g}")
+    return SamplingColumn(" + ".join(headings), tuple(strengths))

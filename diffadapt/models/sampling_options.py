@@ -1,9 +1,9 @@
-"""Options of drawing images, the same for `diffadapt sample` and `eval/image_quality.py`."""
+"""Command-line options of sampling, the same for `diffadapt sample` and `eval/image_quality.py`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from diffadapt.formats.adapter_file import read_metadata
 from diffadapt.models.class_labels import parse_class_labels, read_class_names
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, image_requests
 
-PIPELINE_STEP = 8  # pixels; pipelines take multiples of it
+PIPELINE_STEP = 8  # pixels; pipelines generate images whose sides are multiples of it
 MINIMUM_VALUES = {  # option -> its smallest value
     "num_images": 1,
     "seed": 0,
@@ -61,78 +61,95 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, num_images: int) ->
 
 
 def requested_images(arguments: argparse.Namespace, files: Sequence[str]) -> list[ImageRequest]:
-    """The images of one look: prompts, those of a file, or classes, each with consecutive seeds.
+    """The images of one column: of every prompt or class, with consecutive seeds.
 
     Args:
-        files: adapter files, whose classes can be asked for by name.
+        arguments: of `add_sampling_options`.
+        files: adapter files, whose classes can be requested by name.
+    Raises: ValueError for both prompts and classes, for neither, or for an unknown class.
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:
         prompts += read_prompts(arguments.prompts_file)
     if arguments.class_labels is not None and prompts:
-        raise ValueError("give prompts or --class_labels: a base is told either words or classes")
+        raise ValueError(
+            "give prompts or --class_labels: a base is conditioned on either captions or classes"
+        )
     if arguments.class_labels is not None:
-        names = read_class_names(files)
-        return [
-            ImageRequest(f"class {names.get(label, label)}", arguments.seed + i, label)
-            for label in parse_class_labels(arguments.class_labels, names)
-            for i in range(arguments.num_images)
-        ]
+        return _requested_classes(arguments, read_class_names(files))
     if not prompts:
-        raise ValueError("nothing to draw; give --prompt, --prompts_file or --class_labels")
-    return [
-        shot
-        for prompt in prompts
-        for shot in image_requests(prompt, arguments.num_images, seed=arguments.seed)
-    ]
+        raise ValueError("nothing to generate; give --prompt, --prompts_file or --class_labels")
+    requests = []
+    for prompt in prompts:
+        requests += image_requests(prompt, arguments.num_images, seed=arguments.seed)
+    return requests
+
+
+def _requested_classes(arguments: argparse.Namespace, names: Mapping[int, str]) -> list[ImageRequest]:
+    requests = []
+    for label in parse_class_labels(arguments.class_labels, names):
+        title = f"class {names.get(label, label)}"
+        for seed in range(arguments.seed, arguments.seed + arguments.num_images):
+            requests.append(ImageRequest(title, seed, label))
+    return requests
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    r"""The prompts of a file, one on each line; "# ..." is a remark, "\# ..." a prompt that begins with #."""
+    r"""The prompts of a file, one per line; "# ..." is a comment, "\# ..." a prompt that begins with #."""
     prompts = []
     for line in text_lines(read_text(path)):
         prompt = " ".join(line.split())
-        if prompt and not prompt.startswith("#"):
-            prompts.append(prompt.removeprefix("\\") if prompt.startswith("\\#") else prompt)
+        if not prompt or prompt.startswith("#"):
+            continue
+        if prompt.startswith("\\#"):
+            prompt = prompt.removeprefix("\\")
+        prompts.append(prompt)
     return prompts
 
 
 def make_sampling_config(
     arguments: argparse.Namespace,
-    defaults: dict[str, object],
+    defaults: Mapping[str, object],
     autocast: torch.dtype | None,
     files: Sequence[str],
 ) -> SamplingConfig:
-    """How images are made: the options of drawing, with defaults for what was not given.
+    """The sampling options, with defaults for those that were not given.
 
-    Without a size, images are as large as those that the adapters of `files` were trained on.
+    Args:
+        arguments: of `add_sampling_options`.
+        defaults: of the base.
+        autocast: precision of the denoiser's activations.
+        files: adapter files; without a size, images are as large as those they were trained on.
     """
-    height, width = arguments.height, arguments.width
+    height = arguments.height
+    width = arguments.width
     if height is None and width is None:
         height = width = training_resolution(files)
 
-    def choose(given: object, default: str) -> object:
-        return defaults[default] if given is None else given
+    def value_or_default(value: object, default: str) -> object:
+        return defaults[default] if value is None else value
 
     return SamplingConfig(
-        num_inference_steps=choose(arguments.num_inference_steps, "num_inference_steps"),
-        guidance_scale=choose(arguments.guidance_scale, "guidance_scale"),
+        num_inference_steps=value_or_default(arguments.num_inference_steps, "num_inference_steps"),
+        guidance_scale=value_or_default(arguments.guidance_scale, "guidance_scale"),
         negative_prompt=arguments.negative_prompt,
         scheduler=arguments.scheduler,
         height=height,
         width=width,
-        batch_size=choose(arguments.batch_size, "sample_batch_size"),
+        batch_size=value_or_default(arguments.batch_size, "sample_batch_size"),
         autocast=autocast,
     )
 
 
 def training_resolution(files: Sequence[str]) -> int | None:
-    """The side, in pixels, of what pipelines generate nearest to the training images of adapter files.
+    """The side, in pixels, that pipelines can generate nearest to the training images of adapter files.
 
     None where a file does not say, or where they differ: then the base's own size is the better guess.
     """
-    texts = {str(read_metadata(file).get("resolution", "")) for file in files}
-    text = texts.pop() if len(texts) == 1 else ""
-    if not text.isdecimal():
+    resolutions = {str(read_metadata(file).get("resolution", "")) for file in files}
+    if len(resolutions) != 1:
         return None
-    return int(text) // PIPELINE_STEP * PIPELINE_STEP or None
+    resolution = resolutions.pop()
+    if not resolution.isdecimal():
+        return None
+    return int(resolution) // PIPELINE_STEP * PIPELINE_STEP or None  # rounded down

@@ -1,4 +1,4 @@
-"""Pipelines that stock diffusers lacks, or that know more of class tables, in its stock format."""
+"""Pipelines in the format of diffusers: one that it lacks, and one for class tables of any size."""
 
 from diffadapt.pipelines.class_conditional import ClassConditionalPipeline
 from diffadapt.pipelines.dit import DiTPipeline

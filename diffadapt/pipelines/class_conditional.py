@@ -1,7 +1,7 @@
 """Images of given classes from a UNet2DModel in pixel space, with classifier-free guidance.
 
-Stock diffusers draws from a class-conditional UNet2DModel in no pipeline; this one has its folder layout
-(``model_index.json``, ``unet/``, ``scheduler/``) and the call of ``DiTPipeline``.
+diffusers has no pipeline for a class-conditional UNet2DModel. This one has the usual folder layout
+(`model_index.json`, `unet/`, `scheduler/`) and the call of `DiTPipeline`.
 """
 
 import inspect
@@ -16,15 +16,15 @@ from diffadapt.adapters.class_table import ClassTable, table_in_use
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Draws images of classes 0, 1, ...
+    """Generates images of classes 0, 1, ...
 
     Args:
-        unet: a model with a class embedding (``num_class_embeds`` rows).
+        unet: a model with a class embedding (`num_class_embeds` rows).
         scheduler: any of diffusers, for epsilon, v or sample prediction.
         null_class: the row of the class table that stands for "no class", as a base learns it from dropped
             labels; None: the base has none, and guidance is not possible.
 
-    Raises: ValueError when the model takes no classes or its table has no row ``null_class``.
+    Raises: ValueError when the model takes no classes or its table has no row `null_class`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -52,11 +52,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be drawn, without the null class."""
+        """The number of classes, without the null class."""
         return len(self.class_table.labels)
 
     def save_pretrained(self, *arguments: object, **options: object) -> None:
-        """As of any pipeline; the null class is named for the rows that are saved."""
+        """As of any pipeline; the configuration names the null class of the table that is saved."""
         if self._null_from_end is not None:
             self.register_to_config(null_class=self.unet.class_embedding.num_embeddings - self._null_from_end)
         super().save_pretrained(*arguments, **options)
@@ -74,31 +74,36 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """One image per label.
 
         Args:
-            guidance_scale: s in ``uncond + s (cond - uncond)``; 1 or less draws without guidance (Ho and
+            class_labels: the class of each image.
+            guidance_scale: s in `uncond + s (cond - uncond)`; 1 or less is without guidance (Ho and
                 Salimans 2022, arXiv 2207.12598, whose w is s - 1).
+            num_inference_steps: denoising steps.
             generator: one for all images, or one per image, so that an image does not depend on its batch.
-            output_type: ``"pil"``, ``"np"`` (B, H, W, 3) in [0, 1], or ``"pt"`` (B, 3, H, W) in [0, 1].
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], or "pt" (B, 3, H, W) in [0, 1].
+            return_dict: an `ImagePipelineOutput` instead of a tuple.
 
         Raises: ValueError for a label that is no class, or guidance without a null class.
         """
         table = self.class_table
-        labels = self._checked(class_labels, guidance_scale, table)
+        labels = self._check_labels(class_labels, guidance_scale, table)
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (len(labels), self.unet.config.in_channels, height, width)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         noisy = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
         noisy = noisy * self.scheduler.init_noise_sigma
-        extra = self._step_options(generator)
+        step_options = self._step_options(generator)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            told = self.scheduler.scale_model_input(noisy, timestep)
-            predicted = self._guided(told, timestep, labels, guidance_scale, table.null_class)
-            noisy = self.scheduler.step(predicted, timestep, noisy, **extra).prev_sample
-        images = self._finished(noisy, output_type)
+            scaled = self.scheduler.scale_model_input(noisy, timestep)
+            predicted = self._predict_guided(scaled, timestep, labels, guidance_scale, table.null_class)
+            noisy = self.scheduler.step(predicted, timestep, noisy, **step_options).prev_sample
+        images = self._to_images(noisy, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _checked(self, class_labels: int | Sequence[int], guidance_scale: float, table: ClassTable) -> Tensor:
+    def _check_labels(
+        self, class_labels: int | Sequence[int], guidance_scale: float, table: ClassTable
+    ) -> Tensor:
         """The labels as a tensor (B,) on the device."""
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
         table.check(labels or [class_labels], "the base")
@@ -106,23 +111,24 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError("this base has no null class, so it cannot be guided; set guidance_scale to 1")
         return torch.tensor(labels, device=self._execution_device)
 
-    def _guided(
+    def _predict_guided(
         self, noisy: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float, null_class: int | None
     ) -> Tensor:
         if guidance_scale <= 1:
             return self.unet(noisy, timestep, class_labels=labels, return_dict=False)[0]
-        both = torch.cat([labels, torch.full_like(labels, null_class)])
-        predicted = self.unet(torch.cat([noisy, noisy]), timestep, class_labels=both, return_dict=False)[0]
+        both_labels = torch.cat([labels, torch.full_like(labels, null_class)])  # (2 B,)
+        both_noisy = torch.cat([noisy, noisy])  # (2 B, C, H, W)
+        predicted = self.unet(both_noisy, timestep, class_labels=both_labels, return_dict=False)[0]
         conditional, unconditional = predicted.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
         """The generators, for schedulers that add noise."""
-        takes = inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if "generator" in takes else {}
+        parameters = inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if "generator" in parameters else {}
 
-    def _finished(self, pixels: Tensor, output_type: str) -> object:
-        images = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+    def _to_images(self, pixels: Tensor, output_type: str) -> object:
+        images = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()  # (B, 3, H, W)
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).numpy()

@@ -1,7 +1,7 @@
 """diffusers' DiTPipeline for class tables of any size.
 
-The stock pipeline takes row 1000 for the null class and does not check labels. This one asks the table that
-is in use, the base's or an adapter's. It has the same name, so that folders it saves say what they are.
+The stock pipeline takes row 1000 for the null class and does not check labels. This one reads the table in
+use, the base's or an adapter's. It has the same name, so that folders it saves open with stock diffusers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from diffusers import ImagePipelineOutput
 
 from diffadapt.adapters.class_table import ClassTable, table_in_use
 
-STOCK_NULL = 1000  # what diffusers.DiTPipeline passes for the null class
+STOCK_NULL_CLASS = 1000  # that diffusers.DiTPipeline passes
 
 
 class DiTPipeline(diffusers.DiTPipeline):
-    """Draws images of classes 0, 1, ...; arguments as of ``diffusers.DiTPipeline``."""
+    """Generates images of classes 0, 1, ...; arguments as of `diffusers.DiTPipeline`."""
 
     @property
     def class_table(self) -> ClassTable:
@@ -36,14 +36,14 @@ class DiTPipeline(diffusers.DiTPipeline):
         table = self.class_table
         table.check(labels, "the base")
 
-        def redirect(_: torch.nn.Module, positional: tuple, named: Mapping[str, object]) -> tuple:
-            told = named["class_labels"].clone()
-            told[len(labels) :] = table.null_class  # the second half, which is there when guided
-            return positional, {**named, "class_labels": told}
+        def replace_null_class(_: torch.nn.Module, args: tuple, kwargs: Mapping[str, object]) -> tuple:
+            row_indices = kwargs["class_labels"].clone()
+            row_indices[len(labels) :] = table.null_class  # the unconditional half, where there is guidance
+            return args, {**kwargs, "class_labels": row_indices}
 
-        if table.null_class == STOCK_NULL:
+        if table.null_class == STOCK_NULL_CLASS:
             return super().__call__(labels, guidance_scale, *arguments, **options)
-        handle = self.transformer.register_forward_pre_hook(redirect, with_kwargs=True)
+        handle = self.transformer.register_forward_pre_hook(replace_null_class, with_kwargs=True)
         try:
             return super().__call__(labels, guidance_scale, *arguments, **options)
         finally:

@@ -36,7 +36,9 @@ def hostile(folder, index, *files):
 def test_code_in_a_bases_folder_is_refused_and_not_run(tmp_path, monkeypatch, opener, index, file):
     folder = hostile(tmp_path / "base", index, file)
     monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match=r"is of '\w+'; parts of a base come from diffusers or transformers"):
+    with pytest.raises(
+        ValueError, match=r"is of '\w+'; components of a base come from diffusers or transformers"
+    ):
         opener(str(folder))
     assert not list(tmp_path.rglob("ran"))
     assert "antigravity" not in sys.modules
