@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from diffadapt.adapters.layers import layer_state_of
-from diffadapt.algebra.class_table_expression import NewClassTable
+from diffadapt.algebra.class_table_expression import NewClassTable, new_class_tables
 from diffadapt.methods.site import is_class_table
 
 SIZE_KEYS = ("num_class_embeds", "num_embeds_ada_norm")  # a configuration's number of rows or classes
@@ -179,11 +179,7 @@ def label_dropout_hooks(method: object, model: nn.Module) -> list[RemovableHandl
 def _new_tables(layer: nn.Embedding) -> list[NewClassTable]:
     """The new class tables of adapters that act on a layer."""
     layer_state = layer_state_of([layer])
-    tables = []
-    for strength, update in layer_state.updates(layer_state.entries):
-        if strength != 0 and isinstance(update.delta, NewClassTable):
-            tables.append(update.delta)
-    return tables
+    return new_class_tables(layer_state.updates(layer_state.entries))
 
 
 def _rows_in_use(layer: nn.Embedding) -> int:

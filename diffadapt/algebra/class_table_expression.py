@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.expression import Expression, Update
+from diffadapt.algebra.full_rank import Dense
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class NewClassTable(Expression):
     def matrix(self) -> Tensor:
         start = resize_table(self.weight.to(self.table.dtype), len(self.table), null_class=self.null_class)
         return pad_table(self.table - start, self.num_rows, null_class=self.null_class)
+
+    def export_form(self, factor: float = 1.0) -> Dense:
+        return Dense(factor * self.matrix())
 
     def vjp(self, grad: Tensor) -> tuple[None, Tensor]:
         null_row = self.num_rows - self.null_class
@@ -86,9 +90,17 @@ def largest_class_table(base: Tensor, updates: Sequence[tuple[float, Update]]) -
     """
     largest = None
     num_rows = len(base)
-    for strength, update in updates:
-        table = update.delta
-        if strength != 0 and isinstance(table, NewClassTable) and table.num_rows > num_rows:
+    for table in new_class_tables(updates):
+        if table.num_rows > num_rows:
             largest = table
             num_rows = table.num_rows
     return largest
+
+
+def new_class_tables(updates: Sequence[tuple[float, Update]]) -> list[NewClassTable]:
+    """The class tables among the changes that act."""
+    tables = []
+    for strength, update in updates:
+        if strength != 0 and isinstance(update.delta, NewClassTable):
+            tables.append(update.delta)
+    return tables

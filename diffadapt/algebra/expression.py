@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from diffadapt.algebra.layer_maps import ChainStep, LayerMap, cast_steps
+
+if TYPE_CHECKING:
+    from diffadapt.algebra.low_rank import LowRank
 
 
 class Expression:
     """A change `delta` of a weight, seen as a matrix `(out, fan_in)`.
 
     A subclass is a frozen dataclass. Those of its fields that are tensors or expressions are its factors; all
-    others are constants. It defines `matrix` and `vjp`. One that can be applied without building its matrix
-    defines `is_thin`, `steps` and `steps_backward` too.
+    others are constants. It defines `matrix`, `vjp` and `export_form`, and says `depends_on_base`. One that
+    can be applied without building its matrix defines `is_thin`, `steps` and `steps_backward` too.
 
     The contract:
 
@@ -40,10 +44,15 @@ class Expression:
         saves_step_weights: whether backward keeps the weights of `steps` instead of computing them again:
             they are views of the factors, or small.
         backward_needs_factors: whether `steps_backward` reads the factors, not the gradients alone.
+        is_dense: whether it is a matrix without structure.
+        depends_on_base: whether `delta` would be another one on another base. True unless a class says
+            otherwise, which is always safe: files of such changes are resized and combined on their base.
     """
 
     saves_step_weights = False
     backward_needs_factors = True
+    is_dense = False
+    depends_on_base = True
 
     def matrix(self) -> Tensor:
         """The exact change `delta (out, fan_in)`."""
@@ -67,6 +76,18 @@ class Expression:
             the gradients by `tensors()`.
         """
         raise TypeError(f"{type(self).__name__} does not define vjp()")
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        """`factor * delta` in a form that the files of other programs hold, with exactly the same matrix.
+
+        `low_rank_or_dense(factor * self.matrix())` of `full_rank.py` is right for every expression. One whose
+        structure is known gives its own factors, which is faster and makes smaller files.
+        """
+        raise TypeError(f"{type(self).__name__} does not define export_form()")
+
+    def thin_factors(self) -> LowRank | None:
+        """`delta` as `up @ down`, where the expression is made as such a product; else None."""
+        return None
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
         """Whether applying the change through `steps` is cheaper than through its matrix.
@@ -125,6 +146,25 @@ class Expression:
                 del remaining[:count]
             values.append(value)
         return type(self)(*values)
+
+    def in_float64(self) -> Expression:
+        """The same expression over detached factors in float64."""
+        return self.with_tensors([tensor.detach().double() for tensor in self.tensors()])
+
+
+class ExportForm(Expression):
+    """An expression that files of other programs hold.
+
+    These are `LowRank`, `Tucker`, `LowRankHadamard`, `Kron` and `Dense`; what `export_form` returns.
+    """
+
+    def rows_scaled(self, rows: Tensor) -> ExportForm:
+        """`diag(rows) delta`, with `rows (out,)`."""
+        raise TypeError(f"{type(self).__name__} does not define rows_scaled()")
+
+    def as_product(self) -> LowRank | None:
+        """`delta` as `up @ down` of the smallest rank that the structure gives; None for a dense matrix."""
+        raise TypeError(f"{type(self).__name__} does not define as_product()")
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.expression import ExportForm, Expression
 from diffadapt.algebra.layer_maps import ChainStep, ChannelGroups, GroupMix, LayerMap
-from diffadapt.algebra.low_rank import LowRank
+from diffadapt.algebra.low_rank import LowRank, at_most_full_rank, full_rank_factors
+
+# singular values below this share of the largest are rounding: factors are trained in float32
+RANK_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
-class Dense(Expression):
+class Dense(ExportForm):
     """`delta = value`, any tensor of the weight's own shape or `(out, fan_in)`."""
 
     value: Tensor
 
+    depends_on_base = False
+    is_dense = True
+
     def matrix(self) -> Tensor:
         return self.value.reshape(self.value.shape[0], -1)
+
+    def export_form(self, factor: float = 1.0) -> Dense:
+        return Dense(factor * self.matrix())
+
+    def rows_scaled(self, rows: Tensor) -> Dense:
+        return Dense(rows[:, None] * self.matrix())
+
+    def as_product(self) -> None:
+        return None
 
     def vjp(self, grad: Tensor) -> tuple[Tensor]:
         return (grad.reshape(self.value.shape),)
@@ -36,6 +51,9 @@ class Replacement(Expression):
     def matrix(self) -> Tensor:
         return (self.table - self.weight).reshape(self.table.shape[0], -1)
 
+    def export_form(self, factor: float = 1.0) -> Dense:
+        return Dense(factor * self.matrix())
+
     def vjp(self, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad.reshape(self.table.shape)
 
@@ -47,8 +65,15 @@ class Scaled(Expression):
     inner: Expression
     factor: float
 
+    @property
+    def depends_on_base(self) -> bool:
+        return self.inner.depends_on_base
+
     def matrix(self) -> Tensor:
         return self.factor * self.inner.matrix()
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        return self.inner.export_form(factor * self.factor)
 
     def added_to(self, weight: Tensor) -> Tensor:
         return torch.add(weight, self.inner.matrix(), alpha=self.factor)
@@ -65,8 +90,15 @@ class Sum(Expression):
     first: Expression
     second: Expression
 
+    @property
+    def depends_on_base(self) -> bool:
+        return self.first.depends_on_base or self.second.depends_on_base
+
     def matrix(self) -> Tensor:
         return self.first.matrix() + self.second.matrix()
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        return add_forms(self.first.export_form(factor), self.second.export_form(factor))
 
     def added_to(self, weight: Tensor) -> Tensor:
         return self.second.added_to(self.first.added_to(weight))
@@ -82,8 +114,21 @@ class ReshapedLowRank(Expression):
     inner: LowRank
     shape: tuple[int, int]
 
+    depends_on_base = False
+
     def matrix(self) -> Tensor:
         return self.inner.matrix().reshape(self.shape)
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        # up (out * m, r) and down (r, n), read into (out, m * n): row o is made of the m products
+        # up[o, j] down, so up becomes (out, m * r) and down is repeated m times on the diagonal
+        out = self.shape[0]
+        num_blocks, remainder = divmod(self.inner.up.shape[0], out)
+        rank = num_blocks * self.inner.up.shape[1]
+        if remainder or rank >= min(self.shape):
+            return low_rank_or_dense(factor * self.matrix())
+        up = factor * self.inner.up.reshape(out, -1)  # (out, m * r)
+        return LowRank(up, torch.block_diag(*[self.inner.down] * num_blocks))
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         return self.inner.vjp(grad.reshape(self.inner.up.shape[0], -1))
@@ -100,6 +145,9 @@ class RelativeChange(Expression):
     def matrix(self) -> Tensor:
         factor = self.factor.matrix()
         return self._weight_matrix(factor) * self._relative(factor)
+
+    def export_form(self, factor: float = 1.0) -> Dense:
+        return Dense(factor * self.matrix())
 
     def added_to(self, weight: Tensor) -> Tensor:
         factor = self.factor.matrix()
@@ -132,6 +180,9 @@ class ColumnScaled(Expression):
     def matrix(self) -> Tensor:
         return self._unscaled() * self.columns - self._weight_matrix()
 
+    def export_form(self, factor: float = 1.0) -> Dense:
+        return Dense(factor * self.matrix())
+
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         # for U = weight + multiplier * inner: d inner = multiplier G diag(columns), d columns = sum_o G * U
         inner_grads = self.inner.vjp(self.multiplier * grad * self.columns)
@@ -151,8 +202,15 @@ class EntrywiseProduct(Expression):
     first: Expression
     second: Expression
 
+    @property
+    def depends_on_base(self) -> bool:
+        return self.first.depends_on_base or self.second.depends_on_base
+
     def matrix(self) -> Tensor:
         return self.first.matrix() * self.second.matrix()
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        return low_rank_or_dense(factor * self.matrix())
 
     def added_to(self, weight: Tensor) -> Tensor:
         return torch.addcmul(weight, self.first.matrix(), self.second.matrix())
@@ -164,7 +222,7 @@ class EntrywiseProduct(Expression):
 
 
 @dataclass(frozen=True)
-class LowRankHadamard(EntrywiseProduct):
+class LowRankHadamard(EntrywiseProduct, ExportForm):
     """`delta = (u1 @ v1) * (u2 @ v2)`, entry by entry (LoHa): of rank `r1 r2` at most.
 
     It equals the low-rank product over pairs of ranks `sum_pq (u1_p * u2_q) (v1_p * v2_q)^T`, where `u_p`
@@ -174,6 +232,15 @@ class LowRankHadamard(EntrywiseProduct):
     first: LowRank
     second: LowRank
 
+    def export_form(self, factor: float = 1.0) -> LowRankHadamard:
+        return LowRankHadamard(self.first.export_form(factor), self.second)
+
+    def rows_scaled(self, rows: Tensor) -> LowRankHadamard:
+        return LowRankHadamard(self.first.rows_scaled(rows), self.second)
+
+    def as_product(self) -> LowRank:
+        return at_most_full_rank(self._over_pairs_of_ranks(), self)
+
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
         fan_in = self.first.down.shape[1]
         rank = self.first.up.shape[1] * self.second.up.shape[1]
@@ -181,9 +248,7 @@ class LowRankHadamard(EntrywiseProduct):
         return is_smaller and 4 * rank < min(shape[0], fan_in)
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
-        up = (self.first.up[:, :, None] * self.second.up[:, None, :]).flatten(1)  # (out, r1 * r2)
-        down = (self.first.down[:, None, :] * self.second.down[None, :, :]).flatten(0, 1)  # (r1 * r2, fan_in)
-        return LowRank(up, down).steps(layer, shape)
+        return self._over_pairs_of_ranks().steps(layer, shape)
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         # up[o, p, q] = u1[o, p] u2[o, q], down[p, q, i] = v1[p, i] v2[q, i]
@@ -197,9 +262,15 @@ class LowRankHadamard(EntrywiseProduct):
             (down * self.first.down[:, None, :]).sum(0),
         )
 
+    def _over_pairs_of_ranks(self) -> LowRank:
+        """The low-rank product over pairs of ranks."""
+        up = (self.first.up[:, :, None] * self.second.up[:, None, :]).flatten(1)  # (out, r1 * r2)
+        down = (self.first.down[:, None, :] * self.second.down[None, :, :]).flatten(0, 1)  # (r1 * r2, fan_in)
+        return LowRank(up, down)
+
 
 @dataclass(frozen=True)
-class Kron(Expression):
+class Kron(ExportForm):
     """The Kronecker product of `left (a, b)` and `right (c, d * kernel)`: `delta (a * c, b * d * kernel)`.
 
     Entry by entry `delta[(a, c), (b, m)] = left[a, b] right[c, m]`. Applied to `x`, the same `right` acts on
@@ -213,6 +284,32 @@ class Kron(Expression):
         right = self.right.matrix()
         product = torch.einsum("ab,cm->acbm", self.left, right)
         return product.reshape(self.left.shape[0] * right.shape[0], -1)
+
+    @property
+    def depends_on_base(self) -> bool:
+        return self.right.depends_on_base
+
+    def export_form(self, factor: float = 1.0) -> Kron:
+        right = self.right.export_form()
+        if not right.is_dense:
+            right = right.as_product()
+        return Kron(factor * self.left, right)
+
+    def rows_scaled(self, rows: Tensor) -> LowRank:
+        return self.as_product().rows_scaled(rows)
+
+    def as_product(self) -> LowRank:
+        # left (x) (up down) = (I (x) up) (left (x) down), or (left (x) up) (I (x) down): the smaller I
+        right = self.right.export_form().as_product()
+        if right is None:
+            right = full_rank_factors(self.right.matrix())
+        rows, columns = self.left.shape
+        identity = torch.eye(min(rows, columns), dtype=self.left.dtype, device=self.left.device)
+        if rows <= columns:
+            product = LowRank(torch.kron(identity, right.up), torch.kron(self.left, right.down))
+        else:
+            product = LowRank(torch.kron(self.left, right.up), torch.kron(identity, right.down))
+        return at_most_full_rank(product, self)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         right = self.right.matrix()
@@ -242,3 +339,29 @@ class Kron(Expression):
         if len(right_grads) > 1:
             return left, *self.right.steps_backward(right_grads)
         return left, *self.right.vjp(right_grads[0].flatten(1))
+
+
+def low_rank_or_dense(matrix: Tensor) -> LowRank | Dense:
+    """The factors of a matrix whose rank is so low that they are smaller than it; else the matrix itself.
+
+    The rank is that of the singular values above `RANK_TOLERANCE` of the largest.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = max(1, int((values > RANK_TOLERANCE * values[0]).sum()))
+    if rank * sum(matrix.shape) >= matrix.numel():
+        return Dense(matrix)
+    root = values[:rank].sqrt()
+    return LowRank(left[:, :rank] * root, root[:, None] * right[:rank])
+
+
+def add_forms(first: ExportForm, second: ExportForm) -> LowRank | Dense:
+    """The sum of two forms: in factors where both have them and these are smaller, else dense."""
+    first_product = first.as_product()
+    second_product = second.as_product()
+    if first_product is not None and second_product is not None:
+        # up1 down1 + up2 down2 = [up1 up2] [down1; down2]
+        up = torch.cat([first_product.up, second_product.up], 1)
+        down = torch.cat([first_product.down, second_product.down], 0)
+        if up.shape[1] < min(up.shape[0], down.shape[1]):
+            return LowRank(up, down)
+    return Dense(first.matrix() + second.matrix())

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.expression import ExportForm, Expression
 from diffadapt.algebra.layer_maps import ChainStep, ChannelGroups, ChannelSum, ConvMap, LayerMap, LinearMap
 
 
 @dataclass(frozen=True)
-class LowRank(Expression):
+class LowRank(ExportForm):
     """`delta = up @ down`, with `up (out, r)` and `down (r, fan_in)`."""
 
     up: Tensor
@@ -28,9 +28,22 @@ class LowRank(Expression):
 
     saves_step_weights = True
     backward_needs_factors = False
+    depends_on_base = False
 
     def matrix(self) -> Tensor:
         return self.up @ self.down
+
+    def export_form(self, factor: float = 1.0) -> LowRank:
+        return LowRank(factor * self.up, self.down)
+
+    def rows_scaled(self, rows: Tensor) -> LowRank:
+        return LowRank(rows[:, None] * self.up, self.down)
+
+    def as_product(self) -> LowRank:
+        return self
+
+    def thin_factors(self) -> LowRank:
+        return self
 
     def added_to(self, weight: Tensor) -> Tensor:
         return torch.addmm(weight, self.up, self.down)
@@ -65,7 +78,7 @@ class LowRank(Expression):
 
 
 @dataclass(frozen=True)
-class Tucker(Expression):
+class Tucker(ExportForm):
     """`delta[o, i, k] = sum_ab up[o, a] core[a, b, k] down[b, i]` for the kernel positions `k`.
 
     Shapes: `up (out, r_out)`, `core (r_out, r_in, *kernel)`, `down (r_in, in/groups)`.
@@ -77,9 +90,22 @@ class Tucker(Expression):
 
     saves_step_weights = True
     backward_needs_factors = False
+    depends_on_base = False
 
     def matrix(self) -> Tensor:
         return self.up @ self._core_by_down().flatten(1)
+
+    def export_form(self, factor: float = 1.0) -> Tucker:
+        return Tucker(factor * self.up, self.core, self.down)
+
+    def rows_scaled(self, rows: Tensor) -> Tucker:
+        return Tucker(rows[:, None] * self.up, self.core, self.down)
+
+    def as_product(self) -> LowRank:
+        return at_most_full_rank(self.thin_factors(), self)
+
+    def thin_factors(self) -> LowRank:
+        return LowRank(self.up, self._core_by_down().flatten(1))
 
     def vjp(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # with inner = core . down: d up = G inner^T, and d inner = up^T G leads to
@@ -133,8 +159,13 @@ class FeatureSum(Expression):
     fan_in: int
     share: float = 1.0
 
+    depends_on_base = False
+
     def matrix(self) -> Tensor:
         return self.vector[:, None].expand(-1, self.fan_in)
+
+    def export_form(self, factor: float = 1.0) -> LowRank:
+        return LowRank(factor * self.vector[:, None], self.vector.new_ones(1, self.fan_in))
 
     def vjp(self, grad: Tensor) -> tuple[Tensor]:
         return (grad.sum(1),)
@@ -172,6 +203,8 @@ class Reparametrized(Expression):
     Those products are computed again in backward, so nothing beside the trained tensors is kept.
     """
 
+    depends_on_base = False
+
     def as_low_rank(self) -> LowRank | Tucker:
         """The equal expression."""
         raise TypeError(f"{type(self).__name__} does not define as_low_rank()")
@@ -182,6 +215,12 @@ class Reparametrized(Expression):
 
     def matrix(self) -> Tensor:
         return self.as_low_rank().matrix()
+
+    def export_form(self, factor: float = 1.0) -> LowRank | Tucker:
+        return self.as_low_rank().export_form(factor)
+
+    def thin_factors(self) -> LowRank:
+        return self.as_low_rank().thin_factors()
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         return self.as_low_rank_vjp(self.as_low_rank().vjp(grad))
@@ -343,6 +382,37 @@ class LowRankDifference(Reparametrized):
         up, down = grads
         rank = self.up.shape[1]
         return up[:, :rank], down[:rank] + down[rank:], None, None
+
+
+def full_rank_factors(matrix: Tensor) -> LowRank:
+    """A matrix as a product with the identity on its shorter side."""
+    out, fan_in = matrix.shape
+    identity = torch.eye(min(out, fan_in), dtype=matrix.dtype, device=matrix.device)
+    return LowRank(identity, matrix) if out <= fan_in else LowRank(matrix, identity)
+
+
+def at_most_full_rank(product: LowRank, form: ExportForm) -> LowRank:
+    """A product that equals a form, or `full_rank_factors` of the form where these have the smaller rank."""
+    out, rank = product.up.shape
+    fan_in = product.down.shape[1]
+    return product if rank <= min(out, fan_in) else full_rank_factors(form.matrix())
+
+
+def zero_factors(out: int, fan_in: int) -> LowRank:
+    """A change of rank 1 that changes nothing, in float64."""
+    return LowRank(torch.zeros(out, 1, dtype=torch.float64), torch.zeros(1, fan_in, dtype=torch.float64))
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
+    """The product of a rank that is nearest to a matrix in the Frobenius norm, in float64.
+
+    With `U S V^T` the singular value decomposition, cut to the rank: `up = U sqrt(S)`, `down = sqrt(S) V^T`.
+
+    Source: Eckart and Young 1936.
+    """
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return LowRank(left[:, :rank] * root, root[:, None] * right[:rank])
 
 
 def pointwise_weight(matrix: Tensor, layer: ConvMap) -> Tensor:

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.algebra.combined_weight import (
-    changed_weight,
-    effective_bias,
-    largest_class_table,
-    start_weight,
-)
+from diffadapt.algebra.class_table_expression import largest_class_table
+from diffadapt.algebra.combined_weight import effective_bias, start_weight, weight_change
 from diffadapt.algebra.expression import Update
-from diffadapt.algebra.low_rank import LowRank, Reparametrized, Tucker
-from diffadapt.formats.export.export_form import low_rank
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.site import Site
 
 
@@ -46,15 +41,7 @@ class LayerChange:
 
     def weight_change(self) -> Tensor:
         """`W' - start_weight()` in float64, in the weight's own shape."""
-        weight = self.base.double()
-        if largest_class_table(weight, self.updates) is not None:
-            change = changed_weight(weight, self.updates) - start_weight(weight, self.updates)
-            return change.cpu()
-        # the differences are added up, not W' taken minus W: that would round small ones away
-        change = torch.zeros_like(weight)
-        for strength, update in self.updates:
-            change = change + strength * (update.weight(weight) - weight)
-        return change.cpu()
+        return weight_change(self.base.double(), self.updates).cpu()
 
     def bias_change(self) -> Tensor | None:
         """`b' - b (out,)` in float64; None where the bias stays as it is."""
@@ -71,13 +58,11 @@ class LayerChange:
                 return None
             if update.delta is None:
                 continue
-            delta = update.delta.as_low_rank() if isinstance(update.delta, Reparametrized) else update.delta
-            if isinstance(delta, Tucker):
-                delta = low_rank(delta)
-            if not isinstance(delta, LowRank):
+            factors = update.delta.thin_factors()
+            if factors is None:
                 return None
-            ups.append(strength * update.multiplier * delta.up.double().cpu())
-            downs.append(delta.down.double().cpu())
+            ups.append(strength * update.multiplier * factors.up.double().cpu())
+            downs.append(factors.down.double().cpu())
         if not ups:
             return None
         # sum_i up_i down_i = [up_1 up_2 ...] [down_1; down_2; ...]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffadapt.algebra.expression import Update
-from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Shapes
 from diffadapt.methods.lora import LoRA
 from diffadapt.methods.site import Site
@@ -68,9 +67,11 @@ def _row_norms(weight: Tensor, update: Update) -> Tensor:
     """
     delta = update.delta
     s = update.multiplier
-    if not isinstance(delta, LowRank):
+    factors = delta.thin_factors()
+    if factors is None:
         return (weight + s * delta.matrix()).norm(dim=1)
-    cross = weight @ delta.down.T  # (out, r)
-    cross = torch.addmm(cross, delta.up, delta.down @ delta.down.T, alpha=s / 2)  # (out, r)
-    squared_norms = torch.linalg.vector_norm(weight, dim=1).square() + 2 * s * (delta.up * cross).sum(1)
+    up = factors.up  # (out, r)
+    down = factors.down  # (r, fan_in)
+    cross = torch.addmm(weight @ down.T, up, down @ down.T, alpha=s / 2)  # (out, r)
+    squared_norms = torch.linalg.vector_norm(weight, dim=1).square() + 2 * s * (up * cross).sum(1)
     return squared_norms.clamp(min=0).sqrt()  # rounding can make the square of a vanishing row negative

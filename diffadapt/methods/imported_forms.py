@@ -28,9 +28,9 @@ def _loha(tensors: Tensors) -> Expression:
     """`(up_1 down_1) o (up_2 down_2)`, either of which may have a Tucker core between its factors."""
     first = _low_rank_or_tucker(tensors["up_1"], tensors.get("core_1"), tensors["down_1"])
     second = _low_rank_or_tucker(tensors["up_2"], tensors.get("core_2"), tensors["down_2"])
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return LowRankHadamard(first, second)
-    return EntrywiseProduct(first, second)
+    if "core_1" in tensors or "core_2" in tensors:
+        return EntrywiseProduct(first, second)
+    return LowRankHadamard(first, second)
 
 
 def _lokr(tensors: Tensors) -> Kron:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.algebra.expression import Expression, Update
+from diffadapt.algebra.expression import ExportForm, Expression, Update
+from diffadapt.algebra.full_rank import Dense, low_rank_or_dense
 from diffadapt.algebra.layer_maps import LayerMap, LinearMap
+from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.base import Method, Shapes
 from diffadapt.methods.ranked import check_choice, check_rank
 from diffadapt.methods.site import Site
@@ -36,6 +39,8 @@ class SquareBetween(Expression):
     fan_in: int
     rotated: bool
 
+    depends_on_base = False
+
     def matrix(self) -> Tensor:
         # column i of the matrix is the output for the unit vector i
         blocks = self._compress(self._unit_vectors())  # (fan_in, n, r)
@@ -45,6 +50,18 @@ class SquareBetween(Expression):
         blocks = self._compress(self._unit_vectors())  # (fan_in, n, r)
         grad_blocks = self._expand_adjoint(grad.T, blocks.shape[-2])  # (fan_in, n, r)
         return (torch.einsum("inr,ins->rs", grad_blocks, blocks),)
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        matrix = factor * self.matrix()
+        if self.rotated:
+            return low_rank_or_dense(matrix)
+        # type 1: the rows repeat after the first r, so the others are a selection of these
+        side = self.square.shape[0]
+        out = matrix.shape[0]
+        if side >= min(matrix.shape):
+            return Dense(matrix)
+        identity = torch.eye(side, dtype=matrix.dtype, device=matrix.device)
+        return LowRank(identity.repeat(math.ceil(out / side), 1)[:out], matrix[:side])
 
     def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
         if not isinstance(layer, LinearMap):

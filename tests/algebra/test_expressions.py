@@ -1,11 +1,13 @@
 """Every expression: its matrix, its closed-form gradient and its product, in float64."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from helpers.method_cases import close
 
 from diffadapt.algebra.class_table_expression import NewClassTable
-from diffadapt.algebra.expression import Expression, Update
+from diffadapt.algebra.expression import ExportForm, Expression, Update
 from diffadapt.algebra.full_rank import (
     ColumnScaled,
     Dense,
@@ -30,6 +32,7 @@ from diffadapt.algebra.low_rank import (
     TuckerWithKernelFactors,
 )
 from diffadapt.methods.grouped import slices
+from diffadapt.methods.mora import SquareBetween
 
 
 def rand(*shape):
@@ -102,7 +105,7 @@ def test_every_expression_defined_beside_the_algebra_is_tried_here():
         is_grouped = sub.__module__.startswith("diffadapt.methods.grouped.")
         if is_grouped or not sub.__module__.startswith(tried_with_their_methods):
             beside_the_algebra.append(sub)
-    shared = set(beside_the_algebra) - {Reparametrized}
+    shared = set(beside_the_algebra) - {Reparametrized, ExportForm}
     assert shared == tried
 
 
@@ -133,6 +136,64 @@ def test_with_tensors_puts_the_factors_back_in_their_places(make):
     again = expression.with_tensors(expression.tensors())
     assert all(a is b for a, b in zip(again.tensors(), expression.tensors(), strict=True))
     assert torch.equal(again.matrix(), expression.matrix())
+
+
+@every
+def test_the_export_form_has_the_same_matrix(make):
+    expression = make()
+    form = expression.in_float64().export_form(-1.5)
+    assert isinstance(form, ExportForm)
+    close(form.matrix(), -1.5 * expression.matrix(), 1e-6)
+    rows = rand(len(form.matrix()))
+    close(form.rows_scaled(rows).matrix(), rows[:, None] * form.matrix(), 1e-12)
+    product = form.as_product()
+    assert form.is_dense == (product is None)
+    if product is not None:
+        close(product.matrix(), form.matrix(), 1e-12)
+        assert product.up.shape[1] <= min(form.matrix().shape)
+
+
+@every
+def test_thin_factors_are_the_whole_change(make):
+    expression = make()
+    factors = expression.thin_factors()
+    if factors is not None:
+        close(factors.matrix(), expression.matrix(), 1e-12)
+
+
+ON_THE_BASE = {
+    *("replace", "fewer-rows", "more-rows", "more-rows-without-null"),
+    *("hadamard", "hadamard-exponential", "column-scaled"),
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_changes_that_hold_a_base_weight_depend_on_it(name):
+    expected = name in ON_THE_BASE
+    assert EXPRESSIONS[name]().depends_on_base == expected
+    assert Scaled(EXPRESSIONS[name](), 2.0).depends_on_base == expected
+    assert Sum(EXPRESSIONS["replace"](), EXPRESSIONS[name]()).depends_on_base
+
+
+def test_every_expression_says_its_export_form_and_whether_it_depends_on_the_base():
+    for expression in {type(make()) for make in EXPRESSIONS.values()} | {SquareBetween}:
+        assert expression.export_form is not Expression.export_form, expression
+        holds_a_base_weight = "weight" in expression.__match_args__
+        said = [cls for cls in expression.__mro__ if "depends_on_base" in cls.__dict__]
+        assert holds_a_base_weight or said[0] is not Expression, expression
+
+
+def test_an_expression_that_says_neither_is_refused_and_takes_no_file_without_its_base():
+    @dataclass(frozen=True)
+    class Forgetful(Expression):
+        value: torch.Tensor
+
+        def matrix(self):
+            return self.value
+
+    with pytest.raises(TypeError, match="Forgetful does not define export_form"):
+        Forgetful(rand(6, 8)).export_form()
+    assert Forgetful(rand(6, 8)).depends_on_base
 
 
 CONVOLVING = {"tucker", "tucker-without-kernel", "cored-tucker"}

@@ -19,8 +19,6 @@ from diffadapt.adapters.attach import detach
 from diffadapt.adapters.method_state import MethodState, plan_methods
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.expression import Update
-from diffadapt.algebra.full_rank import Dense, EntrywiseProduct, Kron, LowRankHadamard
-from diffadapt.algebra.low_rank import FeatureSum, LowRank, Reparametrized, Tucker
 from diffadapt.formats.adapter_file import is_own, load, read_adapter_file, save, write_adapter_file
 from diffadapt.formats.adapter_header import Configuration
 from diffadapt.formats.adapter_layout import check_listed_once, check_tensors, stored_ranks, tensor_shapes
@@ -35,7 +33,6 @@ from diffadapt.methods.site import LayerKind, Site
 
 Changes = Mapping[str, StoredChange]  # by site name
 
-_INDEPENDENT = (LowRank, Tucker, LowRankHadamard, EntrywiseProduct, Kron, FeatureSum, Reparametrized)
 # by the number of dimensions of the weight; a table of embeddings looks like a linear layer
 _KINDS: dict[int, LayerKind] = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
 _LARGEST = 2**28  # values of a layer's weight: a small file can name any shape
@@ -311,10 +308,14 @@ def _without_base(site: Site, updates: Sequence[tuple[float, Update]]) -> LayerC
 
 def _check_independent(update: Update, site: Site, method: object, path: str) -> None:
     """Raises BaseNeeded where the change would be another one on another base."""
-    known = (*_INDEPENDENT, Dense) if site.kind == "norm" else _INDEPENDENT
-    is_added = update.delta is None or isinstance(update.delta, known)
-    if not is_added or update.scale is not None or update.bias_scale is not None:
+    scales = update.scale is not None or update.bias_scale is not None
+    if scales or (update.delta is not None and update.delta.depends_on_base):
         raise BaseNeeded(f"{path}: the change of {site.name} depends on the base: {method}")
+    if update.delta is not None and update.delta.is_dense and site.kind != "norm":
+        raise BaseNeeded(
+            f"{path}: only the base tells whether {site.name}, a whole difference, is a table of embeddings: "
+            f"{method}"
+        )
 
 
 def _same_layers(first: Configuration, second: Configuration) -> bool:

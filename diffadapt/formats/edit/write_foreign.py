@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffadapt.algebra.low_rank import LowRank
+from diffadapt.algebra.low_rank import LowRank, full_rank_factors, zero_factors
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.pipeline_components import DENOISERS
 from diffadapt.formats.export.diffusers import component_config, factor_keys, has_loader
-from diffadapt.formats.export.export_form import factor_weights, full_rank, nothing
+from diffadapt.formats.export.exported_layer import factor_weights
 from diffadapt.formats.foreign import diffusers, peft
 from diffadapt.formats.foreign.layer_names import current_name
 from diffadapt.formats.foreign.open import ForeignAdapter
@@ -44,8 +44,8 @@ class OutputLayer(NamedTuple):
         if self.change.form == "lora":
             return LowRank(tensors["up"], tensors["down"])
         if self.change.form == "dense":
-            return full_rank(tensors["weight"].reshape(out, -1))
-        return nothing(out, torch.Size(self.shape[1:]).numel())
+            return full_rank_factors(tensors["weight"].reshape(out, -1))
+        return zero_factors(out, torch.Size(self.shape[1:]).numel())
 
     @property
     def rank(self) -> int:

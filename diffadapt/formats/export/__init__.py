@@ -15,20 +15,20 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.common.atomic_files import write_atomically
 from diffadapt.common.messages import did_you_mean
 from diffadapt.formats.adapter_file import read_metadata
-from diffadapt.formats.export.changes import Change
 from diffadapt.formats.export.checks import (
     DTYPES,
     KINDS,
     check_arguments,
-    checked_changes,
+    checked_layers,
     refuse_unless_good,
 )
 from diffadapt.formats.export.diffusers import (
     adapter_config,
     check_loader,
-    diffusers_changes,
     diffusers_tensors,
+    low_rank_layers,
 )
+from diffadapt.formats.export.exported_layer import ExportedLayer
 from diffadapt.formats.export.kohya import kohya_tensors
 from diffadapt.formats.export.layer_names import base_architecture
 from diffadapt.formats.export.merged import (
@@ -83,14 +83,14 @@ def export(
     """
     path = Path(path)
     check_arguments(to, dtype, rank)
-    changes = checked_changes(adapter, to, force)
+    changes = checked_layers(adapter, to, force)
     title = path.stem if path.suffix == ".safetensors" else path.name
     header = metadata_of(adapter, base_architecture(adapter), title=title, base_name=base, extra=metadata)
     if to == "merged":
         return _write_folder(adapter, path, changes, DTYPES[dtype], header, force)
     if to == "diffusers":
         check_loader(adapter)
-        changes = diffusers_changes(changes, rank)
+        changes = low_rank_layers(changes, rank)
         named, header["lora_adapter_metadata"] = diffusers_tensors(changes), adapter_config(changes)
     else:
         named = kohya_tensors(changes, base_architecture(adapter), dense=dense)
@@ -145,7 +145,7 @@ def _write_file(
     adapter: Adapter,
     path: Path,
     to: str,
-    changes: list[Change],
+    changes: list[ExportedLayer],
     named: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     header: dict[str, str],
@@ -179,7 +179,7 @@ def _write_file(
 def _write_folder(
     adapter: Adapter,
     folder: Path,
-    changes: list[Change],
+    changes: list[ExportedLayer],
     dtype: torch.dtype,
     header: dict[str, str],
     force: bool,
@@ -221,13 +221,14 @@ def _rounded(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[
     return rounded
 
 
-def _rank_error(changes: list[Change]) -> float:
+def _rank_error(changes: list[ExportedLayer]) -> float:
     """Share of the whole change that cutting to a rank leaves out."""
-    if not any(change.approximated for change in changes):
+    if not any(change.is_approximated for change in changes):
         return 0.0
     left_out = whole = 0.0
     for change in changes:
         adapted = change.adapted
-        left_out += (adapted - change.target()).square().sum().item() if change.approximated else 0.0
+        if change.is_approximated:
+            left_out += (adapted - change.expected_weight()).square().sum().item()
         whole += (adapted - change.weight).square().sum().item()
     return (left_out / whole) ** 0.5 if whole else 0.0

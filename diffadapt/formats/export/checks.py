@@ -6,7 +6,7 @@ import torch
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.common.messages import did_you_mean
-from diffadapt.formats.export.changes import Change, changes_of
+from diffadapt.formats.export.exported_layer import ExportedLayer, exported_layers
 from diffadapt.formats.export.report import ExportReport
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,9 +25,9 @@ def check_arguments(to: str, dtype: str, rank: int | None) -> None:
         raise ValueError(f"rank is for diffusers alone: a {to} file holds every change exactly")
 
 
-def checked_changes(adapter: Adapter, to: str, force: bool) -> list[Change]:
+def checked_layers(adapter: Adapter, to: str, force: bool) -> list[ExportedLayer]:
     """What the adapter changes. Raises ValueError for what no file of that kind can hold."""
-    changes = changes_of(adapter)
+    changes = exported_layers(adapter)
     _check_biases(changes, to, force)
     _check_rows(changes, to)
     return changes
@@ -43,7 +43,7 @@ def refuse_unless_good(report: ExportReport, force: bool) -> None:
     )
 
 
-def _check_biases(changes: list[Change], to: str, force: bool) -> None:
+def _check_biases(changes: list[ExportedLayer], to: str, force: bool) -> None:
     """A bias that stock layers have no place for: ComfyUI drops it, from_pretrained too."""
     gained = [change.name for change in changes if change.base_bias is None and change.bias is not None]
     if to != "diffusers" and gained and (to == "merged" or not force):
@@ -54,10 +54,10 @@ def _check_biases(changes: list[Change], to: str, force: bool) -> None:
         )
 
 
-def _check_rows(changes: list[Change], to: str) -> None:
+def _check_rows(changes: list[ExportedLayer], to: str) -> None:
     for change in changes if to != "merged" else ():
-        if change.gained_rows:
+        if change.num_new_rows:
             raise ValueError(
-                f"{change.name}: the class table has {change.gained_rows} rows more than the base's, which a "
-                f"{to} file cannot hold; use --to merged"
+                f"{change.name}: the class table has {change.num_new_rows} rows more than the base's, which "
+                f"a {to} file cannot hold; use --to merged"
             )

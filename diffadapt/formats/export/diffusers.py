@@ -1,24 +1,24 @@
-"""Files for ``load_lora_weights`` of stock diffusers: PEFT's LoRA, with magnitudes where rows are scaled."""
+"""Files for `load_lora_weights` of stock diffusers: PEFT's LoRA, with magnitudes where rows are scaled."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import pipeline_of
-from diffadapt.algebra.low_rank import LowRank
+from diffadapt.algebra.low_rank import LowRank, full_rank_factors, truncated_svd, zero_factors
 from diffadapt.common.messages import shorten_list
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
 from diffadapt.formats.emulators.peft import geometry_refusal
-from diffadapt.formats.export.changes import Change
-from diffadapt.formats.export.export_form import factor_weights, full_rank, low_rank, nearest, nothing
+from diffadapt.formats.export.exported_layer import ExportedLayer, factor_weights
 from diffadapt.formats.export.layer_names import clip_path
 
-_FULL_RANK_SHARE = 0.25  # of the adapted weights: few enough to be written whole, as factors of full rank
+# share of the values of all adapted weights: so few dense ones are written as factors of full rank
+_FULL_RANK_SHARE = 0.25
 
 
 def check_loader(adapter: Adapter) -> None:
@@ -41,6 +41,104 @@ def check_loader(adapter: Adapter) -> None:
             )
 
 
+def has_loader(component: str) -> bool:
+    """Whether LoRA files of diffusers hold layers of a component of that name."""
+    return component in DENOISERS or is_text_encoder(component)
+
+
+def low_rank_layers(layers: Sequence[ExportedLayer], rank: int | None) -> list[ExportedLayer]:
+    """The layers with changes that PEFT's LoRA holds: in factors, and without row scales where biases change.
+
+    Args:
+        rank: of the SVD that replaces changes without structure; None for full rank, where these are few.
+
+    Raises:
+        ValueError: naming the layers that cannot be held, and the reason.
+    """
+    _check_layers(layers)
+    components_with_bias = {layer.component for layer in layers if layer.bias is not None}
+    without_scales = []
+    for layer in layers:
+        if layer.scale is not None and layer.component in components_with_bias:
+            layer = layer.as_dense()  # PEFT has no DoRA beside lora_bias
+        without_scales.append(layer)
+    dense = [layer for layer in without_scales if layer.is_dense]
+    if rank is None:
+        num_dense = sum(layer.shape.numel() for layer in dense)
+        num_values = sum(layer.shape.numel() for layer in layers)
+        if num_dense > _FULL_RANK_SHARE * num_values:
+            raise ValueError(
+                f"{_names(dense)}: the change is no product of thin matrices, all that diffusers loads; "
+                "give --rank N for its nearest one of rank N, whose error is printed, or use --to merged"
+            )
+        rank = max((min(layer.matrix_shape) for layer in dense), default=1)
+    return [_cut_to_rank(layer, rank) if layer.is_dense else layer for layer in without_scales]
+
+
+def diffusers_tensors(layers: Sequence[ExportedLayer]) -> Iterator[tuple[str, Tensor]]:
+    """The file's keys and tensors, float64, layer by layer.
+
+    Args:
+        layers: as `low_rank_layers` returns them.
+    """
+    # PEFT's options hold for a whole model: all its layers have a bias and a magnitude, or none has
+    components_with_scale = {layer.component for layer in layers if layer.scale is not None}
+    components_with_bias = {layer.component for layer in layers if layer.bias is not None}
+    for layer in layers:
+        name = f"{layer.component}.{clip_path(layer.component, layer.path)}"
+        down_key, up_key = factor_keys(layer.component)
+        down, up = factor_weights(_low_rank(layer), layer.shape)
+        yield f"{name}.{down_key}.weight", down
+        yield f"{name}.{up_key}.weight", up
+        if layer.component in components_with_bias:
+            yield f"{name}.{up_key}.bias", up.new_zeros(len(up)) if layer.bias is None else layer.bias
+        if layer.component in components_with_scale:
+            yield f"{name}.{_magnitude_key(layer.component)}", _magnitude(layer)
+
+
+def adapter_config(layers: Sequence[ExportedLayer]) -> str:
+    """PEFT's configuration of every model, as JSON.
+
+    diffusers from 0.34 on prefers it to guessing from the keys, and versions that guess scale layers of a
+    rank unlike the others' wrong.
+    """
+    by_component: dict[str, list[ExportedLayer]] = {}
+    for layer in layers:
+        by_component.setdefault(layer.component, []).append(layer)
+    config: dict[str, object] = {}
+    for component, in_component in by_component.items():
+        ranks = {layer.path.removeprefix("text_model."): _rank(layer) for layer in in_component}
+        dora = any(layer.scale is not None for layer in in_component)
+        bias = any(layer.bias is not None for layer in in_component)
+        config |= component_config(component, ranks, dora=dora, bias=bias)
+    return json.dumps(config, sort_keys=True)
+
+
+def component_config(
+    component: str, ranks: Mapping[str, int], *, dora: bool, bias: bool
+) -> dict[str, object]:
+    """PEFT's configuration of one model, given the rank of every layer by its path; alpha is the rank."""
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]
+    other_ranks = {path: rank for path, rank in ranks.items() if rank != common_rank}
+    return {
+        f"{component}.r": common_rank,
+        f"{component}.lora_alpha": common_rank,
+        f"{component}.rank_pattern": other_ranks,
+        f"{component}.alpha_pattern": other_ranks,
+        f"{component}.target_modules": list(ranks),
+        f"{component}.use_dora": dora,
+        f"{component}.lora_bias": bias,
+    }
+
+
+def factor_keys(component: str) -> tuple[str, str]:
+    """The names of the factors `down` and `up` in the file."""
+    # under PEFT's names diffusers does not load a text encoder whose attention is unchanged
+    if is_text_encoder(component):
+        return "lora_linear_layer.down", "lora_linear_layer.up"
+    return "lora_A", "lora_B"
+
+
 def _check_components(adapter: Adapter, pipeline: object) -> None:
     """Raises ValueError for an adapted component that the pipeline's `load_lora_weights` passes over."""
     loadable = getattr(pipeline, "_lora_loadable_modules", None)
@@ -55,136 +153,55 @@ def _check_components(adapter: Adapter, pipeline: object) -> None:
             )
 
 
-def has_loader(component: str) -> bool:
-    """Whether LoRA files of diffusers hold layers of a component of that name."""
-    return component in DENOISERS or is_text_encoder(component)
-
-
-def diffusers_changes(changes: list[Change], rank: int | None) -> list[Change]:
-    """The changes in forms that PEFT's LoRA holds: every form low rank, and rows scaled only where no bias of
-    the same model changes.
-
-    Args:
-        rank: of the SVD that replaces changes without structure.
-    Raises: ValueError naming the layers and the reason where one cannot be held.
-    """
-    _check_layers(changes)
-    with_bias = {change.component for change in changes if change.bias is not None}
-    held = []
-    for change in changes:
-        if change.scale is not None and change.component in with_bias:
-            change = change.as_whole()  # PEFT has no DoRA beside lora_bias
-        held.append(change)
-    dense = [change for change in held if change.is_whole]
-    if rank is None:
-        entries, whole = (sum(change.shape.numel() for change in some) for some in (dense, held))
-        if entries > _FULL_RANK_SHARE * whole:
-            raise ValueError(
-                f"{_listed(dense)}: the change is no product of thin matrices, all that diffusers loads; "
-                "give --rank N for its nearest one of rank N, whose error is printed, or use --to merged"
-            )
-        rank = max((min(change.matrix_shape) for change in dense), default=1)
-    return [_thin(change, rank) if change.is_whole else change for change in held]
-
-
-def diffusers_tensors(changes: list[Change]) -> Iterator[tuple[str, Tensor]]:
-    """The file's keys and tensors, float64, layer by layer; takes what ``diffusers_changes`` gives."""
-    with_scale = {change.component for change in changes if change.scale is not None}
-    with_bias = {change.component for change in changes if change.bias is not None}
-    for change in changes:
-        name = f"{change.component}.{clip_path(change.component, change.path)}"
-        down_key, up_key = factor_keys(change.component)
-        down, up = factor_weights(_factors(change), change.shape)
-        yield f"{name}.{down_key}.weight", down
-        yield f"{name}.{up_key}.weight", up
-        if change.component in with_bias:
-            bias = up.new_zeros(len(up)) if change.bias is None else change.bias
-            yield f"{name}.{up_key}.bias", bias
-        if change.component in with_scale:
-            yield f"{name}.{_magnitude_key(change.component)}", _magnitude(change)
-
-
-def adapter_config(changes: list[Change]) -> str:
-    """PEFT's configuration of every model, as JSON: diffusers from 0.34 on prefers it to guessing from the
-    keys, and versions that guess scale layers of a rank unlike the others' wrong."""
-    config: dict[str, object] = {}
-    for component in dict.fromkeys(change.component for change in changes):
-        own = [change for change in changes if change.component == component]
-        ranks = {change.path.removeprefix("text_model."): _rank(change) for change in own}
-        dora = any(change.scale is not None for change in own)
-        bias = any(change.bias is not None for change in own)
-        config |= component_config(component, ranks, dora=dora, bias=bias)
-    return json.dumps(config, sort_keys=True)
-
-
-def component_config(
-    component: str, ranks: Mapping[str, int], *, dora: bool, bias: bool
-) -> dict[str, object]:
-    """PEFT's configuration of one model, given the rank of every layer; alpha is the rank."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: other for path, other in ranks.items() if other != rank}
-    return {
-        f"{component}.r": rank,
-        f"{component}.lora_alpha": rank,
-        f"{component}.rank_pattern": others,
-        f"{component}.alpha_pattern": others,
-        f"{component}.target_modules": list(ranks),
-        f"{component}.use_dora": dora,
-        f"{component}.lora_bias": bias,
-    }
-
-
-def factor_keys(component: str) -> tuple[str, str]:
-    """The names of the factors ``down`` and ``up`` in the file."""
-    # under PEFT's names diffusers does not load a text encoder whose attention is unchanged
-    if is_text_encoder(component):
-        return "lora_linear_layer.down", "lora_linear_layer.up"
-    return "lora_A", "lora_B"
-
-
 def _magnitude_key(component: str) -> str:
     # transformers 5 puts the adapter's name before the last word, and finds no other spelling
     return "lora_magnitude_vector.weight" if is_text_encoder(component) else "lora_magnitude_vector"
 
 
-def _thin(change: Change, rank: int) -> Change:
-    """A whole change as factors: the identity and itself where the rank suffices, else its nearest."""
-    matrix = change.form.matrix()
+def _cut_to_rank(layer: ExportedLayer, rank: int) -> ExportedLayer:
+    """A dense change as factors: with the identity where the rank suffices, else its nearest."""
+    matrix = layer.form.matrix()
     if rank >= min(matrix.shape):
-        return change.factored(full_rank(matrix), approximated=False)
-    return change.factored(nearest(matrix, rank), approximated=True)
+        return layer.with_factors(full_rank_factors(matrix), is_approximated=False)
+    return layer.with_factors(truncated_svd(matrix, rank), is_approximated=True)
 
 
-def _factors(change: Change) -> LowRank:
-    return nothing(*change.matrix_shape) if change.factors is None else low_rank(change.factors)
+def _low_rank(layer: ExportedLayer) -> LowRank:
+    return zero_factors(*layer.matrix_shape) if layer.factors is None else layer.factors.as_product()
 
 
-def _rank(change: Change) -> int:
-    return _factors(change).up.shape[1]
+def _rank(layer: ExportedLayer) -> int:
+    return _low_rank(layer).up.shape[1]
 
 
-def _magnitude(change: Change) -> Tensor:
-    weight = change.weight.flatten(1)
-    norm = (weight if change.factors is None else weight + change.factors.matrix()).norm(dim=1)
-    magnitude = norm if change.scale is None else change.scale * norm
-    return magnitude if change.kind == "linear" else magnitude.reshape(1, -1, *(1,) * (len(change.shape) - 2))
+def _magnitude(layer: ExportedLayer) -> Tensor:
+    """PEFT computes `magnitude * V / |V|` by rows, `V = W + up down`: for `scale * V` it is `scale * |V|`."""
+    changed = layer.weight.flatten(1)
+    if layer.factors is not None:
+        changed = changed + layer.factors.matrix()
+    magnitude = changed.norm(dim=1)  # (out,)
+    if layer.scale is not None:
+        magnitude = layer.scale * magnitude
+    if layer.kind == "linear":
+        return magnitude
+    return magnitude.reshape(1, -1, *(1,) * (len(layer.shape) - 2))
 
 
-def _check_layers(changes: list[Change]) -> None:
-    for change in changes:
-        if not has_loader(change.component):
+def _check_layers(layers: Sequence[ExportedLayer]) -> None:
+    for layer in layers:
+        if not has_loader(layer.component):
             raise ValueError(
-                f"{change.name}: diffusers loads LoRA files into pipelines with a unet or transformer; "
+                f"{layer.name}: diffusers loads LoRA files into pipelines with a unet or transformer; "
                 "use --to merged"
             )
-        reason = geometry_refusal(change.layer)
+        reason = geometry_refusal(layer.layer)
         if reason:
-            raise ValueError(f"{change.name}: {reason}; use --to merged")
-    others = [change for change in changes if change.kind not in ("linear", "conv")]
-    if others:
-        kinds = " and ".join(sorted({f"{change.kind}s" for change in others}))
-        raise ValueError(f"{_listed(others)}: diffusers has no file for changed {kinds}; use --to merged")
+            raise ValueError(f"{layer.name}: {reason}; use --to merged")
+    unsupported = [layer for layer in layers if layer.kind not in ("linear", "conv")]
+    if unsupported:
+        kinds = " and ".join(sorted({f"{layer.kind}s" for layer in unsupported}))
+        raise ValueError(f"{_names(unsupported)}: diffusers has no file for changed {kinds}; use --to merged")
 
 
-def _listed(changes: list[Change]) -> str:
-    return shorten_list([change.name for change in changes], limit=3)
+def _names(layers: Sequence[ExportedLayer]) -> str:
+    return shorten_list([layer.name for layer in layers], limit=3)

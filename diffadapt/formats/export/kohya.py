@@ -1,12 +1,12 @@
 """Files with kohya's key names, which ComfyUI, stable-diffusion-webui and LyCORIS read.
 
-Every multiplier is folded into the factors and ``alpha`` equals the rank, so that no program scales anything.
+Every multiplier is folded into the factors and `alpha` equals the rank, so that no program scales anything.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,94 +14,99 @@ from torch import Tensor
 
 from diffadapt.adapters.architectures import Architecture
 from diffadapt.algebra.full_rank import Dense, Kron, LowRankHadamard
-from diffadapt.algebra.low_rank import LowRank, Tucker
+from diffadapt.algebra.low_rank import LowRank, Tucker, full_rank_factors, zero_factors
 from diffadapt.formats.emulators.lycoris import split_read_from
-from diffadapt.formats.export.changes import Change, per_row
-from diffadapt.formats.export.export_form import factor_weights, full_rank, low_rank, nothing
+from diffadapt.formats.export.exported_layer import ExportedLayer, factor_weights, per_row
 from diffadapt.formats.export.layer_names import kohya_name
 
-# ComfyUI adds float32's epsilon to the norm it divides by (comfy/weight_adapter/base.py, 0.3.77).
+# ComfyUI adds float32's epsilon to the norm it divides by (comfy/weight_adapter/base.py, 0.3.77)
 _COMFYUI_EPSILON = torch.finfo(torch.float32).eps
 
 
-def kohya_tensors(changes: list[Change], base: Architecture, *, dense: bool) -> Iterator[tuple[str, Tensor]]:
+def kohya_tensors(
+    layers: Sequence[ExportedLayer], base: Architecture, *, dense: bool
+) -> Iterator[tuple[str, Tensor]]:
     """The file's keys and tensors, float64, one layer after the other.
 
-    ``dense`` writes whole differences where the compact keys are right in ComfyUI alone: scaled rows, and
-    biases of layers whose weight stays.
-    Raises: ValueError for layers that have no name there.
+    Args:
+        dense: write whole differences where the compact keys are right in ComfyUI alone: for scaled rows, and
+            for biases of layers whose weight stays.
+
+    Raises:
+        ValueError: a layer has no name there.
     """
-    for change in changes:
-        name = kohya_name(change.component, change.path, base)
-        for key, value in _layer_tensors(change, dense).items():
-            yield f"{name}.{key}", value
+    for layer in layers:
+        name = kohya_name(layer.component, layer.path, base)
+        for key, tensor in _layer_tensors(layer, dense).items():
+            yield f"{name}.{key}", tensor
 
 
-def _layer_tensors(change: Change, dense: bool) -> dict[str, Tensor]:
-    if change.kind == "norm":
-        difference = change.adapted - change.weight
-        bias = torch.zeros_like(difference) if change.bias is None else change.bias
+def _layer_tensors(layer: ExportedLayer, dense: bool) -> dict[str, Tensor]:
+    if layer.kind == "norm":
+        difference = layer.adapted - layer.weight
+        bias = torch.zeros_like(difference) if layer.bias is None else layer.bias
         return {"w_norm": difference, "b_norm": bias}
-    if change.bias is not None and (dense or change.scale is not None):
-        return {"diff": change.target() - change.weight, "diff_b": change.bias}
-    if change.scale is not None and dense:
-        return {"diff": change.target() - change.weight}
-    tensors = _factors(change)
-    if change.scale is not None:
-        tensors["dora_scale"] = _comfyui_magnitude(change)
-    return tensors if change.bias is None else tensors | {"diff_b": change.bias}
+    has_scale = layer.scale is not None
+    has_bias = layer.bias is not None
+    if (dense and (has_scale or has_bias)) or (has_scale and has_bias):
+        tensors = {"diff": layer.expected_weight() - layer.weight}
+    else:
+        tensors = _weight_tensors(layer)
+        if has_scale:
+            tensors["dora_scale"] = _comfyui_magnitude(layer)
+    if has_bias:
+        tensors["diff_b"] = layer.bias
+    return tensors
 
 
-def _comfyui_magnitude(change: Change) -> Tensor:
-    """ComfyUI divides by the norm of W where DoRA divides by that of the changed weight. What it multiplies
-    with is made so that its result is ``scale * (W + form)``: exact at every strength."""
-    weight = change.weight
-    return per_row(change.scale * (weight.flatten(1).norm(dim=1) + _COMFYUI_EPSILON), weight)
+def _comfyui_magnitude(layer: ExportedLayer) -> Tensor:
+    """The `dora_scale` for which ComfyUI computes `scale * (W + form)`, at every strength.
+
+    DoRA divides by the norm of the changed weight, ComfyUI by `|W| + epsilon`: what it multiplies with has
+    that as a factor.
+    """
+    norm = layer.weight.flatten(1).norm(dim=1)  # (out,)
+    return per_row(layer.scale * (norm + _COMFYUI_EPSILON), layer.weight)
 
 
-def _factors(change: Change) -> dict[str, Tensor]:
-    form, shape = change.form, change.shape
-    if form is None and change.scale is None:
+def _weight_tensors(layer: ExportedLayer) -> dict[str, Tensor]:
+    """The keys of the weight's change in the most compact form."""
+    form = layer.form
+    if form is None and layer.scale is None:
         return {}
     if form is None:  # a row scale needs a weight change beside it
-        form = nothing(*change.matrix_shape)
-    if isinstance(form, Tucker) and all(size == 1 for size in shape[2:]):
-        form = low_rank(form)
-    if isinstance(form, LowRank):
-        return _lora(form, shape)
-    if isinstance(form, Tucker):
-        return _tucker(form)
-    if isinstance(form, LowRankHadamard):
-        return _loha(form)
-    if isinstance(form, Kron):
-        return _lokr(form, change)
-    if change.scale is not None:
+        form = zero_factors(*layer.matrix_shape)
+    if form.is_dense and layer.scale is not None:
         # ComfyUI reads no whole difference with a row scale: the identity is its other factor
-        product = full_rank(form.matrix()) if isinstance(form, Dense) else low_rank(form)
-        return _lora(product, shape)
-    return {"diff": form.matrix().reshape(shape)}
+        form = full_rank_factors(form.matrix())
+    return _WRITERS[type(form)](form, layer)
 
 
-def _lora(form: LowRank, shape: torch.Size) -> dict[str, Tensor]:
-    down, up = factor_weights(form, shape)
+def _lora_tensors(form: LowRank, layer: ExportedLayer) -> dict[str, Tensor]:
+    down, up = factor_weights(form, layer.shape)
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": _alpha(len(down))}
 
 
-def _tucker(form: Tucker) -> dict[str, Tensor]:
+def _tucker_tensors(form: Tucker, layer: ExportedLayer) -> dict[str, Tensor]:
     """LoCon's Tucker keys. ComfyUI and LyCORIS take a core of equal sides only: zeros fill it up."""
+    if all(size == 1 for size in layer.shape[2:]):  # the programs know no core without a kernel
+        return _lora_tensors(form.as_product(), layer)
     r_out, r_in, *kernel = form.core.shape
     side = max(r_out, r_in)
     ones = (1,) * len(kernel)
-    core = F.pad(form.core, (*(0, 0) * len(kernel), 0, side - r_in, 0, side - r_out))
+    no_padding = (0, 0) * len(kernel)
+    core = F.pad(form.core, (*no_padding, 0, side - r_in, 0, side - r_out))  # (side, side, *kernel)
+    down = F.pad(form.down, (0, 0, 0, side - r_in))  # (side, in / groups)
+    up = F.pad(form.up, (0, side - r_out))  # (out, side)
     return {
-        "lora_down.weight": F.pad(form.down, (0, 0, 0, side - r_in)).reshape(side, -1, *ones),
+        "lora_down.weight": down.reshape(side, -1, *ones),
         "lora_mid.weight": core,
-        "lora_up.weight": F.pad(form.up, (0, side - r_out)).reshape(-1, side, *ones),
+        "lora_up.weight": up.reshape(-1, side, *ones),
         "alpha": _alpha(side),
     }
 
 
-def _loha(form: LowRankHadamard) -> dict[str, Tensor]:
+def _loha_tensors(form: LowRankHadamard, layer: ExportedLayer) -> dict[str, Tensor]:
     return {
         "hada_w1_a": form.first.up,
         "hada_w1_b": form.first.down,
@@ -111,24 +116,43 @@ def _loha(form: LowRankHadamard) -> dict[str, Tensor]:
     }
 
 
-def _lokr(form: Kron, change: Change) -> dict[str, Tensor]:
+def _lokr_tensors(form: Kron, layer: ExportedLayer) -> dict[str, Tensor]:
     """LoKr keys, where LyCORIS guesses the split they were made with from their shapes; else plain ones."""
-    (a, b), (out, channels, *kernel) = form.left.shape, change.shape
-    block, entries = (out // a, channels // b), math.prod(kernel)
-    whole_rows = a * block[0] == out and b * block[1] == channels
-    if isinstance(form.right, LowRank) and whole_rows:
-        rank = form.right.up.shape[1]
-        if split_read_from((a, b), block, rank, entries):
-            right = {"lokr_w2_a": form.right.up, "lokr_w2_b": form.right.down}
-            return {"lokr_w1": form.left, **right, "alpha": _alpha(rank)}
-    if whole_rows and split_read_from((a, b), block, None, entries):
-        right = form.right.matrix().reshape(*block, *kernel)
-        return {"lokr_w1": form.left, "lokr_w2": right, "alpha": _alpha(1)}
-    product = low_rank(form)
-    if product.up.shape[1] < min(change.matrix_shape) or change.scale is not None:
-        return _lora(product, change.shape)
-    return {"diff": form.matrix().reshape(change.shape)}
+    rows, columns = form.left.shape
+    out, channels, *kernel = layer.shape
+    block = (out // rows, channels // columns)
+    kernel_size = math.prod(kernel)
+    if rows * block[0] == out and columns * block[1] == channels:
+        if not form.right.is_dense:
+            rank = form.right.up.shape[1]
+            if split_read_from((rows, columns), block, rank, kernel_size):
+                return {
+                    "lokr_w1": form.left,
+                    "lokr_w2_a": form.right.up,
+                    "lokr_w2_b": form.right.down,
+                    "alpha": _alpha(rank),
+                }
+        if split_read_from((rows, columns), block, None, kernel_size):
+            right = form.right.matrix().reshape(*block, *kernel)
+            return {"lokr_w1": form.left, "lokr_w2": right, "alpha": _alpha(1)}
+    product = form.as_product()
+    if product.up.shape[1] < min(layer.matrix_shape) or layer.scale is not None:
+        return _lora_tensors(product, layer)
+    return {"diff": form.matrix().reshape(layer.shape)}
+
+
+def _dense_tensors(form: Dense, layer: ExportedLayer) -> dict[str, Tensor]:
+    return {"diff": form.matrix().reshape(layer.shape)}
 
 
 def _alpha(rank: int) -> Tensor:
     return torch.tensor(float(rank), dtype=torch.float64)
+
+
+_WRITERS = {
+    LowRank: _lora_tensors,
+    Tucker: _tucker_tensors,
+    LowRankHadamard: _loha_tensors,
+    Kron: _lokr_tensors,
+    Dense: _dense_tensors,
+}

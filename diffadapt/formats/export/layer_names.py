@@ -8,7 +8,7 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.architectures import Architecture, architecture_of
 from diffadapt.adapters.attach import pipeline_of
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
-from diffadapt.formats.export.changes import Change
+from diffadapt.formats.export.exported_layer import ExportedLayer
 
 # Layers of UNet2DConditionModel that have a counterpart in the UNet of the first Stable Diffusion's code:
 # ComfyUI 0.3.77, comfy/utils.py: unet_to_diffusers and its maps UNET_MAP_*.
@@ -69,13 +69,13 @@ def clip_path(component: str, path: str) -> str:
     return f"text_model.{path}" if lacks else path
 
 
-def found_by_comfyui(change: Change) -> bool:
+def found_by_comfyui(change: ExportedLayer) -> bool:
     """Whether ComfyUI's tables (comfy/lora.py, 0.3.77) list the layer."""
     layers = _TEXT_PROJECTIONS if is_text_encoder(change.component) else _UNET_LAYERS
     return layers.fullmatch(clip_path(change.component, change.path)) is not None
 
 
-def found_by_sd_scripts(change: Change, base: Architecture) -> bool:
+def found_by_sd_scripts(change: ExportedLayer, base: Architecture) -> bool:
     """Whether kohya's sd-scripts (48d368f) make a LoRA of the layer: in SDXL inside the blocks alone."""
     original_path = base.published_names and base.published_names.original_path
     if is_text_encoder(change.component) or original_path is None:
@@ -84,7 +84,7 @@ def found_by_sd_scripts(change: Change, base: Architecture) -> bool:
     return name.partition(".")[0] in _SGM_BLOCKS and name != "input_blocks.0.0"
 
 
-def found_by_a1111(change: Change, base: Architecture) -> bool:
+def found_by_a1111(change: ExportedLayer, base: Architecture) -> bool:
     """Whether stable-diffusion-webui 1.10.1 finds the layer under the name it has in the file."""
     path = clip_path(change.component, change.path)
     if is_text_encoder(change.component):

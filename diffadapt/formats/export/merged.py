@@ -17,12 +17,16 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled, pipeline_of
 from diffadapt.adapters.class_table import SIZE_KEYS
 from diffadapt.formats.emulators import with_bias
-from diffadapt.formats.export.changes import Change
+from diffadapt.formats.export.exported_layer import ExportedLayer
 from diffadapt.formats.export.verify import Tally, Verdict
 
 
 def write_merged(
-    adapter: Adapter, folder: Path, changes: Sequence[Change], dtype: torch.dtype, metadata: dict[str, str]
+    adapter: Adapter,
+    folder: Path,
+    changes: Sequence[ExportedLayer],
+    dtype: torch.dtype,
+    metadata: dict[str, str],
 ) -> None:
     """Write the pipeline of the adapter, or the bare model it was attached to, all weights in ``dtype``.
 
@@ -44,7 +48,7 @@ def write_merged(
     )
 
 
-def verify_merged(folder: Path, changes: Sequence[Change], dtype: torch.dtype) -> Verdict:
+def verify_merged(folder: Path, changes: Sequence[ExportedLayer], dtype: torch.dtype) -> Verdict:
     """Read the folder's weights back as ``from_pretrained`` does and compare them with the live adapter's."""
     stored: dict[Path, dict[str, Tensor]] = {}
     tally = Tally(torch.float32)
@@ -65,7 +69,7 @@ def verify_merged(folder: Path, changes: Sequence[Change], dtype: torch.dtype) -
     return Verdict("diffusers", "0.42.1", status, tally.largest, tally.share, reason)
 
 
-def lost_in_rounding(changes: Sequence[Change], dtype: torch.dtype) -> float:
+def lost_in_rounding(changes: Sequence[ExportedLayer], dtype: torch.dtype) -> float:
     """``|W' - rounded W'| / |W' - W|`` over all layers and biases; 0 in float32."""
     if dtype == torch.float32:
         return 0.0
@@ -90,9 +94,9 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def note_on_guidance(adapter: Adapter, changes: Sequence[Change]) -> str:
+def note_on_guidance(adapter: Adapter, changes: Sequence[ExportedLayer]) -> str:
     """What stock diffusers would do wrong with a merged pipeline: nothing, but for a grown table of a DiT."""
-    grown = next((change for change in changes if change.gained_rows), None)
+    grown = next((change for change in changes if change.num_new_rows), None)
     if grown is None or type(pipeline_of(adapter)).__name__ != "DiTPipeline":
         return ""
     return (
@@ -101,9 +105,9 @@ def note_on_guidance(adapter: Adapter, changes: Sequence[Change]) -> str:
     )
 
 
-def _write_sizes(folder: Path, changes: Sequence[Change], *, in_pipeline: bool) -> None:
+def _write_sizes(folder: Path, changes: Sequence[ExportedLayer], *, in_pipeline: bool) -> None:
     """Where a class table gained rows: its new size in the configurations."""
-    gained = {change.component: change.gained_rows for change in changes if change.gained_rows}
+    gained = {change.component: change.num_new_rows for change in changes if change.num_new_rows}
     for component, rows in gained.items():
         _add(folder / component / "config.json" if in_pipeline else folder / "config.json", SIZE_KEYS, rows)
         if in_pipeline:
@@ -125,7 +129,7 @@ def _only_root(adapter: Adapter) -> nn.Module:
     return root
 
 
-def _values(change: Change) -> dict[str, Callable[[], Tensor]]:
+def _values(change: ExportedLayer) -> dict[str, Callable[[], Tensor]]:
     values: dict[str, Callable[[], Tensor]] = {f"{change.path}.weight": lambda: change.adapted}
     if change.bias is not None:
         values[f"{change.path}.bias"] = lambda: change.base_bias + change.bias

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.formats.export import MEANT_FOR
-from diffadapt.formats.export.changes import Change
-from diffadapt.formats.export.checks import checked_changes
-from diffadapt.formats.export.diffusers import check_loader, diffusers_changes, diffusers_tensors
+from diffadapt.formats.export.checks import checked_layers
+from diffadapt.formats.export.diffusers import check_loader, diffusers_tensors, low_rank_layers
+from diffadapt.formats.export.exported_layer import ExportedLayer
 from diffadapt.formats.export.kohya import kohya_tensors
 from diffadapt.formats.export.layer_names import base_architecture, found_by_comfyui, kohya_name
 from diffadapt.formats.export.verify import verify_diffusers, verify_kohya
@@ -61,7 +61,7 @@ def _trained_a_little(adapter: Adapter) -> Iterator[None]:
 
 def _try_export(adapter: Adapter, to: str) -> None:
     """Raises: ValueError where `export` would."""
-    changes = checked_changes(adapter, to, force=False)
+    changes = checked_layers(adapter, to, force=False)
     if to == "merged":
         return
     base = base_architecture(adapter)
@@ -69,7 +69,7 @@ def _try_export(adapter: Adapter, to: str) -> None:
         path = str(Path(folder) / "trial.safetensors")
         if to == "diffusers":
             check_loader(adapter)
-            examples = _one_of_each_form(diffusers_changes(changes, None))
+            examples = _one_of_each_form(low_rank_layers(changes, None))
             save_file(_on_cpu(diffusers_tensors(examples)), path)
             verdicts = verify_diffusers(path, examples, torch.float32)
         else:
@@ -83,15 +83,15 @@ def _try_export(adapter: Adapter, to: str) -> None:
             raise ValueError(f"{verdict.program} {verdict.version} would not read it right: {verdict.reason}")
 
 
-def _one_of_each_form(changes: Sequence[Change]) -> list[Change]:
+def _one_of_each_form(changes: Sequence[ExportedLayer]) -> list[ExportedLayer]:
     """The first layer of each kind, shape and form of change: the others would have the same verdict."""
-    examples: dict[Hashable, Change] = {}
+    examples: dict[Hashable, ExportedLayer] = {}
     for change in changes:
         examples.setdefault(_form(change), change)
     return list(examples.values())
 
 
-def _form(change: Change) -> Hashable:
+def _form(change: ExportedLayer) -> Hashable:
     """What decides how a change is written and read."""
     geometry = tuple(str(getattr(change.layer, name, None)) for name in GEOMETRY)
     return (
@@ -100,7 +100,7 @@ def _form(change: Change) -> Hashable:
         tuple(change.shape),
         geometry,
         type(change.factors),
-        change.is_whole,
+        change.is_dense,
         change.scale is None,
         change.base_bias is None,
         change.bias is None,

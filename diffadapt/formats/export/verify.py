@@ -17,7 +17,7 @@ from diffadapt.formats.emulators.comfyui import COMFYUI
 from diffadapt.formats.emulators.lycoris import LYCORIS
 from diffadapt.formats.emulators.peft import DIFFUSERS, DIFFUSERS_KOHYA
 from diffadapt.formats.emulators.sd_scripts import SD_SCRIPTS
-from diffadapt.formats.export.changes import Change
+from diffadapt.formats.export.exported_layer import ExportedLayer
 from diffadapt.formats.export.layer_names import (
     clip_path,
     found_by_a1111,
@@ -72,7 +72,7 @@ class Verdict:
 
 
 def verify_kohya(
-    path: str, changes: Sequence[Change], base: Architecture, dtype: torch.dtype
+    path: str, changes: Sequence[ExportedLayer], base: Architecture, dtype: torch.dtype
 ) -> list[Verdict]:
     """Verdicts of every program that reads kohya's key names."""
     finds = {
@@ -86,7 +86,7 @@ def verify_kohya(
     return _verdicts(finds, lambda c: kohya_name(c.component, c.path, base), grouped, changes, dtype)
 
 
-def verify_diffusers(path: str, changes: Sequence[Change], dtype: torch.dtype) -> list[Verdict]:
+def verify_diffusers(path: str, changes: Sequence[ExportedLayer], dtype: torch.dtype) -> list[Verdict]:
     """The verdict of stock diffusers on a file with PEFT's keys."""
     grouped = _grouped(load_file(path), _peft_key)
     finds = {DIFFUSERS: lambda change: True}
@@ -123,10 +123,10 @@ class Tally:
 
 
 def _verdicts(
-    finds: Mapping[Program, Callable[[Change], bool]],
-    name_of: Callable[[Change], str],
+    finds: Mapping[Program, Callable[[ExportedLayer], bool]],
+    name_of: Callable[[ExportedLayer], str],
     grouped: Mapping[str, Mapping[str, Tensor]],
-    changes: Sequence[Change],
+    changes: Sequence[ExportedLayer],
     dtype: torch.dtype,
 ) -> list[Verdict]:
     """Every program on one layer after the other: what is as large as a weight lives for one layer."""
@@ -134,7 +134,7 @@ def _verdicts(
     ignored: dict[Program, list[str]] = {program: [] for program in finds}
     refused: dict[Program, str] = {}
     for change in changes:
-        name, live, meant = name_of(change), change.adapted, change.target()
+        name, live, meant = name_of(change), change.adapted, change.expected_weight()
         layer = Layer(name, change.kind, change.weight, change.base_bias, change.layer)
         keys = {key: tensor.double() for key, tensor in grouped.get(name, {}).items()}
         bias = with_bias(change.base_bias, change.bias)
@@ -148,7 +148,7 @@ def _verdicts(
             ignored[program] += [f"{name}.{key}" for key in sorted(result.ignored)]
             tallies[program].add(result.weight, live, layer.weight, meant)
             tallies[program].add(result.bias, bias, layer.bias, bias)
-    asked = dtype != torch.float32 or any(change.approximated for change in changes)
+    asked = dtype != torch.float32 or any(change.is_approximated for change in changes)
     return [_verdict(p, tallies[p], ignored[p], refused.get(p), asked) for p in finds]
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.algebra.expression import Expression
+from diffadapt.algebra.expression import ExportForm, Expression
+from diffadapt.algebra.full_rank import low_rank_or_dense
 from diffadapt.algebra.layer_maps import LayerMap
 
 
@@ -19,6 +20,13 @@ class KronRows(Expression):
 
     left: Tensor
     right: Expression
+
+    @property
+    def depends_on_base(self) -> bool:
+        return self.right.depends_on_base
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        return low_rank_or_dense(factor * self.matrix())
 
     def matrix(self) -> Tensor:
         # M[i, (b, d)] = left[i, b] right[i, d]
@@ -51,6 +59,13 @@ class Slice(Expression):
     start: int
     shape: tuple[int, int]
 
+    @property
+    def depends_on_base(self) -> bool:
+        return self.rows.depends_on_base
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        return low_rank_or_dense(factor * self.matrix())
+
     def matrix(self) -> Tensor:
         entries = self.rows.matrix()[:, : self.columns].reshape(-1)  # (height columns,)
         length = self.shape[0] * self.shape[1]
@@ -75,6 +90,13 @@ class Joined(Expression):
     second: Expression
     border: int
     shape: tuple[int, int]
+
+    @property
+    def depends_on_base(self) -> bool:
+        return self.first.depends_on_base or self.second.depends_on_base
+
+    def export_form(self, factor: float = 1.0) -> ExportForm:
+        return low_rank_or_dense(factor * self.matrix())
 
     def matrix(self) -> Tensor:
         entries = [run.matrix().reshape(-1) for run in (self.first, self.second)]

@@ -204,7 +204,18 @@ def own_file(path, method, seed=0, targets="attention+conv"):
     return {site.name: adapter.adapted_weight(site) - bases[site.name] for site in adapter.sites}
 
 
-@pytest.mark.parametrize("method", ["lora(rank=3)", "flora(rank=3)", "1lora", "pissa(rank=2)", "lora+norms"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora(rank=3)",
+        "flora(rank=3)",
+        "1lora",
+        "pissa(rank=2)",
+        "mora(rank=2)",
+        "superlora(rank=2)",
+        "lora+norms",
+    ],
+)
 def test_our_own_files_need_no_base_and_name_the_one_they_had(tmp_path, capsys, method):
     targets = "attention+norm" if "norms" in method else "attention+conv"
     expected = own_file(tmp_path / "in.safetensors", method, targets=targets)
