@@ -104,11 +104,13 @@ class BaseModel(ABC):
         Args:
             denoiser: of any family.
             components: the models beside it that can be adapted, by component name.
-        Returns: None for a denoiser of another family, or one about which nothing is particular.
+
+        Returns:
+            None for a denoiser of another family, or one about which nothing is particular.
         """
         return None
 
-    # Components
+    # Components. What is not in diffusers' usual layout is a property to override.
 
     @property
     def denoiser_name(self) -> str:
@@ -151,14 +153,13 @@ class BaseModel(ABC):
     def size_multiple(self) -> int:
         """The sides of training images are multiples of this, in pixels, where images differ in size.
 
-        Raises: ValueError for a denoiser that is made for one size only.
+        Raises:
+            ValueError for a denoiser that is made for one size only.
         """
         config = self.denoiser.config
         if "block_out_channels" not in config:
-            raise ValueError(
-                "--aspect_ratio_buckets needs a UNet; this base is made for one size of pictures"
-            )
-        levels = len(config.block_out_channels)
+            raise ValueError("--aspect_ratio_buckets needs a UNet; this base is made for one size of images")
+        levels = len(config.block_out_channels)  # each halves the side of the one before
         return self._pixels_per_position() * 2 ** (levels - 1)
 
     @property
@@ -194,7 +195,9 @@ class BaseModel(ABC):
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1].
-        Returns: (B, 2C, h, w), mean and log-variance of a stochastic base; else (B, C, h, w).
+
+        Returns:
+            (B, 2C, h, w), mean and log-variance of a stochastic base; else (B, C, h, w).
         """
 
     @abstractmethod
@@ -210,7 +213,7 @@ class BaseModel(ABC):
         """Conditions, each (B, ...), that follow from the original size and the crop of each image."""
         return {}
 
-    # Captions and classes
+    # Captions and classes. Conditions are tensors by name, as `predict` takes them.
 
     @property
     @abstractmethod
@@ -226,7 +229,11 @@ class BaseModel(ABC):
 
         A family whose captions differ in length pads them here, and adds the mask.
         """
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        conditions = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            conditions[name] = torch.stack(values)  # (B, ...)
+        return conditions
 
     def caption_settings(self) -> dict[str, object]:
         """Settings besides text encoders and tokenizers that `encode_captions` follows from.
@@ -244,7 +251,8 @@ class BaseModel(ABC):
     def enable_text_encoder_training(self) -> None:
         """Lets `predict` encode captions in every step, so that gradients reach the text encoders.
 
-        Raises: ValueError with the reason, for a base whose text encoders cannot be trained.
+        Raises:
+            ValueError with the reason, for a base whose text encoders cannot be trained.
         """
 
     # Prediction and objective
@@ -265,7 +273,8 @@ class BaseModel(ABC):
     def training_schedule(self) -> NoiseSchedule:
         """The noise the base was trained with, whatever sampler it is shipped with.
 
-        Raises: ValueError for a sampler without a discrete schedule of betas behind it.
+        Raises:
+            ValueError for a sampler without a discrete schedule of betas behind it.
         """
         from diffadapt.models.beta_schedule import beta_schedule  # imports diffusers, which takes seconds
 

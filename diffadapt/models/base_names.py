@@ -31,7 +31,8 @@ def resolve(name: str) -> str:
 def pipeline_class(name: str, *, revision: str | None = None) -> str:
     """The class of the pipeline of that name; of a hub name, only its index is fetched.
 
-    Raises: FileNotFoundError, OSError or ValueError with the remedy when there is no pipeline of that name.
+    Raises:
+        FileNotFoundError, OSError or ValueError with the remedy when there is no pipeline of that name.
     """
     path = resolve(name)
     if is_single_file(path):

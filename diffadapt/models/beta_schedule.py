@@ -55,7 +55,9 @@ def beta_schedule(scheduler: SchedulerMixin, source: str) -> BetaSchedule:
 
     Args:
         source: of the base, for messages.
-    Raises: ValueError for a sampler without betas, or with an unknown prediction type.
+
+    Raises:
+        ValueError for a sampler without betas, or with an unknown prediction type.
     """
     config = scheduler.config
     if "beta_schedule" not in config:

@@ -27,7 +27,9 @@ def parse_class_labels(text: str, names: Mapping[int, str]) -> list[int]:
     Args:
         text: numbers and names, separated by commas.
         names: of classes, by number.
-    Raises: ValueError for an item that is neither a number nor a known name.
+
+    Raises:
+        ValueError for an item that is neither a number nor a known name.
     """
     label_of_name = {name: label for label, name in names.items()}
     labels = []

@@ -28,7 +28,7 @@ DIFFUSION_TRANSFORMER = BaseProfile(
         "center_crop": False,
         "num_validation_images": 16,
         "num_inference_steps": 50,
-        "guidance_scale": 4.0,
+        "guidance_scale": 4.0,  # default of DiTPipeline
         "sample_batch_size": 4,
         "extractor": None,
     },
@@ -60,4 +60,4 @@ class DiT(ClassConditionedBase, LatentDiffusionBase):
         labels = conditions["class_labels"]
         output = denoiser(noisy.to(denoiser.dtype), timesteps, class_labels=labels, return_dict=False)[0]
         channels = noisy.shape[1]
-        return output[:, :channels]
+        return output[:, :channels]  # of (B, C, h, w) or (B, 2 C, h, w)

@@ -24,6 +24,7 @@ def register_family(family: type[BaseModel]) -> None:
     register_architecture(family.describe_architecture)
 
 
+# A new family is one more line here.
 register_family(StableDiffusion)
 register_family(StableDiffusionXL)
 register_family(UNet2D)
@@ -50,7 +51,8 @@ def profiles() -> dict[str, BaseProfile]:
 def profile_of(name: str, *, revision: str | None = None) -> BaseProfile:
     """What suits a base of that name. A value tuned on an embedded base never reaches another base.
 
-    Raises: OSError when there is no such base, ValueError when its kind is unknown.
+    Raises:
+        OSError when there is no such base, ValueError when its kind is unknown.
     """
     family = _family_of(name, revision)
     embedded_name = name.removeprefix(EMBEDDED)
@@ -88,7 +90,9 @@ def load_base(
         vae: another autoencoder in place of the base's own: folder, hub name or `.safetensors` file.
         prediction_type: epsilon, v_prediction or sample, in place of what the base's scheduler says.
         safety_checker: keep the one of a Stable Diffusion pipeline.
-    Raises: OSError or ValueError that says what was expected at `name`.
+
+    Raises:
+        OSError or ValueError that says what was expected at `name`.
     """
     from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
 

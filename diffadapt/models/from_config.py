@@ -24,7 +24,8 @@ def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module 
         text_encoders: a pipeline's denoiser and text encoders, as attributes of one object, instead of the
             denoiser alone.
 
-    Raises: FileNotFoundError or ValueError saying what is missing.
+    Raises:
+        FileNotFoundError or ValueError saying what is missing.
     """
     path = _local(source)
     if not (path / "model_index.json").is_file():
@@ -92,6 +93,7 @@ def _diffusers_model(path: Path, config: dict) -> nn.Module:
         raise ValueError(
             f"{path}: {config['_class_name']!r} is not a model of diffusers {diffusers.__version__}"
         )
+    # Warnings about the model's use do not matter here: only its shapes are read.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return cls.from_config(config)

@@ -19,7 +19,9 @@ class NoiseSchedule(Protocol):
         Args:
             keys: of each sample's randomness, so that a time depends on its sample alone.
             latents: (B, C, h, w), for schedules that depend on the size of the image.
-        Returns: (B,); integers for a discrete schedule, else float32.
+
+        Returns:
+            (B,); integers for a discrete schedule, else float32.
         """
         ...
 
@@ -34,6 +36,7 @@ class NoiseSchedule(Protocol):
     def loss_weight(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
         """The weight (B,) of each sample's loss with `--snr_gamma`.
 
-        Raises: ValueError for a schedule without a signal-to-noise weighting.
+        Raises:
+            ValueError for a schedule without a signal-to-noise weighting.
         """
         ...

@@ -26,8 +26,10 @@ def open_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline on the CPU: its autoencoder in float32, since some overflow in half, all else in `dtype`.
 
-    Args: as of `families.load_base`.
-    Raises: OSError or ValueError with the remedy when there is no pipeline of that name.
+    The arguments are those of `families.load_base`.
+
+    Raises:
+        OSError or ValueError with the remedy when there is no pipeline of that name.
     """
     class_name = pipeline_class(name, revision=revision)
     path = resolve(name)
@@ -39,6 +41,7 @@ def open_pipeline(
         left_out = {} if family is None or safety_checker else family.without_safety_checker
         pipe = pipeline_type.from_pretrained(
             path,
+            # SDXL's autoencoder overflows in float16.
             dtype={"default": dtype, AUTOENCODER: torch.float32},
             revision=revision,
             variant=variant,
@@ -83,7 +86,8 @@ def _pipeline_from_file(path: str, dtype: torch.dtype) -> DiffusionPipeline:
 def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
     """An autoencoder in float32: its folder or hub name, a pipeline's folder, or a single file.
 
-    Raises: OSError with what was tried.
+    Raises:
+        OSError with what was tried.
     """
     path = resolve(name)
     if is_single_file(path):

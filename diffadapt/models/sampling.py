@@ -85,7 +85,7 @@ def generate(
         for start in range(0, len(requests), config.batch_size):
             yield _generate_batch(pipe, requests[start : start + config.batch_size], config)
     finally:
-        pipe.scheduler = base_scheduler
+        pipe.scheduler = base_scheduler  # also where the caller stops early
 
 
 def generate_all(pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig) -> Tensor:
@@ -120,7 +120,8 @@ def _family_to_call(pipe: DiffusionPipeline, *, has_labels: bool) -> type[BaseMo
 def _make_scheduler(pipe: DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
     """The scheduler of that name with the settings of the pipeline's own.
 
-    Raises: ValueError for an unknown name, or a scheduler of another kind than the base's.
+    Raises:
+        ValueError for an unknown name, or a scheduler of another kind than the base's.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")

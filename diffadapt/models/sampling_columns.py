@@ -66,7 +66,9 @@ def make_columns(
         strengths: for the adapters without one.
         side_by_side: each adapter alone.
         with_base: a column without adapters first.
-    Raises: ValueError for several strengths that no adapter takes, since all have their own.
+
+    Raises:
+        ValueError for several strengths that no adapter takes, since all have their own.
     """
     if len(strengths) > 1 and all(file.strength is not None for file in files):
         raise ValueError("every adapter has its own :STRENGTH, so several of --strength change nothing")

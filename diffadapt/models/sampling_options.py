@@ -66,7 +66,9 @@ def requested_images(arguments: argparse.Namespace, files: Sequence[str]) -> lis
     Args:
         arguments: of `add_sampling_options`.
         files: adapter files, whose classes can be requested by name.
-    Raises: ValueError for both prompts and classes, for neither, or for an unknown class.
+
+    Raises:
+        ValueError for both prompts and classes, for neither, or for an unknown class.
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:

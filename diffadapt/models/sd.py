@@ -15,6 +15,7 @@ from diffadapt.models import prompts
 from diffadapt.models.base import BaseProfile
 from diffadapt.models.text_conditioned import IDS, MASK, TextConditionedBase
 
+# The embedded base is small, so its convolutions are adapted too.
 EMOJI = BaseProfile(
     name="emoji",
     defaults={
@@ -48,7 +49,7 @@ STABLE_DIFFUSION = BaseProfile(
         "center_crop": False,
         "num_validation_images": 4,
         "num_inference_steps": 25,
-        "guidance_scale": 7.5,
+        "guidance_scale": 7.5,  # default of StableDiffusionPipeline
         "sample_batch_size": 4,
         "extractor": None,
     },
@@ -90,7 +91,7 @@ class StableDiffusion(TextConditionedBase):
         if getattr(encoder.config, "use_attention_mask", False):
             mask = tokens[MASK].to(encoder.device)
         output = encoder(tokens[IDS].to(encoder.device), attention_mask=mask)
-        return {"encoder_hidden_states": output[0]}
+        return {"encoder_hidden_states": output[0]}  # (B, length, width)
 
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]

@@ -32,7 +32,7 @@ STABLE_DIFFUSION_XL = BaseProfile(
         "center_crop": False,
         "num_validation_images": 4,
         "num_inference_steps": 30,
-        "guidance_scale": 5.0,
+        "guidance_scale": 5.0,  # default of StableDiffusionXLPipeline
         "sample_batch_size": 1,
         "extractor": None,
     },
@@ -89,8 +89,9 @@ class StableDiffusionXL(TextConditionedBase):
         first, second = self.pipe.text_encoder, self.pipe.text_encoder_2
         output = first(tokens[IDS].to(first.device), output_hidden_states=True)
         output_2 = second(tokens[f"{IDS}_2"].to(second.device), output_hidden_states=True)
-        states = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
-        pooled = output_2[0]
+        states = [output.hidden_states[-2], output_2.hidden_states[-2]]
+        states = torch.cat(states, dim=-1)  # (B, length, sum of widths)
+        pooled = output_2[0]  # (B, width of the second)
         if self.pipe.config.force_zeros_for_empty_prompt:
             empty = tokens[EMPTY].to(pooled.device)
             states = states.masked_fill(empty.view(-1, 1, 1), 0.0)

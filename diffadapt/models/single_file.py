@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+# The UNet's first convolution: its shape says how many channels the UNet takes.
 _UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
 _UNET_CHANNELS = 4  # that the denoiser takes, without a mask or an image to edit
 _PIPELINES = {  # a key that only files with these text encoders have -> the pipeline of the file
@@ -34,7 +35,8 @@ def is_single_file(path: str) -> bool:
 def pipeline_of_file(path: str) -> str:
     """The pipeline class of a checkpoint, by its keys.
 
-    Raises: FileNotFoundError; ValueError for a file that is damaged or holds no pipeline of a known kind.
+    Raises:
+        FileNotFoundError; ValueError for a file that is damaged or holds no pipeline of a known kind.
     """
     unet_shape, keys = _read_header(path)
     supported = ", ".join(sorted(set(_PIPELINES.values())))
@@ -63,7 +65,8 @@ def open_single_file(path: str) -> DiffusionPipeline:
     Configurations and tokenizers come from a folder of the same name beside the file, else from the hub's
     folder of that kind.
 
-    Raises: OSError when they are nowhere to be had, ValueError when they do not fit the file.
+    Raises:
+        OSError when they are nowhere to be had, ValueError when they do not fit the file.
     """
     import diffusers  # takes seconds, and names are checked before anything is loaded
     from diffusers.loaders.single_file_utils import SingleFileComponentError

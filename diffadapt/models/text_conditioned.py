@@ -96,8 +96,8 @@ class TextConditionedBase(LatentDiffusionBase):
                 truncation=True,
                 return_tensors="pt",
             )
-            tokens[IDS + suffix] = output.input_ids
-            tokens[MASK + suffix] = output.attention_mask
+            tokens[IDS + suffix] = output.input_ids  # (B, length)
+            tokens[MASK + suffix] = output.attention_mask  # (B, length), 1 for a token, 0 for padding
         return tokens
 
     def truncated_captions(self, captions: Sequence[str]) -> list[TruncatedCaption]:
@@ -117,6 +117,7 @@ class TextConditionedBase(LatentDiffusionBase):
             "guidance_scale": config.guidance_scale,
             "height": config.height,
             "width": config.width,
+            # Latents are decoded by `decode_output`, in the autoencoder's own precision.
             "output_type": "latent",
         }
 

@@ -24,7 +24,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         null_class: the row of the class table that stands for "no class", as a base learns it from dropped
             labels; None: the base has none, and guidance is not possible.
 
-    Raises: ValueError when the model takes no classes or its table has no row `null_class`.
+    Raises:
+        ValueError when the model takes no classes or its table has no row `null_class`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -82,7 +83,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], or "pt" (B, 3, H, W) in [0, 1].
             return_dict: an `ImagePipelineOutput` instead of a tuple.
 
-        Raises: ValueError for a label that is no class, or guidance without a null class.
+        Raises:
+            ValueError for a label that is no class, or guidance without a null class.
         """
         table = self.class_table
         labels = self._check_labels(class_labels, guidance_scale, table)
