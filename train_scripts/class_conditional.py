@@ -21,6 +21,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from diffadapt.common.exit_codes import run_command
@@ -32,10 +33,10 @@ from diffadapt.training.base_defaults import complete_options
 from diffadapt.training.options import TrainOptions, option
 from diffadapt.training.parsing import parse
 from diffadapt.training.report.class_mapping import (
-    class_names,
-    labels_of,
-    matched_by_name,
-    with_new_table,
+    class_table_rows,
+    match_by_name,
+    names_by_row,
+    with_new_class_table,
 )
 from diffadapt.training.report.classes import ClassReport
 from diffadapt.training.run import Run
@@ -103,13 +104,12 @@ def main() -> int:
     options = complete_options(options, DEMO, data=data, command=FULL_COMMAND)
     examples, names = training_data(options)
     held_out = held_out_data(options, names)
-    setup = prepare_run(options, adjust_options=lambda options, model: with_new_table(options, model, names))
-    options = setup.options
-    train_state = make_train_state(setup)
-    rows = labels_of(setup.model, names, options.class_labels)
-    train_state.metadata["classes"] = json.dumps(class_names(names, rows))
-    examples = renumbered(examples, rows)
-    held_out = renumbered(held_out, rows)
+    setup = prepare_run(options, adjust_options=partial(with_new_class_table, names=names))
+    train_state = make_train_state(setup)  # first: a new class table is part of the adapter
+    rows = class_table_rows(setup.model, names, options.class_labels)
+    train_state.metadata["classes"] = json.dumps(names_by_row(names, rows))
+    examples = with_rows_as_captions(examples, rows)
+    held_out = with_rows_as_captions(held_out, rows)
     batches = make_batches(setup, examples, caption_dropout=options.label_dropout)
     report = ClassReport(setup, examples, held_out, rows=rows, names=names)
     training = Run(train_state, batches, report)
@@ -121,42 +121,47 @@ def main() -> int:
 
 
 def training_data(options: Options) -> Data:
-    """The pictures of class folders, or of the data set's train split."""
+    """Reads the images of class folders, or of the data set's train split."""
     if options.dataset_name is None:
         return read_class_folders(resolve(options.train_data_dir), follow_links=options.follow_links)
     if options.train_data_dir is not None:
         raise ValueError("give --train_data_dir or --dataset_name, not both")
-    return split_of(options, options.split)
+    return read_split(options, options.split)
 
 
 def held_out_data(options: Options, names: Sequence[str]) -> list[Example]:
-    """The images of `--held_out`, with the numbers of the training data's classes; none without it."""
+    """Reads the images of `--held_out`, with the numbers of the training data's classes; none without it."""
     if options.held_out is None:
         return []
     is_folder = options.dataset_name is None or Path(options.held_out).is_dir()
     if is_folder:
         examples, held_out_names = read_class_folders(options.held_out, follow_links=options.follow_links)
     else:
-        examples, held_out_names = split_of(options, options.held_out)
-    return matched_by_name(examples, held_out_names, names)
+        examples, held_out_names = read_split(options, options.held_out)
+    return match_by_name(examples, held_out_names, names)
 
 
-def split_of(options: Options, split: str) -> Data:
+def read_split(options: Options, split: str) -> Data:
+    """Reads a split of the data set."""
     name = resolve(options.dataset_name)
     table = open_table(name, config_name=options.dataset_config_name, split=split)
-    columns = {"image_column": options.image_column, "label_column": options.label_column}
-    return read_labelled_table(table, name=name, **columns)
+    return read_labelled_table(
+        table, name=name, image_column=options.image_column, label_column=options.label_column
+    )
 
 
-def renumbered(examples: Sequence[Example], rows: Sequence[int]) -> list[Example]:
-    """The examples with the base's class numbers.
+def with_rows_as_captions(examples: Sequence[Example], rows: Sequence[int]) -> list[Example]:
+    """The examples with the rows of the class table in place of the data's class numbers.
 
-    Raises: ValueError for a label that is no class of the training data.
+    Raises:
+        ValueError: for a label that is no class of the training data.
     """
+    renumbered = []
     for example in examples:
         if not 0 <= example.caption < len(rows):
             raise ValueError(f"{example.source} has class {example.caption}; there are {len(rows)} classes")
-    return [dataclasses.replace(example, caption=rows[example.caption]) for example in examples]
+        renumbered.append(dataclasses.replace(example, caption=rows[example.caption]))
+    return renumbered
 
 
 if __name__ == "__main__":

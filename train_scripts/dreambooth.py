@@ -24,6 +24,7 @@ from pathlib import Path
 from diffadapt.common.exit_codes import run_command
 from diffadapt.data.batches import Batches
 from diffadapt.data.class_images import ClassRecipe, class_examples, planned_class_examples
+from diffadapt.data.examples import Example
 from diffadapt.data.folders import read_instance_folder
 from diffadapt.models.base_names import resolve
 from diffadapt.training.base_defaults import complete_options
@@ -42,7 +43,7 @@ DEMO = {
 }
 FULL_COMMAND = (
     f"{start_command('dreambooth')} --adapter flora --pretrained_model_name_or_path BASE "
-    '--instance_data_dir PICTURES --instance_prompt "a photo of sks dog" --output_dir runs/dog'
+    '--instance_data_dir IMAGES --instance_prompt "a photo of sks dog" --output_dir runs/dog'
 )
 
 
@@ -83,7 +84,8 @@ def main() -> int:
     setup = prepare_run(options)
     report = SubjectReport(setup)
     batches = encode_data(setup, report)
-    train_state = make_train_state(setup, prior_weight=prior_weight(options))
+    prior_weight = options.prior_loss_weight if options.with_prior_preservation else None
+    train_state = make_train_state(setup, prior_weight=prior_weight)
     training = Run(train_state, batches, report)
     for step in training.steps():
         training.log(step)
@@ -93,30 +95,29 @@ def main() -> int:
 
 
 def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
-    """The pictures of the subject and, for prior preservation, of its class."""
-    options, model, classes = setup.options, setup.model, []
+    """Encodes the images of the subject and, for prior preservation, of its class."""
+    options = setup.options
     instances = read_instance_folder(
         resolve(options.instance_data_dir),
         options.instance_prompt,
         with_captions=options.instance_captions,
         follow_links=options.follow_links,
     )
-    if options.with_prior_preservation:
-        folder = options.class_data_dir or Path(options.output_dir) / "class_images"
-        at_size_of_base = replace(report.sampler, height=None, width=None)
-        recipe = ClassRecipe(options.class_prompt, options.pretrained_model_name_or_path, at_size_of_base)
-        how = {"count": options.num_class_images, "follow_links": options.follow_links}
-        if options.dry_run:
-            classes = planned_class_examples(folder, recipe, side=model.resolution, **how)
-        else:
-            with setup.accelerator.main_process_first():
-                classes = class_examples(model.pipe, folder, recipe, seed=options.seed, **how)
+    classes = class_images(setup, report) if options.with_prior_preservation else []
     return make_batches(setup, instances, classes=classes)
 
 
-def prior_weight(options: Options) -> float | None:
-    """Weight of the class pictures' loss; None without class pictures."""
-    return options.prior_loss_weight if options.with_prior_preservation else None
+def class_images(setup: Setup[Options], report: SubjectReport) -> list[Example]:
+    """The images of the class; the base generates missing ones, which a dry run only counts."""
+    options = setup.options
+    folder = options.class_data_dir or Path(options.output_dir) / "class_images"
+    sampler = replace(report.sampler, height=None, width=None)  # at the size of the base
+    recipe = ClassRecipe(options.class_prompt, options.pretrained_model_name_or_path, sampler)
+    settings = {"count": options.num_class_images, "follow_links": options.follow_links}
+    if options.dry_run:
+        return planned_class_examples(folder, recipe, side=setup.model.resolution, **settings)
+    with setup.accelerator.main_process_first():
+        return class_examples(setup.model.pipe, folder, recipe, seed=options.seed, **settings)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ DEMO = {
 }
 FULL_COMMAND = (
     f"{start_command('style_transfer')} --adapter flora --pretrained_model_name_or_path BASE "
-    "--train_data_dir CAPTIONED_PICTURES --output_dir runs/style"
+    "--train_data_dir CAPTIONED_IMAGES --output_dir runs/style"
 )
 
 
@@ -92,18 +92,15 @@ def main() -> int:
     options = parse(Options, description=__doc__.splitlines()[0])
     data = "dataset_name" if options.dataset_name else "train_data_dir"
     options = complete_options(options, DEMO, data=data, command=FULL_COMMAND)
-    examples, held_out = training_examples(options), []
-    if options.validation_data_dir:
-        held_out = read_captioned_folder(
-            resolve(options.validation_data_dir), **reading(options), with_other_columns=True
-        )
+    examples = training_examples(options)
+    held_out = held_out_examples(options)
     setup = prepare_run(options)
     batches = make_batches(
         setup,
         examples,
         trigger_word=options.trigger_word,
         caption_dropout=options.caption_dropout,
-        buckets=buckets(setup),
+        buckets=make_buckets(setup),
         is_streaming=options.streaming,
     )
     report = StyleReport(setup, batches, held_out)
@@ -116,9 +113,14 @@ def main() -> int:
 
 
 def training_examples(options: Options) -> Sequence[Example] | Stream:
-    """Captioned pictures from a folder or a data set."""
+    """Reads the captioned images of a folder or a data set."""
     if options.dataset_name is None:
-        examples = read_captioned_folder(resolve(options.train_data_dir), **reading(options))
+        examples = read_captioned_folder(
+            resolve(options.train_data_dir),
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            follow_links=options.follow_links,
+        )
         return examples[: options.max_train_samples]
     if options.train_data_dir is not None:
         raise ValueError("give --train_data_dir or --dataset_name, not both")
@@ -131,21 +133,30 @@ def training_examples(options: Options) -> Sequence[Example] | Stream:
     )
     if options.max_train_samples is not None:
         table = table.take(options.max_train_samples)
-    order = {"seed": options.seed, "buffer": options.shuffle_buffer}
-    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
-    return read_captioned_table(table, name=name, **columns, **order)
+    return read_captioned_table(
+        table,
+        name=name,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        seed=options.seed,
+        buffer=options.shuffle_buffer,
+    )
 
 
-def reading(options: Options) -> dict[str, object]:
-    """How folders are read, for training and validation alike."""
-    return {
-        "image_column": options.image_column,
-        "caption_column": options.caption_column,
-        "follow_links": options.follow_links,
-    }
+def held_out_examples(options: Options) -> list[Example]:
+    """Reads the captioned images of `--validation_data_dir`; none without it."""
+    if not options.validation_data_dir:
+        return []
+    return read_captioned_folder(
+        resolve(options.validation_data_dir),
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        follow_links=options.follow_links,
+        with_other_columns=True,
+    )
 
 
-def buckets(setup: Setup[Options]) -> Buckets | None:
+def make_buckets(setup: Setup[Options]) -> Buckets | None:
     """The sizes of `--aspect_ratio_buckets`; all samples of an optimizer step share one."""
     options = setup.options
     if options.aspect_ratio_buckets is None:

@@ -18,7 +18,7 @@ from diffadapt.data.hub_tables import open_table, read_labelled_table
 from diffadapt.metrics.digit_classifier import class_agreement, load_digit_classifier
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
-from diffadapt.training.report.held_out import pixels_of
+from diffadapt.training.report.held_out import center_pixels
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_the_classifier_of_digits_reads_handwriting_it_never_saw():
     table = open_table(str(embedded("handwriting")), split="test")
     examples, digits = read_labelled_table(table, name="handwriting")
     assert digits == [str(digit) for digit in range(10)]
-    logits = load_digit_classifier()(pixels_of(examples, 16))["logits"]
+    logits = load_digit_classifier()(center_pixels(examples, 16))["logits"]
     agreement = class_agreement(logits, torch.tensor([example.caption for example in examples]))
     figures = json.loads((embedded("digit-classifier") / "figures.json").read_text(encoding="utf-8"))
     assert agreement == pytest.approx(figures["handwriting_held_out"], abs=0.003)

@@ -22,9 +22,9 @@ from diffadapt.data.hub_tables import open_table, read_labelled_table
 from diffadapt.evaluation.features.extractors import load_extractor
 from diffadapt.models.open_pipeline import open_pipeline
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
-from diffadapt.training.report.class_mapping import matched_by_name
-from diffadapt.training.report.classes import ClassReport, at_most, class_shots, figures
-from diffadapt.training.report.held_out import pixels_of
+from diffadapt.training.report.class_mapping import match_by_name
+from diffadapt.training.report.classes import ClassReport, class_metrics, class_requests, sample_examples
+from diffadapt.training.report.held_out import center_pixels
 
 pytestmark = pytest.mark.slow
 
@@ -198,12 +198,10 @@ def test_held_out_classes_are_matched_by_name(run, base, pictures, tmp_path):
 
 
 def test_names_of_a_data_set_are_matched_too(tmp_path):
-    sets = matched_by_name(
-        [Example(tmp_path, 0), Example(tmp_path, 1)], ["cow", "bee"], ["ant", "bee", "cow"]
-    )
+    sets = match_by_name([Example(tmp_path, 0), Example(tmp_path, 1)], ["cow", "bee"], ["ant", "bee", "cow"])
     assert [example.caption for example in sets] == [2, 1]
     with pytest.raises(ValueError, match="did you mean bee"):
-        matched_by_name([Example(tmp_path, 0)], ["beee"], ["ant", "bee"])
+        match_by_name([Example(tmp_path, 0)], ["beee"], ["ant", "bee"])
 
 
 def test_a_base_without_null_class_cannot_drop_labels(run, pictures, tmp_path, capsys):
@@ -244,17 +242,17 @@ def test_sample_draws_classes_as_the_pipeline_does(base, tmp_path, capsys):
 
 def test_of_many_pictures_the_same_few_of_every_class_are_measured():
     examples = [Example(Path(str(n)), n % 10) for n in range(1000)]  # an even stride would see one class
-    chosen = at_most(examples, 100)
-    assert chosen == at_most(examples, 100)
+    chosen = sample_examples(examples, 100)
+    assert chosen == sample_examples(examples, 100)
     assert len(set(chosen)) == 100
     assert {example.caption for example in chosen} == set(range(10))
-    assert at_most(examples, 5000) == examples
+    assert sample_examples(examples, 5000) == examples
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        at_most(examples, 0)
+        sample_examples(examples, 0)
 
 
 def test_classes_are_drawn_in_turn_with_their_own_seeds():
-    shots = class_shots([4, 7], ["ant", "bee"], count=5, seed=10)
+    shots = class_requests([4, 7], ["ant", "bee"], count=5, seed=10)
     assert [shot.label for shot in shots] == [4, 7, 4, 7, 4]
     assert [shot.seed for shot in shots] == [10, 11, 12, 13, 14]
     assert shots[1].prompt == "class bee"
@@ -263,9 +261,9 @@ def test_classes_are_drawn_in_turn_with_their_own_seeds():
 def test_figures_tell_handwriting_from_noise_and_count_recognised_digits():
     table = open_table(str(da.embedded("handwriting")), split="test")
     examples, _ = read_labelled_table(table, name="handwriting")
-    real, labels = pixels_of(examples, 16), [example.caption for example in examples]
+    real, labels = center_pixels(examples, 16), [example.caption for example in examples]
     noise = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = figures(
+    found = class_metrics(
         load_extractor("embedded:digits"),
         real=real[:200],
         labels=labels[200:300],

@@ -155,7 +155,7 @@ def fail(*_, **__):
 @pytest.mark.parametrize(
     ("place", "name", "what"),
     [
-        (SubjectReport, "figures", "figures: out of memory"),
+        (SubjectReport, "metrics", "metrics: out of memory"),
         (Report, "_grid", "grid.png: out of memory"),
         (run_module, "write_formats", "export: out of memory"),
     ],
@@ -213,7 +213,7 @@ def test_a_failing_validation_does_not_end_the_run(run, tmp_path, monkeypatch, c
 
 
 def test_figures_that_are_not_finite_are_strict_json(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(SubjectReport, "figures", lambda self: {"x": {"after": float("nan")}})
+    monkeypatch.setattr(SubjectReport, "metrics", lambda self: {"x": {"after": float("nan")}})
     assert run(extractor=tiny_clip(tmp_path / "clip")) == 0
     text = (tmp_path / "out" / "run.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=fail)["figures"]["x"]["after"] == "NaN"

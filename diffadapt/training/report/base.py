@@ -1,6 +1,7 @@
-"""What a run shows of its result: pictures before and after, figures, a grid, run.json and a model card.
+"""The report of a run: images before and after training, metrics, a grid, run.json and a model card.
 
-`Report` is the part all scripts share. A derived class says what is drawn, measured and put beside what.
+`Report` is what all scripts share. A derived class says which images are generated, what is measured of them,
+and how they are laid out.
 """
 
 import dataclasses
@@ -36,22 +37,26 @@ from diffadapt.training.report.summary import closing_message
 from diffadapt.training.run_log import write_run
 from diffadapt.training.setup import Setup
 
-MOST_STORED_FOR_TRIAL = 50_000_000  # trained values that are written to a temporary file before a run
-Pictures = dict[str, Tensor]  # kind of shot -> (N, 3, H, W) in [0, 1]
-Figures = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
+MAX_TRIED_PARAMETERS = 50_000_000  # larger adapters are not written to a temporary file before a run
+SHEET_COLUMNS = 4  # of a validation's contact sheet
+ImagesByKind = dict[str, Tensor]  # kind of image -> (N, 3, H, W) in [0, 1]
+MetricValues = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
 
 
 class Report(ABC):
-    """Collects the pictures of a run and writes what it leaves for people. For the main process.
+    """Generates the images of a run and writes its results. For the main process.
 
     Attributes:
-        shots: kind of shot -> shots; the same are drawn before and after.
-        pictures: "before" and "after" -> kind of shot -> pictures.
+        requests: kind of image -> what to generate, the same before and after training.
+        images: "before" and "after" -> kind of image -> images.
+        failures: a line for each thing that went wrong beside the adapter itself.
+        export_note: why the default export format will not be written, if so.
     """
 
     def __init__(self, setup: Setup):
-        self.model, self.options, self._started = setup.model, setup.options, setup.started
         options = setup.options
+        self.model = setup.model
+        self.options = options
         self.sampler = SamplingConfig(
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
@@ -61,9 +66,12 @@ class Report(ABC):
             autocast=runtime.autocast_dtype(setup.accelerator),
         )
         self.requests: dict[str, list[ImageRequest]] = {}
-        self.images: dict[str, Pictures] = {}
-        self.failures: list[str] = []  # what went wrong beside the result itself
-        self.export_note: str | None = None  # why the default format will not be written
+        self.images: dict[str, ImagesByKind] = {}
+        self.failures: list[str] = []
+        self.export_note: str | None = None
+        self._started = setup.started
+
+    # What a script's report defines
 
     @abstractmethod
     def panels(self) -> list[list[Panel]]:
@@ -71,131 +79,77 @@ class Report(ABC):
 
     @abstractmethod
     def subject(self) -> str:
-        """What was trained, in few words, for titles: a prompt, or the name of a data set."""
+        """What was trained, for titles: a prompt, or the name of a data set."""
 
     @abstractmethod
     def data_summary(self) -> str:
-        """What it was trained on, as "5 training pictures"."""
+        """The training data in a few words, as "5 training images"."""
 
     @abstractmethod
     def prompt_options(self) -> str:
-        """The options of `diffadapt sample` that say what to draw, as `--prompt 'a sks dog'`."""
+        """The options of `diffadapt sample` that say what to generate, as `--prompt 'a sks dog'`."""
 
     @abstractmethod
     def own_data_command(self) -> str:
-        """After the demonstration: the full command for own data on a real base."""
+        """The full command for own data on a real base, shown after the demonstration."""
 
-    def figures(self) -> Figures:
-        """Figures of `self.images`; only asked for with `--extractor`."""
+    def metrics(self) -> MetricValues:
+        """Metrics of `self.images`; only called with `--extractor`."""
         return {}
 
-    def heldout_losses(self) -> Figures:
-        """Figures of the model itself, which need neither pictures nor an extractor."""
+    def heldout_losses(self) -> MetricValues:
+        """Losses of the model on images, which need neither generated images nor an extractor."""
         return {}
 
     def summary_rows(self) -> dict[str, str]:
-        """Further rows of the summary before the first step: name -> text."""
+        """More rows of the summary before the first step: name -> text."""
         return {}
 
-    def truncated_prompts(self) -> dict[str, str]:
-        """For the summary: which words of the prompts that are drawn the base does not read."""
-        prompts = [shot.prompt for some in self.requests.values() for shot in some if shot.label is None]
-        cuts = truncated_prompts(self.model.pipe, prompts) if self.options.num_validation_images else []
-        return {"prompts": describe_truncated_captions(cuts)} if cuts else {}
-
     def run_json_fields(self) -> dict[str, object]:
-        """Further values of run.json."""
+        """More values of run.json."""
         return {}
 
     def base_model(self) -> AbstractContextManager:
         """Within the context the model is as before training."""
         return disabled(self.model.pipe)
 
-    def validation_requests(self) -> list[ImageRequest]:
-        """What is drawn in between: as many as `--num_validation_images`, of every kind in turn."""
-        kinds = [some for some in self.requests.values() if some]
-        mixed = [some[i] for i in range(max(map(len, kinds), default=0)) for some in kinds if i < len(some)]
-        return mixed[: self.options.num_validation_images]
+    def load_extractor(self) -> object:
+        """Loads the model of `--extractor`."""
+        return load_clip(self.options.extractor)
 
-    def before_training(self) -> None:
-        """Draws the pictures of the untrained base."""
-        if self.options.num_validation_images:
-            self._generate_all("before")
-
-    def validate(self, folder: Path) -> Tensor:
-        """Draws the validation shots with what is attached now into folder/000-seed0.png, ... and sheet.png.
-
-        Returns: (N, 3, H, W) in [0, 1].
-        """
-        wanted = self.validation_requests()
-        images = self._generate(wanted, f"pictures of {folder.name}")
-        pictures = to_pil_images(images)
-        for index, (shot, picture) in enumerate(zip(wanted, pictures, strict=True)):
-            picture.save(folder / f"{index:03d}-seed{shot.seed}.png")
-        captions = [shot.prompt for shot in wanted]
-        sheet = make_contact_sheet(
-            [[Panel(folder.name, pictures, 4, captions)]], title=self._title(), note=""
-        )
-        sheet.save(folder / "sheet.png")
-        return images
-
-    def after_training(self, adapter: Adapter) -> str:
-        """Generates again; writes figures, grid, run.json and the model card.
-
-        What fails costs itself only and is noted in `self.failures`; run.json is there before and after.
-        Returns: the closing words.
-        """
-        options = self.options
-        self.write_record(adapter, {})
-        values: Figures = {}
-        with self.attempt("the loss on images"):
-            values |= self.heldout_losses()
-        if options.num_validation_images:
-            with self.attempt("images after training"):
-                self._generate_all("after")
-        if "after" in self.images:
-            if options.extractor:
-                with self.attempt("figures"):
-                    values |= self.figures()
-            with self.attempt("grid.png"):
-                self._grid(adapter).save(Path(options.output_dir) / "grid.png")
-        record = self.write_record(adapter, values)
-        words = {"draw": self._sample_options(), "further": self.own_data_command()}
-        return closing_message(options, values, seconds=record["seconds"], **words)
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Notes a failure of something that the run's result does not depend on, and lets the run go on."""
-        try:
-            yield
-        except Exception as error:  # models, trackers and the hub raise kinds of their own
-            self.failures.append(f"{what}: {str(error) or type(error).__name__}")
+    # Before the first step
 
     def try_outputs(self, train_state: TrainState) -> None:
-        """Tries, before the first step, what a run needs at its end.
+        """Tries what the run needs at its end, so that it fails now and not after hours.
 
-        Raises: ValueError or OSError of what could not be done then: reading the extractor, exporting and
-            storing the adapter with its configuration, writing the model card.
+        Raises:
+            ValueError or OSError: of what could not be done then: reading the extractor, exporting and
+                storing the adapter with its configuration, writing the model card.
         """
         options = self.options
+        adapter = train_state.adapter
+        is_small = adapter.num_parameters <= MAX_TRIED_PARAMETERS
         if options.extractor and options.num_validation_images:
             try:
                 self.load_extractor()
             except (OSError, ValueError) as error:
                 raise ValueError(f"--extractor {options.extractor} cannot be loaded: {error}") from error
-        if train_state.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
-            self.check_exports(train_state.adapter)
+        if is_small:
+            self.check_exports(adapter)
         with TemporaryDirectory() as folder:
-            if train_state.adapter.num_parameters <= MOST_STORED_FOR_TRIAL:
+            if is_small:
                 da.read_metadata(save_adapter(train_state, folder))
             write_config(options, folder)
-            record = self._record(train_state.adapter, {})
-            write_card(Path(folder), options, record, title=self._title(), draw=self._sample_options())
+            record = self._record(adapter, {})
+            write_card(
+                Path(folder), options, record, title=self._title(), sample_options=self._sample_options()
+            )
 
     def check_exports(self, adapter: Adapter) -> None:
-        """Tries the formats of `--export_formats`; that the default one cannot be written is only a notice.
+        """Tries the formats of `--export_formats`; if the default one cannot be written, that is only noted.
 
-        Raises: ValueError for a format that was asked for and cannot hold the adapter.
+        Raises:
+            ValueError: for a format that was asked for and cannot hold the adapter.
         """
         for name in parse_formats(self.options.export_formats):
             reason = obstacle(adapter, name)
@@ -206,70 +160,166 @@ class Report(ABC):
                 raise ValueError(f"--export_formats {name} cannot hold {self.options.adapter}: {reason}")
             self.export_note = f"no file for other programs (--export_formats {name}): {reason}"
 
-    def load_extractor(self) -> object:
-        """The model of `--extractor`."""
-        return load_clip(self.options.extractor)
+    def truncated_prompts(self) -> dict[str, str]:
+        """A row of the summary about prompts that are longer than the text encoders read; or none."""
+        if not self.options.num_validation_images:
+            return {}
+        prompts = [request.prompt for request in self._all_requests() if request.label is None]
+        truncated = truncated_prompts(self.model.pipe, prompts)
+        return {"prompts": describe_truncated_captions(truncated)} if truncated else {}
 
-    def write_record(self, adapter: Adapter, values: Figures) -> dict[str, object]:
-        """Writes run.json and the model card. Returns what run.json holds."""
+    def before_training(self) -> None:
+        """Generates the images of the untrained base."""
+        if self.options.num_validation_images:
+            self._generate_all("before")
+
+    # In between
+
+    def validation_requests(self) -> list[ImageRequest]:
+        """The images of a validation: `--num_validation_images`, from the kinds in turn."""
+        mixed = []
+        longest = max((len(requests) for requests in self.requests.values()), default=0)
+        for index in range(longest):
+            for requests in self.requests.values():
+                mixed += requests[index : index + 1]
+        return mixed[: self.options.num_validation_images]
+
+    def validate(self, folder: Path) -> Tensor:
+        """Generates the images of a validation into folder/000-seed0.png, ... and folder/sheet.png.
+
+        Returns:
+            (N, 3, H, W) in [0, 1].
+        """
+        requests = self.validation_requests()
+        images = self._generate(requests, f"images of {folder.name}")
+        pil_images = to_pil_images(images)
+        for index, (request, image) in enumerate(zip(requests, pil_images, strict=True)):
+            image.save(folder / f"{index:03d}-seed{request.seed}.png")
+        prompts = [request.prompt for request in requests]
+        panel = Panel(folder.name, pil_images, SHEET_COLUMNS, prompts)
+        make_contact_sheet([[panel]], title=self._title(), note="").save(folder / "sheet.png")
+        return images
+
+    # After the last step
+
+    def after_training(self, adapter: Adapter) -> str:
+        """Generates the images again; writes metrics, grid, run.json and the model card.
+
+        What fails is noted in `self.failures`, and everything else is written; run.json is there before and
+        after.
+
+        Returns:
+            The closing message.
+        """
+        options = self.options
+        self.write_record(adapter, {})
+        values: MetricValues = {}
+        with self.attempt("the loss on images"):
+            values |= self.heldout_losses()
+        if options.num_validation_images:
+            with self.attempt("images after training"):
+                self._generate_all("after")
+        if "after" in self.images:
+            if options.extractor:
+                with self.attempt("metrics"):
+                    values |= self.metrics()
+            with self.attempt("grid.png"):
+                self._grid(adapter).save(Path(options.output_dir) / "grid.png")
+        record = self.write_record(adapter, values)
+        return closing_message(
+            options,
+            values,
+            seconds=record["seconds"],
+            sample_options=self._sample_options(),
+            own_data_command=self.own_data_command(),
+        )
+
+    def write_record(self, adapter: Adapter, values: MetricValues) -> dict[str, object]:
+        """Writes run.json and the model card.
+
+        Returns:
+            The content of run.json.
+        """
         output = Path(self.options.output_dir)
         record = self._record(adapter, values)
         write_run(output / "run.json", record)
         with self.attempt("README.md"):
             title = self._title(adapter)
-            write_card(output, self.options, record, title=title, draw=self._sample_options())
+            write_card(output, self.options, record, title=title, sample_options=self._sample_options())
         return record
 
-    def _record(self, adapter: Adapter, values: Figures) -> dict[str, object]:
+    @contextmanager
+    def attempt(self, step: str) -> Iterator[None]:
+        """Notes a failure of something that the run's result does not depend on, and lets the run go on."""
+        try:
+            yield
+        except Exception as error:  # models, trackers and the hub raise kinds of their own
+            self.failures.append(f"{step}: {str(error) or type(error).__name__}")
+
+    def _all_requests(self) -> list[ImageRequest]:
+        return [request for requests in self.requests.values() for request in requests]
+
+    def _generate_all(self, when: str) -> None:
+        """Generates every request into `self.images[when]` and samples/`when`/KIND-00.png, ..."""
+        images = self._generate(self._all_requests(), f"images {when}")
+        sizes = [len(requests) for requests in self.requests.values()]
+        self.images[when] = dict(zip(self.requests, images.split(sizes), strict=True))
+        folder = Path(self.options.output_dir) / "samples" / when
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, images in self.images[when].items():
+            for index, image in enumerate(to_pil_images(images)):
+                image.save(folder / f"{kind}-{index:02d}.png")
+
+    def _generate(self, requests: Sequence[ImageRequest], label: str) -> Tensor:
+        """Images of the requests with a progress bar, (N, 3, H, W) in [0, 1]."""
+        batches = []
+        with tqdm(desc=label, total=len(requests), leave=False) as bar:
+            for batch in generate(self.model.pipe, requests, self.sampler):
+                batches.append(batch)
+                bar.update(len(batch))
+        return torch.cat(batches)
+
+    def _record(self, adapter: Adapter, values: MetricValues) -> dict[str, object]:
+        """The content of run.json, apart from memory and versions."""
         options = self.options
-        return {
+        record = {
             "demo": is_embedded(options.pretrained_model_name_or_path),
             "method": str(adapter.method),
             "parameters": adapter.num_parameters,
             "steps": options.max_train_steps,
             "seconds": round(time.perf_counter() - self._started, 1),
             "figures": values,
-            **self.run_json_fields(),
-            **({"failures": list(self.failures)} if self.failures else {}),
-            "options": dataclasses.asdict(options),
         }
+        record |= self.run_json_fields()
+        if self.failures:
+            record["failures"] = list(self.failures)
+        record["options"] = dataclasses.asdict(options)
+        return record
 
     def _sample_options(self) -> str:
-        """Options of `diffadapt sample` that make the pictures of this run again."""
-        options, parts = self.options, [self.prompt_options()]
+        """Options of `diffadapt sample` that generate the images of this run again."""
+        defaults = self.model.profile.defaults
+        parts = [self.prompt_options()]
         for name in ("num_inference_steps", "guidance_scale"):
-            value = getattr(options, name)
-            parts += [f"--{name} {value:g}"] if value != self.model.profile.defaults.get(name) else []
-        return " ".join(
-            parts + [f"--mixed_precision {options.mixed_precision}"] * bool(self.sampler.autocast)
-        )
-
-    def _generate(self, wanted: Sequence[ImageRequest], label: str) -> Tensor:
-        images = []
-        with tqdm(desc=label, total=len(wanted), leave=False) as bar:
-            for batch in generate(self.model.pipe, wanted, self.sampler):
-                images.append(batch)
-                bar.update(len(batch))
-        return torch.cat(images)
-
-    def _generate_all(self, when: str) -> None:
-        everything = [shot for some in self.requests.values() for shot in some]
-        parts = self._generate(everything, f"pictures {when}").split([len(s) for s in self.requests.values()])
-        self.images[when] = dict(zip(self.requests, parts, strict=True))
-        folder = Path(self.options.output_dir) / "samples" / when
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, images in self.images[when].items():
-            for index, picture in enumerate(to_pil_images(images)):
-                picture.save(folder / f"{kind}-{index:02d}.png")
+            value = getattr(self.options, name)
+            if value != defaults.get(name):
+                parts.append(f"--{name} {value:g}")
+        if self.sampler.autocast:
+            parts.append(f"--mixed_precision {self.options.mixed_precision}")
+        return " ".join(parts)
 
     def _title(self, adapter: Adapter | None = None) -> str:
         base = self.options.pretrained_model_name_or_path
-        name = self.options.adapter if adapter is None else adapter.method.name
-        return ("DEMO · " if is_embedded(base) else "") + f"{name} on {base}: {self.subject()}"
+        method = self.options.adapter if adapter is None else adapter.method.name
+        demo = "DEMO · " if is_embedded(base) else ""
+        return f"{demo}{method} on {base}: {self.subject()}"
 
     def _grid(self, adapter: Adapter) -> Image.Image:
-        steps, count = self.options.max_train_steps, adapter.num_parameters
-        note = f"{self.data_summary()}, {steps} steps, {count:,} trained parameters"
-        if is_embedded(self.options.pretrained_model_name_or_path):
-            note += " · a small base shipped for demonstration; for real pictures name a real base"
+        options = self.options
+        note = (
+            f"{self.data_summary()}, {options.max_train_steps} steps, {adapter.num_parameters:,} trained "
+            "parameters"
+        )
+        if is_embedded(options.pretrained_model_name_or_path):
+            note += " · a small base shipped for demonstration; for real images name a real base"
         return make_contact_sheet(self.panels(), title=self._title(adapter), note=note)

@@ -1,4 +1,4 @@
-"""Pictures that were not trained on: the loss on them with fixed noise and timesteps, and their pixels."""
+"""The loss on images that were not trained on, with fixed noise and timesteps, and their pixels."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ from diffadapt.models.base import BaseModel
 from diffadapt.training.loop import attention_kernel
 from diffadapt.training.objective import Objective
 
-BATCH = 16
+BATCH_SIZE = 16
 
 
 class HeldOutLoss:
-    """The mean loss on examples, with the same noise and timesteps whenever it is asked, in float32.
+    """The mean loss on examples, in float32, with the same noise and timesteps at each measurement.
 
     Args:
+        resolution: side of the center crop in pixels.
         rounds: noises and timesteps per example.
     """
 
@@ -33,24 +34,29 @@ class HeldOutLoss:
         trigger_word: str | None = None,
         rounds: int = 1,
     ):
-        self._count, self._device = rounds * len(examples), accelerator.device
-        cut = {"resolution": resolution, "center_crop": True, "trigger_word": trigger_word}
-        self._batches = Batches(model, examples, seed=0, **cut)
-        told = {"predict": model.predict, "schedule": model.training_schedule()}
-        self._objective = Objective(model.denoiser, nn.Identity(), **told)
+        self._sample_count = rounds * len(examples)
+        self._device = accelerator.device
+        self._batches = Batches(
+            model, examples, seed=0, resolution=resolution, center_crop=True, trigger_word=trigger_word
+        )
+        # The adapter, if one is attached, works inside the denoiser.
+        self._objective = Objective(
+            model.denoiser, nn.Identity(), predict=model.predict, schedule=model.training_schedule()
+        )
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Of the model as it is now."""
+        """The loss of the model as it is now."""
         total = 0.0
-        for start in range(0, self._count, BATCH):
-            places = range(start, min(self._count, start + BATCH))
-            batch = self._batches.batch(places).to(self._device)
+        for start in range(0, self._sample_count, BATCH_SIZE):
+            positions = range(start, min(self._sample_count, start + BATCH_SIZE))
+            batch = self._batches.batch(positions).to(self._device)
             with attention_kernel(batch.latents):
-                total += float(self._objective(batch)) * len(places)
-        return total / self._count
+                total += float(self._objective(batch)) * len(positions)
+        return total / self._sample_count
 
 
-def pixels_of(examples: Sequence[Example], resolution: int) -> Tensor:
-    """(N, 3, resolution, resolution) in [0, 1], the middle of each picture."""
-    return torch.stack([training_pixels(e.source, resolution) for e in examples]) / 2 + 0.5
+def center_pixels(examples: Sequence[Example], resolution: int) -> Tensor:
+    """Center crops of the images, (N, 3, resolution, resolution) in [0, 1]."""
+    pixels = [training_pixels(example.source, resolution) for example in examples]
+    return torch.stack(pixels) / 2 + 0.5

@@ -1,4 +1,4 @@
-"""Before and after a subject run: the pictures that show what was learned, and figures of it."""
+"""The report of a DreamBooth run: images of the subject, of new contexts and unrelated things; metrics."""
 
 import shlex
 from collections.abc import Sequence
@@ -18,53 +18,127 @@ from diffadapt.models.base import BaseProfile
 from diffadapt.models.base_names import resolve
 from diffadapt.models.prompts import context_prompts, without_identifier
 from diffadapt.models.sampling import ImageRequest, image_requests
-from diffadapt.training.report.base import Figures, Pictures, Report
+from diffadapt.training.report.base import ImagesByKind, MetricValues, Report
 from diffadapt.training.setup import Setup
 from diffadapt.training.start_command import start_command
 
-SHOWN_SUBJECTS, SHOWN_CONTEXTS = 9, 10  # pictures per block of the grid
+GRID_SUBJECTS = 9  # images of the subject in a panel of the grid
+GRID_SUBJECT_COLUMNS = 3
+GRID_CONTEXTS = 10  # images of new contexts in a panel of the grid
+GRID_CONTEXT_COLUMNS = 5
 
 
-def showing(
+class SubjectReport(Report):
+    """Images and metrics of one subject, before and after training."""
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        options = self.options
+        self.requests = subject_requests(
+            self.model.profile,
+            options.instance_prompt,
+            count=options.num_validation_images,
+            validation_prompt=options.validation_prompt,
+            seed=options.seed,
+            is_measured=options.extractor is not None,
+        )
+
+    def metrics(self) -> MetricValues:
+        options = self.options
+        texts = []
+        for request in self.requests["contexts"]:
+            text = without_identifier(
+                request.prompt, instance_prompt=options.instance_prompt, class_prompt=options.class_prompt
+            )
+            texts.append(text)
+        return subject_metrics(
+            self.load_extractor(),
+            real=self._real_images(),
+            before=self.images["before"],
+            after=self.images["after"],
+            texts=texts,
+        )
+
+    def panels(self) -> list[list[Panel]]:
+        """The real subject | before | after, below them new contexts before | after."""
+        prompt = self.requests["subject"][0].prompt
+        context_captions = [request.prompt for request in self.requests["contexts"][:GRID_CONTEXTS]]
+        real = to_pil_images(self._real_images()[:GRID_SUBJECTS])
+        top_row = [Panel("the real subject", real, GRID_SUBJECT_COLUMNS)]
+        bottom_row = []
+        for when in ("before", "after"):
+            subject = to_pil_images(self.images[when]["subject"][:GRID_SUBJECTS])
+            contexts = to_pil_images(self.images[when]["contexts"][:GRID_CONTEXTS])
+            columns = min(GRID_CONTEXT_COLUMNS, len(context_captions))
+            top_row.append(Panel(f"{when}: “{prompt}”", subject, GRID_SUBJECT_COLUMNS))
+            bottom_row.append(Panel(f"new contexts, {when}", contexts, columns, context_captions))
+        return [top_row, bottom_row]
+
+    def subject(self) -> str:
+        return f"“{self.options.instance_prompt}”"
+
+    def data_summary(self) -> str:
+        return f"{len(self._image_paths())} training images"
+
+    def prompt_options(self) -> str:
+        return f"--prompt {shlex.quote(self.options.instance_prompt)}"
+
+    def own_data_command(self) -> str:
+        return (
+            f"{start_command('dreambooth')} --adapter {shlex.quote(self.options.adapter)} "
+            "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
+            "--instance_data_dir IMAGES --instance_prompt 'a photo of sks dog' --output_dir runs/dog"
+        )
+
+    def _image_paths(self) -> list[Path]:
+        folder = resolve(self.options.instance_data_dir)
+        return list_subject_images(folder, follow_links=self.options.follow_links)
+
+    def _real_images(self) -> Tensor:
+        """The training images, (N, 3, resolution, resolution) in [0, 1]."""
+        pixels = [training_pixels(path, self.options.resolution) for path in self._image_paths()]
+        return torch.stack(pixels) / 2 + 0.5
+
+
+def subject_requests(
     profile: BaseProfile,
     instance_prompt: str,
     *,
     count: int,
     validation_prompt: str | None,
     seed: int,
-    measured: bool,
+    is_measured: bool,
 ) -> dict[str, list[ImageRequest]]:
-    """The shots of a run by kind: of the subject, in new contexts, and of unrelated things.
+    """The images to generate by kind: of the subject, in new contexts, and of unrelated things.
 
-    Unrelated prompts, and all ten contexts, are there only when figures are made of them.
+    Args:
+        count: images of each kind, where all ten contexts are not measured.
+        is_measured: whether metrics are made of them; unrelated prompts, and all ten contexts, are there only
+            for these.
     """
     if validation_prompt is not None:
-        context_shots = image_requests(validation_prompt, count, seed=seed)
+        contexts = image_requests(validation_prompt, count, seed=seed)
     else:
         prompts = context_prompts(profile.context_prompts, instance_prompt)
-        prompts = prompts if measured else prompts[:count]
-        context_shots = [ImageRequest(prompt, seed + i) for i, prompt in enumerate(prompts)]
-    unrelated = (
-        [ImageRequest(prompt, seed + i) for i, prompt in enumerate(profile.unrelated_prompts)]
-        if measured
-        else []
-    )
+        if not is_measured:
+            prompts = prompts[:count]
+        contexts = _one_request_each(prompts, seed)
     return {
         "subject": image_requests(instance_prompt, count, seed=seed),
-        "contexts": context_shots,
-        "unrelated": unrelated,
+        "contexts": contexts,
+        "unrelated": _one_request_each(profile.unrelated_prompts, seed) if is_measured else [],
     }
 
 
-def figures(
+def subject_metrics(
     extractor: ClipFeatures,
     *,
     real: Tensor,
-    before: Pictures,
-    after: Pictures,
+    before: ImagesByKind,
+    after: ImagesByKind,
     texts: Sequence[str],
-) -> dict[str, dict[str, float]]:
-    """Cosines between features before and after training; every figure names its extractor.
+) -> MetricValues:
+    """Cosines between features before and after training; every metric names its extractor.
 
     `subject_similarity` and `nearest_training_image` are of images of the training prompt,
     `context_similarity` and `text_agreement` of images of the context prompts. DreamBooth's likeness (arXiv
@@ -75,11 +149,12 @@ def figures(
         real: (N, 3, H, W) training images.
         texts: what the context images should show, in words the extractor knows.
 
-    Returns: figure -> {"before": ..., "after": ...}; drift has only "after".
+    Returns:
+        Metric -> {"before": ..., "after": ...}; drift has only "after".
     """
     real_features = {"unit": extractor.images([real])}  # (N, D)
     texts_features = extractor.texts(texts)
-    values: dict[str, dict[str, float]] = {
+    values: MetricValues = {
         "subject_similarity": {},
         "context_similarity": {},
         "text_agreement": {},
@@ -101,67 +176,6 @@ def figures(
     return {f"{name}[{extractor.name}]": value for name, value in values.items()}
 
 
-def training_pictures(paths: Sequence[Path], resolution: int) -> Tensor:
-    """(N, 3, resolution, resolution) in [0, 1]."""
-    return torch.stack([training_pixels(path, resolution) / 2 + 0.5 for path in paths])
-
-
-class SubjectReport(Report):
-    """Pictures and figures of one subject: as trained, in new contexts, and of unrelated things."""
-
-    def __init__(self, setup: Setup):
-        super().__init__(setup)
-        options = self.options
-        self.requests = showing(
-            self.model.profile,
-            options.instance_prompt,
-            count=options.num_validation_images,
-            validation_prompt=options.validation_prompt,
-            seed=options.seed,
-            measured=options.extractor is not None,
-        )
-
-    def figures(self) -> Figures:
-        prompts = {"instance_prompt": self.options.instance_prompt, "class_prompt": self.options.class_prompt}
-        return figures(
-            self.load_extractor(),
-            real=self._real(),
-            before=self.images["before"],
-            after=self.images["after"],
-            texts=[without_identifier(shot.prompt, **prompts) for shot in self.requests["contexts"]],
-        )
-
-    def panels(self) -> list[list[Panel]]:
-        """The real subject | before | after, below them new contexts before | after."""
-        prompt = self.requests["subject"][0].prompt
-        captions = [shot.prompt for shot in self.requests["contexts"][:SHOWN_CONTEXTS]]
-        top, below = [Panel("the real subject", to_pil_images(self._real()[:SHOWN_SUBJECTS]), 3)], []
-        for when in ("before", "after"):
-            drawn, elsewhere = (self.images[when][kind] for kind in ("subject", "contexts"))
-            top.append(Panel(f"{when}: “{prompt}”", to_pil_images(drawn[:SHOWN_SUBJECTS]), 3))
-            pictures, columns = to_pil_images(elsewhere[:SHOWN_CONTEXTS]), min(5, len(captions))
-            below.append(Panel(f"new contexts, {when}", pictures, columns, captions))
-        return [top, below]
-
-    def subject(self) -> str:
-        return f"“{self.options.instance_prompt}”"
-
-    def data_summary(self) -> str:
-        return f"{len(self._paths())} training pictures"
-
-    def prompt_options(self) -> str:
-        return f"--prompt {shlex.quote(self.options.instance_prompt)}"
-
-    def own_data_command(self) -> str:
-        return (
-            f"{start_command('dreambooth')} --adapter {shlex.quote(self.options.adapter)} "
-            "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 "
-            "--instance_data_dir PICTURES --instance_prompt 'a photo of sks dog' --output_dir runs/dog"
-        )
-
-    def _paths(self) -> list[Path]:
-        folder = resolve(self.options.instance_data_dir)
-        return list_subject_images(folder, follow_links=self.options.follow_links)
-
-    def _real(self) -> Tensor:
-        return training_pictures(self._paths(), self.options.resolution)
+def _one_request_each(prompts: Sequence[str], seed: int) -> list[ImageRequest]:
+    """One image of each prompt, with seeds that count up."""
+    return [ImageRequest(prompt, seed + index) for index, prompt in enumerate(prompts)]
