@@ -26,7 +26,7 @@ RECORD = {
 def card_of(tmp_path, base):
     options = train_options(pretrained_model_name_or_path=base, output_dir=str(tmp_path))
     write_config(options, tmp_path)
-    write_card(tmp_path, options, RECORD, title="A TITLE", draw="--prompt 'a sks dog'")
+    write_card(tmp_path, options, RECORD, title="A TITLE", sample_options="--prompt 'a sks dog'")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     return yaml.safe_load(text.split("---")[1]), text
 
