@@ -1,7 +1,7 @@
-"""Encoders that no step needs wait in the machine's memory, not in the GPU's.
+"""Offloading to main memory of models that no training step needs, mostly the encoders.
 
-Pictures and captions are encoded before the first step; after that, encoders are only asked to draw. In
-float32 it is 0.8 GB for Stable Diffusion 1.5, 3.6 GB for XL.
+Images and captions are encoded before the first step; after that, encoders are only needed to generate
+images. In float32 they take 0.8 GB for Stable Diffusion 1.5, 3.6 GB for XL.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,41 +15,44 @@ from diffadapt.data.batches import Batches
 from diffadapt.models.base import BaseModel
 
 
-def idle_parts(model: BaseModel, batches: Batches) -> list[nn.Module]:
-    """The parts of the base that steps do not use, as everything they would encode is encoded."""
-    steps_use = {model.denoiser_name}
+def unused_encoders(model: BaseModel, batches: Batches) -> list[nn.Module]:
+    """The models of the pipeline that steps do not use, as everything they would encode is encoded."""
+    used = {model.denoiser_name}
     if batches.is_streaming or batches.cache is None:
-        steps_use.add(AUTOENCODER)
+        used.add(AUTOENCODER)
     if batches.is_streaming or model.train_text_encoder:
-        steps_use |= model.text_encoders.keys()
-    parts = model.pipe.components
-    return [part for name, part in parts.items() if isinstance(part, nn.Module) and name not in steps_use]
+        used |= model.text_encoders.keys()
+    unused = []
+    for name, component in model.pipe.components.items():
+        if isinstance(component, nn.Module) and name not in used:
+            unused.append(component)
+    return unused
 
 
 @contextmanager
-def resting(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The parts leave `device` for the machine's memory and come back at the end; on a CPU they stay."""
-    _move(parts, torch.device("cpu"), device)
+def offloaded(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within the context the modules are in main memory and not on `device`; on a CPU nothing moves."""
+    _move(modules, torch.device("cpu"), device)
     try:
         yield
     finally:
-        _move(parts, device, device)
+        _move(modules, device, device)
 
 
 @contextmanager
-def woken(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside `resting`: the parts are back on `device`, to draw with."""
-    _move(parts, device, device)
+def onloaded(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside `offloaded`: the modules are back on `device`, to generate images with."""
+    _move(modules, device, device)
     try:
         yield
     finally:
-        _move(parts, torch.device("cpu"), device)
+        _move(modules, torch.device("cpu"), device)
 
 
-def _move(parts: Sequence[nn.Module], to: torch.device, device: torch.device) -> None:
+def _move(modules: Sequence[nn.Module], target: torch.device, device: torch.device) -> None:
     if device.type == "cpu":
         return
-    for part in parts:
-        part.to(to)
-    if to.type == "cpu":
+    for module in modules:
+        module.to(target)
+    if target.type == "cpu":
         torch.accelerator.empty_cache()

@@ -13,7 +13,14 @@ from diffadapt.models.noise_schedule import NoiseSchedule
 
 
 class Objective(nn.Module):
-    """Holds the denoiser and its adapter and returns the loss: the one module accelerate wraps."""
+    """Holds the denoiser and its adapter and returns the loss: the one module accelerate wraps.
+
+    Args:
+        predict: calls the denoiser: (denoiser, noisy latents, timesteps, conditions) to a prediction.
+        schedule: adds noise and gives the target of a prediction.
+        prior_weight: weight of the class images, the second half of each batch; None: there are none.
+        snr_gamma: gamma of the Min-SNR weight; None: every timestep counts alike.
+    """
 
     def __init__(
         self,
@@ -30,18 +37,20 @@ class Objective(nn.Module):
         self.adapter = adapter
         self.predict = predict
         self.schedule = schedule
-        self.prior_weight = prior_weight  # None: no class examples in the batch
-        self.snr_gamma = snr_gamma  # None: every timestep counts alike
+        self.prior_weight = prior_weight
+        self.snr_gamma = snr_gamma
 
     def forward(self, batch: Batch) -> Tensor:
         """The scalar loss in float32."""
-        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        predicted = self.predict(self.denoiser, noisy, batch.timesteps, batch.conditions)
-        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
+        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)  # (B, C, h, w)
+        predicted = self.predict(self.denoiser, noisy, batch.timesteps, batch.conditions)  # (B, C, h, w)
+        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)  # (B, C, h, w)
+        # loss_b = w(t_b) * mean over channels and pixels of (prediction - target)^2
         losses = (predicted.float() - target.float()).square().flatten(1).mean(dim=1)  # (B,)
         if self.snr_gamma is not None:
             losses = losses * self.schedule.loss_weight(batch.timesteps, self.snr_gamma)
         if self.prior_weight is None:
             return losses.mean()
-        instance, prior = losses.chunk(2)
-        return instance.mean() + self.prior_weight * prior.mean()
+        # DreamBooth, equation 2: the subject's loss + prior_weight * the class images' loss
+        instance_losses, prior_losses = losses.chunk(2)
+        return instance_losses.mean() + self.prior_weight * prior_losses.mean()

@@ -24,7 +24,7 @@ from diffadapt.training import output_folder
 from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.checkpoint.data_record import data_record
-from diffadapt.training.encoder_offload import idle_parts, resting, woken
+from diffadapt.training.encoder_offload import offloaded, onloaded, unused_encoders
 from diffadapt.training.loop import Step, TrainState, train
 from diffadapt.training.output_folder import RESULTS
 from diffadapt.training.push_to_hub import push
@@ -55,7 +55,7 @@ class Run:
         self.options = train_state.options
         self.accelerator = train_state.accelerator
         self.denoiser = report.model.denoiser
-        self.unused_encoders = idle_parts(report.model, batches)
+        self.unused_encoders = unused_encoders(report.model, batches)
         self.trackers: Trackers | None = None  # opened before the first images
         self.exit_code = 0
         self._restore()
@@ -87,7 +87,7 @@ class Run:
             return
         if not self.report.validation_requests():
             return
-        with woken(self.unused_encoders, self.accelerator.device), gathered(self.denoiser):
+        with onloaded(self.unused_encoders, self.accelerator.device), gathered(self.denoiser):
             if self.accelerator.is_main_process:
                 self._generate_validation_images(step)
             self.accelerator.wait_for_everyone()
@@ -116,8 +116,8 @@ class Run:
         self._start_output()
         self.progress = Progress(self.train_state, self.trackers)
         stop_request = StopRequest(announce=self.accelerator.is_main_process)
-        offloaded = resting(self.unused_encoders, self.accelerator.device)
-        with stop_request, self.progress, offloaded:
+        without_encoders = offloaded(self.unused_encoders, self.accelerator.device)
+        with stop_request, self.progress, without_encoders:
             for step in train(self.train_state, self.batches):
                 signal = stop_request.agreed(self.accelerator)
                 self.exit_code = 128 + signal if signal else 0

@@ -103,16 +103,16 @@ def test_first_losses_are_the_cpus(tmp_path):
 def test_encoders_leave_the_gpu_while_training(tmp_path):
     """The text encoder and the autoencoder are in the machine's memory during steps."""
     from diffadapt.models.families import load_base
-    from diffadapt.training.encoder_offload import resting, woken
+    from diffadapt.training.encoder_offload import offloaded, onloaded
 
     model = load_base("embedded:emoji", device=torch.device("cuda"), dtype=torch.float32)
     parts = [model.pipe.text_encoder, model.pipe.vae]
     size = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     before = torch.cuda.memory_allocated()
-    with resting(parts, torch.device("cuda")):
+    with offloaded(parts, torch.device("cuda")):
         assert before - torch.cuda.memory_allocated() >= 0.95 * size
         assert {p.device.type for part in parts for p in part.parameters()} == {"cpu"}
-        with woken(parts, torch.device("cuda")):
+        with onloaded(parts, torch.device("cuda")):
             assert {p.device.type for part in parts for p in part.parameters()} == {"cuda"}
     assert {p.device.type for part in parts for p in part.parameters()} == {"cuda"}
 

@@ -41,7 +41,7 @@ def idle_of(*, cached=True, streaming=False, train_text_encoder=False):
         train_text_encoder=train_text_encoder,
     )
     batches = SimpleNamespace(cache={} if cached else None, is_streaming=streaming)
-    found = encoder_offload.idle_parts(model, batches)
+    found = encoder_offload.unused_encoders(model, batches)
     return {name for name, part in parts.items() if any(part is one for one in found)}
 
 
@@ -57,8 +57,8 @@ def test_parts_rest_wake_to_draw_and_come_back_after_a_failure(gpu):
     part = Mover()
 
     def fail_in_a_step():
-        with encoder_offload.resting([part], gpu):
-            with encoder_offload.woken([part], gpu):
+        with encoder_offload.offloaded([part], gpu):
+            with encoder_offload.onloaded([part], gpu):
                 assert part.seen == ["cpu", "cuda"]
             assert part.seen == ["cpu", "cuda", "cpu"]
             raise FloatingPointError
@@ -71,7 +71,7 @@ def test_parts_rest_wake_to_draw_and_come_back_after_a_failure(gpu):
 def test_on_a_cpu_nothing_is_moved():
     part = Mover()
     cpu = torch.device("cpu")
-    with encoder_offload.resting([part], cpu), encoder_offload.woken([part], cpu):
+    with encoder_offload.offloaded([part], cpu), encoder_offload.onloaded([part], cpu):
         pass
     assert part.seen == []
 
@@ -86,10 +86,10 @@ def test_a_run_draws_only_with_what_is_awake(monkeypatch, tmp_path):
     )
     away, home = (2, torch.device("cpu")), (2, "home")
     monkeypatch.setattr(
-        "diffadapt.training.run.resting", lambda parts, device: encoder_offload.resting(parts, "home")
+        "diffadapt.training.run.offloaded", lambda parts, device: encoder_offload.offloaded(parts, "home")
     )
     monkeypatch.setattr(
-        "diffadapt.training.run.woken", lambda parts, device: encoder_offload.woken(parts, "home")
+        "diffadapt.training.run.onloaded", lambda parts, device: encoder_offload.onloaded(parts, "home")
     )
     tiny_sd_pipeline(tmp_path / "base")
     write_pictures(tmp_path / "mine", 2)
