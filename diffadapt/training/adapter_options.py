@@ -23,6 +23,7 @@ def build_method(options: TrainOptions) -> Method:
     method = make_method(options.adapter, **method_options)
     tuned_rank = _tuned_values(options, method).get("rank")
     is_bare_name = options.adapter == method.name and not method_options
+    # A tuned rank never replaces a choice: not a field of the method, and not a budget.
     if tuned_rank is not None and is_bare_name and options.param_budget is None:
         method = make_method(options.adapter, rank=tuned_rank)
     return method

@@ -23,6 +23,7 @@ def complete_options(options: OptionsT, demo: Mapping[str, object], *, data: str
     """
     if options.pretrained_model_name_or_path is None and getattr(options, data) is None:
         options = fill_missing(options, demo)
+    # Options that another script has, as the prompt, count as given.
     required = ("pretrained_model_name_or_path", data, "instance_prompt")
     missing = [f"--{name}" for name in required if getattr(options, name, "") is None]
     if missing:

@@ -54,5 +54,6 @@ def _move(modules: Sequence[nn.Module], target: torch.device, device: torch.devi
         return
     for module in modules:
         module.to(target)
+    # The freed blocks would otherwise stay with PyTorch's allocator.
     if target.type == "cpu":
         torch.accelerator.empty_cache()

@@ -103,7 +103,7 @@ def initial_state(accelerator: Accelerator, objective: Objective, options: Train
         optimizer = accelerator.prepare(optimizer)
     else:
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    wrapped.train()
+    wrapped.train()  # for the adapter's dropout
     objective.denoiser.eval()  # a base's own dropout would be randomness without a key
     average = AdapterAverage(adapter, options.ema_decay) if options.use_ema else None
     return TrainState(accelerator, wrapped, adapter, optimizer, scheduler, options, average)
@@ -124,6 +124,7 @@ def train(train_state: TrainState, batches: Batches) -> Iterator[Step]:
     """
     options = train_state.options
     scales_gradients = train_state.accelerator.scaler is not None  # fp16
+    # A resumed run passed this check when it began.
     flow_check = GradientFlowCheck(train_state.adapter) if train_state.step == 0 else None
     while train_state.step < options.max_train_steps:
         started = time.perf_counter()
@@ -188,7 +189,7 @@ def _accumulate_gradients(train_state: TrainState, batches: Batches) -> torch.Te
     accelerator = train_state.accelerator
     options = train_state.options
     microsteps = options.gradient_accumulation_steps
-    losses = []
+    losses = []  # detached and left on the device: reading one would wait for the GPU
     for microstep in range(microsteps):
         batch = batches.batch(positions(train_state, microstep)).to(accelerator.device)
         # Dropout, like all randomness, is a function of the position: a resumed run repeats it.

@@ -81,6 +81,7 @@ def existing_results(folder: str | Path) -> list[str]:
     folder = Path(folder)
     names = [name for name in RESULTS if (folder / name).exists()]
     names += [path.name for path in list_checkpoints(folder)]
+    # In a folder of no run, files with such names belong to somebody else and would be replaced.
     if run_id_in(folder) is None:
         names += [name for name in PROGRESS if (folder / name).exists()]
         if (folder / "validation").is_dir():
@@ -250,6 +251,7 @@ def check_writable(folder: str, option: str) -> None:
     except OSError as error:
         raise OSError(f"--{option} {folder!r} cannot be written to ({error}); name another folder") from None
     finally:
+        # The path itself is made when the run starts, not by a check.
         for parent in missing:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()

@@ -27,6 +27,7 @@ def rate_groups(adapter: Adapter, text_encoder_lr: float | None = None) -> list[
     trained = [p for p in adapter.parameters() if p.requires_grad]
     if text_encoder_lr is None:
         return _split_by_decay(adapter, {"params": trained})
+    # By id: comparing tensors compares their values.
     text_ids = set()
     for part in adapter.parts:
         text_ids.update(id(p) for p in _text_encoder_parameters(part))
@@ -58,6 +59,7 @@ def _text_encoder_parameters(part: nn.Module) -> list[nn.Parameter]:
         return []
     if all(is_text):
         return list(part.parameters())
+    # A tensor that is shared among all layers belongs to both groups.
     if len(part.shared):
         raise ValueError(
             f"--text_encoder_lr: {part.label} shares its trained tensors among layers, so denoiser and "

@@ -82,12 +82,13 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None, *, descr
         ValueError: for an unknown option, or a value of the wrong type in the file.
     """
     parser = _make_parser(options_class, description)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
+    # argparse would exit with its own message; ours names the option that was meant.
+    namespace, unknown_words = parser.parse_known_args(argv)
+    if unknown_words:
         names = [field.name for field in fields(options_class)]
-        raise ValueError(_unknown_option_message(unknown[0], names))
+        raise ValueError(_unknown_option_message(unknown_words[0], names))
     values = {}
-    for name, value in vars(known).items():
+    for name, value in vars(namespace).items():
         values[name] = _expand_home(name, value)
     if values.get("config"):
         file_values = read_config(options_class, values["config"])

@@ -68,6 +68,7 @@ class Run:
         try:
             yield from self._steps()
         finally:
+            # Also after an error: an open run of wandb would wait for more.
             if self.trackers is not None:
                 for failure in self.trackers.close():
                     print(f"warning: {failure}", file=sys.stderr)
@@ -121,7 +122,7 @@ class Run:
             for step in train(self.train_state, self.batches):
                 signal = stop_request.agreed(self.accelerator)
                 self.exit_code = 128 + signal if signal else 0
-                yield step
+                yield step  # the script saves: `save` sees the exit code
                 if signal:
                     self.progress.say(STOPPED)
                     return
@@ -173,6 +174,7 @@ class Run:
         """Writes the adapter's file first; then exports, images and metrics, which may fail without harm."""
         with gathered(self.denoiser):
             if self.accelerator.is_main_process:
+                # Results of an earlier ending must not be taken for those of this one.
                 output_folder.remove(Path(self.options.output_dir), RESULTS)
                 path = checkpoint_io.save_adapter(self.train_state, self.options.output_dir)
                 try:
@@ -187,7 +189,7 @@ class Run:
         report = self.report
         da.detach(self.train_state.adapter)
         adapter = da.load(report.model.pipe, path)  # as `diffadapt sample` does
-        report.write_record(adapter, {})
+        report.write_record(adapter, {})  # whatever fails after this, the adapter has its record
         exported = []
         with report.attempt("export"):
             exported = write_formats(adapter, path, self.options.export_formats)

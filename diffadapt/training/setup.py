@@ -65,7 +65,7 @@ def prepare_run(options: OptionsT, *, adjust_options: AdjustOptions | None = Non
     """
     started = time.perf_counter()
     runtime.silence_libraries()
-    options, notices = _check_options(options)
+    options, notices = _check_options(options)  # before the first seconds are spent on loading
     precision = choose_precision(
         options.mixed_precision,
         runtime.expected_device(),
@@ -172,7 +172,7 @@ def _check_options(options: OptionsT) -> tuple[OptionsT, list[str]]:
     output_folder.check_outside_models(options)
     check_trackers(options.report_to)
     check_hub(options)
-    build_method(options)
+    build_method(options)  # for its errors; what it builds may still change with the base
     return options, notices
 
 

@@ -42,6 +42,7 @@ def shard(denoiser: nn.Module, adapter: Adapter) -> None:
     """
     # Fingerprints are taken now, since no process can read sharded weights later.
     adapter.base_values = fingerprints(list(adapter.layer_states.values()))
+    # diffusers names the classes of blocks that must not be split.
     blocks = set(getattr(denoiser, "_no_split_modules", None) or ())
     for module in reversed(list(denoiser.modules())):  # inner blocks first
         if type(module).__name__ in blocks:

@@ -79,6 +79,7 @@ def save_adapter(train_state: TrainState, folder: str | Path) -> Path:
 @contextmanager
 def reloaded_from_file(adapter: Adapter, pipe: object, path: Path) -> Iterator[Adapter]:
     """Within the context the model works with the adapter of a file instead of the one that is trained."""
+    # Switched off and not detached: the optimizer holds its tensors.
     strength = adapter.strength
     adapter.strength = 0.0
     try:
@@ -117,7 +118,7 @@ def save_checkpoint(train_state: TrainState, folder: str | Path) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(_write_error_message(target, error)) from error
-    sync(target.parent)
+    sync(target.parent)  # the rename itself, before anything older is removed
     _remove_old_checkpoints(Path(folder), train_state, newest=target)
     return target
 
@@ -155,6 +156,7 @@ def _write(train_state: TrainState, folder: Path) -> None:
         "processes": train_state.accelerator.num_processes,
         "state": packed,
     }
+    # state.json comes last: without it a folder is no checkpoint.
     text = json.dumps({**content, "sha256": state_digest(content, tensors)})
     (folder / "state.json").write_text(text, encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
@@ -278,6 +280,7 @@ def _apply_changed_options(
         settings.update(OPTIMIZER_SETTINGS.get(option, ()))
     if "optimizer_options" in changed_options:
         settings.update(parse_pairs(train_state.options.optimizer_options, "--optimizer_options"))
+    # The scheduler's base rates are this run's; its position is the checkpoint's.
     scheduler = train_state.scheduler
     rates = []
     for base_rate, factor_at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

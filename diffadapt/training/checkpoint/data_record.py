@@ -51,6 +51,7 @@ def data_changes(before: Mapping[str, object], now: Mapping[str, object]) -> lis
     for role in ("images", "class images"):
         first = before.get(role)
         second = now.get(role)
+        # One hash over all contents and captions in their order, whatever the names are.
         if first is None or second is None or first["sha256"] == second["sha256"]:
             continue
         lines += _item_changes(role, first, second)
@@ -102,7 +103,7 @@ def _item_changes(role: str, before: Mapping[str, object], now: Mapping[str, obj
 
 def _examples_record(examples: Sequence[Example]) -> dict[str, object]:
     items = _items(examples)
-    hashes = [item[1:] for item in items]
+    hashes = [item[1:] for item in items]  # without names: moved images are the same images
     return {
         "count": len(items),
         "sha256": _hash(repr(hashes).encode()),
@@ -122,6 +123,7 @@ def _items(examples: Sequence[Example]) -> list[Item]:
         name = str(example.source)
         if isinstance(example.source, Path):
             name = os.path.relpath(name, root or ".")
+        # repr, because a class's caption is a number, and 1 is not "1"
         caption_hash = _hash(repr(example.caption).encode())
         items.append([name, content_hashes[example.source], caption_hash])
     return items

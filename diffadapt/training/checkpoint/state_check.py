@@ -33,7 +33,8 @@ def check_state(saved: object, current: Mapping[str, object]) -> None:
     _check_optimizer_state(optimizer_state, parameter_count)
     _check_groups(saved["optimizer"].get("param_groups"), current_groups)
 
-    # The optimizer was checked above; everything else must be like the current state.
+    # The optimizer was checked above, since a new one has no state to compare with yet; everything else must
+    # be like the current state.
     saved_optimizer = {**saved["optimizer"], "param_groups": []}
     current_optimizer = {**current["optimizer"], "state": optimizer_state, "param_groups": []}
     check_like({**saved, "optimizer": saved_optimizer}, {**current, "optimizer": current_optimizer}, "state")
@@ -53,7 +54,7 @@ def _check_optimizer_state(state: object, parameter_count: int) -> None:
         for key, value in values.items():
             if not isinstance(value, torch.Tensor | int | float | None):
                 raise ValueError(f"optimizer.{key} is {value!r:.100}, neither a tensor nor a number")
-            check_like(value, value, f"optimizer.{key}")
+            check_like(value, value, f"optimizer.{key}")  # with itself: finite numbers only
 
 
 def _check_groups(saved: object, current: list[dict[str, object]]) -> None:
@@ -83,6 +84,7 @@ def check_like(saved: object, current: object, name: str) -> None:
 
 def _is_like(saved: object, current: object) -> bool:
     """`check_like` without what dictionaries and lists contain."""
+    # A learning rate of 1 is the same as one of 1.0.
     are_numbers = type(saved) in (int, float) and type(current) in (int, float)
     if type(saved) is not type(current) and not are_numbers:
         return False

@@ -128,6 +128,7 @@ class Report(ABC):
         """
         options = self.options
         adapter = train_state.adapter
+        # Storing a large adapter twice would cost more time than it saves.
         is_small = adapter.num_parameters <= MAX_TRIED_PARAMETERS
         if options.extractor and options.num_validation_images:
             try:
@@ -214,6 +215,7 @@ class Report(ABC):
         options = self.options
         self.write_record(adapter, {})
         values: MetricValues = {}
+        # The loss first: it does not depend on generating images, which may run out of memory.
         with self.attempt("the loss on images"):
             values |= self.heldout_losses()
         if options.num_validation_images:

@@ -72,6 +72,7 @@ def class_table_rows(
         )
     rows = [int(label) for label in labels]
     table = model.class_table
+    # Two classes in one row could not be told apart.
     has_repeats = len(set(rows)) < len(rows)
     if has_repeats or not set(table.labels).issuperset(rows):
         table_name = model.source if table.new_classes is None else "the adapter's new class table"

@@ -85,6 +85,7 @@ class ClassReport(Report):
             if self._new_table is None:
                 yield
                 return
+            # The base's own table need not have the labels of the new one, which is off with its adapter.
             table = ClassEmbedding(classes=self._new_table.classes, null_class=self._new_table.null_class)
             adapter = attach(self.model.pipe, table, table.name, name="untrained")
             try:
@@ -93,6 +94,7 @@ class ClassReport(Report):
                 detach(adapter)
 
     def heldout_losses(self) -> MetricValues:
+        # Names of run.json, which other programs read: they stay.
         name = "held_out_loss" if self.is_held_out else "loss_on_training_pictures"
         return {name: {"before": self._loss_before, "after": self._loss.measure()}}
 
@@ -157,11 +159,11 @@ class ClassReport(Report):
                 of_class = [example for example in self.examples if example.caption == row]
             by_class.append(of_class[:GRID_ROWS])
         depth = min(len(of_class) for of_class in by_class)  # as many of each as there are of the scarcest
-        chosen = []
+        grid_examples = []
         for index in range(depth):
             for of_class in by_class:
-                chosen.append(of_class[index])
-        return center_pixels(chosen, self.options.resolution)
+                grid_examples.append(of_class[index])
+        return center_pixels(grid_examples, self.options.resolution)
 
 
 def class_requests(rows: Sequence[int], names: Sequence[str], *, count: int, seed: int) -> list[ImageRequest]:
@@ -186,8 +188,9 @@ def sample_examples(examples: Sequence[Example], count: int) -> list[Example]:
     """
     if count < 1:
         raise ValueError(f"--max_held_out_samples must be at least 1, got {count}")
-    chosen = sorted(permutation(("held out",), len(examples))[:count].tolist())
-    return [examples[index] for index in chosen]
+    # By a fixed key and not by the run's seed: runs with other seeds are measured on the same images.
+    indices = sorted(permutation(("held out",), len(examples))[:count].tolist())
+    return [examples[index] for index in indices]
 
 
 def class_metrics(

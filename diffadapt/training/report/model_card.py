@@ -49,7 +49,7 @@ def _header(options: TrainOptions) -> str:
     values: dict[str, object] = {"library_name": "diffusers", "tags": ["diffadapt", "diffusers-training"]}
     if _is_hub_name(base):
         values["base_model"] = base
-    licence = base_licence(base)
+    licence = base_licence(base)  # the adapter is bound to it
     if licence:
         values["license"] = licence
     prompt = getattr(options, "instance_prompt", None)

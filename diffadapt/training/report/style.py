@@ -69,6 +69,7 @@ class StyleReport(Report):
     def metrics(self) -> MetricValues:
         if not self.examples:
             return {}
+        # Those with the generated captions come first, for the comparison in pairs.
         other_examples = [example for example in self.held_out if example not in self.examples]
         return style_metrics(
             self.load_extractor(),
