@@ -23,7 +23,7 @@ from diffadapt.models import families
 from diffadapt.models.families import load_base, profile_of
 from diffadapt.models.sd import STABLE_DIFFUSION
 from diffadapt.models.text_conditioned import IDS, TextConditionedBase
-from diffadapt.training.encoder_offload import idle_parts
+from diffadapt.training.encoder_offload import unused_encoders
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -228,9 +228,9 @@ def test_the_cache_on_disk_notices_another_third_encoder(base, images, tmp_path,
 def test_the_third_encoder_rests_unless_it_is_trained(base, images, tmp_path):
     model = load_base(str(base))
     data = batches(model, images, tmp_path)
-    resting = idle_parts(model, data)
-    assert all(any(encoder is one for one in resting) for encoder in model.text_encoders.values())
+    unused = unused_encoders(model, data)
+    assert all(any(encoder is one for one in unused) for encoder in model.text_encoders.values())
     model.enable_text_encoder_training()
-    resting = idle_parts(model, data)
-    assert not any(encoder is one for one in resting for encoder in model.text_encoders.values())
-    assert all(isinstance(one, nn.Module) for one in resting)
+    unused = unused_encoders(model, data)
+    assert not any(encoder is one for one in unused for encoder in model.text_encoders.values())
+    assert all(isinstance(one, nn.Module) for one in unused)
