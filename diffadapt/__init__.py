@@ -2,15 +2,16 @@
 
 import os
 
-# torch reads this when it first allocates: large tensors of a CPU then come in pages of 2 MB (Linux), as it
-# takes longer to hand out pages of 4 KB than to fill them.
+# torch reads this variable when it first allocates memory. Large CPU tensors are then allocated in pages of 2
+# MB (Linux): handing out pages of 4 KB takes longer than filling them. See docs/training.md, "Precision and
+# threads".
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import diffadapt.common.launcher  # notes the process's launcher before the slow imports
 import diffadapt.models.families  # noqa: F401 - tells attaching and exporting what the families' layers are
 
 # isort: split
-# What is listed here is the public API.
+# The names listed here are the public API.
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach, attached, detach, disabled

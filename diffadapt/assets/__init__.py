@@ -5,21 +5,25 @@ from pathlib import Path
 from diffadapt.common.messages import did_you_mean
 
 ROOT = Path(__file__).parent
+CONTENTS = ("README.md", "*.png", "*.webp")  # a folder with one of these is an asset
 
 
 def names() -> list[str]:
-    """Every folder here that holds a model card or images, as `embedded` takes it."""
-    marks = [path for mark in ("README.md", "*.png", "*.webp") for path in ROOT.rglob(mark)]
-    return sorted({mark.parent.relative_to(ROOT).as_posix() for mark in marks} - {"."})
+    """The names of all models and data sets here, as `embedded` takes them, sorted."""
+    folders = set()
+    for pattern in CONTENTS:
+        for path in ROOT.rglob(pattern):
+            folders.add(path.parent.relative_to(ROOT).as_posix())
+    return sorted(folders - {"."})
 
 
 def embedded(name: str) -> Path:
     """The folder of a model or data set shipped with the package, such as `emoji` or `subjects/cat`.
 
     Raises:
-        ValueError: nothing of that name is shipped; the message names the nearest and lists all.
+        ValueError: There is none of that name; the message suggests the nearest and lists all.
     """
-    known = names()
-    if name in known:
+    valid_names = names()
+    if name in valid_names:
         return ROOT / name
-    raise ValueError(f"nothing called {name!r} is embedded{did_you_mean(name, known)}")
+    raise ValueError(f"nothing called {name!r} is embedded{did_you_mean(name, valid_names)}")
