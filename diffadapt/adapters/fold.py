@@ -27,7 +27,8 @@ from diffadapt.algebra.expression import Update
 def adapted_weight(layer_state: LayerState, entries: Sequence[Entry]) -> Tensor:
     """`W + sum_i t_i (W'_i - W)` over some entries of a layer.
 
-    Returns: a tensor of the weight's own shape, float32 (float64 on a float64 base); a class table for more
+    Returns:
+        A tensor of the weight's own shape, float32 (float64 on a float64 base). A class table for more
         classes than the base's has more rows.
     """
     return _weight(layer_state, layer_state.updates(entries))
@@ -47,7 +48,8 @@ def fold_merged(layer_states: Iterable[LayerState], models: Iterable[nn.Module])
         layer_states: of the layers to write.
         models: that hold these layers; their configurations follow class tables that change size.
 
-    Returns: the share of the change lost to rounding in half precision, `|W' - rounded W'| / |W' - W|` in
+    Returns:
+        The share of the change lost to rounding in half precision, `|W' - rounded W'| / |W' - W|` in
         Frobenius norms over all layers; 0 for float32 and float64 bases.
     """
     lost = changed = 0.0  # squared norms

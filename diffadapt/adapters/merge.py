@@ -1,4 +1,4 @@
-"""Merge adapters into the weights of their model, and take them out again."""
+"""Merging adapters into the weights of their model, and taking them out again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from diffadapt.adapters.fold import fold_merged
 
 
 def merge(adapter: Adapter) -> float:
-    """Fold the adapter into the weights of its model, so that it costs nothing to run.
+    """Folds the adapter into the weights of its model, so that it costs nothing to run.
 
-    Returns: the share of the change lost to rounding in half precision, `|W' - rounded W'| / |W' - W|` in
+    Returns:
+        The share of the change lost to rounding in half precision, `|W' - rounded W'| / |W' - W|` in
         Frobenius norms over all sites; 0 for float32 and float64 bases.
     """
     return _set_merged(adapter, True)
 
 
 def unmerge(adapter: Adapter) -> None:
-    """Take the adapter out of the weights; without merged adapters they get their original bits back."""
+    """Takes the adapter out of the weights; without merged adapters they get their original bits back."""
     _set_merged(adapter, False)
 
 

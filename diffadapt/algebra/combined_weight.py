@@ -80,8 +80,8 @@ def effective_bias(base: Tensor | None, resident: Tensor | None, updates: Weight
     for strength, update in updates:
         if not update.changes_bias() or (base is None and update.bias is None):
             continue
-        own = update.bias if update.bias is not None else update.bias_scale
-        start = own.new_zeros(own.shape) if base is None else base.to(own.dtype)
+        trained = update.bias if update.bias is not None else update.bias_scale
+        start = trained.new_zeros(trained.shape) if base is None else base.to(trained.dtype)  # (out,)
         change = strength * (update.bias_vector(start) - start)
         total = change if total is None else total + change
     return total

@@ -116,18 +116,18 @@ def test_the_closed_form_gradient_equals_autograd(make):
     matrix = expression.with_tensors(factors).matrix()
     grad = rand(*matrix.shape)
     expected = torch.autograd.grad(matrix, factors, grad, allow_unused=True)
-    found = expression.vjp(grad)
-    assert len(found) == len(factors)
-    for own, wanted in zip(found, expected, strict=True):
-        if own is not None:
-            close(own, wanted, 1e-12)
+    factor_grads = expression.vjp(grad)
+    assert len(factor_grads) == len(factors)
+    for factor_grad, expected_grad in zip(factor_grads, expected, strict=True):
+        if factor_grad is not None:
+            close(factor_grad, expected_grad, 1e-12)
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_only_constants_have_no_gradient(name):
     expression = EXPRESSIONS[name]()
-    untrained = sum(own is None for own in expression.vjp(rand(*expression.matrix().shape)))
-    assert untrained == UNTRAINED.get(name, 0)
+    factor_grads = expression.vjp(rand(*expression.matrix().shape))
+    assert factor_grads.count(None) == UNTRAINED.get(name, 0)
 
 
 @every
@@ -201,7 +201,8 @@ CONVOLVING = {"tucker", "tucker-without-kernel", "cored-tucker"}
 
 @pytest.mark.parametrize("name", sorted(EXPRESSIONS.keys() - CONVOLVING))
 def test_the_product_equals_a_linear_layer_with_the_matrix(name):
-    expression, x = EXPRESSIONS[name](), rand(3, 2, 8)
+    expression = EXPRESSIONS[name]()
+    x = rand(3, 2, 8)
     product = expression.apply(LinearMap(), x, tuple(expression.matrix().shape))
     if product is not None:
         close(product, x @ expression.matrix().T, 1e-12)
@@ -224,7 +225,8 @@ CONVOLUTIONS = {
 )
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_product_equals_a_convolution_with_the_matrix(make, groups, stride):
-    expression, x = make(groups), rand(2, 8, 7, 6)
+    expression = make(groups)
+    x = rand(2, 8, 7, 6)
     layer = ConvMap((stride, 1), (1, 2), (1, 2), groups)
     shape = (8, 8 // groups, 3, 2)
     product = expression.apply(layer, x, shape)
@@ -244,7 +246,10 @@ def test_the_product_is_left_to_the_matrix_where_that_is_cheaper():
 
 
 def test_an_update_scales_rows_after_adding_and_biases_alike():
-    base, up, down, bias = rand(2, 3), rand(2, 1), rand(1, 3), rand(2)
+    base = rand(2, 3)
+    up = rand(2, 1)
+    down = rand(1, 3)
+    bias = rand(2)
     update = Update(
         LowRank(up, down),
         2.0,
@@ -263,13 +268,16 @@ def test_an_empty_update_is_the_base_itself():
 
 
 def test_a_tucker_matrix_is_the_einsum_of_its_factors():
-    up, core, down = rand(6, 3), rand(3, 2, 3, 5), rand(2, 4)
+    up = rand(6, 3)
+    core = rand(3, 2, 3, 5)
+    down = rand(2, 4)
     expected = torch.einsum("abhw,oa,bi->oihw", core, up, down)
     close(Tucker(up, core, down).matrix().reshape(6, 4, 3, 5), expected, 1e-13)
 
 
 def test_a_kron_matrix_is_torchs():
-    left, right = rand(2, 3), low_rank(4, 5)
+    left = rand(2, 3)
+    right = low_rank(4, 5)
     close(Kron(left, right).matrix(), torch.kron(left, right.matrix()), 1e-13)
 
 

@@ -20,7 +20,7 @@ REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentr
 
 
 class Blocks(nn.Module):
-    """Two blocks, each run through ``checkpoint`` where ``reentrant`` is not None."""
+    """Two blocks, each run through `checkpoint` where `reentrant` is not None."""
 
     def __init__(self):
         super().__init__()
@@ -55,9 +55,9 @@ def gradients(adapter, loss):
     return [None if p.grad is None else p.grad.clone() for p in adapter.parameters()]
 
 
-def assert_same(found, expected):
-    for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
+def assert_same(actual, expected):
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
 
 
 def plain_forward(model):
@@ -104,8 +104,8 @@ def test_a_block_alone_after_a_step_uses_the_values_of_now(spec, reentrant):
         for parameter in adapter.parameters():
             parameter.mul_(1.5)
     expected = gradients(adapter, model.second(inputs(1)).square().sum())
-    found = gradients(adapter, checkpoint(model.second, inputs(1), use_reentrant=reentrant).square().sum())
-    assert_same(found, expected)
+    y = checkpoint(model.second, inputs(1), use_reentrant=reentrant)
+    assert_same(gradients(adapter, y.square().sum()), expected)
 
 
 @REENTRANT
