@@ -1,4 +1,4 @@
-"""Cases whose outcome is known on paper: run them on the machine that scores, before trusting its scores."""
+"""Cases whose result is known on paper: run them on the machine that scores, before trusting its scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from diffadapt.metrics.vendi import vendi
 
 @dataclass(frozen=True)
 class AnalyticCase:
-    """What a metric should give on a case, and what it gave here."""
+    """A metric on data for which its value is known.
+
+    Attributes:
+        expected: value by the formula.
+        found: value computed on this machine.
+    """
 
     name: str
     expected: float
@@ -33,33 +38,37 @@ class AnalyticCase:
 
 
 def analytic_cases() -> list[AnalyticCase]:
-    """All cases, computed now. None takes more than a second."""
+    """Computes all cases. None takes more than a second."""
     return [*_frechet_cases(), *_kernel_cases(), *_score_cases(), *_manifold_cases(), *_graph_cases()]
 
 
 def points_with_moments(mean: Tensor, covariance: Tensor) -> Tensor:
-    """2 D points whose sample mean and covariance (n - 1) are exactly these."""
+    """Points (2 D, D) whose sample mean (D,) and covariance (D, D), with n - 1, are exactly these."""
     width = len(mean)
     root = torch.linalg.cholesky(covariance) * ((2 * width - 1) / 2) ** 0.5
     return mean + torch.cat([root.T, -root.T])
 
 
 def _frechet_cases() -> list[AnalyticCase]:
-    zero, shift = torch.zeros(2, dtype=torch.float64), torch.tensor([3.0, 4.0], dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    shift = torch.tensor([3.0, 4.0], dtype=torch.float64)  # of length 5
     first = torch.tensor([[4.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     second = torch.tensor([[1.0, -0.5], [-0.5, 3.0]], dtype=torch.float64)
-    real, generated = points_with_moments(zero, first), points_with_moments(shift, second)
-    product = first @ second  # of a 2 x 2 matrix, (tr M^(1/2))^2 = tr M + 2 det(M)^(1/2)
+    real = points_with_moments(zero, first)
+    generated = points_with_moments(shift, second)
+    # Of a 2 x 2 matrix, (tr M^(1/2))^2 = tr M + 2 det(M)^(1/2).
+    product = first @ second
     root = math.sqrt(float(product.trace()) + 2 * math.sqrt(float(torch.linalg.det(product))))
     expected = 25 + float(first.trace() + second.trace()) - 2 * root
     scaled = points_with_moments(zero, 4 * torch.eye(2, dtype=torch.float64))
     unit = points_with_moments(zero, torch.eye(2, dtype=torch.float64))
     few = torch.tensor([[0.0, 0, 0, 0], [2.0, 0, 0, 0]])  # fewer images than features
+    few_shifted = few + torch.eye(4)[1] * 3
     return [
         AnalyticCase("Frechet distance of correlated Gaussians", expected, _fid(real, generated), 1e-9),
         AnalyticCase("Frechet distance of N(0, 4 I) and N(0, I)", 2.0, _fid(scaled, unit), 1e-9),
         AnalyticCase("Frechet distance of a set and itself", 0.0, _fid(real, real), 1e-9),
-        AnalyticCase("Frechet distance of two images each", 9.0, _fid(few, few + torch.eye(4)[1] * 3), 1e-9),
+        AnalyticCase("Frechet distance of two images each", 9.0, _fid(few, few_shifted), 1e-9),
     ]
 
 
@@ -68,12 +77,14 @@ def _fid(real: Tensor, generated: Tensor) -> float:
 
 
 def _kernel_cases() -> list[AnalyticCase]:
-    found = kid(real=torch.zeros(3, 1), generated=torch.ones(3, 1))
-    return [AnalyticCase("kernel distance of points at 0 and at 1", 7.0, found, 1e-12)]
+    distance = kid(real=torch.zeros(3, 1), generated=torch.ones(3, 1))
+    # k(0, 0) = 1, k(1, 1) = 2^3, k(0, 1) = 1
+    return [AnalyticCase("kernel distance of points at 0 and at 1", 7.0, distance, 1e-12)]
 
 
 def _score_cases() -> list[AnalyticCase]:
-    certain, uncertain = 100 * torch.eye(5).repeat(4, 1), torch.zeros(20, 5)
+    certain = 100 * torch.eye(5).repeat(4, 1)  # (20, 5) logits
+    uncertain = torch.zeros(20, 5)
     right_angle = text_similarities(images=torch.eye(2), texts=torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
     return [
         AnalyticCase("score of a sure classifier of 5 classes", 5.0, _one_split(certain), 1e-9),
@@ -86,27 +97,28 @@ def _score_cases() -> list[AnalyticCase]:
 
 
 def _one_split(logits: Tensor) -> float:
-    return inception_score(logits=logits, splits=1)[0]
+    mean, _ = inception_score(logits=logits, splits=1)
+    return mean
 
 
 def _manifold_cases() -> list[AnalyticCase]:
     line = torch.arange(40.0)[:, None]
     collapsed = 20 + torch.arange(40.0)[:, None] * 1e-3  # every image within 0.04 of one real image
-    found = {
-        "of a set and itself": (precision_recall(real=line, generated=line), (1.0, 1.0)),
-        "of a collapsed generator": (precision_recall(real=line, generated=collapsed), (1.0, 1 / 40)),
-        "of sets far apart": (precision_recall(real=line, generated=line + 1000), (0.0, 0.0)),
+    generated_sets = {  # name -> generated images, expected precision and recall
+        "of a set and itself": (line, 1.0, 1.0),
+        "of a collapsed generator": (collapsed, 1.0, 1 / 40),
+        "of sets far apart": (line + 1000, 0.0, 0.0),
     }
+    cases = []
+    for name, (generated, expected_precision, expected_recall) in generated_sets.items():
+        precision, recall = precision_recall(real=line, generated=generated)
+        cases.append(AnalyticCase(f"precision {name}", expected_precision, precision, 1e-12))
+        cases.append(AnalyticCase(f"recall {name}", expected_recall, recall, 1e-12))
     density, coverage = density_coverage(real=line, generated=collapsed, k=4)
-    return [
-        *(
-            AnalyticCase(f"{name} {case}", right, value, 1e-12)
-            for case, (values, expected) in found.items()
-            for name, value, right in zip(("precision", "recall"), values, expected, strict=True)
-        ),
-        AnalyticCase("density of a collapsed generator", (39 * 4 + 3) / (40 * 4), density, 1e-12),
-        AnalyticCase("coverage of a collapsed generator", 4 / 40, coverage, 1e-12),
-    ]
+    expected_density = (39 * 4 + 3) / (40 * 4)
+    cases.append(AnalyticCase("density of a collapsed generator", expected_density, density, 1e-12))
+    cases.append(AnalyticCase("coverage of a collapsed generator", 4 / 40, coverage, 1e-12))
+    return cases
 
 
 def _graph_cases() -> list[AnalyticCase]:
@@ -116,9 +128,9 @@ def _graph_cases() -> list[AnalyticCase]:
     ring = torch.stack([angles.cos(), angles.sin()], dim=1)
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     triangles = torch.cat([corners + 100 * i for i in range(n // 3)])
-    of_ring = torch.exp(-TIMES[:, None] * (1 - angles.cos())).mean(dim=1)
+    of_ring = torch.exp(-TIMES[:, None] * (1 - angles.cos())).mean(dim=1)  # (256,)
     of_triangles = (1 + 2 * torch.exp(-1.5 * TIMES)) / 3
     weights = torch.exp(-2 * (TIMES + 1 / TIMES))
     expected = float((weights * SCALE * (of_ring - of_triangles).abs()).max())
-    found = msid(real=ring, generated=triangles, k=2)
-    return [AnalyticCase("heat traces of a ring and of triangles", expected, found, 1e-6)]
+    distance = msid(real=ring, generated=triangles, k=2)
+    return [AnalyticCase("heat traces of a ring and of triangles", expected, distance, 1e-6)]

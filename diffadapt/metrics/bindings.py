@@ -83,7 +83,7 @@ def fid_infinity_estimate(call: MetricCall) -> Estimate:
 
 
 def kid_estimate(call: MetricCall) -> Estimate:
-    return kernel.kid_with_interval(**_features(call), known=call.real.discrepancy(call.generated))
+    return kernel.kid_with_interval(**_features(call), mmd=call.real.discrepancy(call.generated))
 
 
 def kid_subsets_value(call: MetricCall) -> float:
@@ -92,7 +92,7 @@ def kid_subsets_value(call: MetricCall) -> float:
 
 def kid_subsets_estimate(call: MetricCall) -> Estimate:
     discrepancy = call.real.discrepancy(call.generated)
-    return kernel.kid_subsets_with_interval(**_features(call), **call.options, known=discrepancy)
+    return kernel.kid_subsets_with_interval(**_features(call), **call.options, mmd=discrepancy)
 
 
 def cmmd_estimate(call: MetricCall) -> Estimate:

@@ -1,4 +1,4 @@
-"""What every metric asks of its features, in one place, so that nothing is scored on broken numbers."""
+"""Checks of features (shape, rows, NaN, infinity), so that nothing is scored on broken numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def as_features(
     """A finite matrix (images, features), converted to `dtype` (None: as it is).
 
     Args:
-        name: how errors call the matrix.
-        values: tensor or array, any number type, not changed.
-        least: rows that are needed: 2 of a distribution, 1 where each image counts for itself.
+        name: of the matrix in errors.
+        values: tensor or array of any number type, not changed.
+        least: rows needed: 2 for a distribution, 1 where each image counts for itself.
     Raises: TypeError for anything else; ValueError for a wrong shape, too few rows, NaN or infinity.
     """
     if isinstance(values, np.ndarray):

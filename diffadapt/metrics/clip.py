@@ -1,4 +1,4 @@
-"""CLIPScore of pictures and their texts (arXiv 2104.08718), as torchmetrics reports it: 100 x the cosine."""
+"""CLIPScore of images and their texts (arXiv 2104.08718), as torchmetrics reports it: 100 x the cosine."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def clip_score(
     """
     extractor = load_clip(model) if isinstance(model, str) else model
     batches = [images] if isinstance(images, Tensor) else images
-    seen = extractor.images(_in_unit_range(batch) for batch in batches)
-    if len(seen) != len(texts):
-        raise ValueError(f"{len(seen)} images, but {len(texts)} texts: one text per image is needed")
-    return max(0.0, 100 * float(text_similarities(images=seen, texts=extractor.texts(texts)).mean()))
+    features = extractor.images(_in_unit_range(batch) for batch in batches)  # (N, D)
+    if len(features) != len(texts):
+        raise ValueError(f"{len(features)} images, but {len(texts)} texts: one text per image is needed")
+    cosines = text_similarities(images=features, texts=extractor.texts(texts))  # (N,)
+    return max(0.0, 100 * float(cosines.mean()))
 
 
 def _in_unit_range(batch: Tensor) -> Tensor:
     if batch.dtype == torch.uint8:
         return batch.float() / 255
-    low, high = float(batch.min()), float(batch.max())
+    low = float(batch.min())
+    high = float(batch.max())
     if not 0 <= low <= high <= 1:
         raise ValueError(f"floating-point images hold values in [0, 1], got {low:.3g} to {high:.3g}")
     return batch

@@ -1,4 +1,4 @@
-"""The embedded classifier of digits: which digit a picture shows, and features to compare pictures by."""
+"""The embedded classifier of digits: the digit that an image shows, and features to compare images by."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ class DigitClassifier(nn.Module):
 
     Args:
         channels: of the four convolutions.
-        side: pixels of the pictures it is made for.
-        classes: how many there are.
+        side: height and width of its images, in pixels.
+        classes: number of classes.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(channels[-1], classes)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """(B, 3, side, side) in [0, 1] -> ``pool`` (B, channels[-1]) features, ``logits`` (B, classes)."""
+        """(B, 3, side, side) in [0, 1] -> `pool` (B, channels[-1]) features, `logits` (B, classes)."""
         pool = self.convolutions(pixels * 2 - 1).mean(dim=(2, 3))
         return {"pool": pool, "logits": self.head(pool)}
 
@@ -50,5 +50,10 @@ def load_digit_classifier(folder: str | Path | None = None) -> DigitClassifier:
 
 @torch.no_grad()
 def class_agreement(logits: Tensor, labels: Tensor) -> float:
-    """Share of pictures, from 0 to 1, in which the classifier sees the class that was asked for."""
+    """Share of images, from 0 to 1, whose largest logit is that of their label.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,).
+    """
     return float((logits.argmax(dim=1) == labels).double().mean())

@@ -17,8 +17,7 @@ BACKBONES = ("alex", "vgg", "squeeze")
 
 
 class Lpips(nn.Module):
-    """Distance of two images in a network's features (LPIPS, arXiv 1801.03924), torchmetrics' with its
-    heads."""
+    """LPIPS (arXiv 1801.03924): distance of two images in a network's features, torchmetrics' version."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -33,32 +32,35 @@ class Lpips(nn.Module):
 def load_lpips(state_dict: Mapping[str, Tensor], *, net: str = "alex") -> Lpips:
     """LPIPS on the weights of torchvision's alexnet, vgg16 or squeezenet1_1; the heads are torchmetrics'.
 
+    Args:
+        state_dict: of the whole torchvision model, or of its features.
+        net: alex, vgg or squeeze.
     Raises: ValueError for an unknown backbone, or weights of another one, naming the first missing.
     """
     if net not in BACKBONES:
         raise ValueError(f"net={net!r}: expected one of {', '.join(BACKBONES)}")
-    from torchmetrics.functional.image.lpips import _LPIPS as TorchmetricsLpips  # slow, needed here alone
+    from torchmetrics.functional.image.lpips import _LPIPS as TorchmetricsLpips  # slow to import
 
     network = TorchmetricsLpips(net=net, pnet_rand=True).eval().requires_grad_(False)
-    own = network.net.state_dict()
-    found = {}
-    for key, tensor in own.items():
-        source = re.sub(r"^slice(s\.)?\d+\.", "features.", key)
+    backbone_state = {}
+    for key, tensor in network.net.state_dict().items():
+        source = re.sub(r"^slice(s\.)?\d+\.", "features.", key)  # torchmetrics cuts the layers into slices
         if source not in state_dict or state_dict[source].shape != tensor.shape:
             raise ValueError(f"weights of {net!r} need {source} of shape {tuple(tensor.shape)}")
-        found[key] = state_dict[source]
-    network.net.load_state_dict(found)
+        backbone_state[key] = state_dict[source]
+    network.net.load_state_dict(backbone_state)
     return Lpips(network)
 
 
 def lpips_diversity(*, pixels: Tensor, groups: Sequence | Tensor, network: Distance) -> float:
-    """Mean distance between two images of one prompt, over its pairs, then over the prompts; higher is
-    better.
+    """Mean distance between two images of one prompt, over its pairs, then over the prompts.
+
+    Higher is more diverse.
 
     Args:
         pixels: (N, 3, H, W), uint8 or floating point in [0, 1].
         groups: (N,) the prompt (and subject) of each image.
-        network: such as `load_lpips` gives.
+        network: the distance, such as `load_lpips` returns.
     Raises: ValueError when no prompt has two images.
     """
     values = list(group_distances(pixels=pixels, groups=groups, network=network).values())
@@ -69,36 +71,40 @@ def lpips_diversity_with_interval(
     *, pixels: Tensor, groups: Sequence | Tensor, network: Distance, seed: int = 0
 ) -> Estimate:
     """`lpips_diversity` and its interval over prompts; no interval for a single prompt."""
-    found = group_distances(pixels=pixels, groups=groups, network=network)
-    values = torch.tensor(list(found.values()), dtype=torch.float64)
-    several = len(values) > 1
-    return Estimate(
-        float(values.mean()),
-        clustered_interval(values, list(found), over="prompts", seed=seed, low=0.0) if several else None,
-    )
+    distances = group_distances(pixels=pixels, groups=groups, network=network)
+    values = torch.tensor(list(distances.values()), dtype=torch.float64)  # (prompts,)
+    interval = None
+    if len(values) > 1:
+        interval = clustered_interval(values, list(distances), over="prompts", seed=seed, low=0.0)
+    return Estimate(float(values.mean()), interval)
 
 
 def group_distances(*, pixels: Tensor, groups: Sequence | Tensor, network: Distance) -> dict[object, float]:
-    """prompt -> mean distance over its pairs; prompts with one image are left out."""
+    """Mean distance over the pairs of each prompt; prompts with one image are left out.
+
+    Returns: prompt -> distance.
+    Raises: ValueError when no prompt has two images.
+    """
     names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
     if len(names) != len(pixels):
         raise ValueError(f"{len(pixels)} images, but prompts of {len(names)}")
     members: dict[object, list[int]] = {}
     for row, name in enumerate(names):
         members.setdefault(name, []).append(row)
-    found = {}
+    mean_distances = {}
     for name, rows in members.items():
         if len(rows) > 1:
-            first, second = torch.tensor(list(combinations(rows, 2))).T
-            parts = [
-                network(_unit(pixels[i]), _unit(pixels[j])).double()
-                for i, j in zip(first.split(PAIRS), second.split(PAIRS), strict=True)
-            ]
-            found[name] = float(torch.cat(parts).mean())
-    if not found:
+            pairs = torch.tensor(list(combinations(rows, 2)))  # (pairs, 2)
+            distances = []
+            for some_pairs in pairs.split(PAIRS):
+                first = _in_unit_range(pixels[some_pairs[:, 0]])
+                second = _in_unit_range(pixels[some_pairs[:, 1]])
+                distances.append(network(first, second).double())
+            mean_distances[name] = float(torch.cat(distances).mean())
+    if not mean_distances:
         raise ValueError("diversity needs at least two images of one prompt; every prompt has one")
-    return found
+    return mean_distances
 
 
-def _unit(pixels: Tensor) -> Tensor:
+def _in_unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels

@@ -1,4 +1,4 @@
-"""Feature extractors: images and texts to unit vectors of a CLIP model (arXiv 2103.00020)."""
+"""Features of images and texts: unit vectors of a CLIP model (arXiv 2103.00020)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,24 +26,20 @@ class ClipFeatures:
         side = self.model.config.vision_config.image_size
         features = []
         for batch in batches:
-            if batch.shape[-2:] != (side, side):
-                batch = (
-                    shorter_side_then_middle(255 * batch, side, side) / 255
-                )  # as CLIP's own processor does
+            if batch.shape[-2:] != (side, side):  # as CLIP's own processor does
+                batch = shorter_side_then_middle(255 * batch, side, side) / 255
             features.append(self.encode(batch))
         return torch.cat(features)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1], S the model's own side -> (B, D) unit vectors, float32."""
+        """(B, 3, S, S) in [0, 1], S the side that the model takes -> (B, D) unit vectors, float32."""
         return normalize(self.embed(pixels), dim=-1)
 
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
-        """The same as the model gives them, of any length."""
-        mean, std = (
-            torch.tensor(v, device=pixels.device).view(3, 1, 1)
-            for v in (self.processor.image_mean, self.processor.image_std)
-        )
+        """(B, 3, S, S) in [0, 1] -> (B, D) embeddings of the model, not normalised."""
+        mean = torch.tensor(self.processor.image_mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.processor.image_std, device=pixels.device).view(3, 1, 1)
         pixels = ((pixels - mean) / std).to(self.model.device)
         hidden = self.model.vision_model(pixel_values=pixels).pooler_output
         return self.model.visual_projection(hidden).float()
@@ -54,12 +50,13 @@ class ClipFeatures:
         return self.model.config.text_config.max_position_embeddings
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, with those of its beginning and end, before anything is cut off."""
-        return [len(tokens) for tokens in self.tokenizer(list(texts), truncation=False).input_ids]
+        """Tokens of each text, with those of its beginning and end, before truncation."""
+        token_ids = self.tokenizer(list(texts), truncation=False).input_ids
+        return [len(ids) for ids in token_ids]
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) unit vectors, float32."""
+        """N texts -> (N, D) unit vectors, float32."""
         tokens = self.tokenizer(
             list(texts),
             padding="max_length",
@@ -76,6 +73,6 @@ def load_clip(name: str) -> ClipFeatures:
     path = resolve(name)
     model = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     model.requires_grad_(False).eval()
-    return ClipFeatures(
-        name, model, CLIPTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(path)
+    processor = CLIPImageProcessor.from_pretrained(path)
+    return ClipFeatures(name, model, tokenizer, processor)

@@ -2,7 +2,7 @@
 
     |mu_r - mu_g|^2 + tr S_r + tr S_g - 2 tr (S_r S_g)^(1/2)
 
-The last trace is taken from symmetric matrices only: with factors S = F F^T it is the nuclear norm of
+The last trace is computed from symmetric matrices only: with factors S = F F^T it is the nuclear norm of
 F_g^T F_r. Nothing is added to the diagonal, and no general matrix square root is formed.
 """
 
@@ -26,10 +26,11 @@ class Statistics:
     """Mean and covariance of a set's features, and the covariance's factor, kept for every later distance.
 
     Attributes:
-        mean, covariance: (D,) and (D, D), float64, unbiased (n - 1).
-        n: images; None when a file of statistics does not say.
+        mean: (D,), float64.
+        covariance: (D, D), float64, unbiased (n - 1).
+        n: number of images; None when a file of statistics does not say.
         features: (n, D) in any precision; None for imported statistics.
-        note: what a reader must know of them, "" where nothing.
+        note: what a reader must know of them; "" for nothing.
     """
 
     mean: Tensor
@@ -40,26 +41,31 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Features, *, name: str = "features") -> Statistics:
-        """Of (n, D) features; sums in float64, a block of rows at a time."""
+        """The statistics of features (n, D); sums in float64, a block of rows at a time.
+
+        Args:
+            name: of the features in errors.
+        """
         features = as_features(name, features, dtype=None)
         count, width = features.shape
         mean = sum(rows.double().sum(dim=0) for rows in features.split(ROWS)) / count
         covariance = torch.zeros(width, width, dtype=torch.float64, device=features.device)
         for rows in features.split(ROWS):
-            centred = rows.double() - mean
+            centred = rows.double() - mean  # (b, D)
             covariance.addmm_(centred.T, centred)
         return cls(mean, covariance / (count - 1), count, features)
 
     @property
     def has_fewer_rows_than_columns(self) -> bool:
+        """Whether the features themselves are a smaller factor than the root of the covariance."""
         return self.features is not None and len(self.features) < len(self.mean)
 
     @cached_property
     def factor(self) -> Tensor:
-        """F (D, p) with F F^T the covariance: the centred rows if they are few, else the symmetric root."""
+        """F (D, p) with F F^T the covariance: the centred rows if there are few, else the symmetric root."""
         if self.has_fewer_rows_than_columns:
             return (self.features.double() - self.mean).T / (self.n - 1) ** 0.5
-        values, vectors = torch.linalg.eigh(self.covariance)
+        values, vectors = torch.linalg.eigh(self.covariance)  # (D,), (D, D)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
@@ -68,7 +74,8 @@ def fid(*, real: Features | Statistics, generated: Features | Statistics) -> flo
 
     Raises: ValueError for widths that differ, NaN, or fewer than two images.
     """
-    real, generated = as_statistics("real", real), as_statistics("generated", generated)
+    real = as_statistics("real", real)
+    generated = as_statistics("generated", generated)
     refuse_unequal_widths(len(real.mean), len(generated.mean))
     difference = real.mean - generated.mean
     traces = real.covariance.trace() + generated.covariance.trace()
@@ -77,14 +84,19 @@ def fid(*, real: Features | Statistics, generated: Features | Statistics) -> flo
 
 def as_statistics(name: str, values: Features | Statistics) -> Statistics:
     """The statistics of features; statistics pass unchanged."""
-    return values if isinstance(values, Statistics) else Statistics.of(values, name=name)
+    if isinstance(values, Statistics):
+        return values
+    return Statistics.of(values, name=name)
 
 
 def _trace_of_root(real: Statistics, generated: Statistics) -> Tensor:
-    """tr (S_r S_g)^(1/2): by singular values when rows are few (exact), else by symmetric eigenvalues."""
+    """tr (S_r S_g)^(1/2) = |F_g^T F_r|_* = tr (F_r^T S_g F_r)^(1/2).
+
+    By singular values when there are few rows (exact), else by eigenvalues of a symmetric matrix.
+    """
     if generated.has_fewer_rows_than_columns:
         return torch.linalg.svdvals(generated.factor.T @ real.factor).sum()
-    product = real.factor.T @ generated.covariance @ real.factor
+    product = real.factor.T @ generated.covariance @ real.factor  # (p, p)
     return torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
 
 
@@ -93,16 +105,19 @@ def fid_with_interval(
 ) -> Estimate:
     """FID and the reverse bootstrap's interval: the generated images are resampled, the reference stays.
 
-    Resampling adds the bias once more that sampling has already added, so the interval is reflected at the
-    value: it covers the distance without the sampling bias, and usually lies below the value.
+    Resampling adds the sampling bias once more, so the interval is reflected at the value: it covers the
+    distance without the sampling bias, and usually lies below the value.
     """
-    real, generated = as_statistics("real", real), as_statistics("generated", generated)
+    real = as_statistics("real", real)
+    generated = as_statistics("generated", generated)
     value = fid(real=real, generated=generated)
-    draws, generator = [], np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
+    distances = []
     for _ in range(resamples):
-        rows = torch.from_numpy(generator.integers(generated.n, size=generated.n))
-        draws.append(fid(real=real, generated=Statistics.of(generated.features[rows])))
-    centre, spread = 2 * value - float(np.mean(draws)), float(np.std(draws, ddof=1))
+        rows = torch.from_numpy(generator.integers(generated.n, size=generated.n))  # with replacement
+        distances.append(fid(real=real, generated=Statistics.of(generated.features[rows])))
+    centre = 2 * value - float(np.mean(distances))
+    spread = float(np.std(distances, ddof=1))
     method = (
         f"reverse bootstrap over generated images, {resamples} resamples, normal, reference fixed; "
         "covers the distance without its sampling bias"
@@ -113,16 +128,22 @@ def fid_with_interval(
 def fid_infinity(
     *, real: Features | Statistics, generated: Features, seed: int = 0, sizes: int = 15, repeats: int = 2
 ) -> float:
-    """Frechet distance extrapolated to infinitely many generated images (arXiv 1911.07023, section 4).
+    """Frechet distance extrapolated to infinitely many generated images.
 
-    The distances of random subsets, drawn `repeats` times for each of `sizes` sizes, are a straight line in
-    1/n; its value at 0 is returned. It may lie slightly below 0. The reference stays as it is.
+    The distances of random subsets of n images are a straight line in 1/n; its value at 0 is returned. It may
+    lie slightly below 0. The reference stays as it is.
 
+    Args:
+        seed: of the subsets.
+        sizes: numbers of images for which subsets are drawn.
+        repeats: subsets of each size.
     Raises: ValueError for fewer than 20 generated images.
+    Source: Chong and Forsyth, arXiv 1911.07023, section 4.
     """
-    return _extrapolation(
-        as_statistics("real", real), as_statistics("generated", generated), seed, sizes, repeats
-    )[0]
+    real = as_statistics("real", real)
+    generated = as_statistics("generated", generated)
+    value, _ = _extrapolation(real, generated, seed, sizes, repeats)
+    return value
 
 
 def fid_infinity_with_interval(
@@ -133,7 +154,8 @@ def fid_infinity_with_interval(
     The interval is None when there are no more generated images than features: the influence needs an
     invertible covariance.
     """
-    real, generated = as_statistics("real", real), as_statistics("generated", generated)
+    real = as_statistics("real", real)
+    generated = as_statistics("generated", generated)
     value, scatter = _extrapolation(real, generated, seed, sizes, repeats)
     interval: Interval | None = None
     if generated.n > len(generated.mean):
@@ -147,18 +169,21 @@ def _extrapolation(
     real: Statistics, generated: Statistics, seed: int, sizes: int, repeats: int
 ) -> tuple[float, float]:
     """Intercept of the distances over 1/n, and its variance over the choice of subsets (sandwich form)."""
-    count, width = generated.n, len(generated.mean)
+    count = generated.n
+    width = len(generated.mean)
     if count < 20:
         raise ValueError(f"generated: {count} images; extrapolating the Frechet distance needs at least 20")
     smallest = max(count // 10, min(count // 2, width + 1), 5)
-    generator, points = np.random.default_rng(seed), []
+    generator = np.random.default_rng(seed)
+    points = []  # (images of a subset, its distance)
     for size in np.linspace(smallest, count, sizes).astype(int):
         for _ in range(repeats if size < count else 1):
             rows = torch.from_numpy(generator.permutation(count)[:size])
             points.append((size, fid(real=real, generated=Statistics.of(generated.features[rows]))))
-    n, distances = np.array(points).T
-    design = np.stack([np.ones_like(n), 1 / n], axis=1)
-    weights = np.linalg.pinv(design)
+    n, distances = np.array(points).T  # (subsets,) each
+    # Least squares of distance = a + b / n; the first row of the pseudo-inverse gives a.
+    design = np.stack([np.ones_like(n), 1 / n], axis=1)  # (subsets, 2)
+    weights = np.linalg.pinv(design)  # (2, subsets)
     residuals = distances - design @ (weights @ distances)
     scatter = float((weights[0] ** 2 * residuals**2).sum()) * len(n) / (len(n) - 2)
     return float(weights[0] @ distances), scatter
@@ -167,15 +192,17 @@ def _extrapolation(
 def influences(*, real: Statistics, generated: Statistics) -> Tensor:
     """First-order change of the Frechet distance per generated image, up to a constant, (n,).
 
-    2 (mu_g - mu_r) . y + y^T (I - T) y with y = x - mu_g, T = F_r (F_r^T S_g F_r)^(-1/2) F_r^T.
+        2 (mu_g - mu_r) . y + y^T (I - T) y,    y = x - mu_g,    T = F_r (F_r^T S_g F_r)^(-1/2) F_r^T
+
+    T is never formed: with T = H H^T, y^T T y is |H^T y|^2.
     """
-    root = real.factor
-    values, vectors = torch.linalg.eigh(root.T @ generated.covariance @ root)
-    kept = values > values[-1] * 1e-12
-    half = (root @ vectors[:, kept]) * values[kept] ** -0.25
-    shift = 2 * (generated.mean - real.mean)
-    found = []
+    root = real.factor  # (D, p)
+    values, vectors = torch.linalg.eigh(root.T @ generated.covariance @ root)  # (p,), (p, p)
+    is_nonzero = values > values[-1] * 1e-12
+    half = (root @ vectors[:, is_nonzero]) * values[is_nonzero] ** -0.25  # (D, rank), H
+    shift = 2 * (generated.mean - real.mean)  # (D,)
+    blocks = []
     for rows in generated.features.split(ROWS):
-        centred = rows.double() - generated.mean
-        found.append(centred @ shift + centred.square().sum(dim=1) - (centred @ half).square().sum(dim=1))
-    return torch.cat(found)
+        y = rows.double() - generated.mean  # (b, D)
+        blocks.append(y @ shift + y.square().sum(dim=1) - (y @ half).square().sum(dim=1))
+    return torch.cat(blocks)

@@ -1,4 +1,4 @@
-"""Reference statistics as others publish them: npz files with mu and sigma (ADM, pytorch-fid)."""
+"""Published reference statistics: npz files with mu and sigma (ADM, pytorch-fid)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from diffadapt.metrics.frechet import Statistics
 NOTE = (
     "imported statistics: extractor, resize and images are not known; only the Frechet distance can be taken"
 )
-
-
 SPATIAL = "_s"  # ends the names of ADM's statistics for sFID
 
 
 def read_all_statistics(path: str | Path) -> dict[str, Statistics]:
     """Statistics for FID and, where stored, for sFID, by their roles in `metrics.feature_set.STATISTICS`."""
-    found = {"statistics": read_statistics(path)}
+    statistics = {"statistics": read_statistics(path)}
     with np.load(path, allow_pickle=False) as content:
         has_spatial = f"mu{SPATIAL}" in content
     if has_spatial:
-        found["spatial_statistics"] = read_statistics(path, ending=SPATIAL)
-    return found
+        statistics["spatial_statistics"] = read_statistics(path, ending=SPATIAL)
+    return statistics
 
 
 def read_statistics(path: str | Path, *, ending: str = "") -> Statistics:
@@ -39,7 +37,8 @@ def read_statistics(path: str | Path, *, ending: str = "") -> Statistics:
     """
     try:
         with np.load(path, allow_pickle=False) as content:
-            mean, covariance = content[f"mu{ending}"], content[f"sigma{ending}"]
+            mean = content[f"mu{ending}"]
+            covariance = content[f"sigma{ending}"]
     except KeyError as error:
         raise ValueError(f"{path}: no {error.args[0]}; a file of statistics has mu and sigma") from None
     except (BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
@@ -48,7 +47,8 @@ def read_statistics(path: str | Path, *, ending: str = "") -> Statistics:
         raise ValueError(
             f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit: expected (D,) and (D, D)"
         )
-    mean, covariance = (torch.from_numpy(np.asarray(array, dtype=np.float64)) for array in (mean, covariance))
+    mean = torch.from_numpy(np.asarray(mean, dtype=np.float64))  # (D,)
+    covariance = torch.from_numpy(np.asarray(covariance, dtype=np.float64))  # (D, D)
     if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
         raise ValueError(f"{path}: mu or sigma holds NaN or infinity")
     if not torch.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):

@@ -1,6 +1,6 @@
 """Inception Score: how sure a classifier is of each image, and how varied its answers are (arXiv 1606.03498).
 
-exp(mean over images of KL(p(y|x) || p(y)))
+exp(mean over images x of KL(p(y|x) || p(y))),    p(y) = mean over images of p(y|x)
 """
 
 from __future__ import annotations
@@ -42,21 +42,24 @@ def inception_scores(*, logits: Features, splits: int = 10, seed: int = 2020) ->
         raise ValueError(
             f"{len(logits)} images cannot be cut into {splits} splits of at least 2; use fewer splits"
         )
+    # Split i holds the shuffled images from i n / splits to (i + 1) n / splits.
     logits = logits[np.random.RandomState(seed).permutation(len(logits))]
     ends = [i * len(logits) // splits for i in range(splits + 1)]
     return torch.stack([_score(logits[start:end]) for start, end in pairwise(ends)])
 
 
 def _score(logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(dim=1)
-    log_mean = log_p.logsumexp(dim=0) - np.log(len(logits))
+    """The score of the images of one split, ()."""
+    log_p = logits.log_softmax(dim=1)  # (n, classes), log p(y|x)
+    log_mean = log_p.logsumexp(dim=0) - np.log(len(logits))  # (classes,), log p(y)
     return (log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp()
 
 
 def is_gap(*, real_logits: Features, generated_logits: Features, splits: int = 10, seed: int = 2020) -> float:
     """|IS(generated) - IS(real)|, lower is better: the l1 form of SuperLoRA's tables."""
-    generated = inception_score(logits=generated_logits, splits=splits, seed=seed)[0]
-    return abs(generated - inception_score(logits=real_logits, splits=splits, seed=seed)[0])
+    real, _ = inception_score(logits=real_logits, splits=splits, seed=seed)
+    generated, _ = inception_score(logits=generated_logits, splits=splits, seed=seed)
+    return abs(generated - real)
 
 
 def inception_score_with_interval(*, logits: Features, splits: int = 10, seed: int = 2020) -> Estimate:
@@ -72,8 +75,10 @@ def is_gap_with_interval(
 ) -> Estimate:
     """`is_gap`; the errors of both sets add in squares.
 
-    The degrees of freedom of the sum are Welch and Satterthwaite's (Biometrics Bulletin 2, 1946):
-    (e_r^2 + e_g^2)^2 / ((e_r^4 + e_g^4) / (splits - 1)), rounded down.
+    The degrees of freedom of the sum are Welch and Satterthwaite's (Biometrics Bulletin 2, 1946), rounded
+    down:
+
+        (e_r^2 + e_g^2)^2 / ((e_r^4 + e_g^4) / (splits - 1))
     """
     real = _scored(as_features("real_logits", real_logits), splits, seed)
     generated = _scored(as_features("generated_logits", generated_logits), splits, seed)
@@ -90,7 +95,12 @@ def is_gap_with_interval(
 
 @dataclass(frozen=True)
 class _Scored:
-    """A score, its standard error and the degrees of freedom of that; None where it is not from splits."""
+    """A score and its standard error.
+
+    Attributes:
+        degrees: degrees of freedom of the error; None where it is not from splits.
+        method: of the interval.
+    """
 
     value: float
     error: float
@@ -99,6 +109,7 @@ class _Scored:
 
 
 def _scored(logits: Tensor, splits: int, seed: int) -> _Scored:
+    """The mean score of the splits; the error of a single split comes from random halves."""
     scores = inception_scores(logits=logits, splits=splits, seed=seed)
     value = float(scores.mean())
     if splits > 1:

@@ -1,7 +1,11 @@
-"""Kernel distances of two sets of features, MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y).
+"""Kernel distances of two sets of features (maximum mean discrepancy).
 
-KID (arXiv 1801.01401): k(x, y) = (x.y / D + 1)^3. CMMD (arXiv 2401.09603): k(x, y) = exp(-|x - y|^2 / (2
-sigma^2)).
+    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)
+
+    KID (arXiv 1801.01401):   k(x, y) = (x.y / D + 1)^3
+    CMMD (arXiv 2401.09603):  k(x, y) = exp(-|x - y|^2 / (2 sigma^2))
+
+Kernel matrices are formed a block of rows at a time, so that memory grows with the number of images only.
 """
 
 from __future__ import annotations
@@ -23,19 +27,24 @@ Kernel = Callable[[Tensor, Tensor], Tensor]  # (m, D), (n, D) -> (m, n)
 
 
 def kid(*, real: Features, generated: Features) -> float:
-    """The unbiased estimate from all pairs (U-statistic). Below 0 for sets that are very alike."""
-    return discrepancy(real=real, generated=generated)[0]
+    """The unbiased estimate from all pairs (U-statistic). Below 0 for sets that are very alike.
+
+    Args:
+        real, generated: (m, D), (n, D).
+    """
+    value, _ = discrepancy(real=real, generated=generated)
+    return value
 
 
 def kid_with_interval(
-    *, real: Features, generated: Features, known: tuple[float, float] | None = None
+    *, real: Features, generated: Features, mmd: tuple[float, float] | None = None
 ) -> Estimate:
     """`kid` and a normal interval from the variance of the U-statistic, all terms.
 
     Args:
-        known: what `discrepancy` gave, if known.
+        mmd: the result of `discrepancy`, if it has been computed.
     """
-    value, variance = known or discrepancy(real=real, generated=generated)
+    value, variance = mmd or discrepancy(real=real, generated=generated)
     return Estimate(value, normal_interval(value, variance**0.5, "normal, variance of the U-statistic"))
 
 
@@ -43,9 +52,8 @@ def kid_subsets(
     *, real: Features, generated: Features, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> float:
     """Mean over random subsets, as most papers report it; the subsets are torch-fidelity's."""
-    return float(
-        kid_subset_values(real=real, generated=generated, subsets=subsets, size=size, seed=seed).mean()
-    )
+    values = kid_subset_values(real=real, generated=generated, subsets=subsets, size=size, seed=seed)
+    return float(values.mean())
 
 
 def kid_subset_values(
@@ -53,9 +61,10 @@ def kid_subset_values(
 ) -> Tensor:
     """The estimate of each subset, (subsets,). Their spread is no standard error: subsets share images.
 
-    Torch-fidelity's subsets: drawn without replacement, so each estimate is all pairs' on average.
+    Subsets are drawn without replacement, so that each estimate is that of all pairs on average.
 
     Raises: ValueError when a set has fewer than `size` images.
+    Source: torch-fidelity, metric_kid.py: the same random numbers.
     """
     real, generated = as_pair(real, generated)
     if min(len(real), len(generated)) < size:
@@ -63,17 +72,22 @@ def kid_subset_values(
             f"subsets of {size} images need as many in each set, got {len(real)} real and {len(generated)} "
             "generated; use kid, which takes all pairs, or a smaller size"
         )
-    generator, values = np.random.RandomState(seed), []
+    generator = np.random.RandomState(seed)
+    values = []
     for _ in range(subsets):
-        drawn = [rows[generator.choice(len(rows), size, replace=False)] for rows in (generated, real)]
-        within = [_kernel(rows, rows) for rows in drawn]
-        within = sum(matrix.sum() - matrix.trace() for matrix in within) / (size * (size - 1))
-        values.append(within - 2 * _kernel(*drawn).mean())
+        # The generated set is drawn first, as torch-fidelity does.
+        x = generated[generator.choice(len(generated), size, replace=False)]  # (size, D)
+        y = real[generator.choice(len(real), size, replace=False)]  # (size, D)
+        xx = _cubic_kernel(x, x)
+        yy = _cubic_kernel(y, y)
+        # E k(x, x') and E k(y, y') leave out each image with itself.
+        within = ((xx.sum() - xx.trace()) + (yy.sum() - yy.trace())) / (size * (size - 1))
+        values.append(within - 2 * _cubic_kernel(x, y).mean())
     return torch.stack(values)
 
 
 def kid_subsets_with_interval(
-    *, real: Features, generated: Features, known: tuple[float, float] | None = None, **options: int
+    *, real: Features, generated: Features, mmd: tuple[float, float] | None = None, **options: int
 ) -> Estimate:
     """`kid_subsets` and a normal interval.
 
@@ -81,14 +95,16 @@ def kid_subsets_with_interval(
     mean is that of all pairs (the images might have been others) and the subsets' own over their number.
 
     Args:
-        known: what `discrepancy` gave, if known.
-        options: those of `kid_subset_values`.
+        mmd: the result of `discrepancy`, if it has been computed.
+        options: of `kid_subset_values`.
     """
     values = kid_subset_values(real=real, generated=generated, **options)
-    of_choice = float(values.var()) / len(values) if len(values) > 1 else 0.0
-    error = ((known or discrepancy(real=real, generated=generated))[1] + of_choice) ** 0.5
+    value = float(values.mean())
+    _, variance = mmd or discrepancy(real=real, generated=generated)
+    choice_variance = float(values.var()) / len(values) if len(values) > 1 else 0.0
+    error = (variance + choice_variance) ** 0.5
     method = "normal, variance of the U-statistic and of the choice of subsets"
-    return Estimate(float(values.mean()), normal_interval(float(values.mean()), error, method))
+    return Estimate(value, normal_interval(value, error, method))
 
 
 def cmmd(*, real: Features, generated: Features) -> float:
@@ -110,8 +126,9 @@ def cmmd(*, real: Features, generated: Features) -> float:
 def cmmd_with_interval(*, real: Features, generated: Features) -> Estimate:
     """`cmmd` and a normal interval from the variance of the U-statistic, for sets of these sizes."""
     x, y = as_pair(real, generated)
-    unbiased, variance, within = _discrepancy(x, y, gaussian_kernel)
-    bias = (1 - within[0]) / len(x) + (1 - within[1]) / len(y)  # k(x, x) = 1 enters each mean 1/m times
+    unbiased, variance, (mean_xx, mean_yy) = _discrepancy(x, y, gaussian_kernel)
+    # k(x, x) = 1 is 1/m of the mean of one set with itself, the other pairs are (m - 1)/m of it.
+    bias = (1 - mean_xx) / len(x) + (1 - mean_yy) / len(y)
     value = SCALE * (unbiased + bias)
     method = "normal, variance of the U-statistic, at these numbers of images"
     return Estimate(value, normal_interval(value, SCALE * variance**0.5, method, low=0.0))
@@ -123,17 +140,20 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     return squared.clamp_(min=0).div_(-2 * SIGMA**2).exp_()
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
+def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x.y / D + 1)^3, (m, n)."""
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 
 @dataclass(frozen=True)
 class _Effects:
-    """A kernel matrix taken apart.
+    """A kernel matrix, decomposed into means and what they do not explain.
 
     Attributes:
-        mean, rows, columns: means of all entries, of each row, of each column.
-        interaction: mean square of what remains of k(x, y) without the effects of x and of y.
+        mean: of all entries, ().
+        rows: means of each row, (m,).
+        columns: means of each column, (n,).
+        interaction: mean square of the remainder of k(x, y) without the effects of x and of y, ().
     """
 
     mean: Tensor
@@ -143,23 +163,29 @@ class _Effects:
 
 
 def _within(x: Tensor, kernel: Kernel) -> _Effects:
-    """Of one set with itself, without the diagonal; what stands right of it is formed once."""
-    sums, squares = x.new_zeros(len(x)), x.new_zeros(())
+    """The effects of one set with itself, without the diagonal."""
+    sums = x.new_zeros(len(x))
+    squares = x.new_zeros(())
     for start in range(0, len(x), ROWS):
-        own, later = x[start : start + ROWS], x[start + ROWS :]
-        block, beside = kernel(own, own), kernel(own, later)
-        block.diagonal().zero_()
-        sums[start : start + ROWS] += block.sum(dim=1) + beside.sum(dim=1)
-        sums[start + ROWS :] += beside.sum(dim=0)
-        squares += block.square_().sum() + 2 * beside.square_().sum()
-    rows = sums / (len(x) - 1)
-    return _effects(rows, rows, squares / (len(x) * (len(x) - 1)))
+        rows = x[start : start + ROWS]  # (b, D)
+        later_rows = x[start + ROWS :]
+        diagonal_block = kernel(rows, rows)  # (b, b)
+        right_block = kernel(rows, later_rows)  # (b, rest); by symmetry also the block below the diagonal
+        diagonal_block.diagonal().zero_()
+        sums[start : start + ROWS] += diagonal_block.sum(dim=1) + right_block.sum(dim=1)
+        sums[start + ROWS :] += right_block.sum(dim=0)
+        squares += diagonal_block.square_().sum() + 2 * right_block.square_().sum()
+    row_means = sums / (len(x) - 1)
+    return _effects(row_means, row_means, squares / (len(x) * (len(x) - 1)))
 
 
 def _between(x: Tensor, y: Tensor, kernel: Kernel) -> _Effects:
-    rows, columns, squares = [], y.new_zeros(len(y)), y.new_zeros(())
-    for own in x.split(ROWS):
-        block = kernel(own, y)
+    """The effects of two sets."""
+    rows = []
+    columns = y.new_zeros(len(y))
+    squares = y.new_zeros(())
+    for rows_of_x in x.split(ROWS):
+        block = kernel(rows_of_x, y)  # (b, n)
         rows.append(block.mean(dim=1))
         columns += block.sum(dim=0)
         squares += block.square_().sum()
@@ -167,6 +193,10 @@ def _between(x: Tensor, y: Tensor, kernel: Kernel) -> _Effects:
 
 
 def _effects(rows: Tensor, columns: Tensor, mean_square: Tensor) -> _Effects:
+    """From means of rows (m,) and columns (n,) and the mean square of all entries.
+
+    E k^2 = mean^2 + Var(rows) + Var(columns) + interaction
+    """
     mean = rows.mean()
     explained = mean.square() + (rows - mean).square().mean() + (columns - mean).square().mean()
     return _Effects(mean, rows, columns, (mean_square - explained).clamp(min=0))
@@ -183,7 +213,8 @@ def discrepancy(*, real: Features, generated: Features) -> tuple[float, float]:
     Near MMD = 0 the first two terms vanish, and the last three are the variance. Var f is that of the
     observed row means, less what they owe to the finite number of entries in a row.
     """
-    value, variance, _ = _discrepancy(*as_pair(real, generated), _kernel)
+    x, y = as_pair(real, generated)
+    value, variance, _ = _discrepancy(x, y, _cubic_kernel)
     return value, variance
 
 
@@ -203,14 +234,15 @@ def paired_kid_difference(*, real: Features, first: Features, other: Features) -
         first, other: (n, D) features of the same prompts and seeds, in the same order.
     """
     real, a = as_pair(real, first)
-    b = as_pair(real, other)[1]
+    _, b = as_pair(real, other)
     n = len(a)
-    shift = _between(b, real, _kernel).rows - _between(a, real, _kernel).rows  # (n,) g
+    shift = _between(b, real, _cubic_kernel).rows - _between(a, real, _cubic_kernel).rows  # (n,) g
     sums = a.new_zeros(n)
     squares = a.new_zeros(())
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
-        block = _kernel(b[start:stop], b) - _kernel(a[start:stop], a) - shift[start:stop, None] - shift
+        block = _cubic_kernel(b[start:stop], b) - _cubic_kernel(a[start:stop], a)  # (b, n)
+        block = block - shift[start:stop, None] - shift
         block.diagonal(start).zero_()
         sums[start:stop] = block.sum(dim=1)
         squares += block.square_().sum()
@@ -223,11 +255,16 @@ def paired_kid_difference(*, real: Features, first: Features, other: Features) -
 
 def _discrepancy(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[float, float, tuple[float, float]]:
     """The unbiased estimate, its variance, and the mean of the kernel within x and within y."""
-    m, n = len(x), len(y)
-    xx, yy, xy = _within(x, kernel), _within(y, kernel), _between(x, y, kernel)
+    m = len(x)
+    n = len(y)
+    xx = _within(x, kernel)
+    yy = _within(y, kernel)
+    xy = _between(x, y, kernel)
+    # Var f is that of the observed row means, less what they owe to the finite number of entries in a row.
     variance_f = ((xx.rows - xy.rows).var() - xx.interaction / (m - 1) - xy.interaction / n).clamp(min=0)
     variance_g = ((yy.rows - xy.columns).var() - yy.interaction / (n - 1) - xy.interaction / m).clamp(min=0)
     variance = 4 * variance_f / m + 4 * variance_g / n
     variance += 2 * xx.interaction / (m * (m - 1)) + 2 * yy.interaction / (n * (n - 1))
     variance += 4 * xy.interaction / (m * n)
-    return float(xx.mean + yy.mean - 2 * xy.mean), float(variance), (float(xx.mean), float(yy.mean))
+    value = float(xx.mean + yy.mean - 2 * xy.mean)
+    return value, float(variance), (float(xx.mean), float(yy.mean))

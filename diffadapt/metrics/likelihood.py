@@ -18,11 +18,11 @@ from torch import Tensor
 from diffadapt.metrics.checks import Features, as_features, refuse_unequal_widths
 from diffadapt.metrics.intervals import Estimate, Interval, mean_interval
 
-MOST = 10_000  # images of each of the four sets, as in dgm-eval
+MAX_IMAGES = 10_000  # of each of the four sets, as in dgm-eval
 STEPS = 100
-RATE = 0.5
-SLOWER_FROM = 50  # steps after which the rate is a tenth
-LOG_BANDWIDTHS = (-100.0, 20.0)  # a generated copy of a training image would take its bandwidth to 0
+LEARNING_RATE = 0.5
+DECAY_STEP = 50  # from which the learning rate is a tenth
+LOG_VARIANCE_RANGE = (-100.0, 20.0)  # a generated copy of a training image would take its bandwidth to 0
 
 
 def fls(*, training: Features, test: Features, generated: Features, seed: int = 0) -> float:
@@ -38,7 +38,8 @@ def fls(*, training: Features, test: Features, generated: Features, seed: int = 
 
     Args:
         training, test, generated: (N, D) features of one layer. The test images must not have been trained
-        on. seed: of the choice of images.
+            on.
+        seed: of the choice of images.
     Raises: ValueError for NaN, widths that differ, or fewer than four training images.
     Source: Jiralerspong et al., arXiv 2302.04440, section 3, as dgm-eval computes it (metrics/fls.py).
     """
@@ -47,7 +48,7 @@ def fls(*, training: Features, test: Features, generated: Features, seed: int = 
 
 def fls_with_interval(*, training: Features, test: Features, generated: Features, seed: int = 0) -> Estimate:
     """`fls` and Student's t interval over the test images, the mixtures held fixed."""
-    sets = _chosen(training, test, generated, seed)
+    sets = _standardised_sets(training, test, generated, seed)
     width = sets.test.shape[1]
     differences = _surprise(sets, sets.generated) - _surprise(sets, sets.baseline)  # (n,) of test images
     spread = mean_interval(differences, over="test images")
@@ -61,7 +62,12 @@ def fls_with_interval(*, training: Features, test: Features, generated: Features
 
 @dataclass(frozen=True)
 class _Sets:
-    """Four standardised sets of equally many images, (n, D)."""
+    """Four standardised sets of equally many images, (n, D) each.
+
+    Attributes:
+        fitting: the half of the training images that the bandwidths are fitted to.
+        baseline: the other half, in the place of generated images.
+    """
 
     fitting: Tensor
     baseline: Tensor
@@ -69,13 +75,13 @@ class _Sets:
     generated: Tensor
 
 
-def _chosen(training: Features, test: Features, generated: Features, seed: int) -> _Sets:
+def _standardised_sets(training: Features, test: Features, generated: Features, seed: int) -> _Sets:
     training = as_features("training", training)
     test = as_features("test", test)
     generated = as_features("generated", generated)
     refuse_unequal_widths(test.shape[1], generated.shape[1])
     refuse_unequal_widths(training.shape[1], generated.shape[1])
-    n = min(MOST, len(training) // 2, len(test), len(generated))
+    n = min(MAX_IMAGES, len(training) // 2, len(test), len(generated))
     if n < 2:
         raise ValueError(f"{len(training)} training images cannot be cut into two halves of at least 2")
     generator = np.random.default_rng(seed)
@@ -86,42 +92,55 @@ def _chosen(training: Features, test: Features, generated: Features, seed: int) 
     test = choose(test, n)
     generated = choose(generated, n)
     fitting, baseline = choose(training, 2 * n).split(n)
-    everything = torch.cat([fitting, baseline, test, generated])
-    deviation = everything.std(dim=0)
+    all_rows = torch.cat([fitting, baseline, test, generated])  # (4 n, D)
+    mean = all_rows.mean(dim=0)
+    deviation = all_rows.std(dim=0)
     deviation[deviation == 0] = 1  # a column without any variation says nothing, and must not divide by 0
-    mean = everything.mean(dim=0)
-    return _Sets(*((rows - mean) / deviation for rows in (fitting, baseline, test, generated)))
+    return _Sets(
+        fitting=(fitting - mean) / deviation,
+        baseline=(baseline - mean) / deviation,
+        test=(test - mean) / deviation,
+        generated=(generated - mean) / deviation,
+    )
 
 
 def _surprise(sets: _Sets, centres: Tensor) -> Tensor:
-    """Negative log-likelihood of each test image, (n,), under the mixture around `centres`."""
+    """Negative log-likelihood of each test image, (n,), under the mixture around `centres` (n, D)."""
     width = centres.shape[1]
-    logs = _fitted(torch.cdist(sets.fitting, centres).square(), width)
-    return -_log_likelihoods(torch.cdist(sets.test, centres).square(), logs, width)
+    log_variances = _fit_log_variances(torch.cdist(sets.fitting, centres).square(), width)
+    return -_log_likelihoods(torch.cdist(sets.test, centres).square(), log_variances, width)
 
 
-def _log_likelihoods(squared: Tensor, logs: Tensor, width: int) -> Tensor:
-    """Log of the mixture's density up to (2 pi)^(-D/2).
+def _log_likelihoods(squared: Tensor, log_variances: Tensor, width: int) -> Tensor:
+    """Log of the mixture's density up to (2 pi)^(-D/2), (n,).
+
+        log 1/M sum_j exp(-|x - g_j|^2 / (2 s_j)) s_j^(-D/2)
 
     Args:
         squared: (n, M) squared distances of the images to the centres.
-        logs: (M,) log s of each centre, s its variance.
+        log_variances: (M,), log s_j.
+        width: D.
     """
-    exponents = -squared / (2 * logs.exp()) - width / 2 * logs
+    exponents = -squared / (2 * log_variances.exp()) - width / 2 * log_variances  # (n, M)
     return exponents.logsumexp(dim=1) - math.log(squared.shape[1])
 
 
-def _fitted(squared: Tensor, width: int) -> Tensor:
-    """Log bandwidths (M,) by the published descent: Adam from 0, its rate a tenth in the second half."""
-    logs = torch.zeros(squared.shape[1], dtype=squared.dtype, requires_grad=True)
-    optimizer = torch.optim.Adam([logs], lr=RATE)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [SLOWER_FROM], gamma=0.1)
+def _fit_log_variances(squared: Tensor, width: int) -> Tensor:
+    """Log variances (M,) by the published descent: Adam from 0, its learning rate a tenth in the second half.
+
+    Args:
+        squared: (n, M) squared distances of the fitting images to the centres.
+    """
+    log_variances = torch.zeros(squared.shape[1], dtype=squared.dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([log_variances], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [DECAY_STEP], gamma=0.1)
     with torch.enable_grad():
         for _ in range(STEPS):
             optimizer.zero_grad()
-            (-_log_likelihoods(squared, logs, width).mean()).backward()
+            loss = -_log_likelihoods(squared, log_variances, width).mean()
+            loss.backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                logs.clamp_(*LOG_BANDWIDTHS)
-    return logs.detach()
+                log_variances.clamp_(*LOG_VARIANCE_RANGE)
+    return log_variances.detach()

@@ -1,4 +1,4 @@
-"""Metrics that cover each set with balls reaching to its k-th nearest neighbours.
+"""Metrics that cover each set with balls, whose radii are the distances to the k-th nearest neighbours.
 
 Improved precision and recall and realism: Kynkaanniemi et al., arXiv 1904.06991, with its rule for ties `<=`.
 Density and coverage: Naeem et al., arXiv 2002.09797, with its rule `<`. Memory grows with N k, not with N^2.
@@ -34,14 +34,19 @@ def precision_recall_hits(
     """Whether each generated image, and each real one, lies inside a ball of the other set: (M,), (N,) bool.
 
     Args:
-        real_neighbours, generated_neighbours: what `neighbour_distances` gave for k or more, if known.
+        real_neighbours, generated_neighbours: the result of `neighbour_distances` for k or more neighbours,
+            if it has been computed.
     """
     real, generated = prepare(*as_pair(real, generated, dtype=None))
-    real_radii, generated_radii = _radii(real, k, real_neighbours), _radii(generated, k, generated_neighbours)
-    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real_radii.device)
-    for block in squared_blocks(generated, real):
-        precise.append(_inside(block, generated, real, real_radii).any(dim=1))
-        recalled |= _inside(block, generated, real, generated_radii[block.rows, None]).any(dim=0)
+    real_radii = _radii(real, k, real_neighbours)  # (N,)
+    generated_radii = _radii(generated, k, generated_neighbours)  # (M,)
+    precise = []
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real_radii.device)
+    for block in squared_blocks(generated, real):  # (b, N)
+        in_real_balls = _inside(block, generated, real, real_radii)
+        in_generated_balls = _inside(block, generated, real, generated_radii[block.rows, None])
+        precise.append(in_real_balls.any(dim=1))
+        recalled |= in_generated_balls.any(dim=0)
     return torch.cat(precise), recalled
 
 
@@ -63,7 +68,7 @@ def density_coverage_counts(
     balls = []
     members = torch.zeros(len(real), dtype=torch.long, device=radii.device)
     for block in squared_blocks(generated, real):
-        inside = _inside(block, generated, real, radii, strict=True)
+        inside = _inside(block, generated, real, radii, strict=True)  # (b, N)
         balls.append(inside.sum(dim=1))
         members += inside.sum(dim=0)
     return torch.cat(balls), members
@@ -71,22 +76,30 @@ def density_coverage_counts(
 
 def neighbour_distances(features: Features, k: int) -> Tensor:
     """Distances (N, k) of each image to its k nearest others, float64, ascending: radii for smaller k too."""
-    return nearest(prepare(as_features("features", features, dtype=None))[0], k)[0]
+    (points,) = prepare(as_features("features", features, dtype=None))
+    distances, _ = nearest(points, k)
+    return distances
 
 
-def _radii(points: Points, k: int, known: Tensor | None) -> Tensor:
-    return nearest(points, k)[0][:, -1] if known is None else known[:, k - 1]
+def _radii(points: Points, k: int, known_distances: Tensor | None) -> Tensor:
+    """Distance of each point to its k-th nearest other, (N,)."""
+    if known_distances is not None:
+        return known_distances[:, k - 1]
+    distances, _ = nearest(points, k)
+    return distances[:, -1]
 
 
 def _inside(block: Block, queries: Points, centres: Points, radii: Tensor, strict: bool = False) -> Tensor:
-    """Which pairs of the block lie within their radius (b, N); near ties are decided in float64.
+    """Which pairs of the block lie within their radius, (b, N) bool.
 
     Args:
         radii: (N,) of the centres, or (b, 1) of the queries.
+        strict: whether a pair at the radius itself lies outside.
     """
-    margin = block.squared - radii.float().square()
-    rows, columns = (margin.abs() <= block.bound).nonzero(as_tuple=True)
+    margin = block.squared - radii.float().square()  # (b, N)
     inside = margin < 0
+    # Pairs within the error bound are measured and decided again in float64.
+    rows, columns = (margin.abs() <= block.bound).nonzero(as_tuple=True)
     distances = measure(queries, centres, rows + block.rows.start, columns)
     limits = radii.expand(inside.shape)[rows, columns]
     inside[rows, columns] = distances < limits if strict else distances <= limits
@@ -94,24 +107,29 @@ def _inside(block: Block, queries: Points, centres: Points, radii: Tensor, stric
 
 
 def realism(*, real: Features, generated: Features, k: int = 3) -> Tensor:
-    """Realism of each generated image (M,): the largest ratio of a real ball's radius to its centre's
-    distance.
+    """Realism of each generated image, (M,).
 
-    At least 1 inside the manifold. The half of the real images with the larger radii is left out, as in the
-    paper's equation 3: their balls cover what no real image shows. Infinite on a real image itself.
+        max_j r_j / |g - x_j|,    r_j the radius of real image x_j
+
+    It is at least 1 inside the manifold, and infinite on a real image itself. The half of the real images
+    with the larger radii is left out: their balls cover what no real image shows.
+
+    Source: Kynkaanniemi et al., arXiv 1904.06991, equation 3.
     """
     real, generated = as_pair(real, generated, dtype=None)
-    radii = nearest(prepare(real)[0], k)[0][:, -1]
-    kept = radii <= radii.median()
-    real, generated = prepare(real[kept], generated)
-    radii, found = radii[kept], []
+    (real_points,) = prepare(real)
+    radii = _radii(real_points, k, None)  # (N,)
+    is_small = radii <= radii.median()
+    radii = radii[is_small]
+    real, generated = prepare(real[is_small], generated)
+    largest_ratios = []
     for block in squared_blocks(generated, real):
         distances = block.squared.double().clamp(min=0).sqrt()
         rows, columns = (block.squared < 1e4 * block.bound).nonzero(as_tuple=True)
         distances[rows, columns] = measure(generated, real, rows + block.rows.start, columns)
         ratios = (radii / distances).masked_fill(distances == 0, torch.inf)  # 0 / 0 on a repeated real image
-        found.append(ratios.amax(dim=1))
-    return torch.cat(found)
+        largest_ratios.append(ratios.amax(dim=1))
+    return torch.cat(largest_ratios)
 
 
 def precision_recall_with_interval(*, real: Features, generated: Features, **options) -> dict[str, Estimate]:

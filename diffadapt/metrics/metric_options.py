@@ -1,4 +1,4 @@
-"""What the options of metrics may be: type and range, checked before any work."""
+"""Types and ranges of the options of metrics, checked before any work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from diffadapt.common.messages import did_you_mean
 
-SEEDS = 2**32 - 1  # the largest seed of numpy's RandomState
+MAX_SEED = 2**32 - 1  # of numpy's RandomState
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class OptionRule:
     """Type and range of one option.
 
     Attributes:
-        low, high: smallest and largest value.
-        is_whole: an integer.
-        is_optional: None is allowed too: the metric chooses.
+        low: smallest value.
+        high: largest value.
+        is_whole: whether it is an integer.
+        is_optional: whether None is allowed too, with which the metric chooses.
     """
 
     low: float
@@ -27,17 +28,23 @@ class OptionRule:
     is_optional: bool = False
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.is_whole else "a number"
-        bounds = f"from {self.low} to {self.high}"
+        words = "a whole number" if self.is_whole else "a number"
         if self.high == math.inf:
-            bounds = f"of at least {self.low}"
-        return f"{kind} {bounds}" + (", or null" if self.is_optional else "")
+            words += f" of at least {self.low}"
+        else:
+            words += f" from {self.low} to {self.high}"
+        if self.is_optional:
+            words += ", or null"
+        return words
 
     def allows(self, value: object) -> bool:
+        """Whether a value has the type and lies in the range."""
         if value is None:
             return self.is_optional
         types = int if self.is_whole else int | float
-        return isinstance(value, types) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not isinstance(value, types) or isinstance(value, bool):  # True is an int
+            return False
+        return self.low <= value <= self.high
 
 
 RULES = {  # an option's name means the same in every metric
@@ -45,16 +52,24 @@ RULES = {  # an option's name means the same in every metric
     "subsets": OptionRule(1),
     "size": OptionRule(2),  # images of a subset: one has no pairs
     "splits": OptionRule(1),
-    "seed": OptionRule(0, SEEDS),
+    "seed": OptionRule(0, MAX_SEED),
     "threshold": OptionRule(-1, 1, is_whole=False, is_optional=True),  # a cosine
 }
 
 
 def check_options(metric: str, options: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Raises: ValueError for an option the metric lacks, with the nearest, and a value out of its range."""
+    """Checks options of a metric.
+
+    Args:
+        metric: its key.
+        options: name -> value.
+        defaults: the options that it has.
+
+    Raises: ValueError for an option the metric lacks, with the nearest, and for a value out of its range.
+    """
     for name, value in options.items():
         if name not in defaults:
-            known = did_you_mean(name, defaults) if defaults else "; it has none"
-            raise ValueError(f"{metric} has no option {name!r}{known}")
+            suggestion = did_you_mean(name, defaults) if defaults else "; it has none"
+            raise ValueError(f"{metric} has no option {name!r}{suggestion}")
         if not RULES[name].allows(value):
             raise ValueError(f"{metric}.{name}={value!r}: expected {RULES[name]}")

@@ -1,8 +1,14 @@
-"""MSID: how differently heat flows on the neighbour graphs of two sets (IMD, arXiv 1905.11141).
+"""MSID, multi-scale intrinsic distance: heat flow on the neighbour graphs of two sets (arXiv 1905.11141).
 
-The descriptor of a set is 1e6 / n tr exp(-t L) at 256 times t, L the normalised Laplacian of its
-k-nearest-neighbour graph; the distance is max_t exp(-2 (t + 1/t)) |difference|. Constants are those of the
-authors' code.
+The descriptor of a set of n images is
+
+    h(t) = 1e6 / n tr exp(-t L)
+
+at 256 times t, L the normalised Laplacian of its k-nearest-neighbour graph; the distance is
+
+    max_t exp(-2 (t + 1/t)) |h_real(t) - h_generated(t)|.
+
+Constants are those of the authors' code.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ TIMES = torch.logspace(-1, 1, 256, dtype=torch.float64)
 SCALE = 1e6
 LANCZOS_STEPS = 10
 PROBES = 100
-EXACT_UP_TO = 4000  # images: beyond, eigenvalues cost more than they tell
+EXACT_UP_TO = 4000  # images; beyond, eigenvalues are too expensive
 PROBES_AT_ONCE = 25  # bounds the Krylov basis at n x steps x this many float64 numbers
 ROWS = 512
 
@@ -32,31 +38,34 @@ def msid(
     trace: str = "auto",
     common_probes: bool = True,
 ) -> float:
-    """Distance of the two sets' heat traces, lower is better.
+    """Distance of the two sets' heat traces; lower is better.
 
     Args:
         k: neighbours of the graph.
         seed: of the random probes, where the trace is estimated.
         trace: "exact" (eigenvalues), "slq" (stochastic Lanczos quadrature), "auto": exact up to 4000 images.
         common_probes: the same probes for both sets when they are of one size, so that their noise cancels.
-            False draws as the authors' code does after numpy.random.seed(seed), the real set first.
+            False draws them as the authors' code does after numpy.random.seed(seed), the real set first.
     Raises: ValueError for an unknown trace, NaN, or a set of no more than k + 1 images.
     """
     if trace not in ("auto", "exact", "slq"):
         raise ValueError(f"trace={trace!r}: expected auto, exact or slq")
-    descriptors, generator = [], np.random.RandomState(seed)
+    generator = np.random.RandomState(seed)
+    descriptors = []  # (256,) of each set
     for features in as_pair(real, generated):
         n = len(features)
         if trace == "exact" or (trace == "auto" and n <= EXACT_UP_TO):
             traces = exact_heat_trace(laplacian(features, k))
         else:
-            generator = np.random.RandomState(seed) if common_probes else generator
+            if common_probes:
+                generator = np.random.RandomState(seed)
             probes = torch.from_numpy(generator.randn(n, PROBES))
             traces = estimated_heat_trace(laplacian(features, k), probes.to(features.device))
         descriptors.append(SCALE / n * traces)
-    times = TIMES.to(descriptors[0].device)
+    of_real, of_generated = descriptors
+    times = TIMES.to(of_real.device)
     weights = torch.exp(-2 * (times + 1 / times))
-    return float((weights * (descriptors[0] - descriptors[1]).abs()).max())
+    return float((weights * (of_real - of_generated).abs()).max())
 
 
 def msid_with_interval(
@@ -64,7 +73,7 @@ def msid_with_interval(
 ) -> Estimate:
     """`msid` and the spread over random halves of both sets.
 
-    Its value for two equal distributions is not 0: the real-versus-real floor tells how large it is.
+    Its value for two equal distributions is not 0: the floor of real images shows how large it is.
     """
     real, generated = as_pair(real, generated)
     value = msid(real=real, generated=generated, k=k, seed=seed)
@@ -73,18 +82,25 @@ def msid_with_interval(
     def of_rows(rows: Tensor) -> float:
         return msid(real=real[rows], generated=generated[rows], k=k, seed=seed)
 
-    return Estimate(value, half_samples_interval(value, of_rows, n, repeats=repeats, seed=seed, low=0.0))
+    interval = half_samples_interval(value, of_rows, n, repeats=repeats, seed=seed, low=0.0)
+    return Estimate(value, interval)
 
 
 def laplacian(features: Tensor, k: int) -> Tensor:
-    """Normalised Laplacian I - D^(-1/2) A D^(-1/2), A the union of nearest-neighbour links, sparse (n, n)."""
+    """Normalised Laplacian of the neighbour graph, sparse (n, n).
+
+        L = I - D^(-1/2) A D^(-1/2)
+
+    A has a 1 for every link in either direction, D its row sums on the diagonal.
+    """
     n = len(features)
     if not 1 <= k < n - 1:
         raise ValueError(f"a graph of {k} neighbours needs more than {k + 1} images, got {n}")
     rows, columns = neighbour_links(features, k)
-    links = torch.unique(torch.cat([rows * n + columns, columns * n + rows]))
-    rows, columns = links // n, links % n
-    root = torch.bincount(rows, minlength=n).double().rsqrt()
+    links = torch.unique(torch.cat([rows * n + columns, columns * n + rows]))  # each once, as one number
+    rows = links // n
+    columns = links % n
+    root = torch.bincount(rows, minlength=n).double().rsqrt()  # (n,), D^(-1/2)
     diagonal = torch.arange(n, device=features.device)
     indices = torch.stack([torch.cat([rows, diagonal]), torch.cat([columns, diagonal])])
     values = torch.cat([-root[rows] * root[columns], torch.ones_like(root)])
@@ -92,46 +108,60 @@ def laplacian(features: Tensor, k: int) -> Tensor:
 
 
 def neighbour_links(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(from, to) of each row's k nearest others: the k + 1 nearest rows without the row itself.
+    """Links (from, to) of each row to its k nearest others: the k + 1 nearest rows without the row itself.
 
     Among more than k exact copies of a row it may be missing from its own nearest; it then has k + 1 links,
     as in the authors' code.
     """
     squares = features.square().sum(dim=1)
-    found = []
+    links = []
     for start in range(0, len(features), ROWS):
-        distances = torch.addmm(squares, features[start : start + ROWS], features.T, alpha=-2)
-        nearest = distances.topk(k + 1, dim=1, largest=False, sorted=False).indices
+        # |b|^2 - 2 a.b orders a row as |a - b|^2 does.
+        distances = torch.addmm(squares, features[start : start + ROWS], features.T, alpha=-2)  # (b, n)
+        nearest = distances.topk(k + 1, dim=1, largest=False, sorted=False).indices  # (b, k + 1)
         rows = torch.arange(start, start + len(nearest), device=features.device)[:, None].expand_as(nearest)
-        found.append(torch.stack([rows[nearest != rows], nearest[nearest != rows]]))
-    rows, columns = torch.cat(found, dim=1)
+        is_other = nearest != rows
+        links.append(torch.stack([rows[is_other], nearest[is_other]]))
+    rows, columns = torch.cat(links, dim=1)
     return rows, columns
 
 
 def exact_heat_trace(matrix: Tensor) -> Tensor:
-    """tr exp(-t L) at every time, (256,)."""
+    """tr exp(-t L) = sum_i exp(-t lambda_i) at every time, (256,)."""
     values = torch.linalg.eigvalsh(matrix.to_dense())
     return torch.exp(-TIMES.to(values.device)[:, None] * values).sum(dim=1)
 
 
 def estimated_heat_trace(matrix: Tensor, probes: Tensor) -> Tensor:
-    """tr exp(-t L) by stochastic Lanczos quadrature, with tr L = n as control variate, (256,).
+    """tr exp(-t L) by stochastic Lanczos quadrature, (256,).
+
+    The same quadrature estimates tr(-t L), which is known to be -t n: its error, times exp(-t), is subtracted
+    (a control variate).
 
     Args:
         probes: (n, count) random starting vectors.
     """
-    n, times = len(probes), TIMES.to(probes.device)[:, None, None]
-    quadratures = [lanczos(matrix, chunk) for chunk in probes.split(PROBES_AT_ONCE, dim=1)]
-    nodes, weights = (torch.cat(parts) for parts in zip(*quadratures, strict=True))
-    heat = n * (torch.exp(-times * nodes) * weights).sum(dim=2).mean(dim=1)
-    drift = n * (-times * nodes * weights).sum(dim=2).mean(dim=1)
-    return heat - torch.exp(-TIMES.to(probes.device)) * (drift + TIMES.to(probes.device) * n)
+    n = len(probes)
+    nodes = []
+    weights = []
+    for some_probes in probes.split(PROBES_AT_ONCE, dim=1):
+        some_nodes, some_weights = lanczos(matrix, some_probes)
+        nodes.append(some_nodes)
+        weights.append(some_weights)
+    nodes = torch.cat(nodes)  # (count, steps)
+    weights = torch.cat(weights)  # (count, steps)
+    times = TIMES.to(probes.device)
+    exponents = -times[:, None, None] * nodes  # (256, count, steps)
+    heat = n * (torch.exp(exponents) * weights).sum(dim=2).mean(dim=1)
+    drift = n * (exponents * weights).sum(dim=2).mean(dim=1)
+    return heat - torch.exp(-times) * (drift + times * n)
 
 
 def lanczos(matrix: Tensor, probes: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor, Tensor]:
-    """Gauss quadrature of the spectrum seen by each probe: nodes and weights, (count, steps) each.
+    """Gauss quadrature of the spectrum that each probe weighs: nodes and weights, (count, steps) each.
 
-    Lanczos with full re-orthogonalisation, all probes at once.
+    Lanczos with full re-orthogonalisation, all probes at once: the nodes are the eigenvalues of the
+    tridiagonal matrix, the weights the squared first components of its eigenvectors.
     """
     n, count = probes.shape
     steps = min(steps, n)
@@ -148,7 +178,8 @@ def lanczos(matrix: Tensor, probes: Tensor, steps: int = LANCZOS_STEPS) -> tuple
             overlaps = torch.einsum("snc,nc->sc", basis[: step + 1], vector)
             vector = vector - torch.einsum("snc,sc->nc", basis[: step + 1], overlaps)
         norm = torch.linalg.vector_norm(vector, dim=0)
-        tridiagonal[:, step, step + 1] = tridiagonal[:, step + 1, step] = norm
+        tridiagonal[:, step, step + 1] = norm
+        tridiagonal[:, step + 1, step] = norm
         vector = vector / norm.clamp(min=torch.finfo(vector.dtype).tiny)
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     return nodes, vectors[:, 0].square()

@@ -1,10 +1,10 @@
-"""What a score may be called: the field's name only where it was made as the field makes it."""
+"""Names of scores: the published name only where a score was computed as the publication says."""
 
 from __future__ import annotations
 
 INCEPTION = "inception"
 
-# score -> (the field's name, kind of extractor and layer it belongs to, name with any other)
+# score -> (published name, kind of extractor and layer it belongs to, name with any other)
 _NAMES: dict[str, tuple[str, str, str | None, str]] = {
     "fid": ("fid", INCEPTION, "pool", "frechet_distance"),
     "fid_infinity": ("fid_infinity", INCEPTION, "pool", "frechet_distance_infinity"),
@@ -19,8 +19,7 @@ _NAMES: dict[str, tuple[str, str, str | None, str]] = {
     "dino": ("dino", "dino", None, "image_similarity"),
 }
 
-
-_OF_LAYERS = {  # (score, kind of extractor, layer) -> the field's name
+_NAMES_OF_LAYERS = {  # (score, kind of extractor, layer) -> published name
     ("fid", "dinov2", "class_token"): "fd_dinov2",
     ("fid_infinity", "dinov2", "class_token"): "fd_infinity_dinov2",
 }
@@ -36,16 +35,18 @@ def score_name(score: str, extractor: str, layer: str | None = None) -> str:
 
     Args:
         score: one of a metric's `scores`.
-        extractor: its name, such as "inception", "clip:<name>", "embedded:clip".
-        layer: of the extractor; None means the one the metric's own definition takes.
+        extractor: name of the extractor, such as "inception", "clip:<name>", "embedded:clip".
+        layer: of the extractor; None means the one of the metric's definition.
     """
     head = extractor.split(":")[0]
-    if (score, head, layer) in _OF_LAYERS:
-        return f"{_OF_LAYERS[score, head, layer]}[{extractor}]"
-    own, kind, own_layer, other = _NAMES.get(score, (score, "", None, score))
-    is_own_layer = layer in (None, own_layer)
-    if extractor == kind == INCEPTION and is_own_layer:
-        return own
-    where = extractor if is_own_layer else f"{extractor}:{layer}"
-    is_own = kind != INCEPTION and head == kind and is_own_layer
-    return f"{own if is_own else other}[{where}]"
+    if (score, head, layer) in _NAMES_OF_LAYERS:
+        return f"{_NAMES_OF_LAYERS[score, head, layer]}[{extractor}]"
+    published_name, kind, published_layer, other_name = _NAMES.get(score, (score, "", None, score))
+    is_published_layer = layer in (None, published_layer)
+    if extractor == kind == INCEPTION and is_published_layer:
+        return published_name
+    if not is_published_layer:
+        return f"{other_name}[{extractor}:{layer}]"
+    if kind != INCEPTION and head == kind:
+        return f"{published_name}[{extractor}]"
+    return f"{other_name}[{extractor}]"

@@ -1,4 +1,4 @@
-"""How an image gets the size that a network wants: part of every metric's identity, so it has a name.
+"""Resizes images to the size that a network takes, by named rules that are part of a score's identity.
 
 `tf1`         TensorFlow 1's bilinear, without smoothing: the first FID's, torch-fidelity's, ADM's
 `torchmetrics` bilinear with smoothing: torchmetrics' default since 1.9
@@ -53,8 +53,10 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
 
 
 def check_preset(preset: str, side: int) -> None:
-    """Raises: ValueError for an unknown preset, and for a crop from images smaller than the network takes, or
-    so large that next to nothing of them remains.
+    """Checks the name of a preset, and its size.
+
+    Raises: ValueError for an unknown preset, and for a crop from images smaller than the network takes, or so
+        large that next to nothing of them remains.
     """
     if preset in PRESETS:
         return
@@ -82,11 +84,13 @@ def shorter_side_then_middle(pixels: Tensor, shorter: int, side: int) -> Tensor:
     height, width = pixels.shape[-2:]
     scale = shorter / min(height, width)
     pixels = _bicubic(pixels, (max(shorter, int(height * scale)), max(shorter, int(width * scale))))
-    top, left = ((length - side) // 2 for length in pixels.shape[-2:])
-    return pixels[..., top : top + side, left : left + side]
+    y = (pixels.shape[-2] - side) // 2
+    x = (pixels.shape[-1] - side) // 2
+    return pixels[..., y : y + side, x : x + side]
 
 
 def _bicubic(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with smoothing, kept within [0, 255]; images of that size are left as they are."""
     if pixels.shape[-2:] == size:
         return pixels
     return interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)

@@ -1,4 +1,4 @@
-"""How many images a metric needs, and what happens with fewer or with unequal sets."""
+"""Numbers of images: sets too small for a metric are refused or noted, unequal ones cut to one size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ class TooFewImages(ValueError):
 
 
 def check_size(metric: str, role: str, n: int, minimum: int, *, allow_small: bool) -> str | None:
-    """None when there are enough images; else the stamp that the score must carry.
+    """The note that a score must carry; None when there are enough images.
+
+    Args:
+        metric: its key.
+        role: of the set: generated, real or training.
 
     Raises: TooFewImages unless `allow_small`.
     """
@@ -23,7 +27,13 @@ def check_size(metric: str, role: str, n: int, minimum: int, *, allow_small: boo
 
 
 def common_size(metric: str, n_generated: int, n_real: int, *, equalise: bool) -> tuple[int, int, str | None]:
-    """Images to take of each set by a metric whose value moves with their numbers, and the note on it."""
+    """Images to use of each set, for a metric whose value depends on their numbers, and a note on it.
+
+    Args:
+        equalise: cut both sets to the smaller one; False warns instead.
+
+    Returns: generated images, real images, note.
+    """
     if n_generated == n_real:
         return n_generated, n_real, None
     if equalise:

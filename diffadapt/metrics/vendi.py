@@ -11,7 +11,9 @@ from diffadapt.metrics.intervals import Estimate, half_samples_interval
 
 
 def vendi(*, features: Features) -> float:
-    """exp of the entropy of the eigenvalues of K / n, K the cosines between rows: 1 (all alike) to n.
+    """Effective number of different images, from 1 (all alike) to n.
+
+        exp(-sum_i l_i log l_i),    l_i the eigenvalues of K / n, K the cosines between rows
 
     A row of zeros (a ReLU layer may give one) has no direction: all such rows count as alike, and as
     different from every other row.
@@ -32,15 +34,17 @@ def vendi_with_interval(*, features: Features, seed: int = 0) -> Estimate:
 
 
 def _unit_rows(features: Features) -> Tensor:
+    """Rows of length 1; zero rows point into a dimension of their own."""
     features = as_features("features", features)
     is_zero = (features == 0).all(dim=1, keepdim=True)
     if is_zero.any():
-        features = torch.cat([features, is_zero.to(features.dtype)], dim=1)  # a direction of their own
+        features = torch.cat([features, is_zero.to(features.dtype)], dim=1)  # (n, D + 1)
     return normalize(features, dim=1)
 
 
 def _effective_number(rows: Tensor) -> float:
     n, width = rows.shape
-    gram = rows.T @ rows if width < n else rows @ rows.T  # the same non-zero eigenvalues
+    # X^T X and X X^T have the same non-zero eigenvalues: the smaller one is decomposed.
+    gram = rows.T @ rows if width < n else rows @ rows.T
     shares = torch.linalg.eigvalsh(gram / n).clamp(min=0)
     return float(torch.special.entr(shares).sum().exp())
