@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -24,6 +24,7 @@ from accelerate import PartialState
 from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation import image_quality_cli
 from diffadapt.evaluation.evaluate_sets import (
+    ReadOptions,
     check_counts,
     check_not_own_reference,
     evaluate_sets,
@@ -32,7 +33,7 @@ from diffadapt.evaluation.evaluate_sets import (
     setup_evaluation,
 )
 from diffadapt.evaluation.features.extractors import Extractor
-from diffadapt.evaluation.features.preference import METRIC, load_preference
+from diffadapt.evaluation.features.preference import METRIC, Preference, load_preference
 from diffadapt.evaluation.generate import files_of_run, generate_sets
 from diffadapt.evaluation.generated_files import temporary_folder
 from diffadapt.evaluation.output_files import OutputFiles, report_problems
@@ -68,25 +69,81 @@ def verify() -> int:
     return int(num_failed > 0)
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Generates images where asked to, scores all sets, writes the four files. Returns the exit code.
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation needs, opened and checked.
 
-    Everything that can be checked is checked before any image is generated or read.
+    Attributes:
+        adapter_files: FILE or FILE:STRENGTH of adapters to generate images with.
+        existing_sets: label -> images of `--generated`.
+        reference: real images; None where there are none.
+        extractors: networks with the layers that the metrics read.
+        plan: metrics and their options, without `preference`.
+        preference: the preference model; None where there is none.
+        read_options: how images are read.
     """
+
+    adapter_files: list[str]
+    existing_sets: dict[str, Source]
+    reference: Source | None
+    extractors: list[Extractor]
+    plan: Plan
+    preference: Preference | None
+    read_options: ReadOptions
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Generates images where asked to, scores all sets, writes the four files. Returns the exit code."""
     image_quality_cli.check_numbers(arguments)
     device = setup_evaluation(arguments.num_threads)
     image_quality_cli.fill_demo(arguments)
     image_quality_cli.check_output_paths(arguments)
+    inputs = open_and_check(arguments, str(device))
+    generates = is_generating(arguments, inputs.adapter_files)
+    with image_folder(arguments, generates=generates) as folder:
+        sets: dict[str, Source] = {}
+        if generates:
+            sets |= generate_sets(arguments, inputs.adapter_files, Path(folder))
+        for label, source in inputs.existing_sets.items():
+            sets[f"{label}-files" if label in sets else label] = source
+        output = evaluate_sets(
+            sets,
+            inputs.reference,
+            inputs.extractors,
+            inputs.plan,
+            read_options=inputs.read_options,
+            protocol=arguments.protocol,
+            train=arguments.train,
+            preference=inputs.preference,
+            settings={
+                "command": shlex.join(["python", "eval/image_quality.py", *sys.argv[1:]]),
+                "demo": image_quality_cli.is_demo(arguments),
+            },
+        )
+        if output is None:  # only the first process writes
+            return 0
+        output_files = OutputFiles.of(arguments.output)
+        problems = output.write(output_files)  # the page shows images of the folder
+    print(tables.markdown(output.record, width=tables.WIDTH))
+    print(f"{output_files.json} with .md, .csv and .html beside it")
+    return report_problems(problems)
+
+
+def open_and_check(arguments: argparse.Namespace, device: str) -> Inputs:
+    """Opens sets and networks, and checks all that can be checked before an image is generated or read.
+
+    Raises:
+        ValueError, OSError: something is missing or does not fit together.
+    """
     adapter_files = list(arguments.adapters)
     if arguments.run:
         adapter_files += files_of_run(arguments.run)
-    generates = bool(adapter_files) or arguments.with_base
+    generates = is_generating(arguments, adapter_files)
     if generates:
         arguments.base = choose_base(arguments, adapter_files)
-
     plan = image_quality_cli.plan_from(arguments)
     read_options = image_quality_cli.read_options_from(arguments)
-    extractors = load_extractors(arguments, plan, str(device))
+    extractors = load_extractors(arguments, plan, device)
     preference = None
     if arguments.preference is not None:
         preference = load_preference(arguments.preference)
@@ -97,6 +154,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     reference = None
     if arguments.reference is not None:
         reference = open_reference(arguments.reference, read_options)
+
     knows_prompts = generates or arguments.captions or any(map(has_prompts, arguments.generated))
     check_plan(
         plan,
@@ -110,34 +168,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     check_counts(plan, extractors, existing_sets, reference)
     if generates:
         check_generated_count(arguments, adapter_files, plan, extractors, reference)
+    return Inputs(adapter_files, existing_sets, reference, extractors, plan, preference, read_options)
 
-    with image_folder(arguments, generates=generates) as folder:
-        sets: dict[str, Source] = {}
-        if generates:
-            sets |= generate_sets(arguments, adapter_files, Path(folder))
-        for label, source in existing_sets.items():
-            sets[f"{label}-files" if label in sets else label] = source
-        output = evaluate_sets(
-            sets,
-            reference,
-            extractors,
-            plan,
-            read_options=read_options,
-            protocol=arguments.protocol,
-            train=arguments.train,
-            preference=preference,
-            settings={
-                "command": shlex.join(["python", "eval/image_quality.py", *sys.argv[1:]]),
-                "demo": image_quality_cli.is_demo(arguments),
-            },
-        )
-        if output is None:  # only the first process writes
-            return 0
-        output_files = OutputFiles.of(arguments.output)
-        problems = output.write(output_files)
-    print(tables.markdown(output.record, width=tables.WIDTH))
-    print(f"{output_files.json} with .md, .csv and .html beside it")
-    return report_problems(problems)
+
+def is_generating(arguments: argparse.Namespace, adapter_files: Sequence[str]) -> bool:
+    """Whether images are generated: with adapters or with the bare base."""
+    return bool(adapter_files) or arguments.with_base
 
 
 def choose_base(arguments: argparse.Namespace, adapter_files: Sequence[str]) -> str:
