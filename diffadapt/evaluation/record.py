@@ -1,7 +1,7 @@
-"""The record of an evaluation: what was scored, how, with what outcome; one JSON file.
+"""The record of an evaluation: the sets, the settings and the scores, in one JSON file.
 
-Everything a reader needs to judge a number, or to refuse to compare it with another, stands beside it. The
-page, the tables and `eval/compare.py` are made from this record alone.
+Each score carries what a reader needs to judge it, or to refuse to compare it with another. The page, the
+tables and `eval/compare.py` are made from this record alone.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from diffadapt.common.atomic_files import write_atomically
+from diffadapt.common.atomic_files import write_utf8
 from diffadapt.common.strict_json import parse_number, to_json
 from diffadapt.metrics.intervals import Interval
 
 SCHEMA = "diffadapt-evaluation-1"
-NOT_A_SCORE = "NOT A SCORE"  # stamped on everything made with random weights
-IDENTITY = (  # what two scores must share to be compared, in the order in which a difference is named
+NOT_A_SCORE = "NOT A SCORE"  # stamp of everything computed with random weights
+IDENTITY = (  # fields that two scores must share to be compared, in the order in which differences are named
     "metric",
     "score",
     "metric_version",
@@ -38,17 +38,17 @@ class Score:
     """One number of one generated set.
 
     Attributes:
-        name: what the number may be called: "fid", or "frechet_distance[embedded:clip]".
+        name: the name that the number may carry: "fid", or "frechet_distance[embedded:clip]".
         metric: its key in the registry of metrics: "fid".
         generated: label of the scored set, a key of `EvaluationRecord.sets`.
-        value: finite; what could not be computed stands in `EvaluationRecord.refused`.
+        value: finite; scores that could not be computed are in `EvaluationRecord.refused`.
         interval: 95 % interval with its method, None where there is none.
         n: images used, {"generated": 500, "real": 500}.
         floor: the same metric between two disjoint halves of the real set (its ceiling, where higher is
             better); None where the metric has none or the set is too small to halve.
         better: "lower", "higher", or "" where neither is.
         identity: the fields of IDENTITY; None where a field does not apply.
-        notes: what limits the number, such as "below the minimum of 4096 images: not comparable".
+        notes: limits of the number, such as "below the minimum of 4096 images: not comparable".
     """
 
     name: str
@@ -65,21 +65,23 @@ class Score:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """What is known of one image set.
+    """Information about one image set.
 
     Attributes:
         role: "generated" or "real".
-        source: as it was named on the command line.
+        source: its name on the command line.
         kind: folder, zip, datasets, npz, features, statistics, embedded, adapter or base.
         count: images scored.
         fingerprint: SHA-256 over the sorted hashes of its images.
-        formats, sizes, modes: how many images are "PNG", "64x64", "RGB".
-        conversions: how many images are "transparent, put on white", ...; other programs may read those
-            otherwise.
-        skipped: unreadable files left out, "name: reason".
-        made: of drawn images, how: adapter, sampler, prompts, seeds and the adapter's run.json
-            (`made["run"]["parameters"]`, `["seconds"]`, `["peak_memory_bytes"]`); empty for given files.
-        features: folder, relative to the JSON file, with the set's features, when they were kept.
+        formats: numbers of images by format ("PNG", ...).
+        sizes: numbers of images by size ("64x64", ...).
+        modes: numbers of images by mode ("RGB", ...).
+        conversions: numbers of images that are "transparent, put on white", ...; other programs may read
+            other pixels of them.
+        skipped: unreadable files that were left out, "name: reason".
+        made: how images were generated: adapter, sampler, prompts, seeds and the adapter's run.json
+            (`made["run"]["parameters"]`, `["seconds"]`, `["peak_memory_bytes"]`); empty for existing images.
+        features: folder of the set's features, relative to the JSON file; None where they were not saved.
     """
 
     role: str
@@ -98,27 +100,40 @@ class SetSummary:
 
 @dataclass(frozen=True)
 class ExtractorSummary:
-    """What turned images into features."""
+    """Information about one extractor.
+
+    Attributes:
+        name: full name.
+        sha256: of the weights.
+        preset: of the resize.
+        side: height and width that the network takes, in pixels.
+        layers: those that were computed.
+        dtype: of the network.
+        smoke: whether the weights are random, in which case nothing is a score.
+    """
 
     name: str
-    sha256: str  # of the weights
-    preset: str  # of the resize
-    side: int  # pixels
-    layers: tuple[str, ...]  # those that were used
+    sha256: str
+    preset: str
+    side: int
+    layers: tuple[str, ...]
     dtype: str = "float32"
-    smoke: bool = False  # random weights: nothing is a score
+    smoke: bool = False
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """Figures of one generated image: the rows of the CSV, the order of the contact sheets.
+    """Values of one generated image: a row of the CSV.
 
     Attributes:
         generated: label of its set.
-        name: file name, or the drawn image's number and seed.
+        name: of the file.
         values: such as "realism", "nearest_similarity", "clip_t"; higher is better in each of RANKING. The
             realism of a copy of a real image is infinite.
-        nearest: name of the most similar real image, in the set `nearest_in`.
+        nearest: name of the most similar real image.
+        nearest_in: label of the set of that image.
+        prompt: of the image, where it is known.
+        seed: of the image, where it is known.
     """
 
     generated: str
@@ -132,7 +147,20 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One call's result. `refused` names metrics that were not computed, "set: metric" -> why."""
+    """The result of one evaluation.
+
+    Attributes:
+        scores: of all sets.
+        sets: label -> the generated sets and the reference.
+        extractors: networks that were used.
+        seeds: by purpose.
+        versions: of libraries.
+        warnings: about sets.
+        images: values of each generated image.
+        refused: "set: metric" of scores that were not computed -> why.
+        settings: command, protocol, device, seconds, ...
+        schema: version of the JSON.
+    """
 
     scores: tuple[Score, ...]
     sets: Mapping[str, SetSummary]
@@ -142,7 +170,7 @@ class EvaluationRecord:
     warnings: tuple[str, ...] = ()
     images: tuple[ImageRow, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, object] = field(default_factory=dict)  # command, protocol, device, seconds, ...
+    settings: Mapping[str, object] = field(default_factory=dict)
     schema: str = SCHEMA
 
     @property
@@ -166,12 +194,16 @@ class EvaluationRecord:
         return to_json(asdict(self))
 
     def write(self, path: str | Path) -> None:
-        text = self.to_json()
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        """Writes the JSON file atomically."""
+        write_utf8(path, self.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationRecord:
-        """Raises: ValueError when the text is no record, or of another schema."""
+        """The record in a JSON text.
+
+        Raises:
+            ValueError: the text is no record, or of another schema.
+        """
         try:
             content = json.loads(text)
             schema = content.pop("schema")
@@ -182,17 +214,21 @@ class EvaluationRecord:
         try:
             return cls(
                 scores=tuple(_score(values) for values in content.pop("scores")),
-                sets={label: _built(SetSummary, values) for label, values in content.pop("sets").items()},
-                extractors=tuple(_built(ExtractorSummary, e) for e in content.pop("extractors")),
+                sets={label: _build(SetSummary, values) for label, values in content.pop("sets").items()},
+                extractors=tuple(_build(ExtractorSummary, values) for values in content.pop("extractors")),
                 images=tuple(_image_row(values) for values in content.pop("images")),
-                **_tuples(EvaluationRecord, content),
+                **_restore_tuples(EvaluationRecord, content),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the record of the evaluation is damaged: {error}") from None
 
 
 def read_record(path: str | Path) -> EvaluationRecord:
-    """The record in a file; errors name the file."""
+    """The record in a file.
+
+    Raises:
+        ValueError: the file holds no record; names the file.
+    """
     try:
         return EvaluationRecord.from_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -201,31 +237,36 @@ def read_record(path: str | Path) -> EvaluationRecord:
 
 def differences(first: Score, second: Score) -> list[str]:
     """Why two scores must not be compared: a line for each field of their identities that differs."""
-    return [
-        f"{name}: {first.identity.get(name)!r} against {second.identity.get(name)!r}"
-        for name in IDENTITY
-        if first.identity.get(name) != second.identity.get(name)
-    ]
+    lines = []
+    for name in IDENTITY:
+        first_value = first.identity.get(name)
+        second_value = second.identity.get(name)
+        if first_value != second_value:
+            lines.append(f"{name}: {first_value!r} against {second_value!r}")
+    return lines
 
 
 def _score(values: dict) -> Score:
     interval = values.pop("interval")
     if interval is not None:
         interval = Interval(parse_number(interval["low"]), parse_number(interval["high"]), interval["method"])
-    numbers = {name: parse_number(values[name]) for name in ("value", "floor")}
-    return _built(Score, {**values, **numbers, "interval": interval})
+    numbers = {"value": parse_number(values["value"]), "floor": parse_number(values["floor"])}
+    return _build(Score, {**values, **numbers, "interval": interval})
 
 
 def _image_row(values: dict) -> ImageRow:
-    figures = {name: parse_number(value) for name, value in values["values"].items()}
-    return _built(ImageRow, {**values, "values": figures})
+    image_values = {name: parse_number(value) for name, value in values["values"].items()}
+    return _build(ImageRow, {**values, "values": image_values})
 
 
-def _built(kind: type, values: dict) -> object:
-    return kind(**_tuples(kind, values))
+def _build(record_class: type, values: dict) -> object:
+    return record_class(**_restore_tuples(record_class, values))
 
 
-def _tuples(kind: type, values: dict) -> dict:
-    """JSON knows lists only: fields that are tuples become tuples again."""
-    names = {f.name for f in fields(kind) if str(f.type).startswith("tuple")}
-    return {name: tuple(value) if name in names else value for name, value in values.items()}
+def _restore_tuples(record_class: type, values: dict) -> dict:
+    """Turns the lists of JSON into tuples again, for the fields that are tuples."""
+    tuple_fields = {field.name for field in fields(record_class) if str(field.type).startswith("tuple")}
+    restored = {}
+    for name, value in values.items():
+        restored[name] = tuple(value) if name in tuple_fields else value
+    return restored

@@ -1,4 +1,4 @@
-"""An image set ready to be scored: its features by extractor, its summary, facts of its images."""
+"""An image set ready to be scored: its features by extractor, its summary, information about its images."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.feature_file import read_features
 from diffadapt.evaluation.features.weight_files import sha256_of
 from diffadapt.evaluation.record import SetSummary
+from diffadapt.evaluation.sets.archives import IMAGES, array_names
 from diffadapt.evaluation.sets.image_files import ImageInfo
 from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint
 from diffadapt.metrics.feature_set import FeatureSet
@@ -28,9 +29,11 @@ class ScoredSet:
     """A set ready to be scored.
 
     Attributes:
+        summary: of the set, for the record.
         feature_sets: extractor name -> what metrics read.
-        facts: of the images in the order of the rows; () for statistics.
-        load_image: image name -> the image; None where only features are at hand.
+        infos: of each image in the order of the rows; () for statistics.
+        load_image: image name -> the image; None where only features are known.
+        prompts: of each image; () where they are not known.
     """
 
     summary: SetSummary
@@ -41,130 +44,181 @@ class ScoredSet:
 
 
 def scored_set_from_images(
-    images: ImageSet, made: ExtractedFeatures, extractors: Sequence[Extractor], *, role: str
+    image_set: ImageSet, extracted: ExtractedFeatures, extractors: Sequence[Extractor], *, role: str
 ) -> ScoredSet:
-    """The material of extracted images; texts and groups come from the prompts of drawn ones.
+    """The scored set of extracted images; texts and groups come from the prompts of generated ones.
 
     Images of class labels are grouped by class, but "class 3" is no text to compare an image with.
+
+    Args:
+        image_set: the images.
+        extracted: their features.
+        extractors: those of the features.
+        role: "generated" or "real".
     """
-    prompts, has_words = _prompts_of(images, made.infos), "labels" not in images.generation
-    known = [e for e in extractors if e.name in made.features]
-    feature_sets = {e.name: _inputs(e, made.features[e.name], prompts, has_words) for e in known}
-    by_name = {picture.name: picture for picture in images.images}
+    prompts = _prompts_of(image_set, extracted.infos)
+    has_texts = "labels" not in image_set.generation
+    feature_sets = {}
+    for extractor in extractors:
+        if extractor.name in extracted.features:
+            layers = extracted.features[extractor.name]
+            feature_sets[extractor.name] = _feature_set(extractor, layers, prompts, has_texts=has_texts)
+    images = {image.name: image for image in image_set.images}
 
     def load_image(name: str) -> Image.Image:
-        pixels, _ = by_name[name].load()
+        pixels, _ = images[name].load()  # (3, H, W)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
-    skipped = (*images.ignored, *made.skipped)
-    summary = _summary(role, images.source, images.kind, made.infos, skipped, images.generation)
-    return ScoredSet(summary, feature_sets, made.infos, load_image, prompts)
+    summary = _summarise(
+        role,
+        image_set.source,
+        image_set.kind,
+        extracted.infos,
+        skipped=(*image_set.ignored, *extracted.skipped),
+        generation=image_set.generation,
+    )
+    return ScoredSet(summary, feature_sets, extracted.infos, load_image, prompts)
 
 
 def scored_set_from_file(path: Path, extractors: Sequence[Extractor], *, role: str) -> ScoredSet:
-    """Saved features (.safetensors) or published statistics (.npz with mu and sigma).
+    """The scored set of saved features (.safetensors) or published statistics (.npz with mu and sigma).
 
-    Raises: ValueError when the features are not those of the only extractor, naming what differs.
+    Raises:
+        ValueError: the features are not those of the extractors; names what differs.
     """
     if path.suffix == ".npz":
         statistics = read_all_statistics(path)
-        summary = SetSummary(role, str(path), "statistics", statistics["statistics"].n or 0, sha256_of(path))
-        feature_sets = {e.name: FeatureSet({}, statistics=statistics) for e in extractors}
-        return ScoredSet(summary, feature_sets, (), None)
+        count = statistics["statistics"].n or 0
+        summary = SetSummary(role, str(path), "statistics", count, sha256_of(path))
+        feature_sets = {extractor.name: FeatureSet({}, statistics=statistics) for extractor in extractors}
+        return ScoredSet(summary, feature_sets, infos=(), load_image=None)
     content = read_features(path)
+    feature_sets = {}
     for extractor in extractors:
-        wanted = identity_of(extractor)
-        other = [
-            f"{n}: {content.identity.get(n)!r}, not {v!r}"
-            for n, v in wanted.items()
-            if content.identity.get(n) != v
-        ]
-        if other:
+        mismatches = []
+        for field, value in identity_of(extractor).items():
+            if content.identity.get(field) != value:
+                mismatches.append(f"{field}: {content.identity.get(field)!r}, not {value!r}")
+        if mismatches:
             raise ValueError(
-                f"{path} holds features made otherwise than by {extractor.name!r}: {'; '.join(other)}"
+                f"{path} holds features of another extractor than {extractor.name!r}: {'; '.join(mismatches)}"
             )
-    feature_sets = {e.name: _inputs(e, content.layers) for e in extractors}
-    summary = _summary(role, str(path), "features", content.infos, (), {})
-    return ScoredSet(summary, feature_sets, content.infos, None)
+        feature_sets[extractor.name] = _feature_set(extractor, content.layers)
+    summary = _summarise(role, str(path), "features", content.infos)
+    return ScoredSet(summary, feature_sets, content.infos, load_image=None)
 
 
 def with_statistics(scored_set: ScoredSet, path: Path) -> ScoredSet:
-    """A reference batch as ADM publishes it: images, and Frechet statistics of the whole set they are from.
+    """Adds the Frechet statistics in ADM's reference batch, which are those of the whole set.
 
-    The Frechet distances of Inception are taken of the statistics, everything else of the images.
+    The Frechet distances of Inception are computed from the statistics, everything else from the images.
+
+    Args:
+        scored_set: the images of the batch.
+        path: of the batch.
     """
     statistics = read_all_statistics(path)
     feature_sets = dict(scored_set.feature_sets)
     if "inception" in feature_sets:
         feature_sets["inception"] = FeatureSet(feature_sets["inception"].features, statistics=statistics)
     both = fingerprint([scored_set.summary.fingerprint, sha256_of(path)])
-    return replace(
-        scored_set, summary=replace(scored_set.summary, fingerprint=both), feature_sets=feature_sets
-    )
+    summary = replace(scored_set.summary, fingerprint=both)
+    return replace(scored_set, summary=summary, feature_sets=feature_sets)
 
 
 def has_statistics(source: object) -> bool:
-    """Whether a name stands for an npz that holds images and statistics."""
-    from diffadapt.evaluation.sets.archives import array_names
-
-    path = Path(source) if isinstance(source, str) else None
-    if path is None or path.suffix != ".npz" or not path.is_file():
+    """Whether a name stands for an npz file that holds images and statistics."""
+    if not isinstance(source, str):
         return False
-    return {"arr_0", "mu", "sigma"} <= set(array_names(path))
+    path = Path(source)
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    return {IMAGES, "mu", "sigma"} <= set(array_names(path))
 
 
 def holds_features(source: str) -> bool:
     """Whether a name stands for saved features or statistics rather than images."""
     path = Path(source)
-    if path.suffix == ".safetensors" and path.is_file():
-        return True
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix not in (".safetensors", ".npz") or not path.is_file():
         return False
-    from diffadapt.evaluation.sets.archives import array_names
-
+    if path.suffix == ".safetensors":
+        return True
     names = array_names(path)
-    return "mu" in names and "arr_0" not in names
+    return "mu" in names and IMAGES not in names
 
 
-def _inputs(
-    extractor: Extractor, layers: Mapping[str, Tensor], prompts: Sequence[str] = (), has_words: bool = False
+def _feature_set(
+    extractor: Extractor,
+    layers: Mapping[str, Tensor],
+    prompts: Sequence[str] = (),
+    *,
+    has_texts: bool = False,
 ) -> FeatureSet:
-    roles = {
+    """The layers by the roles that metrics read, with the texts and groups of the prompts.
+
+    Args:
+        extractor: of the layers.
+        layers: layer -> (N, D).
+        prompts: of each image.
+        has_texts: whether the prompts are texts rather than class labels.
+    """
+    role_layers = {
         "features": extractor.feature_layer,
         "logits": extractor.logit_layer,
         "pixels": extractor.perceptual_layer,
+        **extractor.role_layers,
     }
-    roles |= extractor.role_layers
-    found = {role: layers[layer] for role, layer in roles.items() if layer in layers}
+    features: dict[str, Tensor] = {}
+    for role, layer in role_layers.items():
+        if layer in layers:
+            features[role] = layers[layer]
     if prompts:
-        order = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        found["groups"] = torch.tensor([order[prompt] for prompt in prompts])
-        if extractor.embed_texts is not None and has_words:
-            rows = extractor.embed_texts(list(order)).cpu()
-            found["texts"] = rows[found["groups"]]
-    return FeatureSet(found)
+        unique_prompts = list(dict.fromkeys(prompts))
+        index_of = {prompt: index for index, prompt in enumerate(unique_prompts)}
+        groups = torch.tensor([index_of[prompt] for prompt in prompts])  # (N,)
+        features["groups"] = groups
+        if extractor.embed_texts is not None and has_texts:
+            features["texts"] = extractor.embed_texts(unique_prompts).cpu()[groups]  # (N, D)
+    return FeatureSet(features)
 
 
-def _prompts_of(images: ImageSet, facts: Sequence[ImageInfo]) -> tuple[str, ...]:
-    if not images.prompts:
+def _prompts_of(image_set: ImageSet, infos: Sequence[ImageInfo]) -> tuple[str, ...]:
+    """The prompts of the images that were read."""
+    if not image_set.prompts:
         return ()
-    prompt = dict(zip((picture.name for picture in images.images), images.prompts, strict=True))
-    return tuple(prompt[each.name] for each in facts)
+    names = [image.name for image in image_set.images]
+    prompt_of = dict(zip(names, image_set.prompts, strict=True))
+    return tuple(prompt_of[info.name] for info in infos)
 
 
-def _summary(
-    role: str, source: str, kind: str, facts: Sequence[ImageInfo], skipped: Sequence[str], made: Mapping
+def _summarise(
+    role: str,
+    source: str,
+    kind: str,
+    infos: Sequence[ImageInfo],
+    *,
+    skipped: Sequence[str] = (),
+    generation: Mapping[str, object] | None = None,
 ) -> SetSummary:
+    formats: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    conversions: Counter[str] = Counter()
+    for info in infos:
+        formats[info.format] += 1
+        sizes[f"{info.width}x{info.height}"] += 1
+        modes[info.mode] += 1
+        conversions.update(info.conversions)
     return SetSummary(
         role,
         source,
         kind,
-        len(facts),
-        fingerprint(each.sha256 for each in facts),
-        formats=dict(Counter(each.format for each in facts)),
-        sizes=dict(Counter(f"{each.width}x{each.height}" for each in facts)),
-        modes=dict(Counter(each.mode for each in facts)),
-        conversions=dict(Counter(conversion for each in facts for conversion in each.conversions)),
+        len(infos),
+        fingerprint(info.sha256 for info in infos),
+        formats=dict(formats),
+        sizes=dict(sizes),
+        modes=dict(modes),
+        conversions=dict(conversions),
         skipped=tuple(skipped),
-        made=dict(made),
+        made=dict(generation or {}),
     )

@@ -143,7 +143,7 @@ def test_saved_features_score_as_the_images_do(record, folders, tmp_path):
     assert again.scores[0].value == kept.scores[0].value
     assert {row.nearest for row in again.images} == {None}  # there is no image to show
     assert differences(again.scores[0], kept.scores[0]) == []
-    with pytest.raises(ValueError, match="holds features made otherwise"):
+    with pytest.raises(ValueError, match="holds features of another extractor"):
         scored({"a": folders["a"]}, file, extractor="embedded:clip")
 
 
