@@ -171,14 +171,14 @@ def _run_batches(
     state = PartialState()
     needs_one_size = any(extractor.preset == "none" for extractor in extractors)
     prompts = image_set.prompts if any(extractor.perceptual_layer for extractor in extractors) else ()
-    own_batches = prompt_batches(len(image_set), batch_size, prompts)[
+    process_batches = prompt_batches(len(image_set), batch_size, prompts)[
         state.process_index :: state.num_processes
     ]
     finished: list[_Batch] = []
     sizes: set[torch.Size] = set()
     has_failed = False
     with tqdm(desc=title, total=len(image_set), unit="image", disable=not state.is_main_process) as bar:
-        for positions, decoded in _decode_ahead(image_set.images, own_batches):
+        for positions, decoded in _decode_ahead(image_set.images, process_batches):
             batch = _Batch()
             pixels: list[Tensor] = []  # each (3, H, W)
             for position, item in zip(positions, decoded, strict=True):
