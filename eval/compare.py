@@ -66,13 +66,15 @@ def put_first(runs: Sequence[ComparedRun], label: str) -> list[ComparedRun]:
 
 def record(runs: Sequence[ComparedRun], differences: Sequence[Difference], command: str) -> dict[str, object]:
     """The content of compare.json."""
+    run_entries = {run.label: {"record": str(run.path), "costs": run.costs} for run in runs}
+    difference_entries = []
+    for difference in differences:
+        difference_entries.append({**dataclasses.asdict(difference), "verdict": difference.verdict})
     return {
         "command": command,
         "first": runs[0].label,
-        "runs": {run.label: {"record": str(run.path), "costs": run.costs} for run in runs},
-        "differences": [
-            {**dataclasses.asdict(difference), "verdict": difference.verdict} for difference in differences
-        ],
+        "runs": run_entries,
+        "differences": difference_entries,
     }
 
 

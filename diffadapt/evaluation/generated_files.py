@@ -38,7 +38,7 @@ def generate_files(
     """
     state = PartialState()
     batch_size = sampling.batch_size
-    indices: list[int] = []  # of this process's images
+    indices: list[int] = []  # of this process's images: every n-th batch of n processes
     for start in range(batch_size * state.process_index, len(requests), batch_size * state.num_processes):
         indices += range(start, min(start + batch_size, len(requests)))
     remaining_paths = iter([paths[index] for index in indices])

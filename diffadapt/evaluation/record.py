@@ -212,11 +212,15 @@ class EvaluationRecord:
         if schema != SCHEMA:
             raise ValueError(f"the record follows {schema!r}, this version reads {SCHEMA!r}; evaluate again")
         try:
+            scores = [_score(values) for values in content.pop("scores")]
+            sets = {label: _build(SetSummary, values) for label, values in content.pop("sets").items()}
+            extractors = [_build(ExtractorSummary, values) for values in content.pop("extractors")]
+            images = [_image_row(values) for values in content.pop("images")]
             return cls(
-                scores=tuple(_score(values) for values in content.pop("scores")),
-                sets={label: _build(SetSummary, values) for label, values in content.pop("sets").items()},
-                extractors=tuple(_build(ExtractorSummary, values) for values in content.pop("extractors")),
-                images=tuple(_image_row(values) for values in content.pop("images")),
+                scores=tuple(scores),
+                sets=sets,
+                extractors=tuple(extractors),
+                images=tuple(images),
                 **_restore_tuples(EvaluationRecord, content),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -100,7 +100,9 @@ def _page(rounds: dict[str, Sequence[Counter]], arguments: argparse.Namespace) -
     kinds = [*KINDS, OTHER]
     lines = [f"| | {' | '.join(kinds)} | together |", "|---|" + "---:|" * (len(kinds) + 1)]
     for name, steps in rounds.items():
-        seconds = [median(step[kind] for step in steps) for kind in kinds]
+        seconds = []
+        for kind in kinds:
+            seconds.append(median(step[kind] for step in steps))
         seconds.append(median(step.total() for step in steps))
         cells = " | ".join(f"{value:.2f}" for value in seconds)
         lines.append(f"| {name} | {cells} |")

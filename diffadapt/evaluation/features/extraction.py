@@ -90,7 +90,7 @@ def extract(
     used_extractors = [e for e in extractors if e.perceptual_layer is None or image_set.prompts]
     cached, cached_names = _from_cache(image_set, used_extractors, cache)
     uncached = [extractor for extractor in used_extractors if extractor.name not in cached_names]
-    cached_features = {name: content.layers for name, content in cached.items()}
+    cached_features = {name: content.layers for name, content in cached.items()}  # of the first process
     if cached_names and not uncached:
         infos = next((content.infos for content in cached.values()), ())
         return ExtractedFeatures(cached_features, infos)

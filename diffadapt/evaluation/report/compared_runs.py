@@ -105,7 +105,11 @@ def _training_costs(
             if (folder / "run.json").is_file():
                 values = _read_run_file(folder / "run.json")
                 break
-    return {name: float(values[name]) for name in COSTS if isinstance(values.get(name), int | float)}
+    costs = {}
+    for name in COSTS:
+        if isinstance(values.get(name), int | float):
+            costs[name] = float(values[name])
+    return costs
 
 
 def _read_run_file(path: Path) -> dict:

@@ -143,7 +143,11 @@ def paired_rows(first: Sequence[ImageRow], other: Sequence[ImageRow]) -> Pairs:
     """Images of one prompt and seed in both sets; none where prompts or seeds are unknown or not unique."""
     first_by_origin = _rows_by_origin(first)
     other_by_origin = _rows_by_origin(other)
-    return [(row, other_by_origin[key]) for key, row in first_by_origin.items() if key in other_by_origin]
+    pairs = []
+    for origin, row in first_by_origin.items():
+        if origin in other_by_origin:
+            pairs.append((row, other_by_origin[origin]))
+    return pairs
 
 
 def _rows_by_origin(rows: Sequence[ImageRow]) -> dict[tuple[str, int], ImageRow]:
@@ -292,7 +296,10 @@ class _PairedScore:
         real = _stored_features(first, "reference", score) if metric.real else None
         if metric.real and real is None:
             return None
-        options = {name: value for name, value in score.identity["options"].items() if name in metric.options}
+        options = {}  # the identity also names the training images of a metric that reads some
+        for name, value in score.identity["options"].items():
+            if name in metric.options:
+                options[name] = value
         return cls(metric, score, options, (first_features, other_features), real, pairs)
 
     def interval(self, change: float) -> Interval:

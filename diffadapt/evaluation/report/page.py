@@ -26,7 +26,13 @@ from diffadapt.evaluation.report.contact_sheets import (
     ranking_key,
 )
 from diffadapt.evaluation.report.page_style import STYLE
-from diffadapt.evaluation.report.tables import COLUMNS, remarks_of_run, score_notes, score_rows
+from diffadapt.evaluation.report.tables import (
+    COLUMNS,
+    columns_with_values,
+    remarks_of_run,
+    score_notes,
+    score_rows,
+)
 
 LoadImage = Callable[[str, str], Image.Image]  # (label of a set, image name) -> RGB
 
@@ -113,7 +119,7 @@ def document(title: str, body: str) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     """A table whose rows become cards on a narrow screen; columns without any value are left out."""
-    used_columns = [column for column in columns if any(row.get(column) for row in rows)]
+    used_columns = columns_with_values(columns, rows)
     heading = "".join(f"<th>{escape(column)}</th>" for column in used_columns)
     lines = [f'<div class="table"><table class="cards"><thead><tr>{heading}</tr></thead><tbody>']
     for row in rows:

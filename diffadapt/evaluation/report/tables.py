@@ -165,9 +165,11 @@ def _provenance(record: EvaluationRecord) -> list[str]:
         if rows:
             lines += [*markdown_table(list(rows[0]), rows), ""]
     command = record.settings.get("command")
+    seeds = [f"{name} {seed}" for name, seed in record.seeds.items()]
+    versions = [f"{name} {version}" for name, version in record.versions.items()]
     facts = {
-        "seeds": ", ".join(f"{name} {seed}" for name, seed in record.seeds.items()),
-        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        "seeds": ", ".join(seeds),
+        "versions": ", ".join(versions),
         "device": str(record.settings.get("device") or ""),
         "protocol": str(record.settings.get("protocol") or ""),
         "command": f"`{command}`" if command else "",
@@ -209,7 +211,7 @@ def markdown_table(
         rows: cells by column; missing cells are empty.
         width: characters of a line, to which the longest cells are cut in their middle; None cuts none.
     """
-    used_columns = [column for column in columns if any(row.get(column) for row in rows)]
+    used_columns = columns_with_values(columns, rows)
     table = [[_escape_cell(column) for column in used_columns]]
     for row in rows:
         table.append([_escape_cell(row.get(column, "")) for column in used_columns])
@@ -224,6 +226,15 @@ def markdown_table(
         lines.append(f"| {' | '.join(padded)} |")
     rule = "|".join("-" * (size + 2) for size in widths)
     return [lines[0], f"|{rule}|", *lines[1:]]
+
+
+def columns_with_values(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The columns that are not empty in every row."""
+    used_columns = []
+    for column in columns:
+        if any(row.get(column) for row in rows):
+            used_columns.append(column)
+    return used_columns
 
 
 def _shrink(widths: list[int], line_width: int) -> None:

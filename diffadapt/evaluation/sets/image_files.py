@@ -86,6 +86,7 @@ class ImageFile:
             conversions = conversions_of(image)
             if mode == "F":
                 check_value_range(np.asarray(image), self.name)
+        # Opened again: `open_image` turns the image upright and converts it, and these facts are lost.
         values = np.asarray(open_image(StoredImage(self.name, data)))  # (H, W, 3)
         sha256 = hashlib.sha256(data).hexdigest()
         info = _image_info(values, self.name, sha256, image_format, mode, conversions)

@@ -122,7 +122,10 @@ def _open_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
     excluded = [name for name in paths if _is_overview_or_input(name)]
     if len(excluded) == len(paths):  # then the names mean something else
         excluded = []
-    images = [ImageFile(name, path) for name, path in paths.items() if name not in excluded]
+    images = []
+    for name, path in paths.items():
+        if name not in excluded:
+            images.append(ImageFile(name, path))
     ignored = []
     files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
     for path in files:
