@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# ends of keys -> role of the tensor; the largest_class_table end that matches counts
+# ends of keys -> role of the tensor; the longest end that matches counts
 _LOW_RANK = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
