@@ -64,9 +64,9 @@ def _expected_gradients(adapter, bare, inputs, together=lambda run, x: run(x)):
 
 
 def _assert_gradients(adapter, inputs, expected):
-    found = [leaf.grad for leaf in (*trainable(adapter), *(x for x in inputs if x.requires_grad))]
-    for value, wanted in zip(found, expected, strict=True):
-        close(torch.zeros_like(wanted) if value is None else value, wanted, 1e-9)
+    gradients = [leaf.grad for leaf in (*trainable(adapter), *(x for x in inputs if x.requires_grad))]
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        close(torch.zeros_like(expected_gradient) if gradient is None else gradient, expected_gradient, 1e-9)
 
 
 def _inputs(kind, grad=True):
@@ -77,22 +77,22 @@ def _inputs(kind, grad=True):
 @everything
 def test_gradients_are_those_of_the_materialised_weight(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64)
-    used = _once(model, _inputs(kind))
-    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+    used_inputs = _once(model, _inputs(kind))
+    _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
 @on_few
 def test_gradients_do_not_need_one_of_the_input(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64)
-    used = _once(model, _inputs(kind, grad=False))
-    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+    used_inputs = _once(model, _inputs(kind, grad=False))
+    _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
 @on_few
 def test_gradients_at_the_start_are_those_of_the_materialised_weight(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64, trained=False)
-    used = _once(model, _inputs(kind))
-    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+    used_inputs = _once(model, _inputs(kind))
+    _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
 @on_few
@@ -101,24 +101,24 @@ def test_gradients_at_the_start_are_those_of_the_materialised_weight(case, kind)
 @pytest.mark.slow
 def test_gradients_survive_accumulation_and_checkpointing(case, kind, run, model):
     model, adapter, bare = adapt(case, kind, torch.float64, model=model)
-    used = run(model, _inputs(kind))
-    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+    used_inputs = run(model, _inputs(kind))
+    _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
 @on_few
 def test_a_layer_used_twice_in_one_forward_gets_both_gradients(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64, model=Twice)
-    used = _once(model, _inputs(kind))
-    expected = _expected_gradients(adapter, bare, used, lambda run, x: run(x) * run(x.flip(0)))
-    _assert_gradients(adapter, used, expected)
+    used_inputs = _once(model, _inputs(kind))
+    expected = _expected_gradients(adapter, bare, used_inputs, lambda run, x: run(x) * run(x.flip(0)))
+    _assert_gradients(adapter, used_inputs, expected)
 
 
 @on_few
 def test_gradients_follow_the_strength(case, kind):
     model, adapter, bare = adapt(case, kind, torch.float64)
     adapter.strength = -0.5
-    used = _once(model, _inputs(kind))
-    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+    used_inputs = _once(model, _inputs(kind))
+    _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
 @on_few
@@ -152,9 +152,9 @@ def test_every_trained_tensor_has_a_gradient_within_two_steps(case, kind):
 def test_compiling_keeps_outputs_and_gradients(case, kind):
     torch._dynamo.reset()
     model, adapter, bare = adapt(case, kind, torch.float64)
-    used = _inputs(kind)[:1]
-    _once(torch.compile(model, fullgraph=True, backend="aot_eager"), used)
-    _assert_gradients(adapter, used, _expected_gradients(adapter, bare, used))
+    used_inputs = _inputs(kind)[:1]
+    _once(torch.compile(model, fullgraph=True, backend="aot_eager"), used_inputs)
+    _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
 @pytest.mark.parametrize(**pairs(FIRST, ("linear", "conv-3x3")))
@@ -171,8 +171,8 @@ def test_second_derivatives_are_right_or_refused_never_wrong(case, kind):
             of_a_penalty(model(x))
         return
     expected = of_a_penalty(plain(bare, x, *changed(adapter)))
-    for own, wanted in zip(of_a_penalty(model(x)), expected, strict=True):
-        close(own, wanted, 1e-8)
+    for gradient, expected_gradient in zip(of_a_penalty(model(x)), expected, strict=True):
+        close(gradient, expected_gradient, 1e-8)
 
 
 @pytest.mark.parametrize("spec", ["lora", "dora", "dora(recompute=true)", "liera", "1lora", "superlora"])
@@ -188,30 +188,30 @@ def test_a_weight_that_would_get_no_gradient_must_be_frozen(spec):
     close(model(kind.input()), expected, 1e-6)
 
 
-def _kept_for_backward(model, adapter, x):
+def _saved_for_backward(model, adapter, x):
     """Bytes of every storage kept for backward that is neither the input nor anyone's tensor."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *adapter.parameters())}
-    own |= {t.untyped_storage().data_ptr() for t in adapter.buffers()}
-    kept = {}
+    ignored = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *adapter.parameters())}
+    ignored |= {t.untyped_storage().data_ptr() for t in adapter.buffers()}
+    saved = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
-    return [t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own]
+    return [t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in ignored]
 
 
 @pytest.mark.parametrize(**pairs(kinds=LARGE, of=LARGE))
 def test_no_weight_sized_tensor_is_kept_for_backward(case, kind):
     model, adapter, _ = adapt(case, kind)
-    kept = _kept_for_backward(model, adapter, kind.input().requires_grad_())
+    saved = _saved_for_backward(model, adapter, kind.input().requires_grad_())
     size = model.layer.weight.untyped_storage().nbytes()
     if _keeps_its_group(case):
-        assert sum(kept) < 1.5 * size
+        assert sum(saved) < 1.5 * size
     else:
-        assert max(kept, default=0) < size / 2
+        assert max(saved, default=0) < size / 2
 
 
 def _keeps_its_group(case):
@@ -223,8 +223,8 @@ def _keeps_its_group(case):
 @pytest.mark.parametrize(**pairs(DROPPING, LARGE, of=LARGE))
 def test_no_weight_sized_tensor_is_kept_for_backward_under_dropout(case, kind):
     model, adapter, _ = adapt(case, kind)
-    kept = _kept_for_backward(model, adapter, kind.input().requires_grad_())
-    assert max(kept, default=0) < model.layer.weight.untyped_storage().nbytes() / 2
+    saved = _saved_for_backward(model, adapter, kind.input().requires_grad_())
+    assert max(saved, default=0) < model.layer.weight.untyped_storage().nbytes() / 2
 
 
 @pytest.mark.parametrize(**pairs(DROPPING, MAIN))
@@ -242,11 +242,11 @@ def test_half_precision_gradients_are_those_of_float32_to_its_accuracy(case, kin
     exact, exact_adapter, _ = adapt(case, kind, torch.float32)
     with torch.no_grad():
         exact.layer.load_state_dict(copy.deepcopy(bare).float().state_dict())
-        for own, other in zip(exact_adapter.parameters(), adapter.parameters(), strict=True):
-            own.copy_(other)
+        for parameter, other in zip(exact_adapter.parameters(), adapter.parameters(), strict=True):
+            parameter.copy_(other)
     exact(kind.input(torch.bfloat16).float()).square().sum().backward()
-    for own, other in zip(trainable(adapter), trainable(exact_adapter), strict=True):
-        close(own.grad, other.grad, 0.05)
+    for parameter, other in zip(trainable(adapter), trainable(exact_adapter), strict=True):
+        close(parameter.grad, other.grad, 0.05)
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])

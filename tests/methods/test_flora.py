@@ -42,21 +42,26 @@ def test_a_convolution_is_the_papers_four_products(options):
     model = nn.Sequential(layer)
     adapter = da.attach(model, da.FLoRA(rank_in=2, rank_out=3, kernel_rank=2, scale=1.7), "0")
     train(adapter)
-    own = factors(adapter)
+    tensors = factors(adapter)
     x = torch.randn(2, 8, 9, 8, dtype=torch.float64)
 
     delta = torch.einsum(
-        "abcd,oa,ib,hc,wd->oihw", own["core"], own["up"], own["down"].T, own["kernel_0"], own["kernel_1"]
+        "abcd,oa,ib,hc,wd->oihw",
+        tensors["core"],
+        tensors["up"],
+        tensors["down"].T,
+        tensors["kernel_0"],
+        tensors["kernel_1"],
     )
     geometry = {key: value for key, value in options.items() if key != "kernel_size"}
     expected = F.conv2d(x, weight + 1.7 * delta, bias, **geometry)
     value = model(x)
     close(value, expected, 1e-10)
     close(adapter.adapted_weight("0"), weight + 1.7 * delta, 1e-12)
-    found = torch.autograd.grad(value.square().sum(), list(own.values()))
-    wanted = torch.autograd.grad(expected.square().sum(), list(own.values()))
-    for mine, theirs in zip(found, wanted, strict=True):
-        close(mine, theirs, 1e-10)
+    gradients = torch.autograd.grad(value.square().sum(), list(tensors.values()))
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(tensors.values()))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        close(gradient, expected_gradient, 1e-10)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 10), (10, 6)])
@@ -64,8 +69,8 @@ def test_a_linear_layer_is_the_product_of_three(inputs, outputs):
     model = nn.Sequential(nn.Linear(inputs, outputs)).double()
     adapter = da.attach(model, da.FLoRA(rank_in=2, rank_out=3, alpha=2.0, rank=4), "0")
     train(adapter)
-    own, x = factors(adapter), torch.randn(5, inputs, dtype=torch.float64)
-    delta = 0.5 * own["up"] @ own["core"] @ own["down"]
+    tensors, x = factors(adapter), torch.randn(5, inputs, dtype=torch.float64)
+    delta = 0.5 * tensors["up"] @ tensors["core"] @ tensors["down"]
     close(model(x), F.linear(x, model[0].weight + delta, model[0].bias), 1e-12)
 
 
@@ -105,19 +110,19 @@ def test_a_320_channel_convolution_at_rank_16_trains_11276():
 
 def test_only_the_core_starts_at_zero_and_the_factors_are_orthonormal():
     model = nn.Sequential(nn.Conv2d(12, 20, 5))
-    own = factors(da.attach(model, da.FLoRA(rank=4, kernel_rank=2), "0"))
-    assert not own["core"].any()
+    tensors = factors(da.attach(model, da.FLoRA(rank=4, kernel_rank=2), "0"))
+    assert not tensors["core"].any()
     for factor in ("up", "kernel_0", "kernel_1"):
-        torch.testing.assert_close(own[factor].T @ own[factor], torch.eye(own[factor].shape[1]))
-    torch.testing.assert_close(own["down"] @ own["down"].T, torch.eye(4))
+        torch.testing.assert_close(tensors[factor].T @ tensors[factor], torch.eye(tensors[factor].shape[1]))
+    torch.testing.assert_close(tensors["down"] @ tensors["down"].T, torch.eye(4))
 
 
 def test_the_gaussian_start_is_the_papers():
     model = nn.Sequential(nn.Conv2d(200, 300, 3))
-    own = factors(da.attach(model, da.FLoRA(rank=16, init="gaussian"), "0"))
-    assert not own["core"].any()
+    tensors = factors(da.attach(model, da.FLoRA(rank=16, init="gaussian"), "0"))
+    assert not tensors["core"].any()
     for factor in ("up", "down"):
-        assert own[factor].std().item() == pytest.approx(0.02, rel=0.05)
+        assert tensors[factor].std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_the_cores_first_gradient_is_no_smaller_than_a_hundredth_of_loras():
@@ -135,13 +140,17 @@ class Sizes(TorchDispatchMode):
 
     def __init__(self, weight):
         super().__init__()
-        self.own, self.seen = weight.untyped_storage().data_ptr(), []
+        self.weight_storage = weight.untyped_storage().data_ptr()
+        self.numels = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.own:
-                self.seen.append(tensor.numel())
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() != self.weight_storage
+            ):
+                self.numels.append(tensor.numel())
         return result
 
 
@@ -165,7 +174,7 @@ def test_neither_forward_nor_backward_makes_a_tensor_of_the_weights_size(layer, 
     with Sizes(layer.weight) as sizes:
         layer(x).square().sum().backward()
     da.detach(adapter)
-    assert max(sizes.seen) < layer.weight.numel() / 2
+    assert max(sizes.numels) < layer.weight.numel() / 2
 
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2}, {"dilation": 2, "padding": 1}], ids=str)
@@ -181,19 +190,19 @@ def test_a_convolution_equals_lycoris_tucker_on_the_same_factors(options):
     expected.square().sum().backward()
 
     adapter = da.attach(model, da.FLoRA(rank=4, alpha=8.0, kernel_rank=3), "0")
-    own = factors(adapter)
+    tensors = factors(adapter)
     with torch.no_grad():
-        own["core"].copy_(other.lora_mid.weight)
-        own["up"].copy_(other.lora_up.weight.flatten(1))
-        own["down"].copy_(other.lora_down.weight.flatten(1))
-        own["kernel_0"].copy_(torch.eye(3))
-        own["kernel_1"].copy_(torch.eye(3))
+        tensors["core"].copy_(other.lora_mid.weight)
+        tensors["up"].copy_(other.lora_up.weight.flatten(1))
+        tensors["down"].copy_(other.lora_down.weight.flatten(1))
+        tensors["kernel_0"].copy_(torch.eye(3))
+        tensors["kernel_1"].copy_(torch.eye(3))
     value = model(x)
     close(value, expected, 1e-10)
     value.square().sum().backward()
-    close(own["core"].grad, other.lora_mid.weight.grad, 1e-10)
-    close(own["up"].grad, other.lora_up.weight.grad.flatten(1), 1e-10)
-    close(own["down"].grad, other.lora_down.weight.grad.flatten(1), 1e-10)
+    close(tensors["core"].grad, other.lora_mid.weight.grad, 1e-10)
+    close(tensors["up"].grad, other.lora_up.weight.grad.flatten(1), 1e-10)
+    close(tensors["down"].grad, other.lora_down.weight.grad.flatten(1), 1e-10)
 
 
 @pytest.mark.parametrize("option", ["rank", "rank_in", "rank_out", "kernel_rank"])

@@ -30,18 +30,18 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_factors(make, shape, rank
     other = peft.inject_adapter_in_model(config, copy.deepcopy(model)).double()["layer"]
     adapter = da.attach(model, da.LoRA(rank=2, alpha=3.0, rank_stabilized=rank_stabilized), "layer")
     train(adapter)
-    own = adapter.parts[0].tensors[0]
+    ours = adapter.parts[0].tensors[0]
     theirs = {"down": other.lora_A["default"].weight, "up": other.lora_B["default"].weight}
     with torch.no_grad():
         for key, weight in theirs.items():
-            weight.copy_(own[key].reshape(weight.shape))
+            weight.copy_(ours[key].reshape(weight.shape))
     x = torch.randn(shape, dtype=torch.float64)
     value, expected = model["layer"](x), other(x)
     close(value, expected, 1e-10)
     value.square().sum().backward()
     expected.square().sum().backward()
     for key, weight in theirs.items():
-        close(own[key].grad, weight.grad.reshape(own[key].shape), 1e-10)
+        close(ours[key].grad, weight.grad.reshape(ours[key].shape), 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_the_change_is_the_multiplier_times_up_times_down():
     model = nn.Sequential(nn.Linear(6, 5)).double()
     adapter = da.attach(model, da.LoRA(rank=2, scale=-1.5), "0")
     train(adapter)
-    own = adapter.parts[0].tensors[0]
-    close(adapter.adapted_weight("0") - model[0].weight, -1.5 * own["up"] @ own["down"], 1e-12)
+    ours = adapter.parts[0].tensors[0]
+    close(adapter.adapted_weight("0") - model[0].weight, -1.5 * ours["up"] @ ours["down"], 1e-12)
 
 
 def test_the_start_is_kaimings_as_in_peft():

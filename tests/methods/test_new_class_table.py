@@ -32,17 +32,19 @@ kinds = pytest.mark.parametrize("kind", ["unet", "dit"])
 @kinds
 @sizes
 def test_rows_start_as_the_bases_or_as_the_mean_and_the_null_class_stays_last(fresh, kind, size):
-    pipe, classes, known = fresh(kind), size[kind], CLASSES[kind]
+    pipe, classes, base_classes = fresh(kind), size[kind], CLASSES[kind]
     base = tables_of(network(pipe))[0].weight.clone()
-    before = output(pipe, 0, 1, known)
+    before = output(pipe, 0, 1, base_classes)
     adapter = attached(pipe, classes)
-    own = table(adapter)
-    assert own.shape == (classes + 1, base.shape[1])
-    assert torch.equal(own[: min(classes, known)], base[: min(classes, known)])
-    assert torch.equal(own[-1], base[-1])
-    mean = base[:known].mean(0)
-    torch.testing.assert_close(own[known:classes], mean.expand(max(0, classes - known), -1))
-    null = max(classes, known)
+    new_table = table(adapter)
+    assert new_table.shape == (classes + 1, base.shape[1])
+    assert torch.equal(new_table[: min(classes, base_classes)], base[: min(classes, base_classes)])
+    assert torch.equal(new_table[-1], base[-1])
+    mean = base[:base_classes].mean(0)
+    torch.testing.assert_close(
+        new_table[base_classes:classes], mean.expand(max(0, classes - base_classes), -1)
+    )
+    null = max(classes, base_classes)
     assert (pipe.class_table.rows, pipe.class_table.null_class) == (null + 1, null)
     assert torch.equal(output(pipe, 0, 1, null), before)
 
@@ -83,12 +85,12 @@ def test_two_steps_then_saved_and_loaded_into_a_fresh_base(fresh, tmp_path, kind
 @kinds
 @sizes
 def test_merged_unmerged_and_switched_off(fresh, tmp_path, kind, size):
-    pipe, classes, known = fresh(kind), size[kind], CLASSES[kind]
+    pipe, classes, base_classes = fresh(kind), size[kind], CLASSES[kind]
     model, config = network(pipe), dict(network(pipe).config)
     adapter = trained(attached(pipe, classes), pipe, 0, classes - 1)
-    null = max(classes, known)
+    null = max(classes, base_classes)
     with torch.no_grad():
-        expected, bare = output(pipe, classes - 1, null), output(fresh(kind), 0, known)
+        expected, bare = output(pipe, classes - 1, null), output(fresh(kind), 0, base_classes)
         assert da.merge(adapter) == 0
         torch.testing.assert_close(output(pipe, classes - 1, null), expected, rtol=1e-4, atol=1e-5)
         pipe.save_pretrained(tmp_path / "merged")  # opens without an adapter
@@ -96,15 +98,15 @@ def test_merged_unmerged_and_switched_off(fresh, tmp_path, kind, size):
         assert saved.class_table.rows == null + 1
         torch.testing.assert_close(output(saved, classes - 1, null), expected, rtol=1e-4, atol=1e-5)
         with da.disabled(pipe):
-            assert torch.equal(output(pipe, 0, known), bare)
-            assert pipe.class_table.rows == known + 1
+            assert torch.equal(output(pipe, 0, base_classes), bare)
+            assert pipe.class_table.rows == base_classes + 1
         adapter.strength = 0.0
-        assert torch.equal(output(pipe, 0, known), bare)
+        assert torch.equal(output(pipe, 0, base_classes), bare)
         adapter.strength = 1.0
         da.unmerge(adapter)
         assert torch.equal(output(pipe, classes - 1, null), expected)
     assert dict(model.config) == config
-    assert all(len(layer.weight) == known + 1 == layer.num_embeddings for layer in tables_of(model))
+    assert all(len(layer.weight) == base_classes + 1 == layer.num_embeddings for layer in tables_of(model))
 
 
 def test_guidance_is_that_of_a_model_built_with_the_larger_table(fresh):
@@ -114,9 +116,9 @@ def test_guidance_is_that_of_a_model_built_with_the_larger_table(fresh):
     whole = UNet2DModel.from_config({**pipe.unet.config, "num_class_embeds": 6})
     values = {**pipe.unet.state_dict(), "class_embedding.weight": table(adapter).detach()}
     whole.load_state_dict(values)
-    built = ClassConditionalPipeline(whole, pipe.scheduler, null_class=5)
-    built.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(picture(pipe, 4), picture(built, 4), rtol=0, atol=1e-5)
+    rebuilt = ClassConditionalPipeline(whole, pipe.scheduler, null_class=5)
+    rebuilt.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(picture(pipe, 4), picture(rebuilt, 4), rtol=0, atol=1e-5)
     assert not torch.allclose(picture(pipe, 4), picture(pipe, 3), atol=1e-3)
 
 
@@ -125,17 +127,17 @@ def test_a_dit_is_guided_by_the_null_row_in_use(fresh, size):
     pipe, classes = fresh("dit"), size["dit"]
     adapter = trained(attached(pipe, classes), pipe, 0, classes - 1, max(classes, 1000))
     pipe.scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
-    seen = []
+    labels = []
     table_of_a_block = class_tables(pipe.transformer)[1]
-    handle = table_of_a_block.register_forward_pre_hook(lambda _, given: seen.append(given[0].tolist()))
-    made = picture(pipe, classes - 1)
-    assert seen == [[classes - 1, max(classes, 1000)]] * 2
+    handle = table_of_a_block.register_forward_pre_hook(lambda _, given: labels.append(given[0].tolist()))
+    image = picture(pipe, classes - 1)
+    assert labels == [[classes - 1, max(classes, 1000)]] * 2
     handle.remove()
     stock = diffusers.DiTPipeline(**pipe.components)
     stock.set_progress_bar_config(disable=True)
     alone = picture(stock, classes - 1, guidance=1)
     assert torch.equal(alone, picture(pipe, classes - 1, guidance=1))
-    assert torch.equal(made, picture(stock, classes - 1)) == (classes <= 1000)
+    assert torch.equal(image, picture(stock, classes - 1)) == (classes <= 1000)
     da.detach(adapter)
     assert torch.equal(picture(pipe, 7), picture(stock, 7))
     with pytest.raises(ValueError, match="no class 1000: the base has 1000 classes, 0 to 999, and the null"):

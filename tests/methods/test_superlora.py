@@ -166,16 +166,18 @@ def restated_changes(adapter, trained, start):
             values = []
             for tensors in (trained, start):
                 prefix = f"group{number + part}_"
-                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                entries = restated_entries(method, count, width, own)
+                group_tensors = {
+                    k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+                }
+                entries = restated_entries(method, count, width, group_tensors)
                 values.append(restated_projection(method, entries, size, adapter.seed))
             vectors.append(values[0] - values[1] if "nonlinear" in method.projection else values[0])
         long.append((own_sites, np.concatenate(vectors)[:total]))
-    found = {}
+    changes = {}
     for own_sites, vector in long:
         for site in own_sites:
-            found[site.name], vector = vector[: site.numel].reshape(site.shape), vector[site.numel :]
-    return found
+            changes[site.name], vector = vector[: site.numel].reshape(site.shape), vector[site.numel :]
+    return changes
 
 
 def values_of(adapter):
@@ -203,7 +205,7 @@ def test_forward_and_gradients_are_those_of_the_materialised_weights(options):
     model, adapter = adapted(options)
     y = model(inputs())
     y.square().sum().backward()
-    found = [p.grad for p in adapter.parameters()]
+    adapter_gradients = [p.grad for p in adapter.parameters()]
     part, bare = adapter.parts[0], make()
     weights = {}
     for index, site in enumerate(adapter.sites):
@@ -211,9 +213,9 @@ def test_forward_and_gradients_are_those_of_the_materialised_weights(options):
         weights[f"{site.name}.weight"] = part.update(index, base).weight(base)
     expected = torch.func.functional_call(bare, weights, (inputs(),))
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
-    wanted = torch.autograd.grad(expected.square().sum(), list(adapter.parameters()))
-    for own, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(adapter.parameters()))
+    for gradient, expected_gradient in zip(adapter_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-9)
 
 
 @each_variant
@@ -340,14 +342,14 @@ def test_one_unreshaped_group_per_weight_is_lora(dtype):
     twin = make(dtype)
     lora = da.attach(twin, da.LoRA(rank=3, scale=2.0), "all")
     with torch.no_grad():
-        for own, value in zip(lora.parameters(), adapter.parameters(), strict=True):
-            own.copy_(value)
+        for parameter, value in zip(lora.parameters(), adapter.parameters(), strict=True):
+            parameter.copy_(value)
     y, expected = model(inputs(dtype)), twin(inputs(dtype))
     assert torch.equal(y, expected)
     y.float().square().sum().backward()
     expected.float().square().sum().backward()
-    for own, other in zip(adapter.parameters(), lora.parameters(), strict=True):
-        assert torch.equal(own.grad, other.grad)
+    for parameter, other in zip(adapter.parameters(), lora.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
 
 
 def test_rows_of_an_unreshaped_group_are_applied_as_factors():
@@ -372,16 +374,18 @@ def test_a_cut_between_two_rows_keeps_the_factored_forward():
 # --- Memory ----------------------------------------------------------------------------------------------
 
 
-def kept_for_backward(options, width=96):
+def saved_for_backward(options, width=96):
     model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)).float()
     adapter = da.attach(model, da.SuperLoRA(**options), "all")
     train(adapter)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *adapter.parameters())}
-    own |= {t.untyped_storage().data_ptr() for t in adapter.buffers()}
-    kept = {}
-    with saved_tensors_hooks(lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1], lambda t: t):
+    ignored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *adapter.parameters())}
+    ignored |= {t.untyped_storage().data_ptr() for t in adapter.buffers()}
+    saved = {}
+    with saved_tensors_hooks(
+        lambda t: (saved.update({t.untyped_storage().data_ptr(): t}), t)[1], lambda t: t
+    ):
         y = model(torch.randn(2, width))
-    sizes = [t.untyped_storage().nbytes() // 4 for pointer, t in kept.items() if pointer not in own]
+    sizes = [t.untyped_storage().nbytes() // 4 for pointer, t in saved.items() if pointer not in ignored]
     del y
     return [size for size in sizes if size > width * width / 2]
 
@@ -401,14 +405,14 @@ def kept_for_backward(options, width=96):
     ids=str,
 )
 def test_unprojected_groups_keep_nothing_as_large_as_a_weight(options):
-    assert kept_for_backward(options) == []
+    assert saved_for_backward(options) == []
 
 
 @pytest.mark.parametrize("projection", ["shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_projected_groups_keep_one_vector(projection, order):
-    kept = kept_for_backward({"rank": 2, "groups": 1, "tensor_order": order, "projection": projection})
-    assert kept == [2 * 96 * 96]
+    saved = saved_for_backward({"rank": 2, "groups": 1, "tensor_order": order, "projection": projection})
+    assert saved == [2 * 96 * 96]
 
 
 def test_projections_store_nothing_and_equal_groups_share_one(tmp_path):
@@ -437,9 +441,9 @@ def once(model):
 def test_gradients_survive_checkpointing_and_two_forwards(options):
     plain = gradients(*adapted(options), once)
     for run, factor in ((once, 1), (lambda model: once(model) + once(model), 2)):
-        found = gradients(*adapted(options, checkpointed=True), run)
-        for own, expected in zip(found, plain, strict=True):
-            torch.testing.assert_close(own, factor * expected, rtol=1e-9, atol=1e-10)
+        repeated = gradients(*adapted(options, checkpointed=True), run)
+        for gradient, expected in zip(repeated, plain, strict=True):
+            torch.testing.assert_close(gradient, factor * expected, rtol=1e-9, atol=1e-10)
 
 
 COMPILED = [(VARIANTS[i], i in (13, 25)) for i in (3, 8, 13, 23, 25)]
@@ -451,9 +455,9 @@ def test_compiling_the_model_keeps_gradients(options, checkpointed):
     torch._dynamo.reset()
     plain = gradients(*adapted(options), once)
     model, adapter = adapted(options, checkpointed=checkpointed)
-    found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), adapter, once)
-    for own, expected in zip(found, plain, strict=True):
-        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+    repeated = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), adapter, once)
+    for gradient, expected in zip(repeated, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 
 @some_variants
@@ -532,8 +536,8 @@ def test_autocast_does_not_round_the_groups(options):
     for site in adapter.sites:
         expected.get_submodule(site.name).weight.data = adapter.adapted_weight(site)
     with torch.autocast("cpu", torch.bfloat16):
-        y, wanted = model(inputs(torch.float32)), expected(inputs(torch.float32))
-    torch.testing.assert_close(y.float(), wanted.float(), rtol=0.1, atol=0.1)
+        y, expected_output = model(inputs(torch.float32)), expected(inputs(torch.float32))
+    torch.testing.assert_close(y.float(), expected_output.float(), rtol=0.1, atol=0.1)
 
 
 # --- Files -----------------------------------------------------------------------------------------------
@@ -583,9 +587,9 @@ def test_another_process_makes_the_same_bits(options, threads, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
     torch.set_num_threads(1)
     trained, made_again, weights = everything(adapter)
-    for own, others in zip((trained, made_again, weights), torch.load(out), strict=True):
-        for tensor, other in zip(own, others, strict=True):
-            if threads == 1 or own is not weights:
+    for ours, theirs in zip((trained, made_again, weights), torch.load(out), strict=True):
+        for tensor, other in zip(ours, theirs, strict=True):
+            if threads == 1 or ours is not weights:
                 assert torch.equal(tensor, other)
             else:  # a product of few rows is summed in another order by more threads
                 torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
@@ -596,8 +600,8 @@ def test_the_seed_of_the_file_makes_the_projection_again(tmp_path):
     _, adapter = adapted(options, seed=11)
     da.save(adapter, tmp_path / "a.safetensors")
     loaded = da.load(make(), tmp_path / "a.safetensors")
-    for own, other in zip(adapter.buffers(), loaded.buffers(), strict=True):
-        assert torch.equal(own, other)
+    for constant, other in zip(adapter.buffers(), loaded.buffers(), strict=True):
+        assert torch.equal(constant, other)
     _, different = adapted(options, seed=12)
     assert any(not torch.equal(a, b) for a, b in zip(adapter.buffers(), different.buffers(), strict=True))
 
