@@ -25,7 +25,7 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class LieRA(RankedMethod):
-    """`W' = W o exp(s * up @ down)`, or to first order `W + W o (s * up @ down)`, as its tables use.
+    """`W' = W o exp(s * up @ down)`, or its first order `W + W o (s * up @ down)`, as in the paper's tables.
 
     `o` is the entrywise product. Weights of zero cannot change, and biases do not.
 

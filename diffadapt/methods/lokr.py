@@ -21,7 +21,9 @@ from diffadapt.methods.site import Site
 
 @dataclass(frozen=True)
 class LoKr(RankedMethod):
-    """`W' = W + s * left (x) right`, multiplied out in a forward of grouped convolutions alone.
+    """`W' = W + s * left (x) right`, the Kronecker product of a small dense matrix and a low-rank one.
+
+    A forward multiplies it out only for grouped convolutions.
 
     Outputs and inputs split into two divisors each, `out = a c` and `in/groups = b d`, the smaller one first:
     `left (a, b)`, `right (c, d * kernel)`. `right` is `up @ down` where the rank is below half the longer of
