@@ -1,4 +1,4 @@
-"""The registry of methods."""
+"""Methods, one per file, and their registry. A new method is a class here and a line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-READABLE = {**METHODS, Imported.name: Imported}  # what a file can hold
+# the methods that an adapter file can hold
+READABLE = {**METHODS, Imported.name: Imported}
 
 __all__ = [
     "METHODS",

@@ -18,9 +18,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to change weights. Its dataclass fields are its options, and the options an adapter file stores.
+    """A way to change weights. Its dataclass fields are its options, which an adapter file stores.
 
-    A method of its own needs `trained_tensors` and `update`, most also `init_tensors`. The other functions
+    A new method defines `trained_tensors` and `update`, most also `init_tensors`. The other functions
     have defaults that suit methods whose layers do not depend on each other.
 
     Attributes:

@@ -14,7 +14,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def _tucker(up: Tensor, core: Tensor, down: Tensor) -> Tucker:
-    # up (out, r_out), core (r_out, r_in, *kernel), down (r_in, in/groups); a size of one would be broadcast
+    # up (out, r_out), core (r_out, r_in, *kernel), down (r_in, in/groups); 1 would be broadcast
     if core.shape[:2] != (up.shape[1], down.shape[0]):
         raise ValueError(f"a core of {tuple(core.shape)} between {tuple(up.shape)} and {tuple(down.shape)}")
     return Tucker(up, core, down)
