@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.algebra.class_table_expression import largest_class_table
-from diffadapt.algebra.combined_weight import effective_bias, start_weight, weight_change
+from diffadapt.algebra.combined_weight import changed_shape, effective_bias, start_weight, weight_change
 from diffadapt.algebra.expression import Update
 from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.site import Site
@@ -119,7 +118,8 @@ def _check_rows(adapter: Adapter, site: Site) -> None:
     if site.kind != "embedding":
         return
     state = adapter.layer_states[site.name]
-    if largest_class_table(state.base(), state.updates(adapter.entries(state))) is not None:
+    base = state.base()
+    if changed_shape(base, state.updates(adapter.entries(state))) != base.shape:
         raise ValueError(
             f"{adapter.method}: its class table has more rows than {site.name} of the base, which no "
             "difference of weights can hold; keep the adapter as it is"

@@ -12,8 +12,7 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.architectures import architecture_of
 from diffadapt.adapters.fold import adapted_biases, adapted_weight
 from diffadapt.adapters.layers import Entry, LayerState
-from diffadapt.algebra.class_table_expression import largest_class_table
-from diffadapt.algebra.combined_weight import changed_weight, start_weight
+from diffadapt.algebra.combined_weight import changed_shape, start_weight, weight_change
 from diffadapt.algebra.expression import ExportForm
 from diffadapt.algebra.full_rank import Dense, add_forms
 from diffadapt.algebra.low_rank import LowRank
@@ -207,10 +206,8 @@ def _form_and_scale(layer_state: LayerState, entries: list[Entry]) -> tuple[Expo
     """
     base = layer_state.base()
     updates = layer_state.updates(entries)
-    if largest_class_table(base, updates) is not None:
-        weight = base.double()
-        change = changed_weight(weight, updates) - start_weight(weight, updates)
-        return Dense(change.flatten(1)), None
+    if changed_shape(base, updates) != base.shape:  # a class table with new rows
+        return Dense(weight_change(base.double(), updates).flatten(1)), None
     row_changes = [t * (update.scale.double() - 1) for t, update in updates if update.scale is not None]
     scale = 1 + sum(row_changes) if row_changes else None
     if scale is not None and (scale == 0).any():
