@@ -115,8 +115,7 @@ def fit_budget(
     def count(rank: int) -> int | None:
         """Parameters at a rank; None above what the method accepts."""
         try:
-            plans = plan_methods(make_method(method, rank=rank, **options), sites)
-            return sum(plan.num_parameters for plan in plans)
+            return _count_trained(plan_methods(make_method(method, rank=rank, **options), sites))
         except ValueError:
             if rank == 1:
                 raise
@@ -131,6 +130,7 @@ def fit_budget(
         raise ValueError(
             f"{method} has {smallest:,} parameters at every rank; leave out the budget or its own rank"
         )
+    # e.g. the ranks from which on the right factor of LoKr is dense, with fewer values than two thin factors
     drops: set[int] = set()
     for plan in plan_methods(make_method(method, rank=1, **options), sites):
         for site in plan.sites:
@@ -165,7 +165,7 @@ def size_notices(
     notices = []
     for plan in plans:
         notices += _rank_notices(plan)
-    trained = sum(plan.num_parameters for plan in plans)
+    trained = _count_trained(plans)
     adapted = sum(math.prod(site.shape) for site in sites)
     base = _count_base(roots.values())
     if trained > adapted:
@@ -227,13 +227,13 @@ def _largest_rank_within(count: Callable[[int], int | None], drops: Collection[i
         parameters = count(rank)
         return parameters is not None and parameters <= budget
 
-    # the intervals of ranks in which the parameters never become fewer; the last whose start fits holds the
-    # largest rank
+    # Between two drops the parameters never become fewer, so a bisection finds the largest rank that fits.
+    # The interval that holds it is the last one whose first rank fits.
     starts = [1, *sorted(rank for rank in drops if 1 < rank <= _LARGEST_RANK)]
-    ends = [*(start - 1 for start in starts[1:]), _LARGEST_RANK]
-    start, end = next(
-        interval for interval in reversed(list(zip(starts, ends, strict=True))) if fits(interval[0])
-    )
+    end = _LARGEST_RANK
+    while not fits(starts[-1]):
+        end = starts.pop() - 1
+    start = starts[-1]
     rank = _last_rank(fits, start, end)
     if rank < _LARGEST_RANK:
         return rank
@@ -253,6 +253,11 @@ def _last_rank(holds: Callable[[int], bool], low: int, high: int) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _count_trained(plans: Iterable[MethodPlan]) -> int:
+    """Parameters that methods would train."""
+    return sum(plan.num_parameters for plan in plans)
 
 
 def _count_base(roots: Iterable[nn.Module]) -> int:

@@ -116,7 +116,8 @@ def check_new_table(
     if getattr(method, "classes", None) is None:
         return
     tables = class_tables(model)
-    unchanged = [name for name, layer in tables.items() if not any(layer is other for other in layers)]
+    changed_ids = {id(layer) for layer in layers}
+    unchanged = [name for name, layer in tables.items() if id(layer) not in changed_ids]
     if not tables or len(unchanged) == len(tables):
         return
     if unchanged:
@@ -141,7 +142,7 @@ def check_new_table(
 def sync_table_sizes(models: Iterable[nn.Module]) -> None:
     """After rows were merged or taken out: brings sizes in modules and configurations up to date."""
     for model in models:
-        new_rows = 0
+        new_rows = 0  # the same for all tables of a model, which are copies of one
         for name, layer in class_tables(model).items():
             new_rows = len(layer.weight) - layer.num_embeddings
             layer.num_embeddings += new_rows

@@ -248,6 +248,7 @@ def _wrap_layers(adapter: Adapter, model: nn.Module, paths: Sequence[str]) -> nn
         raise ValueError("the model already has an adapter of PEFT; detach it first")
     pattern = "|".join(re.escape(path) for path in paths)
     config = adapter.method.configuration(f"(?:{pattern})")
+    # PEFT draws its starting values from torch's global generator, which must be left as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter.seed)
         try:

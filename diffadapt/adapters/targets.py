@@ -99,6 +99,7 @@ def find_sites(
         if not matched_layers and token in tokens:
             other_names = [name for name in (*presets, *layers) if name != token]
             raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, other_names)}")
+        # a method may skip layers of a preset that it cannot change, but not one that was named on purpose
         for name in matched_layers:
             by_name[name] = by_name.get(name, False) or token not in presets
     for token in tokens:
