@@ -1,1 +1,1 @@
-"""What a run reports: losses, images before and after, scores, the model card."""
+"""The report of a run: losses, images before and after training, metrics, the model card."""

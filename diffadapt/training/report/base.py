@@ -33,14 +33,13 @@ from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import TrainState
 from diffadapt.training.parsing import write_config
 from diffadapt.training.report.model_card import write_card
-from diffadapt.training.report.summary import closing_message
+from diffadapt.training.report.summary import MetricValues, closing_message
 from diffadapt.training.run_log import write_run
 from diffadapt.training.setup import Setup
 
 MAX_TRIED_PARAMETERS = 50_000_000  # larger adapters are not written to a temporary file before a run
 SHEET_COLUMNS = 4  # of a validation's contact sheet
 ImagesByKind = dict[str, Tensor]  # kind of image -> (N, 3, H, W) in [0, 1]
-MetricValues = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
 
 
 class Report(ABC):

@@ -18,9 +18,10 @@ from diffadapt.metrics.digit_classifier import class_agreement
 from diffadapt.metrics.evaluate import metric_value
 from diffadapt.metrics.naming import score_name
 from diffadapt.models.sampling import ImageRequest
-from diffadapt.training.report.base import ImagesByKind, MetricValues, Report
+from diffadapt.training.report.base import ImagesByKind, Report
 from diffadapt.training.report.class_mapping import describe_class_table, find_new_table, names_by_row
 from diffadapt.training.report.held_out import HeldOutLoss, center_pixels
+from diffadapt.training.report.summary import MetricValues
 from diffadapt.training.setup import Setup
 from diffadapt.training.start_command import start_command
 

@@ -14,8 +14,9 @@ from diffadapt.metrics.features import ClipFeatures
 from diffadapt.metrics.naming import score_name
 from diffadapt.metrics.similarity import paired_similarities
 from diffadapt.models.sampling import ImageRequest, image_requests
-from diffadapt.training.report.base import ImagesByKind, MetricValues, Report
+from diffadapt.training.report.base import ImagesByKind, Report
 from diffadapt.training.report.held_out import HeldOutLoss, center_pixels
+from diffadapt.training.report.summary import MetricValues
 from diffadapt.training.setup import Setup
 from diffadapt.training.start_command import start_command
 

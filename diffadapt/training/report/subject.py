@@ -18,7 +18,8 @@ from diffadapt.models.base import BaseProfile
 from diffadapt.models.base_names import resolve
 from diffadapt.models.prompts import context_prompts, without_identifier
 from diffadapt.models.sampling import ImageRequest, image_requests
-from diffadapt.training.report.base import ImagesByKind, MetricValues, Report
+from diffadapt.training.report.base import ImagesByKind, Report
+from diffadapt.training.report.summary import MetricValues
 from diffadapt.training.setup import Setup
 from diffadapt.training.start_command import start_command
 

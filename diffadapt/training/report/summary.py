@@ -13,7 +13,7 @@ from diffadapt.training.loop import TrainState, warmup_steps
 from diffadapt.training.memory import estimate_memory, size_text
 from diffadapt.training.options import TrainOptions
 
-MetricValues = Mapping[str, Mapping[str, float]]  # name -> {"before": ..., "after": ...}
+MetricValues = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
 
 
 def summary_text(
