@@ -17,6 +17,8 @@ from diffadapt.training.parsing import DIFFUSERS_ALIASES, parse, parse_pairs, re
 
 @dataclass(frozen=True)
 class Options(TrainOptions):
+    """Subject images"""
+
     instance_data_dir: str | None = option(None, "pictures")
     instance_prompt: str | None = option(None, "prompt")
 
@@ -201,3 +203,17 @@ def test_what_is_called_otherwise_here_is_an_option_here():
 def test_an_unknown_option_is_answered_with_what_was_meant(argument, message):
     with pytest.raises(ValueError, match=message):
         parse(Options, ["--seed", "1", argument])
+
+
+def test_help_lists_every_option_under_its_subject(capsys):
+    with pytest.raises(SystemExit):
+        parse(Options, ["--help"])
+    text = capsys.readouterr().out
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:3] == ["options:", "Subject images:", "Base model:"]
+    assert headings[-1] == "Config file:"
+    words = text.replace(",", " ").split()
+    assert [field.name for field in fields(Options) if f"--{field.name}" not in words] == []
+    images = text.split("Subject images:")[1].split("Base model:")[0]
+    assert "--instance_data_dir" in images
+    assert "--adapter " not in images
