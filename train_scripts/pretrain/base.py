@@ -1,4 +1,4 @@
-"""The embedded base put together: the shape of its denoiser, its sampler, and the pipeline of all parts."""
+"""The embedded base put together: its denoiser, its sampler, and the pipeline of all components."""
 
 from pathlib import Path
 
@@ -9,9 +9,19 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-SAMPLES = [
-    *(f"a {name} emoji" for name in ("pizza", "cat face", "red apple", "ghost", "blue heart", "rocket")),
-    *(f"a {name} emoji" for name in ("grinning", "dog", "tulip", "house", "soccer", "skull")),
+SAMPLE_PROMPTS = [
+    "a pizza emoji",
+    "a cat face emoji",
+    "a red apple emoji",
+    "a ghost emoji",
+    "a blue heart emoji",
+    "a rocket emoji",
+    "a grinning emoji",
+    "a dog emoji",
+    "a tulip emoji",
+    "a house emoji",
+    "a soccer emoji",
+    "a skull emoji",
     "a tiger face emoji in noto style",
     "a tiger face emoji in twemoji style",
     "a cat face emoji on a blue background",
@@ -34,7 +44,8 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def sampler() -> DDIMScheduler:
+def build_sampler() -> DDIMScheduler:
+    """The sampler of the pipeline, whose noise schedule is that of training."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",  # ends in pure noise, Nichol and Dhariwal 2021
         prediction_type="v_prediction",
@@ -44,7 +55,7 @@ def sampler() -> DDIMScheduler:
     )
 
 
-def write(
+def write_pipeline(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     vae: AutoencoderTiny,
@@ -52,19 +63,20 @@ def write(
     build: Path,
     step: int,
 ) -> None:
-    """Save the pipeline in float32, and a picture of what it draws."""
+    """Saves the pipeline in float32, and an image sheet of what it generates."""
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=sampler(),
+        scheduler=build_sampler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     replace_folder(build / "pipeline", pipe.save_pretrained)
     pipe.set_progress_bar_config(disable=True)
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(SAMPLES))]
-    images = pipe(SAMPLES, generator=seeds, num_inference_steps=20, guidance_scale=4.0).images
-    save_image(torch.stack([to_tensor(image) for image in images]), build / f"samples-{step:05d}.png", nrow=8)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(SAMPLE_PROMPTS))]
+    images = pipe(SAMPLE_PROMPTS, generator=seeds, num_inference_steps=20, guidance_scale=4.0).images
+    sheet = torch.stack([to_tensor(image) for image in images])
+    save_image(sheet, build / f"samples-{step:05d}.png", nrow=8)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from emoji_data import article
-from progress import restore, save, set_rate
+from progress import restore, save, set_learning_rate
 from scenes import Scenes, augment, composite
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,75 +24,114 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from diffadapt.common.precision import fast_autocast
 
+ACCURACY_WINDOW = 50  # steps over which the printed accuracy is averaged
+MAX_LOGIT_SCALE = 4.6  # logarithm; 100, as in CLIP
+
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """About 1.7 million parameters: text 3 layers, vision 4 layers of width 128 over 8 px patches."""
     width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    text |= {"num_hidden_layers": 3, "pad_token_id": tokenizer.pad_token_id, **ends, **width}
-    vision = {"num_hidden_layers": 4, "image_size": 64, "patch_size": 8, **width}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "num_hidden_layers": 3,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **width,
+    }
+    vision_config = {"num_hidden_layers": 4, "image_size": 64, "patch_size": 8, **width}
+    return CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=128))
 
 
-def held_out(scenes: Scenes) -> set[int]:
+def held_out_images(scenes: Scenes) -> set[int]:
     """One image of every tenth emoji that has two, the vendors by turns."""
-    pairs = [i for i in range(1, len(scenes.concept)) if scenes.concept[i] == scenes.concept[i - 1]]
-    return {second - (turn % 2) for turn, second in enumerate(pairs[::10])}
+    seconds = []  # second images of emoji that have two
+    for index in range(1, len(scenes.concept)):
+        if scenes.concept[index] == scenes.concept[index - 1]:
+            seconds.append(index)
+    return {second - (turn % 2) for turn, second in enumerate(seconds[::10])}
 
 
-def batch(
-    scenes: Scenes, pool: dict[int, list[int]], size: int, seed: int
+def random_batch(
+    scenes: Scenes, images_of: dict[int, list[int]], size: int, seed: int
 ) -> tuple[Tensor, list[str], Tensor]:
-    """Images and captions of `size` different concepts, and another drawing of each."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    chosen = [rng.choice(pool[concept]) for concept in rng.sample(sorted(pool), size)]
-    images, texts = zip(*(scenes.draw(index, rng) for index in chosen), strict=True)
-    others = [composite(scenes.rgba[rng.choice(pool[scenes.concept[index]])]) for index in chosen]
-    both = augment(torch.stack([*images, *others]), generator, zoom=0.2, gain=0.3)
-    return both[:size], list(texts), both[size:]
+    """Images (B, 3, 64, 64) and captions of `size` different concepts, and another drawing of each.
+
+    Args:
+        images_of: concept -> its training images.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [rng.choice(images_of[concept]) for concept in rng.sample(sorted(images_of), size)]
+    images = []
+    texts = []
+    for index in chosen:
+        image, text = scenes.draw(index, rng)
+        images.append(image)
+        texts.append(text)
+    for index in chosen:
+        other = rng.choice(images_of[scenes.concept[index]])
+        images.append(composite(scenes.rgba[other]))
+    augmented = augment(torch.stack(images), generator, zoom=0.2, gain=0.3)
+    return augmented[:size], texts, augmented[size:]
 
 
-def contrast(left: Tensor, right: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric contrastive loss of matching rows, and which of the left rows find their match."""
-    logits = scale * F.normalize(left, dim=1) @ F.normalize(right, dim=1).T
+def contrastive_loss(left: Tensor, right: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric contrastive loss of matching rows of (B, D) features.
+
+    Returns:
+        The loss, and which of the left rows find their match, (B,).
+    """
+    logits = scale * F.normalize(left, dim=1) @ F.normalize(right, dim=1).T  # (B, B)
     target = torch.arange(len(left))
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, logits.argmax(1) == target
 
 
-def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, L) token ids."""
     return tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
 
 
 def train(model: CLIPModel, scenes: Scenes, tokenizer: CLIPTokenizer, args: argparse.Namespace) -> dict:
+    """Trains to `--steps` and returns the last step's figures."""
     model.train()
     optimizer = torch.optim.AdamW(
         [{"params": model.parameters(), "peak": args.lr}], betas=(0.9, 0.98), weight_decay=0.1
     )
-    unseen, pool = held_out(scenes), {}
+    held_out = held_out_images(scenes)
+    images_of: dict[int, list[int]] = {}
     for index, concept in enumerate(scenes.concept):
-        if index not in unseen:
-            pool.setdefault(concept, []).append(index)
+        if index not in held_out:
+            images_of.setdefault(concept, []).append(index)
     start, seconds = restore(args.build / "clip.state", model, optimizer)
-    begun, right, figures = time.time() - seconds, [], {}
+    began = time.time() - seconds
+    accuracies: list[float] = []
+    figures: dict = {}
     for step in range(start, args.steps):
-        set_rate(optimizer, step, args.steps)
-        images, texts, others = batch(scenes, pool, args.batch, step)
+        set_learning_rate(optimizer, step, args.steps)
+        images, texts, others = random_batch(scenes, images_of, args.batch, step)
         with fast_autocast(torch.device("cpu")), sdpa_kernel(SDPBackend.MATH):
-            seen = model.get_image_features(pixel_values=torch.cat([images, others])).pooler_output
-            read = model.get_text_features(input_ids=tokens(tokenizer, texts)).pooler_output
-        seen, scale = seen.float(), model.logit_scale.exp()
-        loss, hits = contrast(seen[: args.batch], read.float(), scale)
-        loss = loss + 0.5 * contrast(seen[: args.batch], seen[args.batch :], scale)[0]
+            image_features = model.get_image_features(pixel_values=torch.cat([images, others])).pooler_output
+            text_features = model.get_text_features(input_ids=tokenize(tokenizer, texts)).pooler_output
+        image_features = image_features.float()  # (2 B, D)
+        scale = model.logit_scale.exp()
+        text_loss, hits = contrastive_loss(image_features[: args.batch], text_features.float(), scale)
+        vendor_loss, _ = contrastive_loss(image_features[: args.batch], image_features[args.batch :], scale)
+        loss = text_loss + 0.5 * vendor_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
-        model.logit_scale.data.clamp_(max=4.6)
-        right.append(hits.float().mean().item())
-        accuracy = sum(right[-50:]) / len(right[-50:])
-        figures = {"steps": step + 1, "loss": loss.item(), "in_batch_accuracy": accuracy}
-        figures["seconds"] = time.time() - begun
+        optimizer.step()
+        optimizer.zero_grad()
+        model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+        accuracies = [*accuracies[-ACCURACY_WINDOW + 1 :], hits.float().mean().item()]
+        figures = {
+            "steps": step + 1,
+            "loss": loss.item(),
+            "in_batch_accuracy": sum(accuracies) / len(accuracies),
+            "seconds": time.time() - began,
+        }
         if (step + 1) % 25 == 0:
             print(json.dumps({key: round(value, 4) for key, value in figures.items()}), flush=True)
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
@@ -102,25 +141,26 @@ def train(model: CLIPModel, scenes: Scenes, tokenizer: CLIPTokenizer, args: argp
 
 @torch.no_grad()
 def retrieval(model: CLIPModel, scenes: Scenes, tokenizer: CLIPTokenizer) -> dict[str, float]:
-    """How often a held-out drawing finds its emoji among all: by name, and by the other vendor's drawing."""
+    """The share of held-out drawings that find their emoji among all: by name, and by the other drawing."""
     model.eval()
-    unseen = sorted(held_out(scenes))
+    held_out = sorted(held_out_images(scenes))
     pixels = composite(scenes.rgba)
     parts = [model.get_image_features(pixel_values=part).pooler_output for part in pixels.split(256)]
+    images = F.normalize(torch.cat(parts), dim=1)  # (N, D)
     names = [article(f"a {row['names'][0]} emoji") for row in scenes.concepts]
-    texts = model.get_text_features(input_ids=tokens(tokenizer, names)).pooler_output
-    images, texts = F.normalize(torch.cat(parts), dim=1), F.normalize(texts, dim=1)
+    text_features = model.get_text_features(input_ids=tokenize(tokenizer, names)).pooler_output
+    texts = F.normalize(text_features, dim=1)  # (concepts, D)
     concept = torch.tensor(scenes.concept)
-    by_name = (images[unseen] @ texts.T).topk(5).indices == concept[unseen, None]
-    alike = images[unseen] @ images.T
-    alike[torch.arange(len(unseen)), unseen] = -2  # not itself
-    by_image = concept[alike.topk(5).indices] == concept[unseen, None]
-    found = {"held_out": len(unseen)}
-    for kind, hits in (("name", by_name), ("image", by_image)):
-        found[f"{kind}_top1"], found[f"{kind}_top5"] = (
-            hits[:, :k].any(1).float().mean().item() for k in (1, 5)
-        )
-    return found
+    targets = concept[held_out, None]
+    hits_by_name = (images[held_out] @ texts.T).topk(5).indices == targets
+    similarity = images[held_out] @ images.T
+    similarity[torch.arange(len(held_out)), held_out] = -2  # not itself
+    hits_by_image = concept[similarity.topk(5).indices] == targets
+    shares = {"held_out": len(held_out)}
+    for kind, hits in (("name", hits_by_name), ("image", hits_by_image)):
+        for k in (1, 5):
+            shares[f"{kind}_top{k}"] = hits[:, :k].any(1).float().mean().item()
+    return shares
 
 
 def main() -> None:
@@ -134,14 +174,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(args.build / "tokenizer")
-    scenes, model = Scenes(args.build), build_model(tokenizer)
-    figures = train(model, scenes, tokenizer, args) | retrieval(model, scenes, tokenizer)
+    scenes = Scenes(args.build)
+    model = build_model(tokenizer)
+    figures = train(model, scenes, tokenizer, args)
+    figures |= retrieval(model, scenes, tokenizer)
     figures["parameters"] = sum(p.numel() for p in model.parameters())
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
-    model.save_pretrained(args.build / "clip")
-    tokenizer.save_pretrained(args.build / "clip")
-    CLIPImageProcessor(**half, **size).save_pretrained(args.build / "clip")
+    processor = CLIPImageProcessor(
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+    )
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(args.build / "clip")
     (args.build / "clip.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps(figures))
 

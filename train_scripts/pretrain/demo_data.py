@@ -28,21 +28,29 @@ CAT_NAMES = (
     "crying",
     "weary",
 )
+FIRST_CAT = 0x1F638
 MONKEY_NAMES = ("see_no_evil", "hear_no_evil", "speak_no_evil")
+FIRST_MONKEY = 0x1F648
+LIKE_SUBJECTS = ("1f408", "1f408-200d-2b1b", "1f431", "1f412", "1f435")  # other cats and monkeys
+SUBJECT_SIDE = 128  # pixels
+TRAIN_COUNT = 300
+HELD_OUT_COUNT = 200
 
 
-def picture(source: Path, size: int) -> Image.Image:
+def read_emoji(source: Path, size: int) -> Image.Image:
     """One emoji on white."""
     image = Image.open(source).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    composite = Image.alpha_composite(white, image).convert("RGB")
+    return composite.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def write_subject(fluent: Path, folder: Path, first: int, names: Sequence[str]) -> None:
-    """Consecutive code points, one PNG of 128 px each."""
+def write_subject(fluent: Path, folder: Path, first_code: int, names: Sequence[str]) -> None:
+    """Consecutive code points, one PNG each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for code, name in enumerate(names, start=first):
-        picture(fluent / f"{code:x}.webp", 128).save(folder / f"{name}.png", optimize=True)
+    for code, name in enumerate(names, start=first_code):
+        image = read_emoji(fluent / f"{code:x}.webp", SUBJECT_SIDE)
+        image.save(folder / f"{name}.png", optimize=True)
 
 
 def write_style(fluent: Path, folder: Path, concepts: list[dict], size: int) -> None:
@@ -51,7 +59,7 @@ def write_style(fluent: Path, folder: Path, concepts: list[dict], size: int) -> 
     lines = []
     for row in sorted(concepts, key=lambda row: row["code"]):
         name = f"{row['code']}.webp"
-        picture(fluent / name, size).save(folder / name, quality=85, method=6)
+        read_emoji(fluent / name, size).save(folder / name, quality=85, method=6)
         text = article(f"a {row['names'][0]} emoji")
         lines.append(json.dumps({"file_name": name, "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -65,18 +73,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96, help="side of a style image")
     args = parser.parse_args()
     fluent = args.fluent / "assets"
-    write_subject(fluent, args.assets / "subjects/cat", 0x1F638, [f"{name}_cat" for name in CAT_NAMES])
-    write_subject(
-        fluent, args.assets / "subjects/monkey", 0x1F648, [f"{name}_monkey" for name in MONKEY_NAMES]
-    )
+    subjects = args.assets / "subjects"
+    write_subject(fluent, subjects / "cat", FIRST_CAT, [f"{name}_cat" for name in CAT_NAMES])
+    write_subject(fluent, subjects / "monkey", FIRST_MONKEY, [f"{name}_monkey" for name in MONKEY_NAMES])
     concepts = json.loads((args.build / "concepts.json").read_text(encoding="utf-8"))
-    like_subjects = ("1f408", "1f408-200d-2b1b", "1f431", "1f412", "1f435")  # other cats and monkeys
-    found = [row for row in concepts if row["code"] not in like_subjects]
-    found = [row for row in found if (fluent / f"{row['code']}.webp").exists()]
-    chosen = random.Random(0).sample(found, 500)
-    write_style(fluent, args.assets / "style/fluent3d/train", chosen[:300], args.size)
-    write_style(fluent, args.assets / "style/fluent3d/held_out", chosen[300:], args.size)
-    print(f"{len(found)} of {len(concepts)} concepts exist as Fluent 3D; wrote 9 + 3 + 300 + 200 images")
+    available = []
+    for row in concepts:
+        if row["code"] not in LIKE_SUBJECTS and (fluent / f"{row['code']}.webp").exists():
+            available.append(row)
+    chosen = random.Random(0).sample(available, TRAIN_COUNT + HELD_OUT_COUNT)
+    style = args.assets / "style/fluent3d"
+    write_style(fluent, style / "train", chosen[:TRAIN_COUNT], args.size)
+    write_style(fluent, style / "held_out", chosen[TRAIN_COUNT:], args.size)
+    print(f"{len(available)} of {len(concepts)} concepts exist as Fluent 3D; wrote 9 + 3 + 300 + 200 images")
 
 
 if __name__ == "__main__":

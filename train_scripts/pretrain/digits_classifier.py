@@ -3,7 +3,7 @@
     python digits_classifier.py --assets ../../diffadapt/assets --fonts FONTS      # two minutes on two cores
 
 Half of each batch is printed, half handwritten, turned, scaled and shifted a little. Writes
-digit-classifier/ (float16) with figures.json: accuracies on pictures it never saw.
+digit-classifier/ (float16) with figures.json: accuracies on images it never saw.
 """
 
 import argparse
@@ -20,44 +20,64 @@ from torch import Tensor
 from diffadapt.metrics.digit_classifier import DigitClassifier, load_digit_classifier
 
 SIDE = 16
+MAX_ANGLE = 0.21  # radians, 12 degrees
+MAX_ZOOM = 0.12
+MAX_SHIFT = 1.0  # pixels
+NOISE = 0.05  # standard deviation
 
 
-def varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures turned by up to 12 degrees, scaled by up to 12 % and shifted by up to a pixel, with noise."""
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] turned, scaled and shifted at random, with noise."""
+
+    def uniform(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=generator) - 0.5) * 2
+
     count = len(pixels)
-    angle, scale = ((torch.rand(count, generator=generator) - 0.5) * 2 * span for span in (0.21, 0.12))
-    shift = (torch.rand(count, 2, generator=generator) - 0.5) * 2 * 2 / SIDE
-    cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
-    rows = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    places = F.affine_grid(rows, list(pixels.shape), align_corners=False)
-    moved = F.grid_sample(pixels, places, padding_mode="border", align_corners=False)
-    return (moved + 0.05 * torch.randn(moved.shape, generator=generator)).clamp(0, 1)
+    angle = uniform(count) * MAX_ANGLE
+    scale = uniform(count) * MAX_ZOOM
+    shift = uniform(count, 2) * 2 * MAX_SHIFT / SIDE  # in units of half the image
+    cos = angle.cos() * (1 + scale)
+    sin = angle.sin() * (1 + scale)
+    first_row = torch.stack([cos, -sin, shift[:, 0]], 1)
+    second_row = torch.stack([sin, cos, shift[:, 1]], 1)
+    theta = torch.stack([first_row, second_row], 1)  # (B, 2, 3) affine maps
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return (moved + NOISE * torch.randn(moved.shape, generator=generator)).clamp(0, 1)
 
 
-def batch(parts: list[Labelled], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Equally many of each part, in [0, 1]."""
-    rows = [torch.randint(len(images), (size // len(parts),), generator=generator) for images, _ in parts]
-    pixels = torch.cat([images[some] for (images, _), some in zip(parts, rows, strict=True)]).float() / 255
-    labels = torch.cat([labels[some] for (_, labels), some in zip(parts, rows, strict=True)])
-    return varied(pixels, generator), labels
+def random_batch(sets: list[Labelled], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Equally many images of each set, (B, 3, H, W) in [0, 1], and their labels."""
+    pixels = []
+    labels = []
+    for set_images, set_labels in sets:
+        rows = torch.randint(len(set_images), (size // len(sets),), generator=generator)
+        pixels.append(set_images[rows])
+        labels.append(set_labels[rows])
+    return augment(torch.cat(pixels).float() / 255, generator), torch.cat(labels)
 
 
-def train(classifier: DigitClassifier, parts: list[Labelled], args: argparse.Namespace) -> None:
+def train(classifier: DigitClassifier, sets: list[Labelled], args: argparse.Namespace) -> None:
+    """Trains for `--steps` on all sets alike."""
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.lr, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
     for step in range(args.steps):
-        pixels, labels = batch(parts, args.batch, torch.Generator().manual_seed(step))
+        pixels, labels = random_batch(sets, args.batch, torch.Generator().manual_seed(step))
         loss = F.cross_entropy(classifier(pixels)["logits"], labels, label_smoothing=0.05)
         loss.backward()
-        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
         if (step + 1) % 100 == 0:
             print(json.dumps({"step": step + 1, "loss": round(loss.item(), 4)}), flush=True)
 
 
 @torch.no_grad()
 def accuracy(classifier: DigitClassifier, data: Labelled) -> float:
-    seen = classifier(data[0].float() / 255)["logits"].argmax(1)
-    return float((seen == data[1]).double().mean())
+    """The share of images whose digit is recognised."""
+    images, labels = data
+    predicted = classifier(images.float() / 255)["logits"].argmax(1)
+    return float((predicted == labels).double().mean())
 
 
 def main() -> None:
@@ -72,22 +92,26 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    started, fonts, real = time.time(), find_fonts(args.fonts), handwritten(SIDE)
+    began = time.time()
+    fonts = find_fonts(args.fonts)
+    handwriting = handwritten(SIDE)
     classifier = DigitClassifier(side=SIDE)
-    train(classifier, [printed(fonts, args.count, SIDE, seed=1), real["train"]], args)
+    train(classifier, [printed(fonts, args.count, SIDE, seed=1), handwriting["train"]], args)
     folder = args.assets / "digit-classifier"
     folder.mkdir(parents=True, exist_ok=True)
-    half = {n: t.half() if t.is_floating_point() else t for n, t in classifier.state_dict().items()}
-    save_file(half, folder / "model.safetensors")
+    tensors = {}
+    for name, tensor in classifier.state_dict().items():
+        tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(classifier.config) + "\n", encoding="utf-8")
     stored = load_digit_classifier(folder)  # the figures are of what is shipped
     figures = {
-        "handwriting_held_out": accuracy(stored, real["held_out"]),
+        "handwriting_held_out": accuracy(stored, handwriting["held_out"]),
         "printed_unseen": accuracy(stored, printed(fonts, 2000, SIDE, seed=2)),
         "parameters": sum(p.numel() for p in stored.parameters()),
         "steps": args.steps,
         "batch": args.batch,
-        "seconds": time.time() - started,
+        "seconds": time.time() - began,
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures))

@@ -1,9 +1,9 @@
-"""Put the digits base in its place as half precision, then measure exactly what is shipped.
+"""Puts the digits base into the assets in half precision, then measures exactly what is shipped.
 
     python digits_evaluate.py --build BUILD --assets ../../diffadapt/assets --fonts FONTS
 
-Figures by the embedded classifier: the share of drawn pictures in which it sees the class that was asked for,
-and the Frechet distance of its features from fresh printed digits. Writes figures.json and samples.png.
+Metrics by the embedded classifier: the share of generated images in which it sees the requested class, and
+the Frechet distance of its features from fresh printed digits. Writes figures.json and samples.png.
 """
 
 import argparse
@@ -22,15 +22,18 @@ from diffadapt.metrics.frechet import fid
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
 from diffadapt.pipelines import ClassConditionalPipeline
 
-CLASSES, SIDE = 10, 16
+CLASSES = 10
+SIDE = 16
+SHOWN = 60  # images of samples.png
+SHOWN_GUIDANCE = 2.0
 
 
 def place(build: Path, folder: Path) -> None:
-    """Weights as float16 on disk; notes that lie beside them stay."""
+    """Writes weights as float16; notes that lie beside them stay."""
     pipe = ClassConditionalPipeline.from_pretrained(build / "pipeline").to(torch.float16)
-    kept = {path.name: path.read_bytes() for path in folder.glob("*.md")}
+    notes = {path.name: path.read_bytes() for path in folder.glob("*.md")}
     replace_folder(folder, pipe.save_pretrained)
-    for name, content in kept.items():
+    for name, content in notes.items():
         (folder / name).write_bytes(content)
     for config in folder.rglob("*.json"):
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -40,24 +43,25 @@ def place(build: Path, folder: Path) -> None:
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def pictures(
+def generate(
     pipe: ClassConditionalPipeline, count: int, steps: int, guidance: float
 ) -> tuple[Tensor, Tensor]:
-    """`count` pictures, the classes in turn, seeds from 0, with their labels."""
-    shots = [ImageRequest(str(n % CLASSES), n, n % CLASSES) for n in range(count)]
-    made = generate_all(
-        pipe, shots, SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, batch_size=100)
-    )
-    return made, torch.tensor([shot.label for shot in shots])
+    """`count` images, the classes in turn, seeds from 0, with their labels."""
+    requests = [ImageRequest(str(n % CLASSES), n, n % CLASSES) for n in range(count)]
+    config = SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, batch_size=100)
+    images = generate_all(pipe, requests, config)
+    return images, torch.tensor([request.label for request in requests])
 
 
 @torch.no_grad()
-def measure(made: Tensor, labels: Tensor, real: Tensor) -> dict[str, float]:
+def measure(images: Tensor, labels: Tensor, real: Tensor) -> dict[str, float]:
+    """Metrics of generated images (N, 3, H, W) in [0, 1] with their labels (N,)."""
     classifier = load_digit_classifier()
-    drawn, reference = classifier(made), classifier(real)
+    generated_layers = classifier(images)
+    real_layers = classifier(real)
     return {
-        "class_agreement": class_agreement(drawn["logits"], labels),
-        "frechet_distance": fid(real=reference["pool"], generated=drawn["pool"]),
+        "class_agreement": class_agreement(generated_layers["logits"], labels),
+        "frechet_distance": fid(real=real_layers["pool"], generated=generated_layers["pool"]),
     }
 
 
@@ -66,25 +70,26 @@ def main() -> None:
     parser.add_argument("--build", type=Path, required=True, help="folder made by digits.py")
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="as given to digits.py")
-    parser.add_argument("--count", type=int, default=1000, help="pictures drawn for each figure")
+    parser.add_argument("--count", type=int, default=1000, help="images generated for each figure")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     folder = args.assets / "digits"
     place(args.build, folder)
     pipe = ClassConditionalPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    real = printed(find_fonts(args.fonts), 2000, SIDE, seed=3)[0].float() / 255
+    real_images, _ = printed(find_fonts(args.fonts), 2000, SIDE, seed=3)
+    real = real_images.float() / 255
     figures = {
         "unet": json.loads((args.build / "unet.json").read_text(encoding="utf-8")),
         "count": args.count,
     }
     for guidance in (1.0, 2.0, 4.0):
-        started = time.time()
-        made, labels = pictures(pipe, args.count, args.steps, guidance)
-        seconds = (time.time() - started) / args.count
-        figures[f"guidance_{guidance:g}"] = {**measure(made, labels, real), "seconds_per_picture": seconds}
-        if guidance == 2.0:
-            enlarged = made[:60].repeat_interleave(3, 2).repeat_interleave(3, 3)
+        began = time.time()
+        images, labels = generate(pipe, args.count, args.steps, guidance)
+        seconds = (time.time() - began) / args.count
+        figures[f"guidance_{guidance:g}"] = {**measure(images, labels, real), "seconds_per_picture": seconds}
+        if guidance == SHOWN_GUIDANCE:
+            enlarged = images[:SHOWN].repeat_interleave(3, 2).repeat_interleave(3, 3)
             save_image(enlarged, folder / "samples.png", nrow=CLASSES)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures))

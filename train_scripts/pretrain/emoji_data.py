@@ -29,16 +29,18 @@ CATEGORIES = (
 )
 CATS = tuple(f"{code:x}" for code in range(0x1F638, 0x1F641))
 MONKEYS = tuple(f"{code:x}" for code in range(0x1F648, 0x1F64B))
-STYLES = ("noto", "twemoji")  # of the vendors google and twitter, in this order
+VENDORS = ("google", "twitter")
+STYLES = ("noto", "twemoji")  # of the vendors, in this order
 TEMPLATES = ("a {} emoji", "a {} emoji", "an emoji of a {}", "a {}", "{} emoji", "{}")
-STYLED = ("a {} emoji in {} style", "{} emoji in {} style", "a {} in {} style")
+STYLED_TEMPLATES = ("a {} emoji in {} style", "{} emoji in {} style", "a {} in {} style")
 
 
 def phrases(row: dict) -> list[str]:
     """The ways to name an emoji: its short names first, then its Unicode name."""
-    short = [re.sub(r"(?<=[a-z])2$", "", name) for name in row["short_names"]]
-    names = [re.sub(r"[_\s]+", " ", name.replace("-", " ")).strip().lower() for name in [*short, row["name"]]]
-    return list(dict.fromkeys(names))
+    names = [re.sub(r"(?<=[a-z])2$", "", name) for name in row["short_names"]]
+    names.append(row["name"])
+    spoken = [re.sub(r"[_\s]+", " ", name.replace("-", " ")).strip().lower() for name in names]
+    return list(dict.fromkeys(spoken))
 
 
 def article(text: str) -> str:
@@ -48,16 +50,24 @@ def article(text: str) -> str:
 
 def captions(names: list[str], style: str) -> list[str]:
     """Every training caption of one image."""
-    plain = [template.format(name) for name in names for template in TEMPLATES]
-    styled = [template.format(name, style) for name in names for template in STYLED]
-    return [article(text) for text in plain + styled]
+    texts = []
+    for name in names:
+        for template in TEMPLATES:
+            texts.append(article(template.format(name)))
+    for name in names:
+        for template in STYLED_TEMPLATES:
+            texts.append(article(template.format(name, style)))
+    return texts
 
 
-def choose(rows: list[dict]) -> list[dict]:
+def select(rows: list[dict]) -> list[dict]:
     """The emoji of the base, in Unicode's order, without the held-out subjects."""
-    kept = [row for row in rows if row["category"] in CATEGORIES]
-    kept = [row for row in kept if row["unified"].lower() not in CATS + MONKEYS]
-    return sorted(kept, key=lambda row: row["sort_order"])
+    selected = []
+    for row in rows:
+        is_held_out = row["unified"].lower() in CATS + MONKEYS
+        if row["category"] in CATEGORIES and not is_held_out:
+            selected.append(row)
+    return sorted(selected, key=lambda row: row["sort_order"])
 
 
 def load(build: Path) -> tuple[Tensor, Tensor, Tensor, list[dict]]:
@@ -71,22 +81,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--google", type=Path, required=True, help="the unpacked `package` folder")
     parser.add_argument("--twitter", type=Path, required=True, help="the unpacked `package` folder")
-    parser.add_argument("--build", type=Path, required=True, help="folder for all that the recipes make")
+    parser.add_argument("--build", type=Path, required=True, help="folder for everything the recipes make")
     args = parser.parse_args()
-    rows = choose(json.loads((args.google / "emoji.json").read_text(encoding="utf-8")))
-    images, concept, style, concepts = [], [], [], []
+    rows = select(json.loads((args.google / "emoji.json").read_text(encoding="utf-8")))
+    images = []
+    concept = []
+    style = []
+    concepts = []
     for index, row in enumerate(rows):
         concepts.append({"code": row["unified"].lower(), "names": phrases(row), "category": row["category"]})
-        for vendor, folder in enumerate((args.google, args.twitter)):
-            name = ("google", "twitter")[vendor]
-            if row[f"has_img_{name}"]:
-                image = Image.open(folder / "img" / name / "64" / row["image"]).convert("RGBA")
+        for number, (vendor, folder) in enumerate(zip(VENDORS, (args.google, args.twitter), strict=True)):
+            if row[f"has_img_{vendor}"]:
+                image = Image.open(folder / "img" / vendor / "64" / row["image"]).convert("RGBA")
                 images.append(np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS)))
                 concept.append(index)
-                style.append(vendor)
+                style.append(number)
     args.build.mkdir(parents=True, exist_ok=True)
-    tensors = {"rgba": torch.from_numpy(np.stack(images))}
-    tensors |= {"concept": torch.tensor(concept), "style": torch.tensor(style)}
+    tensors = {
+        "rgba": torch.from_numpy(np.stack(images)),
+        "concept": torch.tensor(concept),
+        "style": torch.tensor(style),
+    }
     save_file(tensors, args.build / "images.safetensors")
     (args.build / "concepts.json").write_text(json.dumps(concepts, indent=1), encoding="utf-8")
     print(f"{len(concepts)} concepts, {len(images)} images in {args.build}")

@@ -1,10 +1,10 @@
-"""Put the trained parts in their places as half precision, then measure exactly what is shipped.
+"""Puts the trained models into the assets in half precision, then measures exactly what is shipped.
 
     python train_scripts/pretrain/evaluate.py --build BUILD --assets diffadapt/assets
 
 Writes assets/emoji and assets/clip. Of 200 training captions: the share whose image has its own emoji among
 the nearest five (and as the nearest one) of all real images, in the features of clip; `figures.json` and
-`samples.webp` beside the model hold the result. With `--count 0` it only puts the parts in place.
+`samples.webp` beside the model hold the result. With `--count 0` it only puts the models in place.
 """
 
 import argparse
@@ -25,10 +25,11 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 SHOWN = """pizza,cat face,dog,red apple,ghost,blue heart,rocket,house,soccer,tulip,snowman,banana,robot face,
 bicycle,hamburger,crab,penguin,gift,guitar,grinning,sob,skull,full moon,fish"""
+BATCH_SIZE = 50
 
 
 def place(build: Path, assets: Path) -> None:
-    """Weights as float16 on disk; the configurations say float32, so that stock loaders compute in that."""
+    """Writes weights as float16; the configurations say float32, so that stock loaders compute in that."""
     pipe = StableDiffusionPipeline.from_pretrained(build / "pipeline", safety_checker=None).to(torch.float16)
     clip = CLIPModel.from_pretrained(build / "clip").to(torch.float16)
 
@@ -38,18 +39,18 @@ def place(build: Path, assets: Path) -> None:
         CLIPImageProcessor.from_pretrained(build / "clip").save_pretrained(folder)
 
     for name, write in (("emoji", pipe.save_pretrained), ("clip", write_clip)):
-        kept = {path.name: path.read_bytes() for path in (assets / name).glob("*") if keep(path)}
+        notes = {path.name: path.read_bytes() for path in (assets / name).glob("*") if is_note(path)}
         replace_folder(assets / name, write)
-        for file, content in kept.items():
+        for file, content in notes.items():
             (assets / name / file).write_bytes(content)
     for tokenizer in (assets / "emoji/tokenizer", assets / "clip"):
         for file in ("vocab.json", "merges.txt"):  # for programs that do not read tokenizer.json
             (tokenizer / file).write_bytes((build / "tokenizer" / file).read_bytes())
     for config in (*assets.glob("emoji/**/*.json"), *assets.glob("clip/*.json")):
-        tidy(config)
+        clean_config(config)
 
 
-def tidy(path: Path) -> None:
+def clean_config(path: Path) -> None:
     """Stored as float16 but opened as float32; no folder names; nothing a stock loader would warn about."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if path.parent.name == "vae":
@@ -60,57 +61,61 @@ def tidy(path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def keep(path: Path) -> bool:
-    """The card, the licences and the figures stay when the weights are replaced."""
+def is_note(path: Path) -> bool:
+    """Whether a file stays when the weights are replaced: the card, the licences and the figures."""
     return path.suffix in (".md", ".png", ".webp", ".txt") or path.name in ("LICENSE", "figures.json")
 
 
 @torch.no_grad()
 def features(clip: CLIPModel, images: Tensor) -> Tensor:
+    """Unit features of images (N, 3, 64, 64) in [-1, 1], (N, D)."""
     parts = [clip.get_image_features(pixel_values=part).pooler_output for part in images.split(256)]
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)
 
 
-def draw(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: float) -> Tensor:
+def generate(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidance: float) -> Tensor:
     """One image and one seed per text: (N, 3, 64, 64) in [-1, 1]."""
     images = []
-    for start in range(0, len(texts), 50):
-        part = texts[start : start + 50]
-        seeds = [torch.Generator().manual_seed(start + offset) for offset in range(len(part))]
-        images += pipe(part, generator=seeds, num_inference_steps=steps, guidance_scale=guidance).images
+    for start in range(0, len(texts), BATCH_SIZE):
+        prompts = texts[start : start + BATCH_SIZE]
+        seeds = [torch.Generator().manual_seed(start + offset) for offset in range(len(prompts))]
+        images += pipe(prompts, generator=seeds, num_inference_steps=steps, guidance_scale=guidance).images
     return torch.stack([to_tensor(image) * 2 - 1 for image in images])
 
 
 def measure(pipe: StableDiffusionPipeline, clip: CLIPModel, scenes: Scenes, args: argparse.Namespace) -> dict:
+    """Retrieval of the emoji and the style of random training captions, and the time per image."""
     rng = random.Random(args.seed)
     chosen = rng.sample(range(len(scenes.concept)), args.count)
     texts = [scenes.caption(index, rng) for index in chosen]
-    begun = time.time()
-    images = draw(pipe, texts, args.steps, args.guidance)
-    seconds = (time.time() - begun) / args.count
-    concept, style = torch.tensor(scenes.concept), torch.tensor(scenes.style)
-    nearest = (features(clip, images) @ features(clip, composite(scenes.rgba)).T).topk(5).indices
-    right = concept[nearest] == concept[chosen, None]
+    began = time.time()
+    images = generate(pipe, texts, args.steps, args.guidance)
+    seconds = (time.time() - began) / args.count
+    concept = torch.tensor(scenes.concept)
+    style = torch.tensor(scenes.style)
+    similarity = features(clip, images) @ features(clip, composite(scenes.rgba)).T  # (count, N)
+    nearest = similarity.topk(5).indices  # (count, 5)
+    has_concept = concept[nearest] == concept[chosen, None]  # (count, 5)
     styled = [row for row, text in enumerate(texts) if text.endswith("style")]
-    same = style[nearest[styled, 0]] == style[[chosen[row] for row in styled]]
+    has_style = style[nearest[styled, 0]] == style[[chosen[row] for row in styled]]
     figures = {
         "captions": args.count,
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "seed": args.seed,
     }
-    figures |= {f"top{k}": round(right[:, :k].any(1).float().mean().item(), 3) for k in (1, 5)}
-    return figures | {
-        "style_named": round(same.float().mean().item(), 3),
-        "seconds_per_image": round(seconds, 3),
-    }
+    for k in (1, 5):
+        figures[f"top{k}"] = round(has_concept[:, :k].any(1).float().mean().item(), 3)
+    figures["style_named"] = round(has_style.float().mean().item(), 3)
+    figures["seconds_per_image"] = round(seconds, 3)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True)
     parser.add_argument("--assets", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=200, help="training captions to draw")
+    parser.add_argument("--count", type=int, default=200, help="training captions to generate images of")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=1, help="chooses the captions")
@@ -120,20 +125,19 @@ def main() -> None:
     place(args.build, args.assets)
     if args.count == 0:
         return
-    pipe = StableDiffusionPipeline.from_pretrained(args.assets / "emoji")
+    emoji = args.assets / "emoji"
+    pipe = StableDiffusionPipeline.from_pretrained(emoji)
     pipe.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(args.assets / "clip").eval()
-    shown = [article(f"a {name.strip()} emoji") for name in SHOWN.split(",")]
-    save_image(
-        draw(pipe, shown, args.steps, args.guidance) / 2 + 0.5, args.assets / "emoji/samples.webp", nrow=8
-    )
+    prompts = [article(f"a {name.strip()} emoji") for name in SHOWN.split(",")]
+    samples = generate(pipe, prompts, args.steps, args.guidance) / 2 + 0.5
+    save_image(samples, emoji / "samples.webp", nrow=8)
     figures = {"sampling": measure(pipe, clip, Scenes(args.build), args)}
     for part in ("vae", "unet"):
         figures[part] = json.loads((args.build / f"{part}.json").read_text(encoding="utf-8"))
-    (args.assets / "emoji/figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (args.assets / "clip/figures.json").write_text(
-        (args.build / "clip.json").read_text(encoding="utf-8") + "\n", encoding="utf-8"
-    )
+    (emoji / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    clip_figures = (args.build / "clip.json").read_text(encoding="utf-8")
+    (args.assets / "clip/figures.json").write_text(clip_figures + "\n", encoding="utf-8")
     print(json.dumps(figures["sampling"]))
 
 

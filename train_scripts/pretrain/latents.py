@@ -8,34 +8,47 @@ from scenes import KINDS, SHARES, Scenes
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-Ready = dict[str, tuple[Tensor, Tensor]]  # of each kind of scene the latents and the tokens
+COPIES = {"plain": 1, "ground": 3, "pair": 3}  # scenes of each kind per emoji
+CAPTIONS_OF_PLAIN = 16  # captions of each plain image
+EMPTY_SHARE = 0.1  # of samples, without words, for classifier-free guidance
+
+EncodedScenes = dict[str, tuple[Tensor, Tensor]]  # kind of scene -> latents (N, C, h, w), tokens (M, L)
 
 
 @torch.no_grad()
-def prepare(scenes: Scenes, vae: AutoencoderTiny, tokenizer: CLIPTokenizer) -> Ready:
-    """For each kind of scene its latents and tokens; plain images appear with 16 captions each."""
-    ready, rng, count = {}, random.Random(0), len(scenes.concept)
-    for kind, copies in zip(KINDS, (1, 3, 3), strict=True):
-        drawn = [scenes.draw(index, rng, kind=kind) for index in list(range(count)) * copies]
-        images, texts = torch.stack([image for image, _ in drawn]), [text for _, text in drawn]
-        latents = torch.cat([vae.encode(part).latents for part in images.split(128)])
+def encode_scenes(scenes: Scenes, vae: AutoencoderTiny, tokenizer: CLIPTokenizer) -> EncodedScenes:
+    """The latents and tokens of each kind of scene; plain images appear with 16 captions each."""
+    rng = random.Random(0)
+    count = len(scenes.concept)
+    encoded = {}
+    for kind in KINDS:
+        images = []
+        texts = []
+        for index in list(range(count)) * COPIES[kind]:
+            image, text = scenes.draw(index, rng, kind=kind)
+            images.append(image)
+            texts.append(text)
+        latents = torch.cat([vae.encode(part).latents for part in torch.stack(images).split(128)])
         if kind == "plain":
-            texts = [scenes.caption(index, rng) for _ in range(16) for index in range(count)]
-        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        ready[kind] = latents, ids
-    return ready
+            texts = [scenes.caption(index, rng) for index in list(range(count)) * CAPTIONS_OF_PLAIN]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        encoded[kind] = (latents, tokens)
+    return encoded
 
 
-def batch(ready: Ready, empty: Tensor, size: int, generator: torch.Generator) -> tuple:
-    """Latents and tokens of random scenes; a tenth without words, for classifier-free guidance."""
+def random_batch(
+    encoded: EncodedScenes, empty_tokens: Tensor, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, h, w) and tokens (B, L) of random scenes, some of them without words."""
     shares = torch.tensor(SHARES, dtype=torch.float)
-    kinds = torch.multinomial(shares, size, replacement=True, generator=generator).bincount(
-        minlength=len(KINDS)
-    )
-    latents, ids = [], []
-    for kind, count in zip(KINDS, kinds.tolist(), strict=True):
-        rows = torch.randint(len(ready[kind][1]), (count,), generator=generator)
-        latents.append(ready[kind][0][rows % len(ready[kind][0])])
-        ids.append(ready[kind][1][rows])
-    wordless = torch.rand(size, 1, generator=generator) < 0.1
-    return torch.cat(latents), torch.where(wordless, empty, torch.cat(ids))
+    kinds = torch.multinomial(shares, size, replacement=True, generator=generator)
+    counts = kinds.bincount(minlength=len(KINDS)).tolist()
+    latents = []
+    tokens = []
+    for kind, count in zip(KINDS, counts, strict=True):
+        kind_latents, kind_tokens = encoded[kind]
+        rows = torch.randint(len(kind_tokens), (count,), generator=generator)
+        latents.append(kind_latents[rows % len(kind_latents)])  # an image has several captions
+        tokens.append(kind_tokens[rows])
+    is_empty = torch.rand(size, 1, generator=generator) < EMPTY_SHARE
+    return torch.cat(latents), torch.where(is_empty, empty_tokens, torch.cat(tokens))

@@ -1,4 +1,4 @@
-"""What the embedded models see: an emoji on white, on a colour, or beside another one, with its caption.
+"""Training images of the embedded models: an emoji on white, on a colour, or beside another one; captions.
 
 Plain emoji are most of it; the rest gives words like "on a blue background" and "next to a pizza emoji" a
 meaning, so that a subject taught later can be asked for in a new context. Imported by the other recipes.
@@ -23,19 +23,21 @@ COLOURS = {
     "black": (24, 24, 28),
 }
 WHITE = (255, 255, 255)
-KINDS, SHARES = ("plain", "ground", "pair"), (80, 12, 8)
+KINDS = ("plain", "ground", "pair")
+SHARES = (80, 12, 8)  # per cent of each kind
 
 
 def composite(rgba: Tensor, colour: tuple[int, int, int] = WHITE) -> Tensor:
-    """Lay (..., H, W, 4) uint8 images on one colour: (..., 3, H, W) in [-1, 1]."""
-    pixels = rgba.movedim(-1, -3).float() / 255
-    colours, alpha = pixels[..., :3, :, :], pixels[..., 3:, :, :]
+    """Lays (..., H, W, 4) uint8 images on one colour: (..., 3, H, W) in [-1, 1]."""
+    pixels = rgba.movedim(-1, -3).float() / 255  # (..., 4, H, W)
+    colours = pixels[..., :3, :, :]
+    alpha = pixels[..., 3:, :, :]
     ground = torch.tensor(colour).view(3, 1, 1) / 255
     return (colours * alpha + ground * (1 - alpha)) * 2 - 1
 
 
 def on_ground(rgba: Tensor, colour: tuple[int, int, int]) -> Tensor:
-    """One emoji at three quarters of its size in the middle of a colour."""
+    """One emoji at three quarters of its size in the middle of a colour, (3, 64, 64)."""
     small = F.interpolate(composite(rgba, colour)[None], size=48, mode="bilinear", antialias=True)[0]
     image = (torch.tensor(colour) / 127.5 - 1).view(3, 1, 1).repeat(1, 64, 64)
     image[:, 8:56, 8:56] = small
@@ -44,20 +46,30 @@ def on_ground(rgba: Tensor, colour: tuple[int, int, int]) -> Tensor:
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
     """Two (3, 64, 64) images at half size on one white image."""
-    halves = F.interpolate(torch.stack([left, right]), size=32, mode="area")
+    small_left, small_right = F.interpolate(torch.stack([left, right]), size=32, mode="area")
     image = torch.ones_like(left)
-    image[:, 16:48, :32], image[:, 16:48, 32:] = halves
+    image[:, 16:48, :32] = small_left
+    image[:, 16:48, 32:] = small_right
     return image
 
 
 class Scenes:
-    """Images with captions, each a pure function of its number and a random generator."""
+    """Images with captions, each a pure function of its number and a random generator.
+
+    Attributes:
+        rgba: images of single emoji, (N, 64, 64, 4) uint8.
+        concept: number of the emoji of each image.
+        style: number of the vendor of each image.
+        concepts: the emoji.
+    """
 
     def __init__(self, build: Path) -> None:
         self.rgba, concept, style, self.concepts = load(build)
-        self.concept, self.style = concept.tolist(), style.tolist()
+        self.concept: list[int] = concept.tolist()
+        self.style: list[int] = style.tolist()
 
     def caption(self, index: int, rng: random.Random) -> str:
+        """A caption of the image, without any scene."""
         names = self.concepts[self.concept[index]]["names"]
         return rng.choice(captions(names, STYLES[self.style[index]]))
 
@@ -71,8 +83,10 @@ class Scenes:
             return on_ground(self.rgba[index], COLOURS[colour]), text
         if kind == "pair":
             other = rng.randrange(len(self.concept))
-            names = [rng.choice(self.concepts[self.concept[i]]["names"]) for i in (index, other)]
-            text = article(f"a {names[0]} emoji {rng.choice(('and', 'next to'))} a {names[1]} emoji")
+            name = rng.choice(self.concepts[self.concept[index]]["names"])
+            other_name = rng.choice(self.concepts[self.concept[other]]["names"])
+            relation = rng.choice(("and", "next to"))
+            text = article(f"a {name} emoji {relation} a {other_name} emoji")
             return side_by_side(composite(self.rgba[index]), composite(self.rgba[other])), text
         return composite(self.rgba[index]), text
 
@@ -90,11 +104,15 @@ def augment(images: Tensor, generator: torch.Generator, *, zoom: float, gain: fl
         return torch.rand(*shape, generator=generator) * 2 - 1
 
     count, _, height, width = images.shape
-    size, flip = 1 + zoom * uniform(count), uniform(count).sign()
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = size * flip, size, 0.2 * uniform(count, 2)
+    size = 1 + zoom * uniform(count)  # (B,)
+    flip = uniform(count).sign()  # (B,)
+    theta = torch.zeros(count, 2, 3)  # affine maps
+    theta[:, 0, 0] = size * flip
+    theta[:, 1, 1] = size
+    theta[:, :, 2] = 0.2 * uniform(count, 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     ink = F.grid_sample((1 - images) / 2, grid, align_corners=False)  # 0 is white, also outside
     shade = F.interpolate(uniform(count, 1, 3, 3), size=(height, width), mode="bicubic", align_corners=True)
-    light = (gain * (uniform(count, 3, 1, 1) + shade)).exp()  # an exponent, always positive
-    return (1 - ink).clamp(0, 1) ** light * 2 - 1
+    # (1 - ink) ** exp(gain * (u_channel + u_pixel)): the exponent is positive, so white stays white
+    exponent = (gain * (uniform(count, 3, 1, 1) + shade)).exp()
+    return (1 - ink).clamp(0, 1) ** exponent * 2 - 1

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from PIL import Image
-from progress import restore, save, set_rate
+from progress import restore, save, set_learning_rate
 from scenes import Scenes, augment, composite
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -38,46 +38,55 @@ def build_model() -> AutoencoderTiny:
     )
 
 
-def difference(made: Tensor, real: Tensor) -> Tensor:
-    """L1 and squared error, plus L1 of the edges, at full, half and quarter size."""
-    total = F.mse_loss(made, real)
+def reconstruction_loss(decoded: Tensor, real: Tensor) -> Tensor:
+    """Squared error, and L1 of pixels and edges at full, half and quarter size, of (B, 3, H, W) images."""
+    total = F.mse_loss(decoded, real)
     for _ in range(3):
-        total = total + F.l1_loss(made, real)
+        total = total + F.l1_loss(decoded, real)
         for axis in (2, 3):
-            total = total + 0.5 * F.l1_loss(made.diff(dim=axis), real.diff(dim=axis))
-        made, real = F.avg_pool2d(made, 2), F.avg_pool2d(real, 2)
+            total = total + 0.5 * F.l1_loss(decoded.diff(dim=axis), real.diff(dim=axis))
+        decoded = F.avg_pool2d(decoded, 2)
+        real = F.avg_pool2d(real, 2)
     return total
 
 
-def spread(latents: Tensor) -> Tensor:
-    """How far the channels are from mean 0 and deviation 1."""
-    channels = latents.float().transpose(0, 1).flatten(1)
+def unit_variance_penalty(latents: Tensor) -> Tensor:
+    """The mean over channels of mean^2 + (deviation - 1)^2, for latents (B, C, h, w)."""
+    channels = latents.float().transpose(0, 1).flatten(1)  # (C, B h w)
     return (channels.mean(1) ** 2 + (channels.std(1) - 1) ** 2).mean()
 
 
 def train(model: AutoencoderTiny, scenes: Scenes, args: argparse.Namespace) -> dict:
+    """Trains to `--steps` and returns the last step's figures."""
     optimizer = torch.optim.AdamW(
         [{"params": model.parameters(), "peak": args.lr}], betas=(0.9, 0.99), weight_decay=0.01
     )
     start, seconds = restore(args.build / "vae.state", model, optimizer)
-    begun, figures = time.time() - seconds, {}
+    began = time.time() - seconds
+    figures: dict = {}
     for step in range(start, args.steps):
-        set_rate(optimizer, step, args.steps)
-        rng, generator = random.Random(step), torch.Generator().manual_seed(step)
+        set_learning_rate(optimizer, step, args.steps)
+        rng = random.Random(step)
+        generator = torch.Generator().manual_seed(step)
         images = [scenes.draw(i, rng)[0] for i in rng.sample(range(len(scenes.concept)), args.batch)]
-        real = augment(torch.stack(images), generator, zoom=0.35, gain=0.5)
+        real = augment(torch.stack(images), generator, zoom=0.35, gain=0.5)  # (B, 3, 64, 64)
         real = real.contiguous(memory_format=torch.channels_last)
         with fast_autocast(torch.device("cpu")):
-            latents = model.encode(real).latents
+            latents = model.encode(real).latents  # (B, 16, 8, 8)
             noise = torch.randn(latents.shape, generator=generator)
-            made = model.decode(latents + args.noise * noise).sample
-        loss = difference(made.float(), real) + 0.02 * spread(latents)
+            decoded = model.decode(latents + args.noise * noise).sample
+        loss = reconstruction_loss(decoded.float(), real) + 0.02 * unit_variance_penalty(latents)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        figures = {"steps": step + 1, "loss": loss.item(), "latent_std": latents.std().item()}
-        figures |= {"batch_psnr": psnr(made.float(), real), "seconds": time.time() - begun}
+        figures = {
+            "steps": step + 1,
+            "loss": loss.item(),
+            "latent_std": latents.std().item(),
+            "batch_psnr": psnr(decoded.float(), real),
+            "seconds": time.time() - began,
+        }
         if (step + 1) % 50 == 0:
             print(json.dumps({key: round(value, 4) for key, value in figures.items()}), flush=True)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
@@ -85,23 +94,26 @@ def train(model: AutoencoderTiny, scenes: Scenes, args: argparse.Namespace) -> d
     return figures
 
 
-def psnr(made: Tensor, real: Tensor) -> float:
-    """Mean over the images, in dB."""
-    error = ((made.clamp(-1, 1) - real) ** 2).flatten(1).mean(1).clamp_min(1e-10) / 4
+def psnr(decoded: Tensor, real: Tensor) -> float:
+    """The peak signal-to-noise ratio in dB, mean over (N, 3, H, W) images in [-1, 1]."""
+    # The range is 2, so its square is 4: PSNR = -10 log10(MSE / 4)
+    error = ((decoded.clamp(-1, 1) - real) ** 2).flatten(1).mean(1).clamp_min(1e-10) / 4
     return (-10 * error.log10()).mean().item()
 
 
 @torch.no_grad()
-def quality(model: AutoencoderTiny, images: Tensor) -> float:
+def reconstruction_psnr(model: AutoencoderTiny, images: Tensor) -> float:
+    """The PSNR of encoding and decoding images."""
     return psnr(torch.cat([model(part).sample for part in images.split(128)]), images)
 
 
-def folder_images(folder: Path) -> Tensor:
+def read_folder(folder: Path) -> Tensor:
     """All PNG of a folder at 64 px: (N, 3, 64, 64) in [-1, 1]."""
-    images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
-    return torch.stack(
-        [pil_to_tensor(i.resize((64, 64), Image.Resampling.LANCZOS)) / 127.5 - 1 for i in images]
-    )
+    images = []
+    for path in sorted(folder.glob("*.png")):
+        image = Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+        images.append(pil_to_tensor(image) / 127.5 - 1)
+    return torch.stack(images)
 
 
 def main() -> None:
@@ -118,13 +130,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    scenes, model = Scenes(args.build), build_model().to(memory_format=torch.channels_last)
+    scenes = Scenes(args.build)
+    model = build_model().to(memory_format=torch.channels_last)
     figures = train(model, scenes, args)
     images = composite(scenes.rgba)
     for style, name in enumerate(("noto", "twemoji")):
-        figures[f"psnr_{name}"] = quality(model, images[torch.tensor(scenes.style) == style])
+        figures[f"psnr_{name}"] = reconstruction_psnr(model, images[torch.tensor(scenes.style) == style])
     for folder in args.unseen:
-        figures[f"psnr_{folder.name}"] = quality(model, folder_images(folder))
+        figures[f"psnr_{folder.name}"] = reconstruction_psnr(model, read_folder(folder))
     figures["parameters"] = sum(p.numel() for p in model.parameters())
     model.save_pretrained(args.build / "vae")
     (args.build / "vae.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
