@@ -73,7 +73,7 @@ class Expression:
             grad: the gradient of the loss by `matrix()`, `(out, fan_in)`.
 
         Returns:
-            the gradients by `tensors()`.
+            The gradients by `tensors()`.
         """
         raise TypeError(f"{type(self).__name__} does not define vjp()")
 

@@ -30,10 +30,31 @@ Made by `python eval/benchmarks/forward_calls.py --output docs/forward_calls.md`
 one forward of one adapted Linear layer runs, without torch's. Files and functions are counted once, calls
 each time; depth is the longest chain of calls within the package.
 """
+TREE = """## The way through a forward
+
+The calls of `{variant}` in their order, indented by depth.
+"""
 
 
 @dataclass(frozen=True)
-class Calls:
+class Call:
+    """A call of a function of the package.
+
+    Attributes:
+        file: the function's file, in the package.
+        function: its name.
+        line: where it begins.
+        depth: how many calls of the package it is nested in.
+    """
+
+    file: str
+    function: str
+    line: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Counts:
     """Code of one package that a forward runs.
 
     Attributes:
@@ -66,16 +87,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the page (default: print it)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows = {variant: measure(variant) for variant in arguments.variants}
-    page = _page(rows)
+    page = _page({variant: trace(variant) for variant in arguments.variants})
     if arguments.output is None:
         print(page)
     else:
         arguments.output.write_text(page, encoding="utf-8")
 
 
-def measure(variant: str) -> Calls:
-    """Counts the calls of one forward.
+def trace(variant: str) -> list[Call]:
+    """The calls of one forward in their order.
 
     Args:
         variant: `diffadapt:METHOD` or `peft:NAME`, as in `cost_rivals.make`.
@@ -84,28 +104,30 @@ def measure(variant: str) -> Calls:
     model = cost_rivals.make(_OneLayer(), variant, "layer", RANK)
     x = torch.randn(2, 5, 64)
     model(x)  # what is imported or computed once is not part of every forward
-    return count_calls(model, x, Path(importlib.import_module(package).__file__).parent)
+    return trace_calls(model, x, Path(importlib.import_module(package).__file__).parent)
 
 
-def count_calls(model: nn.Module, x: Tensor, package: Path) -> Calls:
-    """Counts the calls into files of a package during one forward.
+def trace_calls(model: nn.Module, x: Tensor, package: Path) -> list[Call]:
+    """The calls of functions in files of a package during one forward.
 
     Args:
         model: called with `x`.
         package: folder of the package.
     """
-    functions: list[tuple[str, str, int]] = []  # file, name and line of every call
-    depth = deepest = 0
+    calls: list[Call] = []
+    depth = 0
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        nonlocal depth, deepest
+        nonlocal depth
         code = frame.f_code
-        if not Path(code.co_filename).is_relative_to(package):
+        path = Path(code.co_filename)
+        if not path.is_relative_to(package):
             return
         if event == "call":
-            functions.append((code.co_filename, code.co_name, code.co_firstlineno))
+            function = getattr(code, "co_qualname", code.co_name)  # since Python 3.11
+            file = path.relative_to(package).as_posix()
+            calls.append(Call(file, function.split(".<locals>.")[-1], code.co_firstlineno, depth))
             depth += 1
-            deepest = max(deepest, depth)
         elif event == "return":
             depth -= 1
 
@@ -115,20 +137,27 @@ def count_calls(model: nn.Module, x: Tensor, package: Path) -> Calls:
         model(x)
     finally:
         sys.setprofile(previous)
-    files = {file for file, _, _ in functions}
-    return Calls(len(files), len(set(functions)), len(functions), deepest)
+    return calls
 
 
-def _page(rows: dict[str, Calls]) -> str:
+def count(calls: Sequence[Call]) -> Counts:
+    """Counts the files, functions and calls of a forward."""
+    files = {call.file for call in calls}
+    functions = {(call.file, call.function, call.line) for call in calls}
+    return Counts(len(files), len(functions), len(calls), max(call.depth for call in calls) + 1)
+
+
+def _page(traces: dict[str, list[Call]]) -> str:
     lines = [INTRODUCTION, "| | files | functions | calls | depth |", "|---|---:|---:|---:|---:|"]
-    lines += [_row(variant, calls) for variant, calls in rows.items()]
+    for variant, calls in traces.items():
+        counts = count(calls)
+        lines.append(f"| {variant} | {counts.files} | {counts.functions} | {counts.calls} | {counts.depth} |")
+    first_variant = next(iter(traces))
+    lines += ["", TREE.format(variant=first_variant), "```"]
+    for call in traces[first_variant]:
+        lines.append(f"{'  ' * call.depth}{call.function}  ({call.file})")
     python = ".".join(map(str, sys.version_info[:2]))
-    return "\n".join([*lines, "", f"Python {python}; {cost_page.versions()}.", ""])
-
-
-def _row(variant: str, calls: Calls) -> str:
-    cells: Sequence[int] = (calls.files, calls.functions, calls.calls, calls.depth)
-    return f"| {variant} | {' | '.join(map(str, cells))} |"
+    return "\n".join([*lines, "```", "", f"Python {python}; {cost_page.versions()}.", ""])
 
 
 if __name__ == "__main__":
