@@ -5,7 +5,7 @@ from pathlib import Path
 
 import diffadapt as da
 from diffadapt.formats.export import DTYPES, KINDS, ExportReport
-from diffadapt.formats.export.metadata import carried
+from diffadapt.formats.export.metadata import training_metadata
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -69,5 +69,5 @@ def export(arguments: argparse.Namespace) -> ExportReport:
         dense=arguments.dense,
         force=arguments.force,
         base=base,
-        metadata=carried(metadata),
+        metadata=training_metadata(metadata),
     )

@@ -202,7 +202,7 @@ def short_reason(message: str) -> str:
         return "stock layers lack the bias"
     if "no file for changed" in message:
         return message.split("no file for changed ")[1].split(";")[0] + " have no keys"
-    if "passes by" in message:
+    if "keys ignored" in message:
         return "it does not know such layers"
     return message.split(";")[0]
 

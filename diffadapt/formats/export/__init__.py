@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,14 +41,18 @@ from diffadapt.formats.export.merged import (
 from diffadapt.formats.export.metadata import (
     additional_hashes,
     base_only_note,
-    carried,
     metadata_of,
     network_of,
+    training_metadata,
 )
 from diffadapt.formats.export.report import ExportReport
 from diffadapt.formats.export.verify import Verdict, verify_diffusers, verify_kohya
 
+# the programs that a file must be right in to be written
 MEANT_FOR = {"kohya": ("ComfyUI",), "diffusers": ("diffusers",), "merged": ("diffusers",)}
+# formats that training writes beside the adapter -> the end of the file's name
+FORMATS = {"kohya": "_comfyui.safetensors", "diffusers": "_diffusers.safetensors", "merged": "_merged"}
+DEFAULT_FORMAT = "kohya"
 
 __all__ = ["DTYPES", "KINDS", "ExportReport", "Verdict", "export", "parse_formats", "write_formats"]
 
@@ -65,63 +69,76 @@ def export(
     base: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
-    """Write an adapter for other programs, read the file back as they do, and compare.
+    """Writes an adapter for other programs, reads the file back as they do, and compares.
 
     Args:
-        to: ``kohya`` (ComfyUI, A1111, LyCORIS), ``diffusers`` (``load_lora_weights``) or ``merged`` (a whole
+        to: `kohya` (ComfyUI, A1111, LyCORIS), `diffusers` (`load_lora_weights`) or `merged` (a whole
             pipeline, or the model alone that was attached to).
         rank: for diffusers, the rank of the SVD that replaces changes that are no thin products.
         dtype: precision of the file: float32, float16 or bfloat16.
         dense: for kohya, whole differences instead of keys that ComfyUI alone reads right.
-        force: write a file that a program it is meant for refuses or reads wrong.
+        force: write a file even if a program it is meant for refuses it or reads it wrong.
         base: name of the base, recorded in the file.
         metadata: further text to keep in the header, e.g. a training summary.
 
-    Returns: who reads the file and how exactly.
-    Raises: ValueError saying why the adapter cannot be held, or which program would not give its weights; no
-        file is written then.
+    Returns:
+        The programs that read the file, and how exactly.
+
+    Raises:
+        ValueError: the format cannot hold the adapter, or a program would not give its weights; no file is
+            written then.
     """
     path = Path(path)
     check_arguments(to, dtype, rank)
-    changes = checked_layers(adapter, to, force)
+    layers = checked_layers(adapter, to, force)
+    architecture = base_architecture(adapter)
     title = path.stem if path.suffix == ".safetensors" else path.name
-    header = metadata_of(adapter, base_architecture(adapter), title=title, base_name=base, extra=metadata)
+    header = metadata_of(adapter, architecture, title=title, base_name=base, extra=metadata)
     if to == "merged":
-        return _write_folder(adapter, path, changes, DTYPES[dtype], header, force)
+        return _write_folder(adapter, path, layers, DTYPES[dtype], header, force)
     if to == "diffusers":
         check_loader(adapter)
-        changes = low_rank_layers(changes, rank)
-        named, header["lora_adapter_metadata"] = diffusers_tensors(changes), adapter_config(changes)
+        layers = low_rank_layers(layers, rank)
+        header["lora_adapter_metadata"] = adapter_config(layers)
+        tensors = diffusers_tensors(layers)
     else:
-        named = kohya_tensors(changes, base_architecture(adapter), dense=dense)
-    return _write_file(adapter, path, to, changes, named, DTYPES[dtype], header, force)
-
-
-# what training can leave beside the adapter, and the end of its name
-DEFAULT_FORMAT = "kohya"  # where nothing is said
-FORMATS = {"kohya": "_comfyui.safetensors", "diffusers": "_diffusers.safetensors", "merged": "_merged"}
+        tensors = kohya_tensors(layers, architecture, dense=dense)
+    return _write_file(adapter, path, to, layers, tensors, DTYPES[dtype], header, force)
 
 
 def write_formats(adapter: Adapter, file: str | Path, formats: str | None) -> list[str]:
-    """Write the formats (comma-separated: kohya, diffusers, merged; or none) beside an adapter's own file.
+    """Writes formats beside an adapter's own file.
 
-    What cannot be written is said instead of failing: the adapter itself is already safe.
-    Returns: one line for each format.
+    A format that cannot be written is no error: the adapter itself is already safe.
+
+    Args:
+        file: the adapter's own file.
+        formats: comma-separated, as `parse_formats` takes them.
+
+    Returns:
+        One line for each format: its file, or why there is none.
     """
-    lines, file = [], Path(file)
+    file = Path(file)
     header = read_metadata(file)
-    told = {"base": header["adapter"]["base"]["name"], "metadata": carried(header)}
-    for chosen in parse_formats(formats):
-        path = file.with_name(f"{file.stem}{FORMATS[chosen]}")
+    base = header["adapter"]["base"]["name"]
+    metadata = training_metadata(header)
+    lines = []
+    for name in parse_formats(formats):
+        path = file.with_name(f"{file.stem}{FORMATS[name]}")
         try:
-            lines.append(export(adapter, path, chosen, **told).line)
+            report = export(adapter, path, name, base=base, metadata=metadata)
+            lines.append(report.line)
         except ValueError as error:
             lines.append(f"no {path.name}: {error}")
     return lines
 
 
 def parse_formats(formats: str | None) -> list[str]:
-    """Names of formats from ``kohya,diffusers``; None: the default. Raises ValueError for an unknown one."""
+    """Names of formats from `kohya,diffusers`; none for `none`, the default one for None.
+
+    Raises:
+        ValueError: a format is unknown, or `none` stands beside others.
+    """
     if formats is None:
         return [DEFAULT_FORMAT]
     names = [name.strip() for name in formats.split(",") if name.strip()]
@@ -145,31 +162,39 @@ def _write_file(
     adapter: Adapter,
     path: Path,
     to: str,
-    changes: list[ExportedLayer],
-    named: Iterable[tuple[str, Tensor]],
+    layers: Sequence[ExportedLayer],
+    tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     header: dict[str, str],
     force: bool,
 ) -> ExportReport:
-    tensors = _rounded(named, dtype)
-    header |= network_of(tensors, adapter)
-    whole = any(key.endswith(".diff") for key in tensors)
-    if whole:
+    rounded = _rounded(tensors, dtype)
+    header |= network_of(rounded, adapter)
+    holds_differences = any(key.endswith(".diff") for key in rounded)
+    if holds_differences:
         header["diffadapt.base_only"] = base_only_note(adapter)
     reports: list[ExportReport] = []
 
     def write(temporary: Path) -> None:
-        save_file(tensors, temporary, {k: v for k, v in header.items() if k.startswith("ss_")})
+        # kohya's hashes are of a file with these keys alone
+        save_file(rounded, temporary, {key: text for key, text in header.items() if key.startswith("ss_")})
         if to == "kohya":
-            verdicts = verify_kohya(str(temporary), changes, base_architecture(adapter), dtype)
+            verdicts = verify_kohya(str(temporary), layers, base_architecture(adapter), dtype)
         else:
-            verdicts = verify_diffusers(str(temporary), changes, dtype)
-        error, layers = _rank_error(changes), len(changes)
-        report = ExportReport(path, to, layers, tuple(verdicts), MEANT_FOR[to], whole, rank_error=error)
+            verdicts = verify_diffusers(str(temporary), layers, dtype)
+        report = ExportReport(
+            path,
+            to,
+            len(layers),
+            tuple(verdicts),
+            MEANT_FOR[to],
+            base_only=holds_differences,
+            rank_error=_rank_error(layers),
+        )
         refuse_unless_good(report, force)
         header.update(additional_hashes(Path(temporary)))
         header["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
-        save_file(tensors, temporary, header)
+        save_file(rounded, temporary, header)
         reports.append(report)
 
     write_atomically(path, write)
@@ -179,7 +204,7 @@ def _write_file(
 def _write_folder(
     adapter: Adapter,
     folder: Path,
-    changes: list[ExportedLayer],
+    layers: Sequence[ExportedLayer],
     dtype: torch.dtype,
     header: dict[str, str],
     force: bool,
@@ -189,17 +214,15 @@ def _write_folder(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_merged(adapter, temporary, changes, dtype, header)
-        verdict = verify_merged(temporary, changes, dtype)
-        lost = lost_in_rounding(changes, dtype)
+        write_merged(adapter, temporary, layers, dtype, header)
         report = ExportReport(
             folder,
             "merged",
-            len(changes),
-            (verdict,),
+            len(layers),
+            (verify_merged(temporary, layers, dtype),),
             MEANT_FOR["merged"],
-            lost_in_rounding=lost,
-            note=note_on_guidance(adapter, changes),
+            lost_in_rounding=lost_in_rounding(layers, dtype),
+            note=note_on_guidance(adapter, layers),
         )
         refuse_unless_good(report, force)
         replace_folder(temporary, folder)
@@ -213,22 +236,22 @@ def _rounded(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[
     rounded: dict[str, Tensor] = {}
     for key, tensor in tensors:
         # rounding a magnitude would change the weight, not the change of it
-        wide = "dora_scale" in key or "lora_magnitude_vector" in key
-        value = tensor.to(torch.float32 if wide else dtype)
+        is_magnitude = "dora_scale" in key or "lora_magnitude_vector" in key
+        value = tensor.to(torch.float32 if is_magnitude else dtype)
         rounded[key] = value.cpu().contiguous().clone()
         if not value.isfinite().all():
             raise ValueError(f"{key} does not fit into {dtype}; use dtype float32 or bfloat16")
     return rounded
 
 
-def _rank_error(changes: list[ExportedLayer]) -> float:
-    """Share of the whole change that cutting to a rank leaves out."""
-    if not any(change.is_approximated for change in changes):
+def _rank_error(layers: Sequence[ExportedLayer]) -> float:
+    """The part of the change that cutting to a rank leaves out, relative to the whole, in Frobenius norms."""
+    if not any(layer.is_approximated for layer in layers):
         return 0.0
-    left_out = whole = 0.0
-    for change in changes:
-        adapted = change.adapted
-        if change.is_approximated:
-            left_out += (adapted - change.expected_weight()).square().sum().item()
-        whole += (adapted - change.weight).square().sum().item()
-    return (left_out / whole) ** 0.5 if whole else 0.0
+    squared_error = squared_change = 0.0
+    for layer in layers:
+        adapted = layer.adapted
+        if layer.is_approximated:
+            squared_error += (adapted - layer.expected_weight()).square().sum().item()
+        squared_change += (adapted - layer.weight).square().sum().item()
+    return (squared_error / squared_change) ** 0.5 if squared_change else 0.0

@@ -41,10 +41,12 @@ def base_architecture(adapter: Adapter) -> Architecture:
 
 
 def kohya_name(component: str, path: str, base: Architecture) -> str:
-    """``lora_unet_...``, ``lora_te_...``; with several text encoders ``lora_te1_...``, ``lora_te2_...``.
+    """`lora_unet_...`, `lora_te_...`; with several text encoders `lora_te1_...`, `lora_te2_...`.
 
     As in kohya's own files, layers of SDXL's UNet have the names of the original code, the others diffusers'.
-    Raises: ValueError for a model that has no name there.
+
+    Raises:
+        ValueError: the model has no name there.
     """
     names = base.published_names
     is_denoiser = component in DENOISERS
@@ -65,31 +67,32 @@ def kohya_name(component: str, path: str, base: Architecture) -> str:
 
 def clip_path(component: str, path: str) -> str:
     """The path in a CLIP text encoder with the level that transformers 5 no longer has, as files name it."""
-    lacks = is_text_encoder(component) and not path.startswith(("text_model.", "text_projection"))
-    return f"text_model.{path}" if lacks else path
+    if is_text_encoder(component) and not path.startswith(("text_model.", "text_projection")):
+        return f"text_model.{path}"
+    return path
 
 
-def found_by_comfyui(change: ExportedLayer) -> bool:
+def found_by_comfyui(layer: ExportedLayer) -> bool:
     """Whether ComfyUI's tables (comfy/lora.py, 0.3.77) list the layer."""
-    layers = _TEXT_PROJECTIONS if is_text_encoder(change.component) else _UNET_LAYERS
-    return layers.fullmatch(clip_path(change.component, change.path)) is not None
+    layers = _TEXT_PROJECTIONS if is_text_encoder(layer.component) else _UNET_LAYERS
+    return layers.fullmatch(clip_path(layer.component, layer.path)) is not None
 
 
-def found_by_sd_scripts(change: ExportedLayer, base: Architecture) -> bool:
+def found_by_sd_scripts(layer: ExportedLayer, base: Architecture) -> bool:
     """Whether kohya's sd-scripts (48d368f) make a LoRA of the layer: in SDXL inside the blocks alone."""
     original_path = base.published_names and base.published_names.original_path
-    if is_text_encoder(change.component) or original_path is None:
+    if is_text_encoder(layer.component) or original_path is None:
         return True
-    name = original_path(change.path) or ""
+    name = original_path(layer.path) or ""
     return name.partition(".")[0] in _SGM_BLOCKS and name != "input_blocks.0.0"
 
 
-def found_by_a1111(change: ExportedLayer, base: Architecture) -> bool:
+def found_by_a1111(layer: ExportedLayer, base: Architecture) -> bool:
     """Whether stable-diffusion-webui 1.10.1 finds the layer under the name it has in the file."""
-    path = clip_path(change.component, change.path)
-    if is_text_encoder(change.component):
-        known = _TEXT_LAYERS if change.component == "text_encoder" else _TEXT_PROJECTIONS
-        return known.fullmatch(path) is not None
+    path = clip_path(layer.component, layer.path)
+    if is_text_encoder(layer.component):
+        text_layers = _TEXT_LAYERS if layer.component == "text_encoder" else _TEXT_PROJECTIONS
+        return text_layers.fullmatch(path) is not None
     original_path = base.published_names and base.published_names.original_path
     if original_path is not None:
         return original_path(path) is not None  # it has the file's own names

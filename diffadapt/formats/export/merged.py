@@ -1,11 +1,11 @@
-"""A whole pipeline with the adapter in its weights, which stock diffusers opens without diffadapt."""
+"""Whole pipelines with the adapter in their weights, which stock diffusers opens without diffadapt."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,17 +18,17 @@ from diffadapt.adapters.attach import disabled, pipeline_of
 from diffadapt.adapters.class_table import SIZE_KEYS
 from diffadapt.formats.emulators import with_bias
 from diffadapt.formats.export.exported_layer import ExportedLayer
-from diffadapt.formats.export.verify import Tally, Verdict
+from diffadapt.formats.export.verify import ErrorSum, Verdict
 
 
 def write_merged(
     adapter: Adapter,
     folder: Path,
-    changes: Sequence[ExportedLayer],
+    layers: Sequence[ExportedLayer],
     dtype: torch.dtype,
     metadata: dict[str, str],
 ) -> None:
-    """Write the pipeline of the adapter, or the bare model it was attached to, all weights in ``dtype``.
+    """Writes the pipeline of the adapter, or the bare model it was attached to, all weights in `dtype`.
 
     The live model is not touched. No change may give a layer a bias that it did not have.
     """
@@ -36,57 +36,65 @@ def write_merged(
     model = pipeline or _only_root(adapter)
     with disabled(model):
         model.save_pretrained(folder, safe_serialization=True)
-    values: dict[Path, dict[str, Callable[[], Tensor]]] = {}
-    for change in changes:
-        place = folder / change.component if pipeline else folder
-        values.setdefault(place, {}).update(_values(change))
-    for place in (folder, *(place for place in folder.iterdir() if place.is_dir())):
-        _rewrite(place, values.get(place, {}), dtype)
-    _write_sizes(folder, changes, in_pipeline=pipeline is not None)
-    (folder / "diffadapt.json").write_text(
-        json.dumps(metadata, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    new_values: dict[Path, dict[str, Callable[[], Tensor]]] = {}  # by the folder of their component
+    for layer in layers:
+        component_folder = folder / layer.component if pipeline else folder
+        new_values.setdefault(component_folder, {}).update(_new_values(layer))
+    subfolders = [path for path in folder.iterdir() if path.is_dir()]
+    for component_folder in [folder, *subfolders]:
+        _rewrite(component_folder, new_values.get(component_folder, {}), dtype)
+    _write_table_sizes(folder, layers, in_pipeline=pipeline is not None)
+    text = json.dumps(metadata, indent=1, sort_keys=True) + "\n"
+    (folder / "diffadapt.json").write_text(text, encoding="utf-8")
 
 
-def verify_merged(folder: Path, changes: Sequence[ExportedLayer], dtype: torch.dtype) -> Verdict:
-    """Read the folder's weights back as ``from_pretrained`` does and compare them with the live adapter's."""
-    stored: dict[Path, dict[str, Tensor]] = {}
-    tally = Tally(torch.float32)
-    for change in changes:
-        place = folder / change.component if (folder / change.component).is_dir() else folder
-        if place not in stored:
-            files = [load_file(file) for file in sorted(place.glob("*.safetensors"))]
-            stored[place] = {key: tensor for tensors in files for key, tensor in tensors.items()}
-        tensors, live, bias = stored[place], change.adapted, with_bias(change.base_bias, change.bias)
-        weight = tensors[_stored_name(f"{change.path}.weight", tensors)].double()
-        tally.add(weight, live, change.weight, live.to(dtype).double())
-        if bias is not None:
-            found = tensors[_stored_name(f"{change.path}.bias", tensors)].double()
-            tally.add(found, bias, change.base_bias, bias.to(dtype).double())
-    status, reason = ("exact", "") if dtype == torch.float32 else ("approximate", "as asked for")
-    if not tally.as_meant:
-        status, reason = "wrong", "the stored weights are not the live ones"
-    return Verdict("diffusers", "0.42.1", status, tally.largest, tally.share, reason)
+def verify_merged(folder: Path, layers: Sequence[ExportedLayer], dtype: torch.dtype) -> Verdict:
+    """Reads the folder's weights back as `from_pretrained` does and compares them with the live adapter's."""
+    stored: dict[Path, dict[str, Tensor]] = {}  # by the folder of their component
+    errors = ErrorSum(torch.float32)
+    for layer in layers:
+        component_folder = folder / layer.component
+        if not component_folder.is_dir():
+            component_folder = folder
+        if component_folder not in stored:
+            stored[component_folder] = _load_folder(component_folder)
+        tensors = stored[component_folder]
+        live = layer.adapted
+        weight = tensors[_stored_name(f"{layer.path}.weight", tensors)].double()
+        errors.add(weight, live, layer.weight, live.to(dtype).double())
+        live_bias = with_bias(layer.base_bias, layer.bias)
+        if live_bias is not None:
+            bias = tensors[_stored_name(f"{layer.path}.bias", tensors)].double()
+            errors.add(bias, live_bias, layer.base_bias, live_bias.to(dtype).double())
+    status = "exact"
+    reason = ""
+    if dtype != torch.float32:
+        status = "approximate"
+        reason = "as requested"
+    if not errors.is_as_written:
+        status = "wrong"
+        reason = "the stored weights are not the live ones"
+    return Verdict("diffusers", "0.42.1", status, errors.largest, errors.share, reason)
 
 
-def lost_in_rounding(changes: Sequence[ExportedLayer], dtype: torch.dtype) -> float:
-    """``|W' - rounded W'| / |W' - W|`` over all layers and biases; 0 in float32."""
+def lost_in_rounding(layers: Sequence[ExportedLayer], dtype: torch.dtype) -> float:
+    """`|W' - rounded W'| / |W' - W|` over all layers and biases; 0 in float32."""
     if dtype == torch.float32:
         return 0.0
-    lost = changed = 0.0
-    for change in changes:
-        adapted = change.adapted
-        lost += (adapted - adapted.to(dtype).double()).square().sum().item()
-        changed += (adapted - change.weight).square().sum().item()
-        if change.bias is not None and change.base_bias is not None:
-            new = change.base_bias + change.bias
-            lost += (new - new.to(dtype).double()).square().sum().item()
-            changed += change.bias.square().sum().item()
-    return (lost / changed) ** 0.5 if changed else 0.0
+    squared_error = squared_change = 0.0
+    for layer in layers:
+        adapted = layer.adapted
+        squared_error += (adapted - adapted.to(dtype).double()).square().sum().item()
+        squared_change += (adapted - layer.weight).square().sum().item()
+        if layer.bias is not None and layer.base_bias is not None:
+            bias = layer.base_bias + layer.bias
+            squared_error += (bias - bias.to(dtype).double()).square().sum().item()
+            squared_change += layer.bias.square().sum().item()
+    return (squared_error / squared_change) ** 0.5 if squared_change else 0.0
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in its place; one that was there before is removed last."""
+    """Moves a finished folder to its place; one that was there before is removed last."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         os.replace(folder, old)
@@ -94,10 +102,10 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def note_on_guidance(adapter: Adapter, changes: Sequence[ExportedLayer]) -> str:
-    """What stock diffusers would do wrong with a merged pipeline: nothing, but for a grown table of a DiT."""
-    grown = next((change for change in changes if change.num_new_rows), None)
-    if grown is None or type(pipeline_of(adapter)).__name__ != "DiTPipeline":
+def note_on_guidance(adapter: Adapter, layers: Sequence[ExportedLayer]) -> str:
+    """A warning about stock diffusers and a DiT whose class table grew; empty for other pipelines."""
+    has_new_rows = any(layer.num_new_rows for layer in layers)
+    if not has_new_rows or type(pipeline_of(adapter)).__name__ != "DiTPipeline":
         return ""
     return (
         "stock DiTPipeline takes row 1000 for the null class, which is the last one of this table: open the "
@@ -105,18 +113,22 @@ def note_on_guidance(adapter: Adapter, changes: Sequence[ExportedLayer]) -> str:
     )
 
 
-def _write_sizes(folder: Path, changes: Sequence[ExportedLayer], *, in_pipeline: bool) -> None:
+def _write_table_sizes(folder: Path, layers: Sequence[ExportedLayer], *, in_pipeline: bool) -> None:
     """Where a class table gained rows: its new size in the configurations."""
-    gained = {change.component: change.num_new_rows for change in changes if change.num_new_rows}
-    for component, rows in gained.items():
-        _add(folder / component / "config.json" if in_pipeline else folder / "config.json", SIZE_KEYS, rows)
+    new_rows = {layer.component: layer.num_new_rows for layer in layers if layer.num_new_rows}
+    for component, count in new_rows.items():
+        component_folder = folder / component if in_pipeline else folder
+        _increase(component_folder / "config.json", SIZE_KEYS, count)
         if in_pipeline:
-            _add(folder / "model_index.json", ("null_class",), rows)
+            _increase(folder / "model_index.json", ("null_class",), count)
 
 
-def _add(file: Path, keys: Sequence[str], rows: int) -> None:
+def _increase(file: Path, keys: Sequence[str], count: int) -> None:
+    """Adds `count` to whole numbers of a JSON file."""
     values = json.loads(file.read_text(encoding="utf-8"))
-    values |= {key: values[key] + rows for key in keys if isinstance(values.get(key), int)}
+    for key in keys:
+        if isinstance(values.get(key), int):
+            values[key] += count
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -129,30 +141,46 @@ def _only_root(adapter: Adapter) -> nn.Module:
     return root
 
 
-def _values(change: ExportedLayer) -> dict[str, Callable[[], Tensor]]:
-    values: dict[str, Callable[[], Tensor]] = {f"{change.path}.weight": lambda: change.adapted}
-    if change.bias is not None:
-        values[f"{change.path}.bias"] = lambda: change.base_bias + change.bias
+def _new_values(layer: ExportedLayer) -> dict[str, Callable[[], Tensor]]:
+    """What computes a layer's changed parameters, by their names in the model."""
+    values: dict[str, Callable[[], Tensor]] = {f"{layer.path}.weight": lambda: layer.adapted}
+    if layer.bias is not None:
+        values[f"{layer.path}.bias"] = lambda: layer.base_bias + layer.bias
     return values
 
 
-def _rewrite(folder: Path, values: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
-    """Put values in the place of a model's tensors, and bring all of them to the file's precision."""
-    left = dict(values)
+def _load_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of all safetensors files of a folder."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def _rewrite(folder: Path, new_values: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
+    """Puts new values in the place of a model's tensors, and brings all of them to the file's precision."""
+    unplaced = dict(new_values)
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
-        for key in list(left):
-            if name := _stored_name(key, tensors):
-                tensors[name] = left.pop(key)().to(dtype)
+        for key in list(unplaced):
+            name = _stored_name(key, tensors)
+            if name is not None:
+                compute = unplaced.pop(key)
+                tensors[name] = compute().to(dtype)
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {"format": "pt"}
-        cast = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
-        save_file({key: t.cpu().contiguous() for key, t in cast.items()}, file, header)
-    if left:
-        raise ValueError(f"{folder} has no place for {next(iter(left))}")
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            tensors[key] = tensor.cpu().contiguous()
+        save_file(tensors, file, header)
+    if unplaced:
+        raise ValueError(f"{folder} has no place for {next(iter(unplaced))}")
 
 
-def _stored_name(key: str, tensors: dict[str, Tensor]) -> str | None:
+def _stored_name(key: str, tensors: Mapping[str, Tensor]) -> str | None:
     """A parameter's name in a file; transformers may store a level more or less than the model has."""
-    candidates = (key, f"text_model.{key}", key.removeprefix("text_model."))
-    return next((name for name in candidates if name in tensors), None)
+    for name in (key, f"text_model.{key}", key.removeprefix("text_model.")):
+        if name in tensors:
+            return name
+    return None

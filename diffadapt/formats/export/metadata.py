@@ -1,4 +1,4 @@
-"""What the header of an exported file says: to CivitAI and image programs, and about where it came from."""
+"""The header of an exported file: for CivitAI and image programs, and about where it came from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from diffadapt.adapters.architectures import Architecture, PublishedNames
 from diffadapt.adapters.attach import pipeline_of
 from diffadapt.adapters.fingerprint import fingerprint
 
-_OWN_KEYS = ("format", "format_version", "adapter", "sha256")  # said again, in other words
+# keys of our own files that say something of the file, not of the training
+_FILE_KEYS = ("format", "format_version", "adapter", "sha256")
 
 
 def metadata_of(
@@ -27,8 +28,14 @@ def metadata_of(
     base_name: str | None,
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The header: ``modelspec.*``, ``ss_*`` and ``sshs_*`` keys, and ``diffadapt.*`` with all we know."""
-    method = [{"name": part.name, "options": part.config} for part in adapter.method.members]
+    """The header: `modelspec.*` and `ss_*` keys, and `diffadapt.*` with the method and the base.
+
+    Args:
+        title: name of the file.
+        base_name: name or path of the base, where known.
+        extra: further entries, which the others override.
+    """
+    method = [{"name": member.name, "options": member.config} for member in adapter.method.members]
     header = dict(extra or {})
     header |= {
         "format": "pt",
@@ -50,17 +57,19 @@ def metadata_of(
     return header
 
 
-def carried(header: Mapping[str, object]) -> dict[str, str]:
-    """Of the header of one of our files, as ``read_metadata`` gives it, what another file should keep: how it
-    was trained."""
-    kept = {key: value for key, value in header.items() if key not in _OWN_KEYS}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in kept.items()}
+def training_metadata(header: Mapping[str, object]) -> dict[str, str]:
+    """The entries of a file's header, as `read_metadata` gives it, that say how it was trained."""
+    metadata = {}
+    for key, value in header.items():
+        if key not in _FILE_KEYS:
+            metadata[key] = value if isinstance(value, str) else json.dumps(value)
+    return metadata
 
 
 def base_only_note(adapter: Adapter) -> str:
-    """What a file of whole differences says of itself."""
-    values = fingerprint(list(adapter.layer_states.values()))
-    return f"whole differences of weights: valid for the base with fingerprint {values} only"
+    """The entry in the header of a file that holds whole differences."""
+    base = fingerprint(list(adapter.layer_states.values()))
+    return f"whole differences of weights: valid for the base with fingerprint {base} only"
 
 
 def _architecture(names: PublishedNames) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Whether an adapter can be exported once it is trained, tried before its training."""
+"""A trial export before training: whether an adapter can be exported once it is trained."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from diffadapt.formats.export.layer_names import base_architecture, found_by_com
 from diffadapt.formats.export.verify import verify_diffusers, verify_kohya
 
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")  # of convolutions
-TRIAL_SIZE = 0.02  # deviation of what is added to the trained tensors for the trial
+TRIAL_SIZE = 0.02  # standard deviation of what is added to the trained tensors for the trial
 
 
 def obstacle(adapter: Adapter, to: str) -> str | None:
-    """Why the adapter could not be exported after training; None where it could.
+    """The reason why the adapter could not be exported after training; None where it could.
 
     A new adapter often changes nothing yet, which every format can hold. So the trained tensors get random
     values for the trial, and their own bits back. One layer of each form is written to a temporary file and
@@ -33,7 +33,7 @@ def obstacle(adapter: Adapter, to: str) -> str | None:
     Args:
         to: kohya, diffusers or merged.
     """
-    with _trained_a_little(adapter):
+    with _perturbed(adapter):
         try:
             _try_export(adapter, to)
         except Exception as error:  # of any kind: a device may lack float64, or memory
@@ -42,10 +42,10 @@ def obstacle(adapter: Adapter, to: str) -> str | None:
 
 
 @contextmanager
-def _trained_a_little(adapter: Adapter) -> Iterator[None]:
+def _perturbed(adapter: Adapter) -> Iterator[None]:
     """Within the context every trained tensor differs from its start."""
     parameters = list(adapter.parameters())
-    before = [parameter.detach().clone() for parameter in parameters]
+    original_values = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
@@ -55,13 +55,13 @@ def _trained_a_little(adapter: Adapter) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
+            for parameter, value in zip(parameters, original_values, strict=True):
                 parameter.copy_(value)
 
 
 def _try_export(adapter: Adapter, to: str) -> None:
-    """Raises: ValueError where `export` would."""
-    changes = checked_layers(adapter, to, force=False)
+    """Raises ValueError where `export` would."""
+    layers = checked_layers(adapter, to, force=False)
     if to == "merged":
         return
     base = base_architecture(adapter)
@@ -69,13 +69,13 @@ def _try_export(adapter: Adapter, to: str) -> None:
         path = str(Path(folder) / "trial.safetensors")
         if to == "diffusers":
             check_loader(adapter)
-            examples = _one_of_each_form(low_rank_layers(changes, None))
+            examples = _one_of_each_form(low_rank_layers(layers, None))
             save_file(_on_cpu(diffusers_tensors(examples)), path)
             verdicts = verify_diffusers(path, examples, torch.float32)
         else:
-            for change in changes:
-                kohya_name(change.component, change.path, base)
-            examples = _one_of_each_form(changes)
+            for layer in layers:
+                kohya_name(layer.component, layer.path, base)
+            examples = _one_of_each_form(layers)
             save_file(_on_cpu(kohya_tensors(examples, base, dense=False)), path)
             verdicts = verify_kohya(path, examples, base, torch.float32)
     for verdict in verdicts:
@@ -83,31 +83,31 @@ def _try_export(adapter: Adapter, to: str) -> None:
             raise ValueError(f"{verdict.program} {verdict.version} would not read it right: {verdict.reason}")
 
 
-def _one_of_each_form(changes: Sequence[ExportedLayer]) -> list[ExportedLayer]:
+def _one_of_each_form(layers: Sequence[ExportedLayer]) -> list[ExportedLayer]:
     """The first layer of each kind, shape and form of change: the others would have the same verdict."""
     examples: dict[Hashable, ExportedLayer] = {}
-    for change in changes:
-        examples.setdefault(_form(change), change)
+    for layer in layers:
+        examples.setdefault(_form_key(layer), layer)
     return list(examples.values())
 
 
-def _form(change: ExportedLayer) -> Hashable:
-    """What decides how a change is written and read."""
-    geometry = tuple(str(getattr(change.layer, name, None)) for name in GEOMETRY)
+def _form_key(layer: ExportedLayer) -> Hashable:
+    """All that decides how a change is written and read."""
+    geometry = tuple(str(getattr(layer.layer, name, None)) for name in GEOMETRY)
     return (
-        change.component,
-        change.kind,
-        tuple(change.shape),
+        layer.component,
+        layer.kind,
+        tuple(layer.shape),
         geometry,
-        type(change.factors),
-        change.is_dense,
-        change.scale is None,
-        change.base_bias is None,
-        change.bias is None,
-        found_by_comfyui(change),
+        type(layer.factors),
+        layer.is_dense,
+        layer.scale is None,
+        layer.base_bias is None,
+        layer.bias is None,
+        found_by_comfyui(layer),
     )
 
 
-def _on_cpu(named: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _on_cpu(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of a file in float32."""
-    return {key: value.to("cpu", torch.float32).contiguous().clone() for key, value in named}
+    return {key: value.to("cpu", torch.float32).contiguous().clone() for key, value in tensors}

@@ -1,4 +1,4 @@
-"""What ``export`` tells: what was written, who reads it and how exactly."""
+"""The report of an export: what was written, which programs read it and how exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExportReport:
         meant_for: the programs it must be right in to be written.
         base_only: whether it holds whole differences, which are right on this base alone.
         lost_in_rounding: share of the change lost to half precision.
-        rank_error: share of the change that a cut to ``rank`` left out; 0 where nothing was cut.
+        rank_error: share of the change that a cut to `rank` left out; 0 where nothing was cut.
         note: what else its user must know.
     """
 

@@ -26,7 +26,7 @@ from diffadapt.formats.export.layer_names import (
     kohya_name,
 )
 
-# Ends of the keys in files for diffusers, and PEFT's names for them.
+# ends of the keys in files for diffusers, and PEFT's names for them
 _PEFT_ENDS = {
     "lora_linear_layer.down.weight": "lora_A.weight",
     "lora_linear_layer.up.weight": "lora_B.weight",
@@ -38,18 +38,22 @@ _PEFT_ENDS = {
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
 }
 
+FileKeys = Mapping[str, Mapping[str, Tensor]]  # tensors by layer, and by key within the layer
+FindsLayer = Callable[[ExportedLayer], bool]  # whether a program has the layer under its name in the file
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one program makes of a file.
+    """How one program reads a file.
 
     Attributes:
-        program, version: the program, and the version whose arithmetic was restated.
-        status: ``exact``; ``approximate`` (as asked for, by a rank or half precision); ``wrong`` (it opens
-            the file and renders something else); ``refused``.
+        program: its name.
+        version: the version whose arithmetic was restated.
+        status: `exact`; `approximate` (as requested, by a rank or half precision); `wrong` (it opens the file
+            and renders something else); `refused`.
         max_error: the largest difference of a weight or bias from the live adapter's.
-        share: of the whole change, in Frobenius norms, that the difference amounts to.
-        reason: for all but exact.
+        share: that difference relative to the whole change, in Frobenius norms.
+        reason: of every status but exact.
     """
 
     program: str
@@ -64,141 +68,178 @@ class Verdict:
         return self.status in ("exact", "approximate")
 
     def __str__(self) -> str:
-        numbers = "" if math.isnan(self.max_error) else f"  max error {self.max_error:.1e}"
-        numbers += "" if math.isnan(self.share) else f", {self.share:.1e} of the change"
-        return f"{self.program} {self.version}: {self.status}{numbers}" + (
-            self.reason and f"  ({self.reason})"
-        )
+        text = f"{self.program} {self.version}: {self.status}"
+        if not math.isnan(self.max_error):
+            text += f"  max error {self.max_error:.1e}"
+        if not math.isnan(self.share):
+            text += f", {self.share:.1e} of the change"
+        if self.reason:
+            text += f"  ({self.reason})"
+        return text
 
 
 def verify_kohya(
-    path: str, changes: Sequence[ExportedLayer], base: Architecture, dtype: torch.dtype
+    path: str, layers: Sequence[ExportedLayer], base: Architecture, dtype: torch.dtype
 ) -> list[Verdict]:
-    """Verdicts of every program that reads kohya's key names."""
-    finds = {
+    """Verdicts of every program that reads kohya's key names.
+
+    Args:
+        layers: what the file was written from.
+        dtype: precision of the file.
+    """
+    programs: dict[Program, FindsLayer] = {
         COMFYUI: found_by_comfyui,
-        A1111: lambda change: found_by_a1111(change, base),
-        LYCORIS: lambda change: True,
-        SD_SCRIPTS: lambda change: found_by_sd_scripts(change, base),
-        DIFFUSERS_KOHYA: lambda change: "add_embedding" not in change.path,
+        A1111: lambda layer: found_by_a1111(layer, base),
+        LYCORIS: lambda layer: True,
+        SD_SCRIPTS: lambda layer: found_by_sd_scripts(layer, base),
+        DIFFUSERS_KOHYA: lambda layer: "add_embedding" not in layer.path,
     }
-    grouped = _grouped(load_file(path), lambda key: tuple(key.split(".", 1)))
-    return _verdicts(finds, lambda c: kohya_name(c.component, c.path, base), grouped, changes, dtype)
+    file_keys = _by_layer(load_file(path), lambda key: tuple(key.split(".", 1)))
+    names = [kohya_name(layer.component, layer.path, base) for layer in layers]
+    return _verdicts(programs, file_keys, layers, names, dtype)
 
 
-def verify_diffusers(path: str, changes: Sequence[ExportedLayer], dtype: torch.dtype) -> list[Verdict]:
+def verify_diffusers(path: str, layers: Sequence[ExportedLayer], dtype: torch.dtype) -> list[Verdict]:
     """The verdict of stock diffusers on a file with PEFT's keys."""
-    grouped = _grouped(load_file(path), _peft_key)
-    finds = {DIFFUSERS: lambda change: True}
-    return _verdicts(
-        finds, lambda c: f"{c.component}.{clip_path(c.component, c.path)}", grouped, changes, dtype
-    )
+    programs: dict[Program, FindsLayer] = {DIFFUSERS: lambda layer: True}
+    file_keys = _by_layer(load_file(path), _split_peft_key)
+    names = [f"{layer.component}.{clip_path(layer.component, layer.path)}" for layer in layers]
+    return _verdicts(programs, file_keys, layers, names, dtype)
 
 
 @dataclass
-class Tally:
-    """Differences from the live adapter, added up layer by layer."""
+class ErrorSum:
+    """Differences from the live adapter, added up layer by layer.
+
+    Attributes:
+        dtype: precision of the file.
+        largest: difference of a weight or bias.
+        squared_error: sum over all weights and biases.
+        squared_change: of the live adapter, likewise.
+        is_as_written: whether every layer is what the file was meant to give, up to rounding.
+    """
 
     dtype: torch.dtype
     largest: float = 0.0
-    error: float = 0.0  # squared
-    changed: float = 0.0  # squared
-    as_meant: bool = True  # whether every layer is what the file was meant to give, up to rounding
+    squared_error: float = 0.0
+    squared_change: float = 0.0
+    is_as_written: bool = True
 
     def add(
-        self, found: Tensor | None, live: Tensor | None, start: Tensor | None, meant: Tensor | None
+        self, read: Tensor | None, live: Tensor | None, start: Tensor | None, expected: Tensor | None
     ) -> None:
-        """One weight or bias: as found, as the live adapter has it, before, and as the file should give."""
+        """Adds one weight or bias; None where there is no such bias.
+
+        Args:
+            read: as the program has it.
+            live: as the live adapter has it.
+            start: as the base has it.
+            expected: as the file should give it; `live` unless it was cut to a rank or rounded.
+        """
         if live is not None:
-            self.changed += (live if start is None else live - start).square().sum().item()
-        off = _difference(found, live)
-        self.largest = max(self.largest, _largest(off))
-        self.error += off.square().sum().item()
-        self.as_meant &= _largest(_difference(found, meant)) <= _tolerance(meant, start, self.dtype)
+            change = live if start is None else live - start
+            self.squared_change += change.square().sum().item()
+        error = _difference(read, live)
+        self.largest = max(self.largest, _largest(error))
+        self.squared_error += error.square().sum().item()
+        if not _largest(_difference(read, expected)) <= _tolerance(expected, start, self.dtype):
+            self.is_as_written = False
 
     @property
     def share(self) -> float:
-        """Of the whole change, in Frobenius norms, that the differences amount to."""
-        return math.sqrt(self.error / self.changed) if self.changed else 0.0
+        """The error relative to the whole change, in Frobenius norms."""
+        return math.sqrt(self.squared_error / self.squared_change) if self.squared_change else 0.0
 
 
 def _verdicts(
-    finds: Mapping[Program, Callable[[ExportedLayer], bool]],
-    name_of: Callable[[ExportedLayer], str],
-    grouped: Mapping[str, Mapping[str, Tensor]],
-    changes: Sequence[ExportedLayer],
+    programs: Mapping[Program, FindsLayer],
+    file_keys: FileKeys,
+    layers: Sequence[ExportedLayer],
+    names: Sequence[str],
     dtype: torch.dtype,
 ) -> list[Verdict]:
     """Every program on one layer after the other: what is as large as a weight lives for one layer."""
-    tallies = {program: Tally(dtype) for program in finds}
-    ignored: dict[Program, list[str]] = {program: [] for program in finds}
-    refused: dict[Program, str] = {}
-    for change in changes:
-        name, live, meant = name_of(change), change.adapted, change.expected_weight()
-        layer = Layer(name, change.kind, change.weight, change.base_bias, change.layer)
-        keys = {key: tensor.double() for key, tensor in grouped.get(name, {}).items()}
-        bias = with_bias(change.base_bias, change.bias)
-        for program, is_found in finds.items():
+    errors = {program: ErrorSum(dtype) for program in programs}
+    ignored_keys: dict[Program, list[str]] = {program: [] for program in programs}
+    refusals: dict[Program, str] = {}
+    for exported, name in zip(layers, names, strict=True):
+        live = exported.adapted
+        expected = exported.expected_weight()
+        bias = with_bias(exported.base_bias, exported.bias)
+        layer = Layer(name, exported.kind, exported.weight, exported.base_bias, exported.layer)
+        keys = {key: tensor.double() for key, tensor in file_keys.get(name, {}).items()}
+        for program, finds_layer in programs.items():
             result = Result(layer.weight, layer.bias, frozenset(keys))
             try:
-                if keys and is_found(change):
+                if keys and finds_layer(exported):
                     result = program.apply(layer, keys)
             except Refused as refusal:
-                refused.setdefault(program, str(refusal))
-            ignored[program] += [f"{name}.{key}" for key in sorted(result.ignored)]
-            tallies[program].add(result.weight, live, layer.weight, meant)
-            tallies[program].add(result.bias, bias, layer.bias, bias)
-    asked = dtype != torch.float32 or any(change.is_approximated for change in changes)
-    return [_verdict(p, tallies[p], ignored[p], refused.get(p), asked) for p in finds]
+                refusals.setdefault(program, str(refusal))
+            ignored_keys[program] += [f"{name}.{key}" for key in sorted(result.ignored)]
+            errors[program].add(result.weight, live, layer.weight, expected)
+            errors[program].add(result.bias, bias, layer.bias, bias)
+    is_approximate = dtype != torch.float32 or any(layer.is_approximated for layer in layers)
+    verdicts = []
+    for program in programs:
+        if program in refusals:
+            verdicts.append(Verdict(program.name, program.version, "refused", reason=refusals[program]))
+        else:
+            verdicts.append(_verdict(program, errors[program], ignored_keys[program], is_approximate))
+    return verdicts
 
 
-def _verdict(program: Program, tally: Tally, ignored: list[str], refusal: str | None, asked: bool) -> Verdict:
-    if refusal:
-        return Verdict(program.name, program.version, "refused", reason=refusal)
-    status, reason = ("approximate", "as asked for") if asked else ("exact", "")
-    if not tally.as_meant:
-        status, reason = "wrong", "it computes otherwise"
-        if ignored:
-            reason = f"it passes by {len(ignored)} keys, e.g. {ignored[0]}"
-    return Verdict(program.name, program.version, status, tally.largest, tally.share, reason)
+def _verdict(
+    program: Program, errors: ErrorSum, ignored_keys: Sequence[str], is_approximate: bool
+) -> Verdict:
+    status = "exact"
+    reason = ""
+    if is_approximate:
+        status = "approximate"
+        reason = "as requested"
+    if not errors.is_as_written:
+        status = "wrong"
+        reason = "result differs"
+        if ignored_keys:
+            reason = f"{len(ignored_keys)} keys ignored, e.g. {ignored_keys[0]}"
+    return Verdict(program.name, program.version, status, errors.largest, errors.share, reason)
 
 
-def _grouped(
-    tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]]
-) -> dict[str, dict[str, Tensor]]:
-    """Tensors by layer and key."""
-    grouped: dict[str, dict[str, Tensor]] = {}
+def _by_layer(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]]) -> FileKeys:
+    """Tensors of a file by the name of their layer, and the rest of their key."""
+    by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, end = split(key)
-        grouped.setdefault(name, {})[end] = tensor
-    return grouped
+        by_layer.setdefault(name, {})[end] = tensor
+    return by_layer
 
 
-def _peft_key(key: str) -> tuple[str, str]:
-    for end, name in _PEFT_ENDS.items():
+def _split_peft_key(key: str) -> tuple[str, str]:
+    for end, peft_name in _PEFT_ENDS.items():
         if key.endswith(f".{end}"):
-            return key.removesuffix(f".{end}"), name
+            return key.removesuffix(f".{end}"), peft_name
     raise Refused(f"diffusers knows no key {key}")
 
 
-def _difference(found: Tensor | None, meant: Tensor | None) -> Tensor:
-    if found is None and meant is None:
+def _difference(first: Tensor | None, second: Tensor | None) -> Tensor:
+    """`first - second`, where None counts as zeros; the sign does not matter."""
+    if first is None and second is None:
         return torch.zeros(1, dtype=torch.float64)
-    if found is None or meant is None:
-        return found if meant is None else meant
-    return found - meant
+    if first is None:
+        return second
+    return first if second is None else first - second
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest entry; infinite where one is not a number."""
+    """The largest absolute value; infinite where one is not a number."""
     value = tensor.abs().max().item()
     return math.inf if math.isnan(value) else value
 
 
-def _tolerance(meant: Tensor | None, start: Tensor | None, dtype: torch.dtype) -> float:
+def _tolerance(expected: Tensor | None, start: Tensor | None, dtype: torch.dtype) -> float:
     """Rounding of the live weight in float32, and of the file's factors in the file's precision."""
-    if meant is None:
+    if expected is None:
         return 0.0
-    change = meant if start is None else meant - start
-    rounding = 2 * torch.finfo(torch.float32).eps * meant.abs().max().item()
-    return rounding + 16 * torch.finfo(dtype).eps * change.abs().max().item() + 1e-12
+    change = expected if start is None else expected - start
+    of_weight = 2 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    of_factors = 16 * torch.finfo(dtype).eps * change.abs().max().item()
+    return of_weight + of_factors + 1e-12
