@@ -54,7 +54,7 @@ def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opene
         ValueError: The files need a base, but name none or different ones.
     """
     from diffadapt.formats.edit.open_adapters import BaseNeeded, open_on_base, open_without_base
-    from diffadapt.models.open_pipeline import open_pipeline
+    from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
 
     if base is None:
         try:

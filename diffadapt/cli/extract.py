@@ -31,7 +31,7 @@ def extract(arguments: argparse.Namespace) -> str:
     from diffadapt.adapters.attach import components
     from diffadapt.adapters.budget import parse_budget
     from diffadapt.formats.edit.extract import extract, relative_error, share_outside
-    from diffadapt.models.open_pipeline import open_pipeline
+    from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
 
     base = open_pipeline(arguments.base)
     targets = {"targets": arguments.targets, "text_encoder_targets": arguments.text_encoder_targets}

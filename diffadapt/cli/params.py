@@ -58,7 +58,9 @@ def as_text(method: Method, table: ParameterTable) -> str:
     """Rows of block, number of layers, trained parameters, their percentage and bytes; the total last."""
     layer_count = sum(layers for _, layers, _ in table.blocks)
     rows = [*table.blocks, ("total", layer_count, table.total)]
-    name_width = max(len(name) for name in ["block", *(name for name, _, _ in rows)])
+    name_width = len("block")
+    for name, _, _ in rows:
+        name_width = max(name_width, len(name))
     lines = [
         str(method),
         f"{'block':<{name_width}} {'layers':>7} {'parameters':>14} {'percent':>10} {'bytes':>16}",

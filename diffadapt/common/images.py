@@ -98,7 +98,7 @@ def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bo
     if links_outside:
         raise ValueError(
             f"links out of {str(folder)!r}; copy the files instead, or give --follow_links:\n"
-            f"{indented_list([str(path) for path in links_outside])}"
+            f"{indented_list(links_outside)}"
         )
     if not paths:
         raise ValueError(_no_images(folder, files, recursive=recursive))

@@ -33,12 +33,12 @@ def shorten_list(names: Sequence[str], *, limit: int = 8) -> str:
     return text
 
 
-def indented_list(lines: Sequence[str], *, limit: int = 20) -> str:
-    """The first `limit` lines, each indented on a line of its own, and how many more there are."""
-    first_lines = list(lines[:limit])
-    if len(lines) > limit:
-        first_lines.append(f"... and {len(lines) - limit} more")
-    return "\n".join(f"  {line}" for line in first_lines)
+def indented_list(items: Sequence[object], *, limit: int = 20) -> str:
+    """The first `limit` items, each indented on a line of its own, and how many more there are."""
+    lines = [f"  {item}" for item in items[:limit]]
+    if len(items) > limit:
+        lines.append(f"  ... and {len(items) - limit} more")
+    return "\n".join(lines)
 
 
 def notify(text: str) -> None:

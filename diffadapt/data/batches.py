@@ -170,6 +170,7 @@ class Batches:
             geometries.append(geometry)
         if self.is_streaming and not self.truncated_captions:
             self._notify_truncated(captions)
+        # The autoencoder's posterior is sampled anew for every use: latents = scale (mean + std noise).
         encoded = torch.stack(encodings)  # (B, 2 C, h, w) moments, or (B, C, h, w) latents
         posterior_noise = None
         if self.model.is_stochastic:
@@ -248,6 +249,7 @@ class Batches:
     def _noise(self, samples: Sequence[SampleIndex], shape: Sequence[int]) -> Tensor:
         """(B, *shape)"""
         noise = self._normal("noise", samples, shape)
+        # Offset noise: one value per channel (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
         if self.noise_offset:
             noise = noise + self.noise_offset * self._normal("noise_offset", samples, (shape[0], 1, 1))
         return noise
@@ -281,11 +283,12 @@ class Batches:
         if self.is_streaming or classes:
             other = "--streaming" if self.is_streaming else "class images"
             raise ValueError(f"aspect-ratio buckets and {other} do not go together")
-        members: dict[Size, list[int]] = {}
+        members: dict[Size, list[int]] = {}  # bucket -> indices of its examples
         for index, (example, image_size) in enumerate(zip(examples, sizes, strict=True)):
             bucket = buckets.nearest(image_size)
             self.bucket_of[example.source] = bucket
             members.setdefault(bucket, []).append(index)
+        # Sorted, so that the order does not depend on which size occurs first.
         sorted_members = [members[size] for size in sorted(members)]
         return OrderedExamples(examples, (), BucketOrder(sorted_members, buckets.group, self.seed))
 
@@ -326,10 +329,11 @@ class Batches:
         if encode and self.cache is not None:
             crops = []
             for example in examples:
+                # Both variants are encoded: mirrored pixels do not give mirrored latents.
                 for flip in (False, True) if self.random_flip else (False,):
                     crops.append((example.source, Crop(self._crop_size(example), CENTER, flip)))
             self.encoded_images.prepare(crops)
-        missing = [str(example.source) for example in examples if example.caption == ""]
+        missing = [example.source for example in examples if example.caption == ""]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(examples)} images have no caption:\n{indented_list(missing)}"

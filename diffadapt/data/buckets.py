@@ -120,6 +120,7 @@ class BucketOrder:
     def _schedule(self, epoch: int) -> list[tuple[int, int]]:
         """(bucket, number of the group within the bucket) of every group of an epoch, in order."""
         groups = []
+        # After e epochs a bucket of n images has floor(e n / group) complete groups.
         for bucket, members in enumerate(self.members):
             first = epoch * len(members) // self.group
             end = (epoch + 1) * len(members) // self.group

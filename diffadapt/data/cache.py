@@ -83,6 +83,7 @@ class DiskCache:
         write_atomically(self._path(key), lambda path: save_file(entry, path, metadata=header))
 
     def _path(self, key: str) -> Path:
+        # Subfolders by the first two digits keep the folders small.
         return self.folder / key[:2] / f"{key}.safetensors"
 
 

@@ -59,6 +59,7 @@ def parse_caption(cell: object, place: str) -> str:
             f"{place}: the caption is {str(cell)[:80]!r} of type {type(cell).__name__}, not text; "
             "put it in quotes, or name another column with --caption_column"
         )
+    # Category Cs: halves of surrogate pairs, which UTF-8 cannot encode.
     if any(unicodedata.category(character) == "Cs" for character in cell):
         raise ValueError(
             f"{place}: the caption {cell[:80]!a} has half of a surrogate pair; repair its encoding"

@@ -76,6 +76,7 @@ def class_examples(
         return existing[:count]
     check_writable_folder(folder)
     _write_record(folder, recipe, missing_numbers)
+    # The seed follows from the number, so a run that was interrupted continues with the same images.
     requests = [ImageRequest(recipe.prompt, seed + number) for number in missing_numbers]
     numbers = iter(missing_numbers)
     for batch in generate(pipe, requests, recipe.sampler):

@@ -92,6 +92,7 @@ class EncodedImages:
             # Encodings that are not finite are not cached: the loss reports them, with step and image.
             if key is not None and entry["encoded"].isfinite().all():
                 self.cache.put(key, entry)
+        # The geometry follows from the sizes, so the entry holds the original size only.
         height, width = entry["original_size"].tolist()
         geometry = crop_geometry((width, height), crop.size, crop=crop.position, flip=crop.flip)
         return entry["encoded"], geometry

@@ -75,7 +75,7 @@ def read_captioned_folder(
     missing = [path for path in images if not captions.by_image[path]]
     if missing:
         remedy = _missing_caption_remedy(missing[0], find_metadata_files(files))
-        names = indented_list([str(path) for path in missing])
+        names = indented_list(missing)
         raise ValueError(f"{len(missing)} of {len(images)} images have no caption; {remedy}:\n{names}")
     notify_unused(folder, exclude_paths(files, [*images, *captions.files]))
     return _repeat(folder, [Example(path, captions.by_image[path]) for path in images])
@@ -141,7 +141,7 @@ def read_class_folders(folder: str | Path, *, follow_links: bool = False) -> tup
     names = [path.name for path in list_subfolders(folder)]
     if not names:
         raise ValueError(f"no class folders in {str(folder)!r}; expected one folder of images per class")
-    links_outside = [str(folder / name) for name in names if escapes_root(folder / name, folder)]
+    links_outside = [folder / name for name in names if escapes_root(folder / name, folder)]
     if links_outside and not follow_links:
         raise ValueError(
             f"links out of {str(folder)!r}; copy the folders instead, or give --follow_links:\n"
@@ -215,6 +215,7 @@ def _read_captions(
             with_other_columns=with_other_columns,
         )
         num_lists += content.num_lists
+        # Metadata files in nested folders may list the same image; then they have to agree.
         for image, caption in content.captions.items():
             if captions.get(image, caption) != caption:
                 raise ValueError(
@@ -240,6 +241,7 @@ def _add_files_beside(
     by_image: dict[Path, str] = {}
     used_files = list(metadata.values())
     for image in images:
+        # An image below a metadata file that does not list it has no caption, whatever lies beside it.
         if any(parent in metadata for parent in image.parents):
             by_image[image] = metadata_captions.get(normalize_path(image), "")
         else:

@@ -92,6 +92,7 @@ class TableExamples(Sequence[Example]):
     """
 
     def __init__(self, table: Dataset, *, image_column: str, caption_column: str, name: str):
+        # Two views of the table, so that reading a caption does not read the image.
         self._images = _as_image_files(table, image_column)
         self._captions = table.select_columns([caption_column])
         self._image_column = image_column
@@ -140,6 +141,7 @@ def read_captioned_table(
     files = _as_image_files(table, image_column, caption_column)
 
     def open_epoch(epoch: int) -> Iterator[Example]:
+        # A buffer of one row shuffles the shards only; the stream shuffles rows in blocks.
         shards = files.shuffle(seed=seed + epoch, buffer_size=1) if files.num_shards > 1 else files
         for number, row in enumerate(shards):
             place = f"sample {number} of epoch {epoch} of {name}"
@@ -275,6 +277,7 @@ def _read_image_file(cell: object, place: str, name: str) -> bytes:
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
     path = Path(str(cell.get("path")))
+    # Files of a data set from the hub lie in the caches of datasets and of the hub.
     allowed_folders = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     if Path(name).is_dir():
         allowed_folders = [link_root(name)]

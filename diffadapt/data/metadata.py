@@ -287,4 +287,4 @@ def _read_parquet_rows(metadata: Path) -> Iterator[tuple[int, Row]]:
         table = parquet.read_table(metadata)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{metadata} is not a parquet file: {error}") from None
-    return enumerate(table.to_pylist(), start=1)
+    return enumerate(table.to_pylist(), start=1)  # rows count from 1, like lines

@@ -79,6 +79,7 @@ def size_notes(
     for source, (width, height), (crop_height, crop_width) in zip(sources, sizes, crops, strict=True):
         if isinstance(source, PlannedImage):
             continue
+        # The image is scaled until it just covers the crop; the rest of its area is cropped away.
         scale = max(crop_width / width, crop_height / height)
         share_outside = 1 - crop_width * crop_height / (scale**2 * width * height)
         name = f"{source} ({width} x {height} pixels)"
