@@ -25,9 +25,9 @@ class NewClassTable(Expression):
     stay.
 
     Attributes:
-        weight: The frozen class table of the base.
-        table: The trained table.
-        null_class: Whether the last row of both means "no class".
+        weight: the frozen class table of the base.
+        table: the trained table.
+        null_class: whether the last row of both means "no class".
     """
 
     weight: Tensor
@@ -85,8 +85,8 @@ def largest_class_table(base: Tensor, updates: Sequence[tuple[float, Update]]) -
     """The class table with most rows among the changes that act; None where none has more than the base.
 
     Args:
-        base: The frozen weight.
-        updates: Strengths and changes; those of strength zero do not act.
+        base: the frozen weight.
+        updates: strengths and changes; those of strength zero do not act.
     """
     largest = None
     num_rows = len(base)

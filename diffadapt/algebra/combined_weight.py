@@ -22,9 +22,9 @@ def changed_weight(base: Tensor, updates: Weighted, *, resident: Tensor | None =
     """`W + sum_i t_i (W'_i - W)` for the frozen weight `base`.
 
     Args:
-        base: The frozen weight, in its own shape.
-        updates: Strengths `t_i` and changes.
-        resident: What the changes are added to where the weight keeps its shape; the base by default.
+        base: the frozen weight, in its own shape.
+        updates: strengths `t_i` and changes.
+        resident: what the changes are added to where the weight keeps its shape; the base by default.
     """
     largest_table = largest_class_table(base, updates)
     if largest_table is not None:
@@ -72,9 +72,9 @@ def effective_bias(base: Tensor | None, resident: Tensor | None, updates: Weight
     """`b + sum_i t_i (b'_i - b)`; None for a layer that has no bias and gets none.
 
     Args:
-        base: The frozen bias `(out,)`; None where the layer has none.
-        resident: What the changes are added to; None where the layer has no bias.
-        updates: Strengths `t_i` and changes.
+        base: the frozen bias `(out,)`; None where the layer has none.
+        resident: what the changes are added to; None where the layer has no bias.
+        updates: strengths `t_i` and changes.
     """
     total = resident
     for strength, update in updates:

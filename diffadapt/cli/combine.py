@@ -47,11 +47,11 @@ def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opene
 
     Args:
         files: (path, strength) of each file.
-        base: The base model. Without it, files that do not depend on the weights of their base are opened
+        base: the base model. Without it, files that do not depend on the weights of their base are opened
             without one; others are loaded on the base that they name.
 
     Raises:
-        ValueError: The files need a base, but name none or different ones.
+        ValueError: the files need a base, but name none or different ones.
     """
     from diffadapt.formats.edit.open_adapters import BaseNeeded, open_on_base, open_without_base
     from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds

@@ -29,10 +29,10 @@ class Command:
     """One subcommand.
 
     Attributes:
-        help: One line for the list of commands, and the description of its own help.
-        example: A command line that shows its use.
-        add_options: Adds its options to a parser.
-        run: Runs it with the parsed options; returns the exit code.
+        help: one line for the list of commands, and the description of its own help.
+        example: a command line that shows its use.
+        add_options: adds its options to a parser.
+        run: runs it with the parsed options; returns the exit code.
     """
 
     help: str

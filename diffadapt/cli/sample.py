@@ -41,14 +41,14 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     """Generates images with adapters.
 
     Args:
-        arguments: The options of `diffadapt sample`.
-        command: The command line, for the record.
+        arguments: the options of `diffadapt sample`.
+        command: the command line, for the record.
 
     Returns:
         The output folder, with the images, sheet.png and sample.json.
 
     Raises:
-        ValueError: An option has no possible value.
+        ValueError: an option has no possible value.
     """
     _check_options(arguments)
     files = [parse_adapter_spec(text) for text in arguments.adapter]

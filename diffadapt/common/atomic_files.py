@@ -15,8 +15,8 @@ def read_text(path: str | Path) -> str:
     """Reads a file that a person wrote: UTF-8 in every locale, with or without a byte order mark.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not UTF-8; the message names the file, the line and the remedy.
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8; the message names the file, the line and the remedy.
     """
     content = Path(path).read_bytes()
     if content.startswith(UTF_16_MARKS) or b"\0" in content:
@@ -47,8 +47,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Writes a file so that a crash at any moment leaves the old file or the new one, never a part of it.
 
     Args:
-        path: The file to write. Missing parent folders are created.
-        write: Fills a temporary file beside `path`, which is then synced and renamed.
+        path: the file to write. Missing parent folders are created.
+        write: fills a temporary file beside `path`, which is then synced and renamed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def check_writable(path: str | Path) -> None:
 
     Raises:
         ValueError: `path` is a folder, or a parent of it is a file.
-        OSError: Nothing can be written there.
+        OSError: nothing can be written there.
     """
     path = Path(path)
     if path.is_dir():

@@ -20,14 +20,14 @@ def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Converts the colors of an image from its ICC profile to sRGB; transparency stays.
 
     Args:
-        image: An image of any mode with at most 8 bits per channel.
-        profile: The ICC profile.
+        image: an image of any mode with at most 8 bits per channel.
+        profile: the ICC profile.
 
     Returns:
         RGB, or RGBA if anything is transparent; the image itself if the profile is sRGB.
 
     Raises:
-        UnusableProfile: The profile is damaged or does not fit the image.
+        UnusableProfile: the profile is damaged or does not fit the image.
     """
     if image.mode == "LAB":
         return image  # LAB defines its colors without a profile

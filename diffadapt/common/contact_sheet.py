@@ -34,10 +34,10 @@ class Panel:
     """A block of images under one heading.
 
     Attributes:
-        heading: The text above the block.
-        images: The images, in rows.
-        columns: The number of images in a row.
-        captions: The text below each image; empty for none.
+        heading: the text above the block.
+        images: the images, in rows.
+        columns: the number of images in a row.
+        captions: the text below each image; empty for none.
     """
 
     heading: str

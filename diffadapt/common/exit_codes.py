@@ -15,7 +15,7 @@ def run_command(main: Callable[[], int]) -> int:
     """Runs a command and turns errors into messages and exit codes.
 
     Args:
-        main: The command; returns its exit code.
+        main: the command; returns its exit code.
 
     Returns:
         The exit code: that of `main`, 2 for an error of the user, 130 for Ctrl-C.

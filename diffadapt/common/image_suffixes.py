@@ -44,9 +44,9 @@ def describe_unused(
     """Describes unused files and folders, counted by suffix: "3 .heic (to read them: ...), 1 .psd".
 
     Args:
-        files: The files that are neither used as images nor as captions.
-        folders: The folders whose images are not read.
-        remedies: Suffix -> how to use these files, in addition to the usual remedies.
+        files: the files that are neither used as images nor as captions.
+        folders: the folders whose images are not read.
+        remedies: suffix -> how to use these files, in addition to the usual remedies.
     """
     remedies = {**_remedies(), **(remedies or {})}
     counts = Counter(path.suffix.lower() for path in files if path.name.lower() not in SYSTEM_FILES)

@@ -80,13 +80,13 @@ def list_images(folder: str | Path, *, recursive: bool = False, follow_links: bo
     """Lists the images of a folder, sorted by path.
 
     Args:
-        folder: The folder to list.
-        recursive: Include its subfolders.
-        follow_links: Follow links that lead out of the folder, or out of its repository in the hub's cache.
+        folder: the folder to list.
+        recursive: include its subfolders.
+        follow_links: follow links that lead out of the folder, or out of its repository in the hub's cache.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: There are no images in it, or links to images outside.
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no images in it, or links to images outside.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -122,7 +122,7 @@ def open_image(source: str | ImageSource) -> Image.Image:
     is the counterpart for training.
 
     Raises:
-        ValueError: The image has more than MAX_PIXELS (found before it is decoded) or is thinner than
+        ValueError: the image has more than MAX_PIXELS (found before it is decoded) or is thinner than
             MAX_ASPECT, or its format needs a package. Pillow raises other errors for damaged files.
     """
     with open_undecoded(source) as image:
@@ -144,7 +144,7 @@ def open_undecoded(source: str | ImageSource) -> Image.Image:
     No other reader of Pillow ever sees the file: one of them starts a program.
 
     Raises:
-        ValueError: The image has more than MAX_PIXELS or is thinner than MAX_ASPECT, or its format needs a
+        ValueError: the image has more than MAX_PIXELS or is thinner than MAX_ASPECT, or its format needs a
             package. Pillow raises other errors for damaged files.
     """
     place = source if isinstance(source, str | Path) else BytesIO(source.read_bytes())
@@ -200,7 +200,7 @@ def check_images(sources: Sequence[ImageSource]) -> list[tuple[int, int]]:
         The (width, height) of each image.
 
     Raises:
-        ValueError: Some images cannot be read; the message lists them.
+        ValueError: some images cannot be read; the message lists them.
     """
     sizes = []
     problems = []
@@ -239,10 +239,10 @@ def to_pixels(
     """Scales an image until it just covers `size`, crops it, and maps it to [-1, 1].
 
     Args:
-        image: An RGB image.
+        image: an RGB image.
         size: (height, width) of the crop, or the side of a square, in pixels.
-        crop: Position of the crop along (width, height), from 0 (left, top) to 1; (0.5, 0.5) is the middle.
-        flip: Mirror the crop left to right.
+        crop: position of the crop along (width, height), from 0 (left, top) to 1; (0.5, 0.5) is the middle.
+        flip: mirror the crop left to right.
 
     Returns:
         (3, height, width), float32.
@@ -286,8 +286,8 @@ def crop_geometry(
     Args:
         image_size: (width, height) of the image.
         size: (height, width) of the crop.
-        crop: See `to_pixels`.
-        flip: See `to_pixels`.
+        crop: see `to_pixels`.
+        flip: see `to_pixels`.
     """
     height, width = size
     scaled_size = covering_size(image_size, size)
@@ -301,7 +301,7 @@ def _check_size(size: tuple[int, int]) -> None:
     """Refuses images that are too large or too thin.
 
     Raises:
-        ValueError: The image of `size` (width, height) is one of them.
+        ValueError: the image of `size` (width, height) is one of them.
     """
     width, height = size
     if width * height > MAX_PIXELS:
@@ -365,10 +365,10 @@ def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.
     """Scales gray values to 8 bits; Pillow's own conversion would clip them to white.
 
     Args:
-        image: A gray image of a mode in HIGH_DEPTH.
-        bits: The bits of its values. A file of floats does not say which value is white, so there it is
+        image: a gray image of a mode in HIGH_DEPTH.
+        bits: the bits of its values. A file of floats does not say which value is white, so there it is
             judged by the largest value.
-        transparent: The gray value that a PNG file declares transparent, or anything else.
+        transparent: the gray value that a PNG file declares transparent, or anything else.
     """
     values = np.asarray(image, dtype=np.float64)
     white = 2.0**bits - 1
@@ -398,11 +398,11 @@ def _refuse_without_reader(start: bytes, formats: Sequence[str]) -> None:
     """Raises the error with the right remedy for a file that Pillow cannot identify, if there is one.
 
     Args:
-        start: The first bytes of the file.
-        formats: The readable formats.
+        start: the first bytes of the file.
+        formats: the readable formats.
 
     Raises:
-        ValueError: The file is HEIF or AVIF and no installed package reads it, or it is the pointer that Git
+        ValueError: the file is HEIF or AVIF and no installed package reads it, or it is the pointer that Git
             LFS leaves in place of a file.
     """
     if start.startswith(GIT_LFS):

@@ -13,8 +13,8 @@ def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest valid names, and the list of all.
 
     Args:
-        name: The name that is not valid.
-        valid_names: The names that are.
+        name: the name that is not valid.
+        valid_names: the names that are.
     """
     valid_names = sorted(valid_names)
     by_lower_case = {valid.lower(): valid for valid in valid_names}

@@ -11,7 +11,7 @@ def require_at_least(arguments: argparse.Namespace, minima: Mapping[str, float])
     """Checks options against their smallest allowed values; options that were not given pass.
 
     Raises:
-        ValueError: An option is too small or not finite; the message names it, its value and the minimum.
+        ValueError: an option is too small or not finite; the message names it, its value and the minimum.
     """
     for name, minimum in minima.items():
         value = getattr(arguments, name)
@@ -25,7 +25,7 @@ def require_seed(seed: int, option: str = "seed") -> None:
     torch's generators would take larger ones too.
 
     Raises:
-        ValueError: It is not; the message names the option, its value and the range.
+        ValueError: it is not; the message names the option, its value and the range.
     """
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"--{option} must be at least -2**63 and below 2**63, got {seed}")

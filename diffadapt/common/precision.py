@@ -28,8 +28,8 @@ class Machine:
     """The properties of a device that decide the precision.
 
     Attributes:
-        device: The type of the torch device: cpu, cuda, ...
-        has_bf16: Whether it computes in bf16 natively.
+        device: the type of the torch device: cpu, cuda, ...
+        has_bf16: whether it computes in bf16 natively.
     """
 
     device: str
@@ -42,8 +42,8 @@ class Precision:
 
     Attributes:
         name: "no" (float32), "fp16" or "bf16".
-        reason: The reason, for a summary.
-        notices: Sentences that the user should read before the run.
+        reason: the reason, for a summary.
+        notices: sentences that the user should read before the run.
     """
 
     name: str
@@ -63,12 +63,12 @@ def choose_precision(option: str | None, device: torch.device, *, preferred: str
     """Chooses the precision on this device, under this launcher.
 
     Args:
-        option: The value of `--mixed_precision`; None if it is not given.
-        device: The device of the run.
-        preferred: The precision to use where it is fast: "bf16", "fp16" or "no".
+        option: the value of `--mixed_precision`; None if it is not given.
+        device: the device of the run.
+        preferred: the precision to use where it is fast: "bf16", "fp16" or "no".
 
     Raises:
-        ValueError: The device does not support the requested precision.
+        ValueError: the device does not support the requested precision.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return resolve_precision(_machine(device), option, launcher, preferred=preferred)
@@ -92,14 +92,14 @@ def resolve_precision(
     """Chooses the precision: the option takes precedence, then the launcher, then what the device does fast.
 
     Args:
-        machine: The device.
-        option: The value of `--mixed_precision`; None if it is not given.
-        launcher: The value of ACCELERATE_MIXED_PRECISION. `accelerate launch` sets "no" if the user chose
+        machine: the device.
+        option: the value of `--mixed_precision`; None if it is not given.
+        launcher: the value of ACCELERATE_MIXED_PRECISION. `accelerate launch` sets "no" if the user chose
             nothing, so "no" leaves the decision open.
-        preferred: The precision to use where it is fast.
+        preferred: the precision to use where it is fast.
 
     Raises:
-        ValueError: The device does not support the requested precision.
+        ValueError: the device does not support the requested precision.
     """
     if option is not None:
         precision = _requested(machine, option, "--mixed_precision")
@@ -163,8 +163,8 @@ def cpu_has_bf16(features: Mapping[str, object], environment: Mapping[str, str])
     `torch.ops.mkldnn._is_mkldnn_bf16_supported` does not tell: it is true where AVX-512 emulates bf16.
 
     Args:
-        features: The instruction sets of the CPU, as `torch.cpu.get_capabilities` names them.
-        environment: The environment variables, which may limit oneDNN to an older instruction set.
+        features: the instruction sets of the CPU, as `torch.cpu.get_capabilities` names them.
+        environment: the environment variables, which may limit oneDNN to an older instruction set.
     """
     limit = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "DEFAULT"))
     if limit.upper() in ISA_WITHOUT_BF16 or not torch.backends.mkldnn.is_available():

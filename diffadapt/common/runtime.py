@@ -29,10 +29,10 @@ def make_accelerator(
 
     Args:
         mixed_precision: "no", "fp16" or "bf16".
-        num_threads: See `set_cpu_threads`.
-        trackers: Names of accelerate's trackers.
-        logging_dir: The folder they write to.
-        timeout: The time processes wait for each other before the run fails; None for torch's default.
+        num_threads: see `set_cpu_threads`.
+        trackers: names of accelerate's trackers.
+        logging_dir: the folder they write to.
+        timeout: the time processes wait for each other before the run fails; None for torch's default.
     """
     handlers = None
     if timeout is not None:
@@ -61,7 +61,7 @@ def launcher_accumulation() -> int:
     """The gradient accumulation steps that the launcher sets; 1 if it sets none.
 
     Raises:
-        ValueError: The environment variable is not a number of steps.
+        ValueError: the environment variable is not a number of steps.
     """
     text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if text == "auto":
@@ -75,7 +75,7 @@ def weight_dtype(accelerator: Accelerator, requested: str | None = None) -> torc
     """The dtype of the frozen base.
 
     Args:
-        accelerator: The accelerator of the run.
+        accelerator: the accelerator of the run.
         requested: "fp16", "bf16" or "fp32". None is the mixed precision on a GPU, and float32 on a CPU, where
             half precision costs accuracy and pays off for large bases only.
     """
@@ -99,9 +99,9 @@ def set_cpu_threads(num_threads: int | None = None, *, processes: int = 1) -> No
     asleep, but take 2.5 times as long on an idle machine.
 
     Args:
-        num_threads: The value of `--num_threads`; None to choose. OMP_NUM_THREADS takes precedence over the
+        num_threads: the value of `--num_threads`; None to choose. OMP_NUM_THREADS takes precedence over the
             choice, unless a launcher set it by itself.
-        processes: The number of processes on this machine, which share its cores.
+        processes: the number of processes on this machine, which share its cores.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -129,7 +129,7 @@ def busy_cores(seconds: float = 0.2) -> float:
     """The number of usable cores that other programs keep busy; 0 if the system does not tell.
 
     Args:
-        seconds: The time to measure over; this process sleeps meanwhile.
+        seconds: the time to measure over; this process sleeps meanwhile.
     """
     before = _idle_and_total_ticks()
     time.sleep(seconds)

@@ -20,8 +20,8 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         The metadata of its header, and the tensors by name.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read.
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
@@ -49,7 +49,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Checks that all tensors of a file are of floating-point type and finite.
 
     Raises:
-        ValueError: One is not; the message names it and the file.
+        ValueError: one is not; the message names it and the file.
     """
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
@@ -63,8 +63,8 @@ def checksums(tensors: Mapping[str, Tensor], configuration: str) -> dict[str, st
     """The hashes that a header stores of its file's content, so that damage is noticed.
 
     Args:
-        tensors: All tensors of the file.
-        configuration: The JSON of the adapter, as the header stores it.
+        tensors: all tensors of the file.
+        configuration: the JSON of the adapter, as the header stores it.
     """
     return {
         "sha256": hash_tensors(tensors),

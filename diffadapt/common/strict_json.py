@@ -16,10 +16,10 @@ def to_json(content: object) -> str:
     """Strict JSON, indented and ending with a line feed.
 
     Args:
-        content: Anything `json.dumps` takes; floats in it need not be finite.
+        content: anything `json.dumps` takes; floats in it need not be finite.
 
     Raises:
-        TypeError: The content cannot be written as JSON.
+        TypeError: the content cannot be written as JSON.
     """
     return json.dumps(_without_constants(content), indent=1, allow_nan=False) + "\n"
 
@@ -28,7 +28,7 @@ def parse_number(value: object) -> float | int | None:
     """A number as `to_json` wrote it; None stays None.
 
     Raises:
-        ValueError: The value is not a number.
+        ValueError: the value is not a number.
     """
     if isinstance(value, str) and value in NAMES:
         return NAMES[value]

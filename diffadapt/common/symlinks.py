@@ -44,9 +44,9 @@ def visible_files(
     """Lists the files of a folder that are not hidden, sorted by path.
 
     Args:
-        folder: The folder to list.
-        recursive: Include its subfolders, and links to folders.
-        follow_links: Enter links that lead out of the folder's root too.
+        folder: the folder to list.
+        recursive: include its subfolders, and links to folders.
+        follow_links: enter links that lead out of the folder's root too.
 
     Returns:
         The files, and the links to folders that were not entered because they lead out of the root. A broken

@@ -100,10 +100,13 @@ def evaluate_sets(
         train: the images that the generators were trained on.
         preference: a model that gives a number for each image and prompt.
 
-    Returns: the record and its images; None on all but the main process.
+    Returns:
+        The record and its images; None on all but the main process.
 
-    Raises: what `open_set`, `check_sizes` and reading the reference raise; with a single generated set, what
-        reading it raises.
+    Raises:
+        ValueError, OSError: as `open_set` and `check_sizes`; or the reference cannot be read; or a single
+            generated set cannot be read, or none of several.
+        FloatingPointError: an extractor gave NaN or infinity for the reference or for a single set.
     """
     start = time.perf_counter()
     sources = {label: open_generated(source, read_options) for label, source in generated.items()}

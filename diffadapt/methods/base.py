@@ -24,13 +24,13 @@ class Method:
     have defaults that suit methods whose layers do not depend on each other.
 
     Attributes:
-        name: The registered name.
-        kinds: The kinds of layers it can change.
-        learning_rate: The recommended rate for AdamW, used when none is given.
-        grouped: Whether the changes of all layers are computed together, by `compute_changes`.
-        library: The library whose code computes the change, `diffadapt` or `peft`. PEFT's methods define
+        name: the registered name.
+        kinds: the kinds of layers it can change.
+        learning_rate: the recommended rate for AdamW, used when none is given.
+        grouped: whether the changes of all layers are computed together, by `compute_changes`.
+        library: the library whose code computes the change, `diffadapt` or `peft`. PEFT's methods define
             none of the functions below: their tensors are known once PEFT has wrapped the layers.
-        extra_targets: Target presets that it changes in addition to the requested targets.
+        extra_targets: target presets that it changes in addition to the requested targets.
     """
 
     name: ClassVar[str]
@@ -82,7 +82,7 @@ class Method:
         """Names and shapes of the tensors trained for one site alone.
 
         Raises:
-            ValueError: If the method cannot change the site.
+            ValueError: the method cannot change the site.
         """
         raise TypeError(f"{type(self).__name__} does not define trained_tensors()")
 
@@ -120,10 +120,10 @@ class Method:
         """Fill a site's tensors, in place, so that the layer's output does not change.
 
         Args:
-            site: The site.
-            tensors: Those of `trained_tensors` and `frozen_tensors`, all zeros, and the shared ones.
-            base: The frozen weight, in its own shape.
-            generator: A CPU generator seeded for this site.
+            site: the site.
+            tensors: those of `trained_tensors` and `frozen_tensors`, all zeros, and the shared ones.
+            base: the frozen weight, in its own shape.
+            generator: a CPU generator seeded for this site.
         """
 
     def init_shared_tensors(
@@ -132,10 +132,10 @@ class Method:
         """Fill the shared tensors, all zeros, in place.
 
         Args:
-            sites: All sites of the method.
-            bases: Their frozen weights, in the same order.
-            tensors: Those of `shared_tensors`.
-            seed: The adapter's seed.
+            sites: all sites of the method.
+            bases: their frozen weights, in the same order.
+            tensors: those of `shared_tensors`.
+            seed: the adapter's seed.
         """
 
     def plan_changes(self, sites: Sequence[Site]) -> object:
@@ -146,8 +146,8 @@ class Method:
         """The change of every site of a grouped method, computed once per forward of the model.
 
         Args:
-            plan: The result of `plan_changes`.
-            tensors: The shared tensors and the constants, by name.
+            plan: the result of `plan_changes`.
+            tensors: the shared tensors and the constants, by name.
 
         Returns:
             One expression per site, which `update` receives as `tensors["change"]`; None for methods whose
@@ -159,8 +159,8 @@ class Method:
         """The change of one layer.
 
         Args:
-            site: The site.
-            tensors: The site's tensors and those of `shared_tensor_names`.
-            base: The frozen weight, in its own shape.
+            site: the site.
+            tensors: the site's tensors and those of `shared_tensor_names`.
+            base: the frozen weight, in its own shape.
         """
         raise TypeError(f"{type(self).__name__} does not define update()")

@@ -21,12 +21,12 @@ def factor_shapes(site: Site, rank: int, reshape: str) -> Shapes:
     counts use.
 
     Args:
-        site: The weight to change.
-        rank: The rank r.
-        reshape: One of `RESHAPES`; without effect on layers that are no convolutions.
+        site: the weight to change.
+        rank: the rank r.
+        reshape: one of `RESHAPES`; without effect on layers that are no convolutions.
 
     Raises:
-        ValueError: For a kernel that is not square under `loralib`.
+        ValueError: the kernel is not square, which `loralib` needs.
     """
     if reshape == "peft" or not site.kernel:
         return {"up": (site.out, rank), "down": (rank, site.fan_in)}

@@ -104,7 +104,11 @@ class Imported(Method):
         return self.forms[without_denoiser(site.name)]
 
     def _check_shapes(self, site: Site, tensors: Tensors) -> None:
-        """Raises ValueError, or what torch raises, for tensors that do not fit the site."""
+        """Checks that tensors fit the site.
+
+        Raises:
+            ValueError: they do not. Torch raises other errors where shapes do not multiply.
+        """
         update = self.update(site, tensors, torch.empty(site.shape, device="meta"))
         if update.delta is not None and update.delta.matrix().shape != (site.out, site.fan_in):
             raise ValueError("another shape")

@@ -28,10 +28,10 @@ class SquareBetween(Expression):
     its position and keeps them apart.
 
     Attributes:
-        square: The trained matrix `(r, r)`.
-        out: Outputs of the layer.
-        fan_in: Inputs of the layer.
-        rotated: Whether it is type 6.
+        square: the trained matrix `(r, r)`.
+        out: outputs of the layer.
+        fan_in: inputs of the layer.
+        rotated: whether it is type 6.
     """
 
     square: Tensor

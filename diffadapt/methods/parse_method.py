@@ -17,11 +17,11 @@ def make_method(name: str, **options) -> Method:
     """Makes a method from a registered name, e.g. `flora`, `flora(rank=8)` or `1lora+lora(rank=4)`.
 
     Args:
-        name: A name, with options in parentheses, or several of them joined with `+`.
-        **options: Filled into every member that has such an option and does not set it itself.
+        name: a name, with options in parentheses, or several of them joined with `+`.
+        **options: filled into every member that has such an option and does not set it itself.
 
     Raises:
-        ValueError: For an unknown name or option, naming the nearest known one.
+        ValueError: the name or an option is unknown; names the nearest known one.
     """
     if name.startswith(PEFT):
         peft_type, spec_options = parse_peft_spec(name)
@@ -60,10 +60,10 @@ def read_method(entries: object) -> Method:
     """Makes the method that a file stores.
 
     Args:
-        entries: One `{"name": ..., "options": {...}}` for each member.
+        entries: one `{"name": ..., "options": {...}}` for each member.
 
     Raises:
-        ValueError: For anything else, and for unknown names and options.
+        ValueError: `entries` is anything else, or holds an unknown name or option.
     """
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"expected a list of methods, got {entries!r}")
@@ -90,12 +90,12 @@ def with_class_table(name: str, classes: int, *, null_class: bool) -> str:
     already, such as `class_embedding`, gets the option `classes`.
 
     Args:
-        name: A method's name, as for `make_method`.
-        classes: The number of classes.
-        null_class: Whether the table has a row for "no class".
+        name: a method's name, as for `make_method`.
+        classes: the number of classes.
+        null_class: whether the table has a row for "no class".
 
     Raises:
-        ValueError: For a method of PEFT's library, which cannot be combined.
+        ValueError: it is a method of PEFT's library, which cannot be combined.
     """
     if name.startswith(PEFT):
         raise ValueError(f"{name} cannot have a class table beside it; use a method of diffadapt's own")

@@ -50,8 +50,8 @@ class PeftMethod(Method):
         """PEFT's configuration for the layers whose names match the pattern `targets`.
 
         Raises:
-            ValueError: For an unknown option.
-            ImportError: Where PEFT is not installed, with the remedy.
+            ValueError: an option is unknown.
+            ImportError: PEFT is not installed; says the remedy.
         """
         cls = config_class(self.type)
         try:
@@ -64,7 +64,7 @@ def parse_peft_spec(text: str) -> tuple[str, dict]:
     """Splits `peft:OFT(r=4, coft=true)` into type and options; values are Python literals or bare words.
 
     Raises:
-        ValueError: For a text of another form.
+        ValueError: the text has another form.
     """
     try:
         call = ast.parse(text.removeprefix(PREFIX).strip(), mode="eval").body
@@ -88,12 +88,12 @@ def make_peft_method(peft_type: str, spec_options: dict, default_options: dict) 
     """Makes a method from a PEFT type; the option `rank` is PEFT's `r` where the type has that.
 
     Args:
-        peft_type: The type's name in any case, e.g. `OFT`.
-        spec_options: Options set with the type.
-        default_options: Options for those that `spec_options` leaves out.
+        peft_type: the type's name in any case, e.g. `OFT`.
+        spec_options: options set with the type.
+        default_options: options for those that `spec_options` leaves out.
 
     Raises:
-        ValueError: For an unknown type or option, naming near ones.
+        ValueError: the type or an option is unknown; names near ones.
     """
     known_options = [
         name for name in config_class(peft_type.upper()).__dataclass_fields__ if name not in _RESERVED_OPTIONS
@@ -116,8 +116,8 @@ def config_class(peft_type: str) -> type[PeftConfig]:
     """The class of a PEFT type's configuration.
 
     Raises:
-        ImportError: Where PEFT is not installed, with the remedy.
-        ValueError: For an unknown type.
+        ImportError: PEFT is not installed; says the remedy.
+        ValueError: the type is unknown.
     """
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

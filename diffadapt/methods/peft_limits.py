@@ -15,7 +15,7 @@ def check_options(name: str, options: Mapping[str, object]) -> None:
     """Refuses options by which PEFT would import or download something, or read a path.
 
     Raises:
-        ValueError: Naming the option.
+        ValueError: there is such an option; names it.
     """
     for option, value in options.items():
         is_plain = all(_is_plain(leaf) for leaf in _leaves(value))
@@ -27,13 +27,13 @@ def check_sizes(name: str, options: Mapping[str, object], widest: int, stored: i
     """Refuses ranks for which PEFT would take far more memory than the file has, before it takes it.
 
     Args:
-        name: The method's name, for the message.
-        options: The method's options in the file.
-        widest: Outputs and inputs of the widest layer together.
-        stored: The number of values in the file.
+        name: the method's name, for the message.
+        options: the method's options in the file.
+        widest: outputs and inputs of the widest layer together.
+        stored: the number of values in the file.
 
     Raises:
-        ValueError: Naming the option.
+        ValueError: there is such a rank; names its option.
     """
     for option, value in options.items():
         numbers = [abs(leaf) for leaf in _leaves(value) if type(leaf) in (int, float)]

@@ -44,18 +44,30 @@ class RankedMethod(Method):
 
 
 def check_rank(option: str, value: int) -> None:
-    """Raises ValueError unless `value` is a whole number of at least 1."""
+    """Checks a rank.
+
+    Raises:
+        ValueError: `value` is not a whole number of at least 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
 
 
 def check_multiplier(method: str, value: float) -> None:
-    """Raises ValueError unless a multiplier is a number that float32 holds."""
+    """Checks a multiplier.
+
+    Raises:
+        ValueError: float32 does not hold it.
+    """
     if not abs(value) <= LARGEST_MULTIPLIER:
         raise ValueError(f"{method}: a multiplier of {value!r:.40} does not fit into float32; lower it")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
+    """Checks an option that is one of a few words.
+
+    Raises:
+        ValueError: `value` is not one of `choices`.
+    """
     if value not in choices:
         raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")

@@ -22,11 +22,11 @@ class Site:
     """One weight, seen as a matrix `(out, fan_in)`.
 
     Attributes:
-        name: The layer's module path, e.g. `unet.mid_block.resnets.0.conv1`.
-        kind: The kind of layer that holds the weight.
-        shape: The weight's own shape, e.g. `(out, in)`, `(out, in/groups, *kernel)` or `(channels,)`.
-        groups: The groups of a convolution, else 1.
-        has_bias: Whether the layer has a bias.
+        name: the layer's module path, e.g. `unet.mid_block.resnets.0.conv1`.
+        kind: the kind of layer that holds the weight.
+        shape: the weight's own shape, e.g. `(out, in)`, `(out, in/groups, *kernel)` or `(channels,)`.
+        groups: the groups of a convolution, else 1.
+        has_bias: whether the layer has a bias.
     """
 
     name: str

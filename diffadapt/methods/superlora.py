@@ -115,7 +115,11 @@ class SuperLoRA(RankedMethod):
         return Update(tensors["change"], self.multiplier)
 
     def _fold(self, group: Group, sites: Sequence[Site]) -> Fold:
-        """How the tensors of a group make its entries; raises ValueError for a rank that is too large."""
+        """How the tensors of a group make its entries.
+
+        Raises:
+            ValueError: the rank is too large for the group.
+        """
         entries = ceil_share(group.size, self.rho)
         if self.tensor_order == 1:
             return Fold(entries, (entries,))

@@ -20,7 +20,10 @@ def authpct(*, training: Features, generated: Features) -> float:
 
     Args:
         training, generated: (N, D), (M, D) features of one layer.
-    Raises: ValueError for NaN, widths that differ, or fewer than two images.
+
+    Raises:
+        ValueError: a feature is NaN, the widths differ, or there are fewer than two images.
+
     Source: Alaa et al., arXiv 2102.08921, section 3.3, as dgm-eval computes it.
     """
     return 100 * float(is_authentic(training=training, generated=generated).double().mean())

@@ -331,10 +331,14 @@ def _statistics(call: MetricCall, name: str = "statistics") -> dict[str, frechet
 def _by_subject(call: MetricCall, compute: Callable[[FeatureSet, FeatureSet], Tensor]) -> Tensor:
     """`compute(generated, real)` of each subject's images alone; of both sets as they are without subjects.
 
-    Returns: (M,), one value per generated image.
-    Raises: ValueError naming the subject.
+    Returns:
+        One value per generated image, (M,).
+
+    Raises:
+        ValueError: a subject cannot be scored; names it.
     """
-    generated, real = call.generated, call.real
+    generated = call.generated
+    real = call.real
     if "subjects" not in generated.roles:
         return compute(generated, real)
     real_rows = real.rows_by_subject()

@@ -18,7 +18,10 @@ def as_features(
         name: of the matrix in errors.
         values: tensor or array of any number type, not changed.
         least: rows needed: 2 for a distribution, 1 where each image counts for itself.
-    Raises: TypeError for anything else; ValueError for a wrong shape, too few rows, NaN or infinity.
+
+    Raises:
+        TypeError: `values` is no tensor or array.
+        ValueError: it has a wrong shape, too few rows, NaN or infinity.
     """
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(values)
@@ -36,7 +39,11 @@ def as_features(
 
 
 def refuse_broken_rows(name: str, values: Tensor) -> None:
-    """Raises: ValueError naming the first row with NaN or infinity, and how many there are."""
+    """Refuses features that are not finite.
+
+    Raises:
+        ValueError: rows hold NaN or infinity; names the first one, and how many there are.
+    """
     broken = (~torch.isfinite(values.sum(dim=1))).nonzero().flatten()
     broken = broken[~torch.isfinite(values[broken]).all(dim=1)]  # a sum may overflow where no entry does
     if len(broken):
@@ -57,7 +64,11 @@ def as_pair(
 
 
 def refuse_unequal_widths(real: int, generated: int) -> None:
-    """Raises: ValueError when the two sets do not come from one layer of one extractor."""
+    """Refuses features of two layers or extractors.
+
+    Raises:
+        ValueError: the widths differ.
+    """
     if real != generated:
         raise ValueError(
             f"features of width {real} (real) and {generated} (generated): use one layer of one extractor"

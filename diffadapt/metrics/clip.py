@@ -20,7 +20,9 @@ def clip_score(
         images: (N, 3, H, W), or batches of them: uint8, or floating point in [0, 1].
         texts: N of them, in the order of the images.
         model: what `load_clip` gives, or the name or folder it takes.
-    Raises: ValueError for another number of texts than images, or pixels out of range.
+
+    Raises:
+        ValueError: there is another number of texts than images, or pixels are out of range.
     """
     extractor = load_clip(model) if isinstance(model, str) else model
     batches = [images] if isinstance(images, Tensor) else images

@@ -35,7 +35,9 @@ def load_lpips(state_dict: Mapping[str, Tensor], *, net: str = "alex") -> Lpips:
     Args:
         state_dict: of the whole torchvision model, or of its features.
         net: alex, vgg or squeeze.
-    Raises: ValueError for an unknown backbone, or weights of another one, naming the first missing.
+
+    Raises:
+        ValueError: the backbone is unknown, or the weights are of another one; names the first missing.
     """
     if net not in BACKBONES:
         raise ValueError(f"net={net!r}: expected one of {', '.join(BACKBONES)}")
@@ -61,7 +63,9 @@ def lpips_diversity(*, pixels: Tensor, groups: Sequence | Tensor, network: Dista
         pixels: (N, 3, H, W), uint8 or floating point in [0, 1].
         groups: (N,) the prompt (and subject) of each image.
         network: the distance, such as `load_lpips` returns.
-    Raises: ValueError when no prompt has two images.
+
+    Raises:
+        ValueError: no prompt has two images.
     """
     values = list(group_distances(pixels=pixels, groups=groups, network=network).values())
     return sum(values) / len(values)
@@ -82,8 +86,11 @@ def lpips_diversity_with_interval(
 def group_distances(*, pixels: Tensor, groups: Sequence | Tensor, network: Distance) -> dict[object, float]:
     """Mean distance over the pairs of each prompt; prompts with one image are left out.
 
-    Returns: prompt -> distance.
-    Raises: ValueError when no prompt has two images.
+    Returns:
+        Prompt -> distance.
+
+    Raises:
+        ValueError: no prompt has two images.
     """
     names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
     if len(names) != len(pixels):

@@ -87,8 +87,10 @@ def evaluate(
             `seed`.
         options: the same by keyword.
 
-    Raises: ValueError for an unknown metric or option, a value out of range, a missing role, NaN;
-        of it TooFewImages.
+    Raises:
+        ValueError: the metric or an option is unknown, a value is out of range, a role is missing, or a
+            feature is NaN.
+        TooFewImages: a set is below the metric's minimum, and `allow_small` is not set; a ValueError too.
     """
     metric = _metric(key)
     options = _complete_options(metric, {**(metric_options or {}), **options})
@@ -239,7 +241,11 @@ def _complete_options(metric: Metric, options: Mapping[str, object]) -> dict[str
 
 
 def _require_roles(metric: Metric, sets: Mapping[str, FeatureSet | None]) -> None:
-    """Raises: ValueError for a set or a role that the metric reads and that is missing."""
+    """Checks that every set and every role that the metric reads is there.
+
+    Raises:
+        ValueError: one is missing.
+    """
     if metric.real and sets["real"] is None:
         raise ValueError(f"{metric.key} compares with real images; give a reference")
     if metric.train and sets["training"] is None:
@@ -261,7 +267,8 @@ def _check_sizes(
 ) -> list[str]:
     """Notes on sets that are too small, and on published statistics.
 
-    Raises: TooFewImages unless `allow_small`.
+    Raises:
+        TooFewImages: a set is too small, and `allow_small` is not set.
     """
     if metric.per_subject and "subjects" in generated.roles:
         return []  # DreamBooth's protocol says how many images there are

@@ -54,7 +54,8 @@ class FeatureSet:
         statistics: published Frechet statistics by a role of STATISTICS, used in place of the features'.
         subject_names: of role "subjects", for messages.
 
-    Raises: ValueError for an unknown role, no role, or roles of different numbers of images.
+    Raises:
+        ValueError: a role is unknown, there is none, or roles have different numbers of images.
     """
 
     def __init__(

@@ -72,7 +72,8 @@ class Statistics:
 def fid(*, real: Features | Statistics, generated: Features | Statistics) -> float:
     """Frechet distance of two sets of features (n, D), or of their `Statistics`.
 
-    Raises: ValueError for widths that differ, NaN, or fewer than two images.
+    Raises:
+        ValueError: the widths differ, a feature is NaN, or there are fewer than two images.
     """
     real = as_statistics("real", real)
     generated = as_statistics("generated", generated)
@@ -137,7 +138,10 @@ def fid_infinity(
         seed: of the subsets.
         sizes: numbers of images for which subsets are drawn.
         repeats: subsets of each size.
-    Raises: ValueError for fewer than 20 generated images.
+
+    Raises:
+        ValueError: there are fewer than 20 generated images.
+
     Source: Chong and Forsyth, arXiv 1911.07023, section 4.
     """
     real = as_statistics("real", real)

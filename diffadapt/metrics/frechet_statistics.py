@@ -33,7 +33,10 @@ def read_statistics(path: str | Path, *, ending: str = "") -> Statistics:
         path: npz with `mu` (D,) and `sigma` (D, D); nothing in it is unpickled. The number of images is not
             stored.
         ending: of the names in the file: "_s" for the statistics of sFID.
-    Raises: ValueError naming what is missing or does not fit; OSError when the file cannot be read.
+
+    Raises:
+        ValueError: a part is missing or does not fit; names it.
+        OSError: the file cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as content:

@@ -29,7 +29,9 @@ def inception_score(*, logits: Features, splits: int = 10, seed: int = 2020) -> 
         logits: (N, classes); of Inception the layer `logits_unbiased`.
         splits: parts of about N / splits images. The score rises with the images per part.
         seed: of the shuffle before splitting, torch-fidelity's.
-    Raises: ValueError when a split would hold fewer than two images.
+
+    Raises:
+        ValueError: a split would hold fewer than two images.
     """
     scores = inception_scores(logits=logits, splits=splits, seed=seed)
     return float(scores.mean()), float(scores.std(correction=0))

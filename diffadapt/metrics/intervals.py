@@ -52,6 +52,7 @@ def student_quantile(degrees: int) -> float:
 
     Args:
         degrees: degrees of freedom, at least 1; rounding them down errs on the wide side.
+
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4: with
         theta = atan(t / sqrt(degrees)), P(|T| <= t) is a finite sum of powers of cos(theta).
     """
@@ -176,7 +177,9 @@ def clustered_interval(
         clusters: (N,) the subject of each image, any hashable.
         over: what the clusters are, in the name of the method.
         low, high: range of the numbers, to which Student's t interval is cut.
-    Raises: ValueError for fewer than two clusters.
+
+    Raises:
+        ValueError: there are fewer than two clusters.
     """
     means = np.array(list(cluster_means(values, clusters).values()))
     if len(means) < 2:
@@ -200,7 +203,8 @@ def cluster_means(values: Tensor, clusters: Sequence | Tensor) -> dict[object, f
         values: (N,).
         clusters: (N,), any hashable.
 
-    Returns: cluster -> mean.
+    Returns:
+        Cluster -> mean.
     """
     names = clusters.tolist() if isinstance(clusters, Tensor) else list(clusters)
     if len(names) != len(values):
@@ -237,7 +241,9 @@ def half_samples_interval(
         repeats: number of halves.
         clusters: (n,) the prompt, say, of each image; then halves of the clusters are drawn.
         over: what the clusters are, in the name of the method.
-    Raises: ValueError for fewer than two clusters, and what the metric of a half raises.
+
+    Raises:
+        ValueError: there are fewer than two clusters, or the metric of a half raises it.
     """
     generator = np.random.default_rng(seed)
     names = range(n) if clusters is None else clusters

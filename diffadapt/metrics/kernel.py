@@ -63,7 +63,9 @@ def kid_subset_values(
 
     Subsets are drawn without replacement, so that each estimate is that of all pairs on average.
 
-    Raises: ValueError when a set has fewer than `size` images.
+    Raises:
+        ValueError: a set has fewer than `size` images.
+
     Source: torch-fidelity, metric_kid.py: the same random numbers.
     """
     real, generated = as_pair(real, generated)
@@ -118,6 +120,7 @@ def cmmd(*, real: Features, generated: Features) -> float:
 
     Args:
         real, generated: (m, D), (n, D) CLIP image embeddings of length 1.
+
     Source: Jayasumana et al., arXiv 2401.09603, and google-research/cmmd (distance.py, embedding.py).
     """
     return cmmd_with_interval(real=real, generated=generated).value

@@ -40,7 +40,10 @@ def fls(*, training: Features, test: Features, generated: Features, seed: int = 
         training, test, generated: (N, D) features of one layer. The test images must not have been trained
             on.
         seed: of the choice of images.
-    Raises: ValueError for NaN, widths that differ, or fewer than four training images.
+
+    Raises:
+        ValueError: a feature is NaN, the widths differ, or there are fewer than four training images.
+
     Source: Jiralerspong et al., arXiv 2302.04440, section 3, as dgm-eval computes it (metrics/fls.py).
     """
     return fls_with_interval(training=training, test=test, generated=generated, seed=seed).value

@@ -17,7 +17,8 @@ from diffadapt.metrics.neighbours import Block, Points, measure, nearest, prepar
 def precision_recall(*, real: Features, generated: Features, k: int = 3) -> tuple[float, float]:
     """Share of generated images inside the real set's balls, and of real images inside the generated set's.
 
-    Raises: ValueError for NaN, widths that differ, or a set of no more than k images.
+    Raises:
+        ValueError: a feature is NaN, the widths differ, or a set has no more than k images.
     """
     precise, recalled = precision_recall_hits(real=real, generated=generated, k=k)
     return float(precise.double().mean()), float(recalled.double().mean())
@@ -53,7 +54,10 @@ def precision_recall_hits(
 def density_coverage(*, real: Features, generated: Features, k: int = 5) -> tuple[float, float]:
     """Mean number of real balls around a generated image over k, and share of real balls that hold one.
 
-    Density may exceed 1. Raises as `precision_recall`.
+    Density may exceed 1.
+
+    Raises:
+        ValueError: as `precision_recall`.
     """
     balls, members = density_coverage_counts(real=real, generated=generated, k=k)
     return float(balls.double().mean()) / k, float((members > 0).double().mean())

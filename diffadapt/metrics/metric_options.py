@@ -65,7 +65,8 @@ def check_options(metric: str, options: Mapping[str, object], defaults: Mapping[
         options: name -> value.
         defaults: the options that it has.
 
-    Raises: ValueError for an option the metric lacks, with the nearest, and for a value out of its range.
+    Raises:
+        ValueError: the metric lacks an option, of which the nearest is named, or a value is out of its range.
     """
     for name, value in options.items():
         if name not in defaults:

@@ -46,7 +46,9 @@ def msid(
         trace: "exact" (eigenvalues), "slq" (stochastic Lanczos quadrature), "auto": exact up to 4000 images.
         common_probes: the same probes for both sets when they are of one size, so that their noise cancels.
             False draws them as the authors' code does after numpy.random.seed(seed), the real set first.
-    Raises: ValueError for an unknown trace, NaN, or a set of no more than k + 1 images.
+
+    Raises:
+        ValueError: the trace is unknown, a feature is NaN, or a set has no more than k + 1 images.
     """
     if trace not in ("auto", "exact", "slq"):
         raise ValueError(f"trace={trace!r}: expected auto, exact or slq")

@@ -93,7 +93,8 @@ def measure(queries: Points, points: Points, rows: Tensor, columns: Tensor) -> T
     Args:
         rows, columns: (P,) numbers of the pairs' queries and points.
 
-    Returns: (P,).
+    Returns:
+        (P,).
     """
     distances = []
     for i, j in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
@@ -110,7 +111,8 @@ def nearest(points: Points, k: int) -> tuple[Tensor, Tensor]:
     Float32 proposes a few candidates more than k; where its error bound leaves open whether another point is
     nearer, all distances of that row are measured in float64.
 
-    Raises: ValueError when there are no k others.
+    Raises:
+        ValueError: there are no k others.
     """
     if not 1 <= k < len(points):
         raise ValueError(f"{k} nearest neighbours need more than {k} images, got {len(points)}")

@@ -28,7 +28,9 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
     Images of that size are left as they are, except that `crop-S` with S above the side still takes their
     middle, as it does of all others.
 
-    Raises: ValueError for an unknown preset, or one that cannot give this side.
+    Raises:
+        ValueError: the preset is unknown, or cannot give this side.
+        TypeError: the images are not uint8.
     """
     check_preset(preset, side)
     if images.dtype != torch.uint8:
@@ -55,8 +57,9 @@ def resize(images: Tensor, side: int, preset: str) -> Tensor:
 def check_preset(preset: str, side: int) -> None:
     """Checks the name of a preset, and its size.
 
-    Raises: ValueError for an unknown preset, and for a crop from images smaller than the network takes, or so
-        large that next to nothing of them remains.
+    Raises:
+        ValueError: the preset is unknown, or crops from images smaller than the network takes, or so large
+            that next to nothing of them remains.
     """
     if preset in PRESETS:
         return

@@ -14,7 +14,8 @@ def check_size(metric: str, role: str, n: int, minimum: int, *, allow_small: boo
         metric: its key.
         role: of the set: generated, real or training.
 
-    Raises: TooFewImages unless `allow_small`.
+    Raises:
+        TooFewImages: there are fewer images, and `allow_small` is not set.
     """
     if n >= minimum:
         return None
@@ -32,7 +33,8 @@ def common_size(metric: str, n_generated: int, n_real: int, *, equalise: bool) -
     Args:
         equalise: cut both sets to the smaller one; False warns instead.
 
-    Returns: generated images, real images, note.
+    Returns:
+        Generated images, real images, note.
     """
     if n_generated == n_real:
         return n_generated, n_real, None

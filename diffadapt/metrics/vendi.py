@@ -18,7 +18,8 @@ def vendi(*, features: Features) -> float:
     A row of zeros (a ReLU layer may give one) has no direction: all such rows count as alike, and as
     different from every other row.
 
-    Raises: ValueError for NaN.
+    Raises:
+        ValueError: a feature is NaN.
     """
     return _effective_number(_unit_rows(features))
 

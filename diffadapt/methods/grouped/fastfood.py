@@ -33,10 +33,10 @@ def draw_projection(inputs: int, outputs: int, projection: str, seed: int) -> di
     """Draws the random numbers of a projection: a function of seed and sizes, the same on every machine.
 
     Args:
-        inputs: Length of the vectors to project.
-        outputs: Length of the projected vectors.
-        projection: One of `PROJECTIONS` but `none`.
-        seed: The adapter's seed.
+        inputs: length of the vectors to project.
+        outputs: length of the projected vectors.
+        projection: one of `PROJECTIONS` but `none`.
+        seed: the adapter's seed.
 
     Returns:
         `permutation` (int32) and, unless the projection is `shuffle`, the float64 tensors `gauss (n,)` and
@@ -65,9 +65,9 @@ def project(x: Tensor, tensors: Mapping[str, Tensor], projection: str) -> Tensor
     """Projects a vector.
 
     Args:
-        x: The vector `(inputs,)`.
-        tensors: The random numbers of `draw_projection`.
-        projection: The one that they were drawn for.
+        x: the vector `(inputs,)`.
+        tensors: the random numbers of `draw_projection`.
+        projection: the one that they were drawn for.
 
     Returns:
         The projected vector `(outputs,)`.

@@ -29,13 +29,13 @@ class Fold:
         more axes:  core x1 factor0 x2 factor1 x3 ...              (d, ..., d)
 
     Attributes:
-        entries: Number of entries of the fold that are used.
+        entries: number of entries of the fold that are used.
         axes: `(entries,)`: a trained vector; `(rows, columns)`: low rank, or a Kronecker product whose last
             factor is low rank; `(d, ..., d)`: a Tucker or CP decomposition.
-        rank: Rank of the low-rank factors.
+        rank: rank of the low-rank factors.
         core: `tucker` trains a core for three axes or more, `cp` has none.
-        num_dense: Number of dense factors of the Kronecker product before the low-rank one.
-        dense_size: Rows, and columns, of each dense factor.
+        num_dense: number of dense factors of the Kronecker product before the low-rank one.
+        dense_size: rows, and columns, of each dense factor.
     """
 
     entries: int

@@ -30,9 +30,9 @@ class Group:
     """A run of entries that are trained together.
 
     Attributes:
-        size: Number of entries; those after its last piece belong to no site.
-        width: The widest `fan_in` of its sites, or of all sites where cuts fall anywhere.
-        pieces: Its pieces of sites, in order and without gaps.
+        size: number of entries; those after its last piece belong to no site.
+        width: the widest `fan_in` of its sites, or of all sites where cuts fall anywhere.
+        pieces: its pieces of sites, in order and without gaps.
     """
 
     size: int
@@ -44,13 +44,13 @@ def group_sites(sites: Sequence[Site], groups: str | int) -> tuple[Group, ...]:
     """Cuts the sites, in their order, into groups.
 
     Args:
-        sites: All sites of the method.
+        sites: all sites of the method.
         groups: `weight` (one per weight), `layer` (one for all weights of the same parent module) or a number
             of groups of equal size. Where that does not divide the entries, the size is rounded up and the
             last group ends early.
 
     Raises:
-        ValueError: For more groups than the entries can fill.
+        ValueError: there are more groups than the entries can fill.
     """
     if isinstance(groups, int):
         return _equal_groups(sites, groups)
@@ -107,7 +107,11 @@ def _equal_groups(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
 
 
 def _equal_group_size(sites: Sequence[Site], total: int, count: int) -> int:
-    """The number of entries of each of `count` groups; raises ValueError where they are too many."""
+    """The number of entries of each of `count` groups.
+
+    Raises:
+        ValueError: there are too many groups.
+    """
     if count > MOST_GROUPS:
         raise ValueError(f"superlora: groups must be at most {MOST_GROUPS:,}, got {count}")
     size = -(-total // count)  # rounded up

@@ -27,12 +27,12 @@ class GroupPlan:
     """What one group needs in every forward, worked out once from shapes.
 
     Attributes:
-        name: The group's name; the first word of its tensors' names.
-        group: The pieces of sites that it holds.
-        fold: How its trained tensors make its entries.
-        projection: The projection of the entries, one of `fastfood.PROJECTIONS`.
-        shapes: The matrix shape of every piece.
-        is_kron: Whether its only site is the Kronecker product itself, so that the factored forward serves.
+        name: the group's name; the first word of its tensors' names.
+        group: the pieces of sites that it holds.
+        fold: how its trained tensors make its entries.
+        projection: the projection of the entries, one of `fastfood.PROJECTIONS`.
+        shapes: the matrix shape of every piece.
+        is_kron: whether its only site is the Kronecker product itself, so that the factored forward serves.
     """
 
     name: str
@@ -82,7 +82,7 @@ class GroupPlan:
         """The change of every piece, as a matrix of its shape.
 
         Args:
-            tensors: The shared tensors and the constants of the method, by name.
+            tensors: the shared tensors and the constants of the method, by name.
         """
         fold_tensors = self._fold_tensors(tensors)
         if self.projection == "none" and len(self.fold.axes) > 1:
@@ -128,8 +128,8 @@ class GroupPlan:
         `left[i // n] (x) right[i % n]`.
 
         Args:
-            fold_tensors: The trained tensors by the fold's names.
-            rows: The rows of the fold's matrix that the pieces touch, one piece after the other; None where
+            fold_tensors: the trained tensors by the fold's names.
+            rows: the rows of the fold's matrix that the pieces touch, one piece after the other; None where
                 the only piece takes the matrix as it is.
         """
         dense_factors, up, down = self.fold.factors(fold_tensors)
@@ -205,7 +205,7 @@ class AdapterPlan:
         """The change of every site.
 
         Args:
-            tensors: The shared tensors and the constants of the method, by name.
+            tensors: the shared tensors and the constants of the method, by name.
         """
         site_changes: defaultdict[int, list[Expression]] = defaultdict(list)
         site_lengths: defaultdict[int, list[int]] = defaultdict(list)
@@ -226,10 +226,10 @@ def plan_groups(
     """Works out the shapes of all pieces of the groups.
 
     Args:
-        sites: All sites of the method.
-        groups: The groups that the sites are cut into.
-        folds: One fold per group.
-        projection: The projection of every group.
+        sites: all sites of the method.
+        groups: the groups that the sites are cut into.
+        folds: one fold per group.
+        projection: the projection of every group.
     """
     site_lengths: defaultdict[int, list[int]] = defaultdict(list)
     for group in groups:

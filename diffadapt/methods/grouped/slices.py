@@ -44,12 +44,12 @@ class Slice(Expression):
     """A run of entries of a larger matrix, read row by row, as the matrix `shape`.
 
     Attributes:
-        rows: The rows of the larger matrix that hold the run, possibly with more columns than it has.
-        height: The number of these rows.
-        padded: Their columns; those after `columns` are surplus.
-        columns: Columns of the larger matrix.
-        start: Where in its first row the run begins.
-        shape: The shape of the result.
+        rows: the rows of the larger matrix that hold the run, possibly with more columns than it has.
+        height: the number of these rows.
+        padded: their columns; those after `columns` are surplus.
+        columns: columns of the larger matrix.
+        start: where in its first row the run begins.
+        shape: the shape of the result.
     """
 
     rows: Expression
@@ -131,8 +131,8 @@ def run_shapes(lengths: Sequence[int], columns: int) -> list[tuple[int, int]]:
     """The shapes of all runs of entries that a matrix is cut into.
 
     Args:
-        lengths: Number of entries of every run, in order.
-        columns: Columns of the matrix.
+        lengths: number of entries of every run, in order.
+        columns: columns of the matrix.
     """
     shapes = []
     for index, length in enumerate(lengths):
@@ -148,9 +148,9 @@ def join_runs(runs: Sequence[Expression], lengths: Sequence[int], shape: tuple[i
     """Joins runs of entries, one behind the other, to the matrix `shape`.
 
     Args:
-        runs: Every run in the shape that `run_shapes` gives it.
-        lengths: Number of entries of every run.
-        shape: The shape of the result.
+        runs: every run in the shape that `run_shapes` gives it.
+        lengths: number of entries of every run.
+        shape: the shape of the result.
     """
     if len(runs) == 1:
         return runs[0]
