@@ -181,7 +181,7 @@ def _qwen_image() -> DiffusionPipeline:
             axes_dims_rope=(4, 2, 2),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9
         ),
         vae=_qwen_autoencoder(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(_qwen25_vl_config(tokenizer)),
