@@ -237,7 +237,7 @@ class ChainProduct(torch.autograd.Function):
             weight, *saved = ctx.saved_tensors
             inputs_end = ctx.factor_count + len(ctx.input_shapes)
             factors = saved[: ctx.factor_count]
-            step_inputs = saved[ctx.factor_count : inputs_end]
+            step_inputs = list(saved[ctx.factor_count : inputs_end])  # torch 2.9 compiles a slice to a tuple
             step_weights = saved[inputs_end:]
 
             expression = ctx.expression.with_tensors(factors) if factors else ctx.expression

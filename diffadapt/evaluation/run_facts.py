@@ -10,9 +10,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+import diffadapt as da
+
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = (
-    "diffadapt",
     "torch",
     "torchvision",
     "diffusers",
@@ -26,7 +27,7 @@ LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every library that a score can depend on, and diffadapt's commit."""
-    known_versions = {"python": platform.python_version()}
+    known_versions = {"python": platform.python_version(), "diffadapt": da.__version__}
     for name in LIBRARIES:
         known_versions[name] = version(name)
     commit = git_commit(PACKAGE)

@@ -1,8 +1,13 @@
 """What a record says of the code that made it."""
 
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 
-from diffadapt.evaluation.run_facts import git_commit
+import torch
+
+import diffadapt as da
+from diffadapt.evaluation import run_facts
+from diffadapt.evaluation.run_facts import git_commit, versions
 
 
 def git(folder, *command):
@@ -28,3 +33,16 @@ def test_the_commit_is_of_the_packages_repository_alone_and_changes_are_told(tmp
     installed = tmp_path / "environment" / "site-packages" / "package"
     installed.mkdir(parents=True)
     assert git_commit(installed) is None
+
+
+def test_versions_are_known_in_a_checkout_that_is_not_installed(monkeypatch):
+    def version_of_installed(name):
+        if name == "diffadapt":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(run_facts, "version", version_of_installed)
+    recorded = versions()
+    assert recorded["diffadapt"] == da.__version__
+    assert recorded["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert recorded["torch-fidelity"] == version("torch-fidelity")

@@ -91,9 +91,9 @@ def _sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def open_pipeline(folder: Path):
+def open_pipeline(folder: Path, dtype: torch.dtype = torch.float32):
     kind = StableDiffusionXLPipeline if folder.name == "sdxl" else StableDiffusionPipeline
-    pipe = kind.from_pretrained(folder)
+    pipe = kind.from_pretrained(folder, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

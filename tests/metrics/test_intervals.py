@@ -1,5 +1,7 @@
 """Intervals against scipy, and that they cover the truth as often as they say."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -37,9 +39,18 @@ def test_proportions_are_scipys_exact_interval(hits, n):
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30, 999, 1000])
 def test_quantiles_of_students_t_are_scipys(degrees):
-    assert student_quantile(degrees) == pytest.approx(student.ppf(0.975, degrees), rel=1e-12)
+    # SciPy 1.15 computes 11 digits
+    assert student_quantile(degrees) == pytest.approx(student.ppf(0.975, degrees), rel=1e-10)
     with pytest.raises(ValueError, match="at least 1 degree of freedom, got 0"):
         student_quantile(0)
+
+
+def test_quantiles_of_students_t_are_the_closed_forms():
+    """1 degree of freedom: t = tan(pi (p - 1/2)). 2 degrees: t = a sqrt(2 / (1 - a^2)), with a = 2 p - 1."""
+    p = 0.975
+    a = 2 * p - 1
+    assert student_quantile(1) == pytest.approx(math.tan(math.pi * (p - 1 / 2)), rel=1e-13)
+    assert student_quantile(2) == pytest.approx(a * math.sqrt(2 / (1 - a**2)), rel=1e-13)
 
 
 @pytest.mark.parametrize("clusters", [2, 3, 5, 10, 20])
