@@ -25,7 +25,7 @@ from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.base_names import is_embedded
 from diffadapt.models.families import sampling_defaults
 from diffadapt.models.open_pipeline import open_frozen_pipeline
-from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate, truncated_prompts
 from diffadapt.models.sampling_columns import (
     AdapterFile,
     SamplingColumn,
@@ -34,7 +34,6 @@ from diffadapt.models.sampling_columns import (
     parse_strengths,
 )
 from diffadapt.models.sampling_options import make_sampling_config, requested_images
-from diffadapt.models.text_conditioned import truncated_prompts
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:

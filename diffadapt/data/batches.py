@@ -28,8 +28,9 @@ from diffadapt.data.scaled_images import IMAGE_MEMORY
 from diffadapt.data.stream import Stream
 from diffadapt.data.summary import DataSummary, describe, size_notes
 from diffadapt.data.trigger_words import add_trigger_word
-from diffadapt.models.base import BaseModel
-from diffadapt.models.text_conditioned import TruncatedCaption
+from diffadapt.models.base import BASE_SAMPLING, BaseModel
+from diffadapt.models.caption_limits import TruncatedCaption
+from diffadapt.models.noise_schedule import TimestepSampling
 
 MAX_UNREADABLE = 100  # unreadable images in a row that streaming skips
 CENTER = (0.5, 0.5)
@@ -75,6 +76,7 @@ class Batches:
         trigger_word: A word to put before every caption that does not contain it.
         caption_dropout: The share of samples that get the base's empty caption (or null class).
         noise_offset: The standard deviation of a constant that is added to each channel of the noise.
+        timestep_sampling: How the noise levels of a flow-matching base are sampled.
         cache_latents: "memory", "disk" or "none"; None for memory where possible.
         cache_dir: The folder of a cache on disk.
         buckets: Sizes to use in place of the square, with center crops.
@@ -98,6 +100,7 @@ class Batches:
         trigger_word: str | None = None,
         caption_dropout: float = 0.0,
         noise_offset: float = 0.0,
+        timestep_sampling: TimestepSampling = BASE_SAMPLING,
         cache_latents: str | None = None,
         cache_dir: str | None = None,
         buckets: Buckets | None = None,
@@ -116,7 +119,7 @@ class Batches:
         self.caption_dropout = caption_dropout
         self.noise_offset = noise_offset
         self.is_streaming = is_streaming or isinstance(examples, Stream)
-        self.schedule = model.training_schedule()
+        self.schedule = model.training_schedule(timestep_sampling)
         self.bucket_of: dict[ImageSource, Size] = {}
 
         sizes: list[tuple[int, int]] = []

@@ -11,7 +11,7 @@ from diffadapt.common.messages import indented_list
 from diffadapt.data.cache import DiskCache, MemoryCache
 from diffadapt.data.examples import OrderedExamples
 from diffadapt.data.stream import Stream
-from diffadapt.models.text_conditioned import TruncatedCaption
+from diffadapt.models.caption_limits import TruncatedCaption
 
 MUCH_ENLARGED = 2  # scale above which an enlarged image is reported
 MUCH_CROPPED = 0.5  # share of the area outside of the crop above which an image is reported

@@ -21,6 +21,8 @@ from diffadapt.common.pipeline_components import (
     text_encoder_names,
     tokenizer_names,
 )
+from diffadapt.models.caption_limits import CaptionLimit, TruncatedCaption, truncated_captions
+from diffadapt.models.noise_schedule import TimestepSampling
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from diffadapt.common.images import CropGeometry
     from diffadapt.models.noise_schedule import NoiseSchedule
     from diffadapt.models.sampling import ImageRequest, SamplingConfig
+
+BASE_SAMPLING = TimestepSampling()  # all as the base has it
+FLOW_OPTIONS_ONLY = "this base was trained on a schedule of betas, whose timesteps are uniform"
+# Options of flow matching, and why a base with a schedule of betas does not take them.
+INAPPLICABLE_TO_BETAS = {"timestep_density": FLOW_OPTIONS_ONLY, "timestep_shift": FLOW_OPTIONS_ONLY}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class BaseProfile:
             bring their own.
         context_prompts: a subject where training never put it; `{}` is the subject, as in "sks dog".
         unrelated_prompts: have nothing to do with a subject; images of them should not change.
+        inapplicable_options: training option -> why it cannot have an effect on this base.
     """
 
     name: str
@@ -50,6 +58,7 @@ class BaseProfile:
     tuned_methods: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     context_prompts: tuple[str, ...] = ()
     unrelated_prompts: tuple[str, ...] = ()
+    inapplicable_options: Mapping[str, str] = field(default_factory=lambda: INAPPLICABLE_TO_BETAS)
 
 
 class BaseModel(ABC):
@@ -64,6 +73,8 @@ class BaseModel(ABC):
         profile_of_family: what suits a base of this family.
         embedded_profiles: what suits an embedded base of this family, by its name.
         optional_components: components that a pipeline of this family may lack.
+        left_out_where_absent: those of them that `from_pretrained` must be told to leave out of a pipeline
+            whose index does not name them.
         without_safety_checker: arguments of `from_pretrained` that leave a safety checker out.
 
     Attributes:
@@ -80,6 +91,7 @@ class BaseModel(ABC):
     optional_components: ClassVar[frozenset[str]] = frozenset(
         ("safety_checker", "feature_extractor", "image_encoder")
     )
+    left_out_where_absent: ClassVar[tuple[str, ...]] = ()
     without_safety_checker: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self, pipe: DiffusionPipeline, source: str, profile: BaseProfile):
@@ -243,9 +255,14 @@ class BaseModel(ABC):
         name = "force_zeros_for_empty_prompt"
         return {name: self.pipe.config.get(name)}
 
-    def truncated_captions(self, captions: Sequence[str]) -> list:
-        """The captions that are longer than the base reads."""
+    @classmethod
+    def caption_limits(cls, pipe: DiffusionPipeline) -> list[CaptionLimit]:
+        """How long a caption may be, for each tokenizer whose limit counts."""
         return []
+
+    def truncated_captions(self, captions: Sequence[str]) -> list[TruncatedCaption]:
+        """The distinct captions of which the end is not read, and what is lost of each."""
+        return truncated_captions(self.caption_limits(self.pipe), captions)
 
     @abstractmethod
     def enable_text_encoder_training(self) -> None:
@@ -270,11 +287,14 @@ class BaseModel(ABC):
             conditions: of `collate_conditions` and `size_conditions`.
         """
 
-    def training_schedule(self) -> NoiseSchedule:
+    def training_schedule(self, sampling: TimestepSampling = BASE_SAMPLING) -> NoiseSchedule:
         """The noise the base was trained with, whatever sampler it is shipped with.
 
+        Args:
+            sampling: of the times of a flow-matching base.
+
         Raises:
-            ValueError for a sampler without a discrete schedule of betas behind it.
+            ValueError for a sampler without such a schedule behind it.
         """
         from diffadapt.models.beta_schedule import beta_schedule  # imports diffusers, which takes seconds
 

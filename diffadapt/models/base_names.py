@@ -37,6 +37,16 @@ def pipeline_class(name: str, *, revision: str | None = None) -> str:
     path = resolve(name)
     if is_single_file(path):
         return pipeline_of_file(path)
+    return str(pipeline_index(name, revision=revision)["_class_name"])
+
+
+def pipeline_index(name: str, *, revision: str | None = None) -> dict[str, object]:
+    """The content of a pipeline's model_index.json: component -> (library, class), and settings.
+
+    Raises:
+        FileNotFoundError, OSError or ValueError with the remedy when there is no pipeline of that name.
+    """
+    path = resolve(name)
     folder = Path(path)
     if folder.exists():
         index = folder / "model_index.json"
@@ -50,11 +60,11 @@ def pipeline_class(name: str, *, revision: str | None = None) -> str:
         raise ValueError(f"{name!r} has no model_index.json; give the folder of a whole diffusers pipeline")
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        class_name = str(content["_class_name"])
+        str(content["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not the index of a diffusers pipeline ({error!r})") from None
     _check_libraries(content, index)
-    return class_name
+    return content
 
 
 def _check_libraries(content: Mapping[str, object], index: Path) -> None:

@@ -11,7 +11,9 @@ from diffadapt.adapters.architectures import register_architecture
 from diffadapt.models.base import BaseModel, BaseProfile
 from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class
 from diffadapt.models.dit import DiT
+from diffadapt.models.flux import Flux
 from diffadapt.models.sd import StableDiffusion
+from diffadapt.models.sd3 import StableDiffusion3
 from diffadapt.models.sdxl import StableDiffusionXL
 from diffadapt.models.unet2d import UNet2D
 
@@ -29,6 +31,8 @@ register_family(StableDiffusion)
 register_family(StableDiffusionXL)
 register_family(UNet2D)
 register_family(DiT)
+register_family(StableDiffusion3)
+register_family(Flux)
 
 
 def family_of_pipeline(class_name: str) -> type[BaseModel] | None:

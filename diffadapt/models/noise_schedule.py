@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from diffadapt.common.keyed_random import Key
+
+DENSITIES = ("logit_normal", "uniform", "mode")
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """How a flow-matching base's times of training are sampled; None stands for the base's own way.
+
+    Attributes:
+        density: one of `DENSITIES`, before the shift.
+        shift: towards noise, above 0; 1 for none.
+    """
+
+    density: str | None = None
+    shift: float | None = None
+
+
+def parse_timestep_shift(text: str | None) -> float | None:
+    """Parses `--timestep_shift`: auto is None, the base's own shift.
+
+    Raises:
+        ValueError for anything but auto or a positive number.
+    """
+    if text in (None, "auto"):
+        return None
+    try:
+        shift = float(text)
+    except ValueError:
+        shift = math.nan
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"--timestep_shift is auto or a number above 0, got {text!r}")
+    return shift
 
 
 class NoiseSchedule(Protocol):

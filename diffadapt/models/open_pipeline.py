@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from torch import nn
 
 from diffadapt.common.pipeline_components import AUTOENCODER
-from diffadapt.models.base_names import looks_local, pipeline_class, resolve
+from diffadapt.models.base import BaseModel
+from diffadapt.models.base_names import looks_local, pipeline_class, pipeline_index, resolve
 from diffadapt.models.families import family_of_pipeline, freeze
 from diffadapt.models.single_file import is_single_file, open_single_file
 
@@ -38,7 +40,11 @@ def open_pipeline(
     else:
         family = family_of_pipeline(class_name)
         pipeline_type = DiffusionPipeline if family is None else family.pipeline_type(class_name)
-        left_out = {} if family is None or safety_checker else family.without_safety_checker
+        left_out: dict[str, object] = {}
+        if family is not None:
+            left_out |= _absent_components(family, pipeline_index(name, revision=revision))
+            if not safety_checker:
+                left_out |= family.without_safety_checker
         pipe = pipeline_type.from_pretrained(
             path,
             # SDXL's autoencoder overflows in float16.
@@ -73,6 +79,15 @@ def open_frozen_pipeline(
     pipe.to(device)
     freeze(pipe.components)
     return pipe
+
+
+def _absent_components(family: type[BaseModel], index: Mapping[str, object]) -> dict[str, None]:
+    """Arguments of `from_pretrained` for the components that a pipeline was saved without."""
+    absent = {}
+    for component in family.left_out_where_absent:
+        if index.get(component) in (None, [None, None]):
+            absent[component] = None
+    return absent
 
 
 def _pipeline_from_file(path: str, dtype: torch.dtype) -> DiffusionPipeline:

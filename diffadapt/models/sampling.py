@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffadapt.models.base import BaseModel
+from diffadapt.models.caption_limits import TruncatedCaption, truncated_captions
 from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import family_of_pipeline
 from diffadapt.models.text_conditioned import TextConditionedBase
@@ -91,6 +92,12 @@ def generate(
 def generate_all(pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig) -> Tensor:
     """All images at once, (len(requests), 3, H, W), for small numbers."""
     return torch.cat(list(generate(pipe, requests, config)))
+
+
+def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[TruncatedCaption]:
+    """The distinct prompts of which a pipeline does not read the end; none where it has no tokenizers."""
+    family = _family_to_call(pipe, has_labels=False)
+    return truncated_captions(family.caption_limits(pipe), prompts)
 
 
 def _generate_batch(

@@ -1,21 +1,20 @@
-"""Bases conditioned on captions: token ids, text states, and what of a caption is too long to be read."""
+"""Bases conditioned on captions by CLIP text encoders: token ids and text states."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from diffadapt.common.pipeline_components import tokenizer_names
+from diffadapt.models.caption_limits import CaptionLimit, own_limit
 from diffadapt.models.latent_diffusion import LatentDiffusionBase, decode_latents
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from transformers import PreTrainedTokenizerBase
 
     from diffadapt.models.sampling import ImageRequest, SamplingConfig
 
@@ -23,23 +22,6 @@ if TYPE_CHECKING:
 IDS = "input_ids"
 MASK = "attention_mask"
 EMPTY = "is_empty"
-
-
-@dataclass(frozen=True)
-class TruncatedCaption:
-    """A caption that is longer than a tokenizer takes.
-
-    Attributes:
-        caption: as given.
-        length: tokens it has.
-        limit: tokens that are read.
-        lost: the words that are not read.
-    """
-
-    caption: str
-    length: int
-    limit: int
-    lost: str
 
 
 class TextConditionedBase(LatentDiffusionBase):
@@ -100,9 +82,14 @@ class TextConditionedBase(LatentDiffusionBase):
             tokens[MASK + suffix] = output.attention_mask  # (B, length), 1 for a token, 0 for padding
         return tokens
 
-    def truncated_captions(self, captions: Sequence[str]) -> list[TruncatedCaption]:
-        """The distinct captions of which the end is not read, and what is lost of each."""
-        return _truncated(list(self.tokenizers.values()), captions)
+    @classmethod
+    def caption_limits(cls, pipe: DiffusionPipeline) -> list[CaptionLimit]:
+        limits = []
+        for name in tokenizer_names(pipe):
+            tokenizer = getattr(pipe, name)
+            if tokenizer is not None:
+                limits.append(own_limit(tokenizer))
+        return limits
 
     @classmethod
     def pipeline_arguments(
@@ -124,31 +111,3 @@ class TextConditionedBase(LatentDiffusionBase):
     @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
         return decode_latents(pipe, output)
-
-
-def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[TruncatedCaption]:
-    """The distinct prompts of which a pipeline does not read the end; none where it has no tokenizers."""
-    tokenizers = [getattr(pipe, name) for name in tokenizer_names(pipe)]
-    return _truncated([tokenizer for tokenizer in tokenizers if tokenizer is not None], prompts)
-
-
-def truncated_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> TruncatedCaption | None:
-    """The part of a caption that a tokenizer cuts off; None when the whole caption fits."""
-    ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
-    limit = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-    if len(ids) <= limit:
-        return None
-    return TruncatedCaption(caption, len(ids), limit, tokenizer.decode(ids[limit:]).strip())
-
-
-def _truncated(
-    tokenizers: Sequence[PreTrainedTokenizerBase], captions: Sequence[str]
-) -> list[TruncatedCaption]:
-    """Distinct captions that are too long for one of the tokenizers, in the order of the captions."""
-    truncated: dict[TruncatedCaption, None] = {}  # a set in order
-    for caption in dict.fromkeys(captions):
-        for tokenizer in tokenizers:
-            entry = truncated_caption(tokenizer, caption)
-            if entry is not None:
-                truncated[entry] = None
-    return list(truncated)

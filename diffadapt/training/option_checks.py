@@ -11,6 +11,7 @@ from pathlib import Path
 from diffadapt.common.number_ranges import require_seed
 from diffadapt.models.base import BaseProfile
 from diffadapt.models.base_names import is_embedded
+from diffadapt.models.noise_schedule import parse_timestep_shift
 from diffadapt.training.options import TrainOptions
 
 ADAM_OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
@@ -85,6 +86,8 @@ ALWAYS = frozenset(  # options that have an effect whatever the others are
         "use_ema",
         "snr_gamma",
         "noise_offset",
+        "timestep_density",
+        "timestep_shift",
         "skip_nonfinite",
         "mixed_precision",
         "base_precision",
@@ -199,6 +202,7 @@ def check_ranges(options: TrainOptions) -> None:
         ValueError: naming the option, its value and the smallest one.
     """
     require_seed(options.seed)
+    parse_timestep_shift(options.timestep_shift)
     if options.snr_gamma == 0:
         raise ValueError("--snr_gamma 0 gives every timestep no weight; leave it out, or give 5 as the paper")
     for name in FRACTION_OPTIONS:
@@ -225,12 +229,15 @@ def check_effects(
         names: of the options that are checked; None: all.
 
     Raises:
-        ValueError: naming the option and what it needs.
+        ValueError: naming the option and what it needs, or why it does not apply to the base.
     """
     base_defaults = {} if profile is None else profile.defaults
+    reasons = {} if profile is None else profile.inapplicable_options
     for field in dataclasses.fields(options):
         if names is not None and field.name not in names:
             continue
+        if field.name in reasons and getattr(options, field.name) != field.default:
+            raise ValueError(f"--{field.name} {getattr(options, field.name)}: {reasons[field.name]}")
         condition = CONDITIONS.get(field.name)
         if condition is None or condition.holds(options):
             continue

@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass
 from typing import TypeVar
 
+from diffadapt.models.noise_schedule import DENSITIES
+
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 OptionsT = TypeVar("OptionsT", bound="TrainOptions")  # the options class of one script
@@ -188,6 +190,17 @@ class LossOptions:
     noise_offset: float = option(
         0.0,
         "standard deviation of a random constant added to each noise channel, for darker and brighter images",
+    )
+    timestep_density: str | None = option(
+        None,
+        "of a flow-matching base: how noise levels are distributed (default: logit_normal, which prefers "
+        "middle levels)",
+        choices=DENSITIES,
+    )
+    timestep_shift: str | None = option(
+        None,
+        "of a flow-matching base: a number above 1 moves noise levels towards noise; auto: as far as the "
+        "base moves them to generate images (default: auto)",
     )
     skip_nonfinite: int = option(
         0, "skip up to N steps whose loss or gradient is not finite; one more is an error"

@@ -23,6 +23,7 @@ from diffadapt.methods import Method
 from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import load_base
+from diffadapt.models.noise_schedule import TimestepSampling, parse_timestep_shift
 from diffadapt.training import output_folder
 from diffadapt.training.adapter_options import (
     budget_notices,
@@ -105,6 +106,7 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **arguments
             center_crop=options.center_crop,
             random_flip=options.random_flip,
             noise_offset=options.noise_offset,
+            timestep_sampling=timestep_sampling(options),
             cache_latents=options.cache_latents,
             cache_dir=options.cache_dir,
             seed=options.seed,
@@ -132,13 +134,18 @@ def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> Trai
         model.denoiser,
         adapter,
         predict=model.predict,
-        schedule=model.training_schedule(),
+        schedule=model.training_schedule(timestep_sampling(options)),
         prior_weight=prior_weight,
         snr_gamma=options.snr_gamma,
     )
     train_state = initial_state(setup.accelerator, objective, options)
     train_state.precision = setup.precision
     return train_state
+
+
+def timestep_sampling(options: TrainOptions) -> TimestepSampling:
+    """How the noise levels of a flow-matching base are sampled."""
+    return TimestepSampling(options.timestep_density, parse_timestep_shift(options.timestep_shift))
 
 
 def check_resolution(model: BaseModel, resolution: int) -> None:

@@ -9,8 +9,8 @@ from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictur
 
 from diffadapt.common.images import list_images, open_image, to_pixels
 from diffadapt.models import base_names
+from diffadapt.models.caption_limits import TruncatedCaption
 from diffadapt.models.families import load_base, profile_of, profiles, sampling_defaults
-from diffadapt.models.text_conditioned import TruncatedCaption
 
 
 @pytest.fixture(scope="module")

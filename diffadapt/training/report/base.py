@@ -27,8 +27,7 @@ from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
 from diffadapt.models.base_names import is_embedded
-from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
-from diffadapt.models.text_conditioned import truncated_prompts
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate, truncated_prompts
 from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import TrainState
 from diffadapt.training.parsing import write_config

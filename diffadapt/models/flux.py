@@ -1,0 +1,99 @@
+"""FLUX.1 (dev, schnell and their kin): CLIP's pooled text, T5's states, packed latents.
+
+In the layout of FluxPipeline, which packs 2 x 2 latents into a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.models.clip_with_t5 import ClipWithT5Base
+from diffadapt.models.flow_matching import flow_profile
+from diffadapt.models.latent_diffusion import decode_latents
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffadapt.models.sampling import SamplingConfig
+
+# dev learned to predict the result of guidance from its scale. A scale of 1, no guidance, is what the loss
+# trains (github.com/black-forest-labs/flux, issue 79); images are sampled with another scale.
+TRAINING_GUIDANCE = 1.0
+
+
+class Flux(ClipWithT5Base):
+    """A loaded base of this family."""
+
+    family = "flux"
+    pipeline_classes = ("FluxPipeline",)
+    profile_of_family = flow_profile("flux", guidance_scale=3.5, num_inference_steps=28)  # of the pipeline
+    clip_encoders: ClassVar = ("text_encoder",)
+    clip_tokenizers: ClassVar = ("tokenizer",)
+    caption_tokenizer = "tokenizer_2"
+
+    def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
+        """`encoder_hidden_states` (B, 512, 4096) of T5, `pooled_projections` (B, 768) of CLIP."""
+        states, pooled, _ = self.pipe.encode_prompt(
+            captions, None, max_sequence_length=self.max_sequence_length
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def t5_states(self, captions: list[str]) -> Tensor:
+        return self.prompt_states(captions)["encoder_hidden_states"]
+
+    def states_with_clip(self, token_ids: Sequence[Tensor], t5_states: Tensor) -> dict[str, Tensor]:
+        encoder = self.pipe.text_encoder
+        pooled = encoder(token_ids[0].to(encoder.device)).pooler_output  # (B, 768)
+        return {"encoder_hidden_states": t5_states, "pooled_projections": pooled}
+
+    def denoise(
+        self, denoiser: nn.Module, noisy: Tensor, levels: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        pipeline = type(self.pipe)
+        dtype = denoiser.dtype
+        batch_size, channels, height, width = noisy.shape
+        packed = pipeline._pack_latents(noisy.to(dtype), batch_size, channels, height, width)  # (B, N, 4C)
+        image_ids = pipeline._prepare_latent_image_ids(
+            batch_size, height // 2, width // 2, noisy.device, dtype
+        )  # (N, 3)
+        states = conditions["encoder_hidden_states"].to(dtype)  # (B, L, D)
+        text_ids = torch.zeros(states.shape[1], 3, device=noisy.device, dtype=dtype)  # (L, 3)
+        guidance = None
+        if denoiser.config.guidance_embeds:
+            guidance = torch.full_like(levels, TRAINING_GUIDANCE)  # (B,)
+        output = denoiser(
+            packed,
+            timestep=levels,
+            guidance=guidance,
+            pooled_projections=conditions["pooled_projections"].to(dtype),
+            encoder_hidden_states=states,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]  # (B, N, 4C)
+        factor = self.pipe.vae_scale_factor
+        return pipeline._unpack_latents(output, height * factor, width * factor, factor)
+
+    @classmethod
+    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
+        if config.negative_prompt is not None:
+            raise ValueError(
+                "--negative_prompt: FLUX.1 is sampled without a second, negative prediction; leave it out"
+            )
+        return {"guidance_scale": config.guidance_scale}
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
+        height, width = image_size(pipe, config)
+        latents = pipe._unpack_latents(output, height, width, pipe.vae_scale_factor)  # (B, C, h, w)
+        return decode_latents(pipe, latents)
+
+
+def image_size(pipe: DiffusionPipeline, config: SamplingConfig) -> tuple[int, int]:
+    """Height and width, in pixels, of the images that a pipeline generates."""
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    return config.height or side, config.width or side

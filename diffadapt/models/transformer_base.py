@@ -1,0 +1,162 @@
+"""What the bases with a diffusion transformer share: captions through the pipeline, sizes, sampling."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffadapt.models import prompts
+from diffadapt.models.base import BaseProfile
+from diffadapt.models.caption_limits import CaptionLimit
+from diffadapt.models.latent_diffusion import LatentDiffusionBase, decode_latents
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffadapt.models.sampling import ImageRequest, SamplingConfig
+
+RESOLUTION = 1024  # pixels; transformers without a table of positions do not say what they were trained on
+
+
+class TransformerBase(LatentDiffusionBase):
+    """A base with a diffusion transformer, whose captions the pipeline's own `encode_prompt` encodes.
+
+    Class attributes:
+        patch_size: positions of the latents per token, along one side.
+        max_sequence_length: tokens of a caption that are read.
+        caption_tokenizer: the tokenizer whose states the transformer reads word by word.
+        template_length: tokens that a chat template puts around a caption, within `max_sequence_length`.
+    """
+
+    patch_size: ClassVar[int] = 2
+    max_sequence_length: ClassVar[int] = 512
+    caption_tokenizer: ClassVar[str] = "tokenizer"
+    template_length: ClassVar[int] = 0
+
+    @abstractmethod
+    def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
+        """What the transformer reads of captions, each (B, ...), in the precision of the text encoder."""
+
+    # Images
+
+    @property
+    def resolution(self) -> int:
+        return RESOLUTION
+
+    @property
+    def size_multiple(self) -> int:
+        return self.pipe.vae_scale_factor * self.patch_size
+
+    @property
+    def square_limits(self) -> tuple[int, int]:
+        # Attention over one token has no gradient of queries and keys, so there are two a side.
+        return self.size_multiple, 2 * self.size_multiple
+
+    # Captions
+
+    @property
+    def empty_caption(self) -> str:
+        return ""
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            # A list of its own, because some pipelines overwrite the one they are given.
+            return self.prompt_states(list(captions))
+
+    def caption_settings(self) -> dict[str, object]:
+        return {"max_sequence_length": self.max_sequence_length}
+
+    @classmethod
+    def caption_limits(cls, pipe: DiffusionPipeline) -> list[CaptionLimit]:
+        tokenizer = getattr(pipe, cls.caption_tokenizer)
+        if tokenizer is None:
+            return []
+        surrounding = cls.template_length + tokenizer.num_special_tokens_to_add()
+        return [CaptionLimit(tokenizer, cls.max_sequence_length - surrounding)]
+
+    def enable_text_encoder_training(self) -> None:
+        names = ", ".join(type(encoder).__name__ for encoder in self.text_encoders.values())
+        raise ValueError(
+            f"--train_text_encoder: {self.source} reads captions with a language model ({names}), which "
+            "cannot be adapted; leave the option out"
+        )
+
+    # Sampling
+
+    @classmethod
+    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
+        """How this pipeline is told guidance and a negative prompt, for `count` images."""
+        negative_prompts = None
+        if config.negative_prompt is not None:
+            negative_prompts = [config.negative_prompt] * count
+        return {"guidance_scale": config.guidance_scale, "negative_prompt": negative_prompts}
+
+    @classmethod
+    def pipeline_arguments(
+        cls, requests: Sequence[ImageRequest], config: SamplingConfig
+    ) -> dict[str, object]:
+        return {
+            "prompt": [request.prompt for request in requests],
+            "height": config.height,
+            "width": config.width,
+            "output_type": "latent",
+            **cls.guidance_arguments(len(requests), config),
+        }
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
+        return decode_latents(pipe, output)
+
+
+def transformer_profile(
+    name: str, *, guidance_scale: float, num_inference_steps: int, inapplicable_options: Mapping[str, str]
+) -> BaseProfile:
+    """A profile with the values that the bases with transformers have in common.
+
+    Args:
+        name: of the family.
+        guidance_scale, num_inference_steps: the defaults of its pipeline, or of its model card.
+        inapplicable_options: training option -> why it cannot have an effect.
+    """
+    return BaseProfile(
+        name=name,
+        defaults={
+            "targets": "attention",
+            "train_batch_size": 1,
+            "max_train_steps": 500,
+            "lr_scheduler": "constant",
+            "preferred_precision": "bf16",
+            "center_crop": False,
+            "num_validation_images": 4,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "sample_batch_size": 1,
+            "extractor": None,
+        },
+        context_prompts=prompts.PHOTO_CONTEXTS,
+        unrelated_prompts=prompts.PHOTO_THINGS,
+        inapplicable_options=inapplicable_options,
+    )
+
+
+def pad_states(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Text states of different lengths as one batch.
+
+    Args:
+        rows: (L_i, D) each.
+
+    Returns:
+        States (B, L, D) with zeros behind each row, L the longest length, and the mask (B, L), True for
+        what is not padding.
+    """
+    longest = max(len(row) for row in rows)
+    states = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])  # (B, L, D)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=states.device)  # (B, L)
+    for index, row in enumerate(rows):
+        states[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return states, mask
