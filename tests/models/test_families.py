@@ -47,8 +47,8 @@ def test_a_hub_name_is_known_by_its_index_alone(tmp_path, monkeypatch):
     index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}), encoding="utf-8")
     assert profile_of("somebody/base", revision="v2").name == "sdxl"
     assert asked == [("somebody/base", "model_index.json", "v2")]
-    index.write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusion"):
+    index.write_text(json.dumps({"_class_name": "HunyuanDiTPipeline"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="is a HunyuanDiTPipeline; the known kinds are StableDiffusion"):
         load_base("somebody/base")
     assert sampling_defaults("somebody/base") == profiles()["sd"].defaults
 

@@ -59,8 +59,12 @@ def test_wrong_bases_are_errors_with_a_remedy(tmp_path):
         load_base(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"no model_index.json"):
         load_base(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="is a FluxPipeline; the known kinds are StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "HunyuanDiTPipeline"}), encoding="utf-8"
+    )
+    with pytest.raises(
+        ValueError, match="is a HunyuanDiTPipeline; the known kinds are StableDiffusionPipeline"
+    ):
         load_base(str(tmp_path))
     with pytest.raises(ValueError, match=r"did you mean|embedded"):
         load_base("embedded:emojy")

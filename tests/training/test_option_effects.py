@@ -133,3 +133,20 @@ def test_home_folders_and_the_word_no(tmp_path, monkeypatch):
 def test_epochs_are_answered_with_how_to_count_steps():
     with pytest.raises(ValueError, match="counted in optimizer steps here; give --max_train_steps"):
         parse(TrainOptions, ["--num_train_epochs", "3"])
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [
+        ("sd3", "snr_gamma", 5.0),
+        ("sd3", "prediction_type", "epsilon"),
+        ("flux", "noise_offset", 0.1),
+        ("sd", "timestep_density", "uniform"),
+        ("sdxl", "timestep_shift", "3"),
+    ],
+)
+def test_options_of_the_other_kind_of_schedule_say_why_they_do_not_apply(family, option, value):
+    profile = profiles()[family]
+    check_effects(TrainOptions(**BASE), profile)
+    with pytest.raises(ValueError, match=f"--{option} {value}: .*flow|--{option} {value}: .*betas"):
+        check_effects(TrainOptions(**BASE, **{option: value}), profile)
