@@ -10,12 +10,18 @@ from torch import nn
 from diffadapt.adapters.architectures import register_architecture
 from diffadapt.models.base import BaseModel, BaseProfile
 from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class
+from diffadapt.models.chroma import Chroma
 from diffadapt.models.dit import DiT
 from diffadapt.models.flux import Flux
+from diffadapt.models.flux2 import Flux2Klein
+from diffadapt.models.krea2 import Krea2
+from diffadapt.models.pixart import PixArtSigma
+from diffadapt.models.qwen_image import QwenImage
 from diffadapt.models.sd import StableDiffusion
 from diffadapt.models.sd3 import StableDiffusion3
 from diffadapt.models.sdxl import StableDiffusionXL
 from diffadapt.models.unet2d import UNet2D
+from diffadapt.models.z_image import ZImage
 
 FAMILIES: dict[str, type[BaseModel]] = {}  # by name
 
@@ -33,6 +39,12 @@ register_family(UNet2D)
 register_family(DiT)
 register_family(StableDiffusion3)
 register_family(Flux)
+register_family(ZImage)
+register_family(Flux2Klein)
+register_family(QwenImage)
+register_family(Krea2)
+register_family(Chroma)
+register_family(PixArtSigma)
 
 
 def family_of_pipeline(class_name: str) -> type[BaseModel] | None:

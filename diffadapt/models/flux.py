@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
 from diffadapt.models.flow_matching import flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
+from diffadapt.models.sampling_size import image_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -91,9 +92,3 @@ class Flux(ClipWithT5Base):
         height, width = image_size(pipe, config)
         latents = pipe._unpack_latents(output, height, width, pipe.vae_scale_factor)  # (B, C, h, w)
         return decode_latents(pipe, latents)
-
-
-def image_size(pipe: DiffusionPipeline, config: SamplingConfig) -> tuple[int, int]:
-    """Height and width, in pixels, of the images that a pipeline generates."""
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    return config.height or side, config.width or side

@@ -44,13 +44,13 @@ class LatentDiffusionBase(BaseModel):
 def to_denoiser(vae: nn.Module, latents: Tensor) -> Tensor:
     """The autoencoder's latents (B, C, h, w) at the scale the denoiser works in."""
     mean, deviation = _latent_statistics(vae, latents)
-    return (latents - mean) * vae.config.scaling_factor / deviation
+    return (latents - mean) * _scaling_factor(vae) / deviation
 
 
 def to_autoencoder(vae: nn.Module, latents: Tensor) -> Tensor:
     """The inverse of `to_denoiser`."""
     mean, deviation = _latent_statistics(vae, latents)
-    return latents * deviation / vae.config.scaling_factor + mean
+    return latents * deviation / _scaling_factor(vae) + mean
 
 
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -67,6 +67,10 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     if overflows:
         vae.to(dtype)
     return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _scaling_factor(vae: nn.Module) -> float:
+    return vae.config.get("scaling_factor") or 1.0  # some have statistics of each channel in its place
 
 
 def _latent_statistics(vae: nn.Module, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:

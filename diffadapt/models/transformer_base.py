@@ -29,13 +29,11 @@ class TransformerBase(LatentDiffusionBase):
         patch_size: positions of the latents per token, along one side.
         max_sequence_length: tokens of a caption that are read.
         caption_tokenizer: the tokenizer whose states the transformer reads word by word.
-        template_length: tokens that a chat template puts around a caption, within `max_sequence_length`.
     """
 
     patch_size: ClassVar[int] = 2
     max_sequence_length: ClassVar[int] = 512
     caption_tokenizer: ClassVar[str] = "tokenizer"
-    template_length: ClassVar[int] = 0
 
     @abstractmethod
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
@@ -75,8 +73,12 @@ class TransformerBase(LatentDiffusionBase):
         tokenizer = getattr(pipe, cls.caption_tokenizer)
         if tokenizer is None:
             return []
-        surrounding = cls.template_length + tokenizer.num_special_tokens_to_add()
-        return [CaptionLimit(tokenizer, cls.max_sequence_length - surrounding)]
+        return [CaptionLimit(tokenizer, cls.max_sequence_length - cls.template_length(pipe))]
+
+    @classmethod
+    def template_length(cls, pipe: DiffusionPipeline) -> int:
+        """Tokens around a caption that count in `max_sequence_length`."""
+        return getattr(pipe, cls.caption_tokenizer).num_special_tokens_to_add()
 
     def enable_text_encoder_training(self) -> None:
         names = ", ".join(type(encoder).__name__ for encoder in self.text_encoders.values())
@@ -141,22 +143,3 @@ def transformer_profile(
         unrelated_prompts=prompts.PHOTO_THINGS,
         inapplicable_options=inapplicable_options,
     )
-
-
-def pad_states(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Text states of different lengths as one batch.
-
-    Args:
-        rows: (L_i, D) each.
-
-    Returns:
-        States (B, L, D) with zeros behind each row, L the longest length, and the mask (B, L), True for
-        what is not padding.
-    """
-    longest = max(len(row) for row in rows)
-    states = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])  # (B, L, D)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=states.device)  # (B, L)
-    for index, row in enumerate(rows):
-        states[index, : len(row)] = row
-        mask[index, : len(row)] = True
-    return states, mask

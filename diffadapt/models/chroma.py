@@ -1,0 +1,70 @@
+"""Chroma: a kin of FLUX.1 without CLIP and without embedded guidance, with a mask on T5's states.
+
+In the layout of ChromaPipeline.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
+from diffadapt.models.latent_diffusion import decode_latents
+from diffadapt.models.masked_captions import MASK, STATES
+from diffadapt.models.sampling_size import image_size
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffadapt.models.sampling import SamplingConfig
+
+
+class Chroma(FlowMatchingBase):
+    """A loaded base of this family."""
+
+    family = "chroma"
+    pipeline_classes = ("ChromaPipeline",)
+    profile_of_family = flow_profile("chroma", guidance_scale=5.0, num_inference_steps=35)  # of the pipeline
+
+    def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
+        """T5's states (B, 512, 4096), and which of them are not padding (B, 512), as numbers."""
+        states, _, mask, _, _, _ = self.pipe.encode_prompt(
+            captions, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return {STATES: states, MASK: mask}
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        pipeline = type(self.pipe)
+        dtype = denoiser.dtype
+        batch_size, channels, height, width = noisy.shape
+        packed = pipeline._pack_latents(noisy.to(dtype), batch_size, channels, height, width)  # (B, N, 4C)
+        image_ids = pipeline._prepare_latent_image_ids(
+            batch_size, height // 2, width // 2, noisy.device, dtype
+        )  # (N, 3)
+        states = conditions[STATES].to(dtype)  # (B, L, D)
+        text_ids = torch.zeros(states.shape[1], 3, device=noisy.device, dtype=dtype)  # (L, 3)
+        # The pipeline's mask is made of numbers, which attention adds to its logits: padding counts less by
+        # a factor of e, it is not left out. It is kept so, because images are sampled so.
+        mask = conditions[MASK].to(dtype)  # (B, L)
+        image_mask = mask.new_ones(packed.shape[:2])  # (B, N)
+        output = denoiser(
+            packed,
+            timestep=timesteps,
+            encoder_hidden_states=states,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            attention_mask=torch.cat([mask, image_mask], dim=1),  # (B, L + N)
+            return_dict=False,
+        )[0]  # (B, N, 4C)
+        factor = self.pipe.vae_scale_factor
+        return pipeline._unpack_latents(output, height * factor, width * factor, factor)
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
+        height, width = image_size(pipe, config)
+        latents = pipe._unpack_latents(output, height, width, pipe.vae_scale_factor)  # (B, C, h, w)
+        return decode_latents(pipe, latents)

@@ -1,0 +1,91 @@
+"""FLUX.2 klein: three hidden layers of Qwen3 side by side, latents in normalised 2 x 2 patches.
+
+In the layout of Flux2KleinPipeline. Its images are given as patches already, so a position is a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffadapt.models.sampling import SamplingConfig
+
+
+class Flux2Klein(FlowMatchingBase):
+    """A loaded base of this family."""
+
+    family = "flux2_klein"
+    pipeline_classes = ("Flux2KleinPipeline",)
+    profile_of_family = flow_profile("flux2_klein", guidance_scale=4.0, num_inference_steps=50)  # of base
+    patch_size = 1
+
+    # The pipeline encodes images to their most likely latents.
+    is_stochastic = False
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.pipe.vae_scale_factor  # a patch of the autoencoder's latents is one position
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Patches (B, 4C, h/2, w/2) of the autoencoder's latents (B, C, h, w)."""
+        vae = self.pipe.vae
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return self.pipe._patchify_latents(latents).float()
+
+    def sample_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        # The autoencoder ends in a batch normalisation without parameters: (x - mean) / sqrt(var + eps)
+        vae = self.pipe.vae
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(encoded)
+        variance = vae.bn.running_var.view(1, -1, 1, 1).to(encoded)
+        return (encoded - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+
+    def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
+        """`encoder_hidden_states` (B, 512, 3 * width); padding is not masked, as the base was trained."""
+        states, _ = self.pipe.encode_prompt(captions, max_sequence_length=self.max_sequence_length)
+        return {"encoder_hidden_states": states}
+
+    @classmethod
+    def template_length(cls, pipe: DiffusionPipeline) -> int:
+        empty_message = [{"role": "user", "content": ""}]
+        text = pipe.tokenizer.apply_chat_template(
+            empty_message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(pipe.tokenizer(text).input_ids)
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        dtype = denoiser.dtype
+        states = conditions["encoder_hidden_states"].to(dtype)  # (B, L, D)
+        output = denoiser(
+            self.pipe._pack_latents(noisy.to(dtype)),  # (B, N, C)
+            encoder_hidden_states=states,
+            timestep=timesteps,
+            img_ids=self.pipe._prepare_latent_ids(noisy).to(noisy.device),  # (B, N, 4)
+            txt_ids=self.pipe._prepare_text_ids(states).to(noisy.device),  # (B, L, 4)
+            guidance=None,
+            return_dict=False,
+        )[0]  # (B, N, C)
+        return output.permute(0, 2, 1).reshape(noisy.shape)
+
+    @classmethod
+    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
+        if config.negative_prompt is not None:
+            raise ValueError(
+                "--negative_prompt: FLUX.2 klein always guides away from an empty prompt; leave it out"
+            )
+        return {"guidance_scale": config.guidance_scale}
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
+        # The pipeline's latents are at the autoencoder's scale and size already.
+        pixels = pipe.vae.decode(output.to(pipe.vae.dtype), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()

@@ -1,0 +1,65 @@
+"""Krea 2: several hidden layers of Qwen3-VL with a mask, a single-stream transformer, packed latents.
+
+In the layout of Krea2Pipeline, with the autoencoder of Qwen-Image.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
+from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase, mask_or_none
+from diffadapt.models.qwen_autoencoder import QwenAutoencoderBase, decode_video_latents
+from diffadapt.models.sampling_size import image_size
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffadapt.models.sampling import SamplingConfig
+
+
+class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
+    """A loaded base of this family."""
+
+    family = "krea2"
+    pipeline_classes = ("Krea2Pipeline",)
+    profile_of_family = flow_profile("krea2", guidance_scale=4.5, num_inference_steps=28)  # of the pipeline
+
+    def caption_states(self, caption: str) -> Tensor:
+        """(length, layers, 2560); the padding between caption and template is cut out."""
+        states, mask = self.pipe.encode_prompt([caption], max_sequence_length=self.max_sequence_length)
+        return states[0][mask[0]]
+
+    @classmethod
+    def template_length(cls, pipe: DiffusionPipeline) -> int:
+        return pipe.prompt_template_encode_num_suffix_tokens
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        dtype = denoiser.dtype
+        batch_size, channels, height, width = noisy.shape
+        states = conditions[STATES].to(dtype)  # (B, L, layers, D)
+        patch = self.pipe.patch_size
+        positions = self.pipe.prepare_position_ids(
+            states.shape[1], height // patch, width // patch, noisy.device
+        )  # (L + N, 3)
+        output = denoiser(
+            self.pipe._pack_latents(noisy.to(dtype), batch_size, channels, height, width),  # (B, N, 4C)
+            encoder_hidden_states=states,
+            timestep=timesteps,
+            position_ids=positions,
+            encoder_attention_mask=mask_or_none(conditions[MASK]),
+            return_dict=False,
+        )[0]  # (B, N, 4C)
+        factor = self.pipe.vae_scale_factor
+        latents = self.pipe._unpack_latents(output, height * factor, width * factor)  # (B, C, 1, h, w)
+        return latents.squeeze(2)
+
+    @classmethod
+    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
+        height, width = image_size(pipe, config)
+        latents = pipe._unpack_latents(output, height, width)  # (B, C, 1, h, w)
+        return decode_video_latents(pipe, latents.squeeze(2))

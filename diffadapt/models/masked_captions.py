@@ -1,0 +1,58 @@
+"""Bases that are told by a mask which text states are padding; the cache holds states without it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffadapt.models.transformer_base import TransformerBase
+
+STATES = "encoder_hidden_states"
+MASK = "encoder_attention_mask"
+
+
+class MaskedCaptionsBase(TransformerBase):
+    """A base whose captions have text states of different lengths.
+
+    Its conditions are `STATES` (B, L, ...), L the longest length of the batch, and `MASK` (B, L), True for
+    what is not padding.
+    """
+
+    @abstractmethod
+    def caption_states(self, caption: str) -> Tensor:
+        """The text states of one caption without padding, (length, ...)."""
+
+    def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
+        rows = [self.caption_states(caption) for caption in captions]
+        states, mask = pad_states(rows)
+        return {STATES: states, MASK: mask}
+
+    def collate_conditions(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        states, mask = pad_states([row[STATES] for row in rows])
+        return {STATES: states, MASK: mask}
+
+
+def mask_or_none(mask: Tensor) -> Tensor | None:
+    """The mask (B, L); None where nothing is padding, since attention without a mask is faster."""
+    return None if mask.all() else mask
+
+
+def pad_states(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Text states of different lengths as one batch.
+
+    Args:
+        rows: (L_i, ...) each.
+
+    Returns:
+        States (B, L, ...) with zeros behind each row, L the longest length, and the mask (B, L).
+    """
+    longest = max(len(row) for row in rows)
+    states = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])  # (B, L, ...)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=states.device)  # (B, L)
+    for index, row in enumerate(rows):
+        states[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return states, mask

@@ -1,0 +1,64 @@
+"""Z-Image: states of Qwen3 without padding, lists in and out, time and velocity the other way round.
+
+In the layout of ZImagePipeline (Z-Image team 2025, arXiv 2511.22699).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
+from diffadapt.models.latent_diffusion import to_denoiser
+from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class ZImage(MaskedCaptionsBase, FlowMatchingBase):
+    """A loaded base of this family."""
+
+    family = "z_image"
+    pipeline_classes = ("ZImagePipeline",)
+    profile_of_family = flow_profile("z_image", guidance_scale=4.0, num_inference_steps=50)  # model card
+
+    # It was trained on the most likely latents of an image, not on samples.
+    is_stochastic = False
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()  # (B, C, h, w)
+
+    def sample_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        return to_denoiser(self.pipe.vae, encoded)
+
+    def caption_states(self, caption: str) -> Tensor:
+        """(length, 2560)"""
+        rows, _ = self.pipe.encode_prompt(
+            [caption], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return rows[0]
+
+    @classmethod
+    def template_length(cls, pipe: DiffusionPipeline) -> int:
+        empty_message = [{"role": "user", "content": ""}]
+        text = pipe.tokenizer.apply_chat_template(
+            empty_message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return len(pipe.tokenizer(text).input_ids)
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        dtype = denoiser.dtype
+        states = []
+        for row, mask in zip(conditions[STATES], conditions[MASK], strict=True):
+            states.append(row[mask].to(dtype))  # (length, 2560)
+        images = list(noisy.to(dtype).unsqueeze(2))  # (C, 1, h, w) each: videos of one frame
+        # The transformer's time is 0 for noise and 1 for images, so its velocity has the other sign.
+        outputs = denoiser(images, 1 - timesteps, states, return_dict=False)[0]
+        return -torch.stack(list(outputs)).squeeze(2)
