@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import diffadapt as da
-from diffadapt.formats.export import DTYPES, KINDS, ExportReport
+from diffadapt.formats.export import DTYPES, TARGETS, ExportReport
 from diffadapt.formats.export.metadata import training_metadata
 
 
@@ -13,7 +13,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", help="adapter file")
     add("out", help="file to write (.safetensors), or folder of a merged pipeline")
-    add("--to", required=True, choices=KINDS, help="target format; kohya is for ComfyUI, A1111 and LyCORIS")
+    add(
+        "--to",
+        required=True,
+        choices=tuple(TARGETS),
+        help="target format; kohya is for ComfyUI, A1111 and LyCORIS",
+    )
     add(
         "--pretrained_model_name_or_path",
         "--base",
@@ -56,7 +61,7 @@ def export(arguments: argparse.Namespace) -> ExportReport:
         base = (adapter_header.get("base") or {}).get("name")
     if not base:
         raise ValueError(f"{arguments.file} does not name its base; give it with --base")
-    if arguments.to != "merged" and Path(arguments.out).suffix != ".safetensors":
+    if not TARGETS[arguments.to].is_folder and Path(arguments.out).suffix != ".safetensors":
         raise ValueError(f"{arguments.out}: the file's name must end in .safetensors")
     pipe = open_pipeline(base, revision=arguments.revision, variant=arguments.variant)
     adapter = da.load(pipe, arguments.file, strength=arguments.strength)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffadapt.data.class_images import count_images
 from diffadapt.data.hub_tables import SAVED_DATASET_FILES
-from diffadapt.formats.export import FORMATS
+from diffadapt.formats.export import TARGETS
 from diffadapt.models.base_names import is_embedded, resolve
 from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint, list_checkpoints, run_id_of
 from diffadapt.training.options import OptionsT, TrainOptions
@@ -30,7 +30,7 @@ DATA_FOLDERS = (
 MODEL_FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "extractor")
 RUN_FILES = ("config.yaml", "log.jsonl")  # a folder with both is that of a run
 RUN_ID_PREFIX = "# run "  # of config.yaml, before the id of the run that wrote it
-EXPORTS = tuple(f"adapter{ending}" for ending in FORMATS.values())
+EXPORTS = tuple(f"adapter{target.ending}" for target in TARGETS.values())
 RESULTS = ("adapter.safetensors", *EXPORTS, "run.json", "README.md", "grid.png")
 PROGRESS = ("config.yaml", "log.jsonl", "samples/before", "samples/after", "logs/diffadapt")
 SUBFOLDERS = ("samples", "validation", "logs", "class_images")

@@ -1,5 +1,6 @@
 """The examples of docs/extending.md, executed."""
 
+import dataclasses
 import importlib
 import math
 import re
@@ -9,9 +10,12 @@ import pytest
 import torch
 from helpers.models import denoiser, image
 from helpers.perturb import perturb
+from safetensors.torch import load_file
 
 import diffadapt as da
 from diffadapt import methods
+from diffadapt.formats.export import TARGETS, write_formats
+from diffadapt.formats.export.target import save_tensors
 from diffadapt.metrics.evaluate import evaluate
 from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.registry import METRICS
@@ -78,3 +82,38 @@ def test_the_metric_is_evaluated_with_its_interval_and_floor(as_module, monkeypa
 def test_the_base_is_the_one_that_a_test_trains_and_exports():
     source = (ROOT / "tests" / "models" / "test_new_family.py").read_text(encoding="utf-8")
     assert example("base").strip() in source
+
+
+def test_the_export_target_is_written_for_its_program_and_beside_an_adapter(as_module, tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, "differences", as_module("target").DIFFERENCES)
+    model = denoiser()
+    adapter = perturb(da.attach(model, da.LoRA(rank=2), "attention+conv"))
+    changed = model(image())
+    da.save(adapter, tmp_path / "cat.safetensors")
+    (line,) = write_formats(adapter, tmp_path / "cat.safetensors", "differences")
+    assert "right in a sum" in line
+
+    other = denoiser()
+    weights = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, difference in load_file(tmp_path / "cat_differences.safetensors").items():
+            weights[name.removeprefix("unet.")].add_(difference)
+    assert torch.allclose(other(image()), changed, atol=1e-5)
+
+
+def test_the_export_target_refuses_what_it_cannot_hold_and_what_reads_wrong(as_module, tmp_path, monkeypatch):
+    differences = as_module("target").DIFFERENCES
+    monkeypatch.setitem(TARGETS, "differences", differences)
+    biases = perturb(da.attach(denoiser(), da.make_method("bitfit"), "conv"))
+    with pytest.raises(ValueError, match="holds no biases"):
+        da.export(biases, tmp_path / "biases.safetensors", to="differences")
+
+    def write_zeros(job, path):
+        zeros = {f"{layer.name}.weight": torch.zeros(layer.shape) for layer in job.layers}
+        save_tensors(zeros.items(), path, job.dtype)
+
+    monkeypatch.setitem(TARGETS, "differences", dataclasses.replace(differences, write=write_zeros))
+    adapter = perturb(da.attach(denoiser(), da.LoRA(rank=2), "conv"))
+    with pytest.raises(ValueError, match="is not written: a sum 1: wrong"):
+        da.export(adapter, tmp_path / "zeros.safetensors", to="differences")
+    assert list(tmp_path.glob("*.safetensors")) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,8 +15,11 @@ from diffadapt.algebra.low_rank import LowRank, full_rank_factors, truncated_svd
 from diffadapt.common.messages import shorten_list
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
 from diffadapt.formats.emulators.peft import geometry_refusal
+from diffadapt.formats.export.class_rows import check_no_new_rows
 from diffadapt.formats.export.exported_layer import ExportedLayer, factor_weights
 from diffadapt.formats.export.layer_names import clip_path
+from diffadapt.formats.export.target import ExportJob, ExportTarget, save_tensors
+from diffadapt.formats.export.verify import Verdict, verify_diffusers
 
 # share of the values of all adapted weights: so few dense ones are written as factors of full rank
 _FULL_RANK_SHARE = 0.25
@@ -205,3 +209,33 @@ def _check_layers(layers: Sequence[ExportedLayer]) -> None:
 
 def _names(layers: Sequence[ExportedLayer]) -> str:
     return shorten_list([layer.name for layer in layers], limit=3)
+
+
+def _fit(job: ExportJob) -> Sequence[ExportedLayer]:
+    check_no_new_rows(job.layers, "diffusers")
+    check_loader(job.adapter)
+    return low_rank_layers(job.layers, job.rank)
+
+
+def _write(job: ExportJob, path: Path) -> None:
+    save_tensors(diffusers_tensors(job.layers), path, job.dtype)
+
+
+def _verify(job: ExportJob, path: Path) -> list[Verdict]:
+    return verify_diffusers(str(path), job.layers, job.dtype)
+
+
+def _header(job: ExportJob) -> dict[str, str]:
+    return {"lora_adapter_metadata": adapter_config(job.layers)}
+
+
+DIFFUSERS = ExportTarget(
+    name="diffusers",
+    ending="_diffusers.safetensors",
+    meant_for=("diffusers",),
+    fit=_fit,
+    write=_write,
+    verify=_verify,
+    header=_header,
+    takes_rank=True,
+)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,12 @@ from diffadapt.adapters.architectures import Architecture
 from diffadapt.algebra.full_rank import Dense, Kron, LowRankHadamard
 from diffadapt.algebra.low_rank import LowRank, Tucker, full_rank_factors, zero_factors
 from diffadapt.formats.emulators.lycoris import split_read_from
+from diffadapt.formats.export.checks import check_no_new_biases
+from diffadapt.formats.export.class_rows import check_no_new_rows
 from diffadapt.formats.export.exported_layer import ExportedLayer, factor_weights, per_row
-from diffadapt.formats.export.layer_names import kohya_name
+from diffadapt.formats.export.layer_names import base_architecture, kohya_name
+from diffadapt.formats.export.target import ExportJob, ExportTarget, save_tensors
+from diffadapt.formats.export.verify import Verdict, verify_kohya
 
 # ComfyUI adds float32's epsilon to the norm it divides by (comfy/weight_adapter/base.py, 0.3.77)
 _COMFYUI_EPSILON = torch.finfo(torch.float32).eps
@@ -156,3 +161,33 @@ _WRITERS = {
     Kron: _lokr_tensors,
     Dense: _dense_tensors,
 }
+
+
+def _fit(job: ExportJob) -> Sequence[ExportedLayer]:
+    """Raises ValueError for changes without a key, and for layers without a name."""
+    if not job.force:
+        check_no_new_biases(job.layers, "kohya")
+    check_no_new_rows(job.layers, "kohya")
+    base = base_architecture(job.adapter)
+    for layer in job.layers:
+        kohya_name(layer.component, layer.path, base)
+    return job.layers
+
+
+def _write(job: ExportJob, path: Path) -> None:
+    tensors = kohya_tensors(job.layers, base_architecture(job.adapter), dense=job.dense)
+    save_tensors(tensors, path, job.dtype)
+
+
+def _verify(job: ExportJob, path: Path) -> list[Verdict]:
+    return verify_kohya(str(path), job.layers, base_architecture(job.adapter), job.dtype)
+
+
+KOHYA = ExportTarget(
+    name="kohya",
+    ending="_comfyui.safetensors",
+    meant_for=("ComfyUI",),
+    fit=_fit,
+    write=_write,
+    verify=_verify,
+)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,44 +12,43 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled, pipeline_of
-from diffadapt.adapters.class_table import SIZE_KEYS
 from diffadapt.formats.emulators import with_bias
+from diffadapt.formats.export.checks import check_no_new_biases
+from diffadapt.formats.export.class_rows import write_table_sizes
 from diffadapt.formats.export.exported_layer import ExportedLayer
+from diffadapt.formats.export.target import ExportJob, ExportTarget
 from diffadapt.formats.export.verify import ErrorSum, Verdict
 
 
-def write_merged(
-    adapter: Adapter,
-    folder: Path,
-    layers: Sequence[ExportedLayer],
-    dtype: torch.dtype,
-    metadata: dict[str, str],
-) -> None:
-    """Writes the pipeline of the adapter, or the bare model it was attached to, all weights in `dtype`.
+def _fit(job: ExportJob) -> Sequence[ExportedLayer]:
+    check_no_new_biases(job.layers, "merged")
+    return job.layers
+
+
+def _write(job: ExportJob, folder: Path) -> None:
+    """Writes the pipeline of the adapter, or the bare model it was attached to, all weights in `job.dtype`.
 
     The live model is not touched. No change may give a layer a bias that it did not have.
     """
-    pipeline = pipeline_of(adapter)
-    model = pipeline or _only_root(adapter)
+    pipeline = pipeline_of(job.adapter)
+    model = pipeline or _only_root(job.adapter)
     with disabled(model):
         model.save_pretrained(folder, safe_serialization=True)
     new_values: dict[Path, dict[str, Callable[[], Tensor]]] = {}  # by the folder of their component
-    for layer in layers:
+    for layer in job.layers:
         component_folder = folder / layer.component if pipeline else folder
         new_values.setdefault(component_folder, {}).update(_new_values(layer))
     subfolders = [path for path in folder.iterdir() if path.is_dir()]
     for component_folder in [folder, *subfolders]:
-        _rewrite(component_folder, new_values.get(component_folder, {}), dtype)
-    _write_table_sizes(folder, layers, in_pipeline=pipeline is not None)
-    text = json.dumps(metadata, indent=1, sort_keys=True) + "\n"
-    (folder / "diffadapt.json").write_text(text, encoding="utf-8")
+        _rewrite(component_folder, new_values.get(component_folder, {}), job.dtype)
+    write_table_sizes(folder, job.layers, in_pipeline=pipeline is not None)
 
 
-def verify_merged(folder: Path, layers: Sequence[ExportedLayer], dtype: torch.dtype) -> Verdict:
+def _verify(job: ExportJob, folder: Path) -> list[Verdict]:
     """Reads the folder's weights back as `from_pretrained` does and compares them with the live adapter's."""
     stored: dict[Path, dict[str, Tensor]] = {}  # by the folder of their component
     errors = ErrorSum(torch.float32)
-    for layer in layers:
+    for layer in job.layers:
         component_folder = folder / layer.component
         if not component_folder.is_dir():
             component_folder = folder
@@ -61,75 +57,18 @@ def verify_merged(folder: Path, layers: Sequence[ExportedLayer], dtype: torch.dt
         tensors = stored[component_folder]
         live = layer.adapted
         weight = tensors[_stored_name(f"{layer.path}.weight", tensors)].double()
-        errors.add(weight, live, layer.weight, live.to(dtype).double())
+        errors.add(weight, live, layer.weight, live.to(job.dtype).double())
         live_bias = with_bias(layer.base_bias, layer.bias)
         if live_bias is not None:
             bias = tensors[_stored_name(f"{layer.path}.bias", tensors)].double()
-            errors.add(bias, live_bias, layer.base_bias, live_bias.to(dtype).double())
-    status = "exact"
-    reason = ""
-    if dtype != torch.float32:
-        status = "approximate"
-        reason = "as requested"
-    if not errors.is_as_written:
-        status = "wrong"
-        reason = "the stored weights are not the live ones"
-    return Verdict("diffusers", "0.42.1", status, errors.largest, errors.share, reason)
-
-
-def lost_in_rounding(layers: Sequence[ExportedLayer], dtype: torch.dtype) -> float:
-    """`|W' - rounded W'| / |W' - W|` over all layers and biases; 0 in float32."""
-    if dtype == torch.float32:
-        return 0.0
-    squared_error = squared_change = 0.0
-    for layer in layers:
-        adapted = layer.adapted
-        squared_error += (adapted - adapted.to(dtype).double()).square().sum().item()
-        squared_change += (adapted - layer.weight).square().sum().item()
-        if layer.bias is not None and layer.base_bias is not None:
-            bias = layer.base_bias + layer.bias
-            squared_error += (bias - bias.to(dtype).double()).square().sum().item()
-            squared_change += layer.bias.square().sum().item()
-    return (squared_error / squared_change) ** 0.5 if squared_change else 0.0
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Moves a finished folder to its place; one that was there before is removed last."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def note_on_guidance(adapter: Adapter, layers: Sequence[ExportedLayer]) -> str:
-    """A warning about stock diffusers and a DiT whose class table grew; empty for other pipelines."""
-    has_new_rows = any(layer.num_new_rows for layer in layers)
-    if not has_new_rows or type(pipeline_of(adapter)).__name__ != "DiTPipeline":
-        return ""
-    return (
-        "stock DiTPipeline takes row 1000 for the null class, which is the last one of this table: open the "
-        "folder with `diffadapt sample --base` or diffadapt.pipelines.DiTPipeline, or set guidance_scale=1"
+            errors.add(bias, live_bias, layer.base_bias, live_bias.to(job.dtype).double())
+    verdict = errors.verdict(
+        "diffusers",
+        "0.42.1",
+        is_approximate=job.dtype != torch.float32,
+        wrong="the stored weights are not the live ones",
     )
-
-
-def _write_table_sizes(folder: Path, layers: Sequence[ExportedLayer], *, in_pipeline: bool) -> None:
-    """Where a class table gained rows: its new size in the configurations."""
-    new_rows = {layer.component: layer.num_new_rows for layer in layers if layer.num_new_rows}
-    for component, count in new_rows.items():
-        component_folder = folder / component if in_pipeline else folder
-        _increase(component_folder / "config.json", SIZE_KEYS, count)
-        if in_pipeline:
-            _increase(folder / "model_index.json", ("null_class",), count)
-
-
-def _increase(file: Path, keys: Sequence[str], count: int) -> None:
-    """Adds `count` to whole numbers of a JSON file."""
-    values = json.loads(file.read_text(encoding="utf-8"))
-    for key in keys:
-        if isinstance(values.get(key), int):
-            values[key] += count
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return [verdict]
 
 
 def _only_root(adapter: Adapter) -> nn.Module:
@@ -184,3 +123,13 @@ def _stored_name(key: str, tensors: Mapping[str, Tensor]) -> str | None:
         if name in tensors:
             return name
     return None
+
+
+MERGED = ExportTarget(
+    name="merged",
+    ending="_merged",
+    meant_for=("diffusers",),
+    fit=_fit,
+    write=_write,
+    verify=_verify,
+)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.formats.export import MEANT_FOR
-from diffadapt.formats.export.checks import checked_layers
-from diffadapt.formats.export.diffusers import check_loader, diffusers_tensors, low_rank_layers
-from diffadapt.formats.export.exported_layer import ExportedLayer
-from diffadapt.formats.export.kohya import kohya_tensors
-from diffadapt.formats.export.layer_names import base_architecture, found_by_comfyui, kohya_name
-from diffadapt.formats.export.verify import verify_diffusers, verify_kohya
+from diffadapt.formats.export.exported_layer import ExportedLayer, exported_layers
+from diffadapt.formats.export.layer_names import found_by_comfyui
+from diffadapt.formats.export.target import ExportJob
+from diffadapt.formats.export.targets import TARGETS
 
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")  # of convolutions
 TRIAL_SIZE = 0.02  # standard deviation of what is added to the trained tensors for the trial
@@ -31,7 +28,7 @@ def obstacle(adapter: Adapter, to: str) -> str | None:
     verified.
 
     Args:
-        to: kohya, diffusers or merged.
+        to: name of the target.
     """
     with _perturbed(adapter):
         try:
@@ -61,25 +58,18 @@ def _perturbed(adapter: Adapter) -> Iterator[None]:
 
 def _try_export(adapter: Adapter, to: str) -> None:
     """Raises ValueError where `export` would."""
-    layers = checked_layers(adapter, to, force=False)
-    if to == "merged":
+    target = TARGETS[to]
+    job = ExportJob(adapter, exported_layers(adapter))
+    job = replace(job, layers=target.fit(job))
+    if target.is_folder:  # it holds whole weights, of any change
         return
-    base = base_architecture(adapter)
+    job = replace(job, layers=_one_of_each_form(job.layers))
     with TemporaryDirectory() as folder:
-        path = str(Path(folder) / "trial.safetensors")
-        if to == "diffusers":
-            check_loader(adapter)
-            examples = _one_of_each_form(low_rank_layers(layers, None))
-            save_file(_on_cpu(diffusers_tensors(examples)), path)
-            verdicts = verify_diffusers(path, examples, torch.float32)
-        else:
-            for layer in layers:
-                kohya_name(layer.component, layer.path, base)
-            examples = _one_of_each_form(layers)
-            save_file(_on_cpu(kohya_tensors(examples, base, dense=False)), path)
-            verdicts = verify_kohya(path, examples, base, torch.float32)
+        path = Path(folder) / "trial.safetensors"
+        target.write(job, path)
+        verdicts = target.verify(job, path)
     for verdict in verdicts:
-        if verdict.program in MEANT_FOR[to] and not verdict.accepted:
+        if verdict.program in target.meant_for and not verdict.accepted:
             raise ValueError(f"{verdict.program} {verdict.version} would not read it right: {verdict.reason}")
 
 
@@ -106,8 +96,3 @@ def _form_key(layer: ExportedLayer) -> Hashable:
         layer.bias is None,
         found_by_comfyui(layer),
     )
-
-
-def _on_cpu(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of a file in float32."""
-    return {key: value.to("cpu", torch.float32).contiguous().clone() for key, value in tensors}

@@ -150,6 +150,23 @@ class ErrorSum:
         """The error relative to the whole change, in Frobenius norms."""
         return math.sqrt(self.squared_error / self.squared_change) if self.squared_change else 0.0
 
+    def verdict(self, program: str, version: str, *, is_approximate: bool, wrong: str) -> Verdict:
+        """The verdict of a program on all that was added.
+
+        Args:
+            is_approximate: whether the file was meant to give rounded or cut values.
+            wrong: the reason, should the program not give what it was meant to.
+        """
+        status = "exact"
+        reason = ""
+        if is_approximate:
+            status = "approximate"
+            reason = "as requested"
+        if not self.is_as_written:
+            status = "wrong"
+            reason = wrong
+        return Verdict(program, version, status, self.largest, self.share, reason)
+
 
 def _verdicts(
     programs: Mapping[Program, FindsLayer],
@@ -184,24 +201,13 @@ def _verdicts(
         if program in refusals:
             verdicts.append(Verdict(program.name, program.version, "refused", reason=refusals[program]))
         else:
-            verdicts.append(_verdict(program, errors[program], ignored_keys[program], is_approximate))
+            keys = ignored_keys[program]
+            wrong = f"{len(keys)} keys ignored, e.g. {keys[0]}" if keys else "result differs"
+            verdict = errors[program].verdict(
+                program.name, program.version, is_approximate=is_approximate, wrong=wrong
+            )
+            verdicts.append(verdict)
     return verdicts
-
-
-def _verdict(
-    program: Program, errors: ErrorSum, ignored_keys: Sequence[str], is_approximate: bool
-) -> Verdict:
-    status = "exact"
-    reason = ""
-    if is_approximate:
-        status = "approximate"
-        reason = "as requested"
-    if not errors.is_as_written:
-        status = "wrong"
-        reason = "result differs"
-        if ignored_keys:
-            reason = f"{len(ignored_keys)} keys ignored, e.g. {ignored_keys[0]}"
-    return Verdict(program.name, program.version, status, errors.largest, errors.share, reason)
 
 
 def _by_layer(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]]) -> FileKeys:

@@ -60,7 +60,7 @@ def test_what_a_device_cannot_do_is_an_obstacle_and_no_crash(pipe, monkeypatch):
     def lacks_float64(*_, **__):
         raise TypeError("this device has no float64")
 
-    monkeypatch.setattr(rehearsal, "checked_layers", lacks_float64)
+    monkeypatch.setattr(rehearsal, "exported_layers", lacks_float64)
     adapter = da.attach(pipe, da.make_method("lora", rank=2), targets="attention")
     try:
         assert obstacle(adapter, "kohya") == "this device has no float64"
