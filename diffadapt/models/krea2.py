@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from diffadapt.models.chat_template import token_count
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase, mask_or_none
 from diffadapt.models.qwen_autoencoder import QwenAutoencoderBase, decode_video_latents
-from diffadapt.models.sampling_size import image_size
+from diffadapt.models.transformer_base import RESOLUTION
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,7 +35,10 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
 
     @classmethod
     def template_length(cls, pipe: DiffusionPipeline) -> int:
-        return pipe.prompt_template_encode_num_suffix_tokens
+        # The states of the template before the caption are cut off, if it has the length it is known by.
+        before = token_count(pipe.tokenizer, pipe.prompt_template_encode_prefix)
+        behind = pipe.prompt_template_encode_num_suffix_tokens
+        return before - pipe.prompt_template_encode_start_idx + behind
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
@@ -60,6 +64,7 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
 
     @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
-        height, width = image_size(pipe, config)
+        height = config.height or RESOLUTION
+        width = config.width or RESOLUTION
         latents = pipe._unpack_latents(output, height, width)  # (B, C, 1, h, w)
         return decode_video_latents(pipe, latents.squeeze(2))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from diffadapt.models.chat_template import token_count
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase, mask_or_none
 from diffadapt.models.qwen_autoencoder import QwenAutoencoderBase, decode_video_latents
@@ -40,9 +41,9 @@ class QwenImage(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
 
     @classmethod
     def template_length(cls, pipe: DiffusionPipeline) -> int:
-        # What is before the caption is cut off the states, what is behind it counts.
-        _, behind = pipe.prompt_template_encode.split("{}")
-        return len(pipe.tokenizer(behind).input_ids)
+        # The states of the template before the caption are cut off, if it has the length it is known by.
+        before, _ = pipe.prompt_template_encode.split("{}")
+        return token_count(pipe.tokenizer, before) - pipe.prompt_template_encode_start_idx
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]

@@ -101,13 +101,17 @@ class TransformerBase(LatentDiffusionBase):
     def pipeline_arguments(
         cls, requests: Sequence[ImageRequest], config: SamplingConfig
     ) -> dict[str, object]:
-        return {
+        arguments: dict[str, object] = {
             "prompt": [request.prompt for request in requests],
-            "height": config.height,
-            "width": config.width,
             "output_type": "latent",
             **cls.guidance_arguments(len(requests), config),
         }
+        # Not every pipeline takes None for its own size.
+        if config.height is not None:
+            arguments["height"] = config.height
+        if config.width is not None:
+            arguments["width"] = config.width
+        return arguments
 
     @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from diffadapt.models.chat_template import tokens_before_caption
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import to_denoiser
 from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase
@@ -45,11 +46,7 @@ class ZImage(MaskedCaptionsBase, FlowMatchingBase):
 
     @classmethod
     def template_length(cls, pipe: DiffusionPipeline) -> int:
-        empty_message = [{"role": "user", "content": ""}]
-        text = pipe.tokenizer.apply_chat_template(
-            empty_message, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return len(pipe.tokenizer(text).input_ids)
+        return tokens_before_caption(pipe.tokenizer)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
