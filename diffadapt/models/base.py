@@ -76,6 +76,8 @@ class BaseModel(ABC):
         left_out_where_absent: those of them that `from_pretrained` must be told to leave out of a pipeline
             whose index does not name them.
         without_safety_checker: arguments of `from_pretrained` that leave a safety checker out.
+        samples_from_states: whether images can be sampled from conditions of `encode_captions`, so that the
+            text encoders are not needed once all captions are encoded.
 
     Attributes:
         pipe: the diffusers pipeline with every component.
@@ -93,6 +95,7 @@ class BaseModel(ABC):
     )
     left_out_where_absent: ClassVar[tuple[str, ...]] = ()
     without_safety_checker: ClassVar[Mapping[str, object]] = {}
+    samples_from_states: ClassVar[bool] = False
 
     def __init__(self, pipe: DiffusionPipeline, source: str, profile: BaseProfile):
         self.pipe = pipe
@@ -308,6 +311,23 @@ class BaseModel(ABC):
         cls, requests: Sequence[ImageRequest], config: SamplingConfig
     ) -> dict[str, object]:
         """Arguments of the pipeline's call: what to draw, its size, and how guidance is said."""
+
+    @classmethod
+    def negative_caption(cls, config: SamplingConfig) -> str | None:
+        """The caption that guidance leads away from; None where the pipeline reads no second caption."""
+        return config.negative_prompt or ""
+
+    @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        """Arguments of the pipeline's call in place of prompts, where `samples_from_states`.
+
+        Args:
+            positive: conditions of the prompts, of `collate_conditions`.
+            negative: of `negative_caption`, as often as there are prompts; None where there is none.
+        """
+        raise NotImplementedError(f"{cls.family} samples from prompts only")
 
     @classmethod
     @abstractmethod

@@ -5,7 +5,7 @@ In the layout of FluxPipeline, which packs 2 x 2 latents into a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ class Flux(ClipWithT5Base):
     clip_encoders: ClassVar = ("text_encoder",)
     clip_tokenizers: ClassVar = ("tokenizer",)
     caption_tokenizer = "tokenizer_2"
+    samples_from_states = True
 
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 512, 4096) of T5, `pooled_projections` (B, 768) of CLIP."""
@@ -86,6 +87,19 @@ class Flux(ClipWithT5Base):
                 "--negative_prompt: FLUX.1 is sampled without a second, negative prediction; leave it out"
             )
         return {"guidance_scale": config.guidance_scale}
+
+    @classmethod
+    def negative_caption(cls, config: SamplingConfig) -> str | None:
+        return None
+
+    @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        return {
+            "prompt_embeds": positive["encoder_hidden_states"],
+            "pooled_prompt_embeds": positive["pooled_projections"],
+        }
 
     @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:

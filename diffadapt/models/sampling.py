@@ -1,7 +1,7 @@
 """Images from a pipeline: one seed per image, so that the noise is the same in any batch size."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -25,6 +25,9 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
 }
+
+# Encoded captions (B,) -> conditions of `BaseModel.collate_conditions`, each (B, ...)
+PromptStates = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,40 @@ def image_requests(prompt: str, count: int, *, seed: int = 0) -> list[ImageReque
 
 @torch.no_grad()
 def generate(
-    pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig
+    pipe: DiffusionPipeline,
+    requests: Sequence[ImageRequest],
+    config: SamplingConfig,
+    *,
+    prompt_states: PromptStates | None = None,
 ) -> Iterator[Tensor]:
     """Yields batches of images (B, 3, H, W), float32 in [0, 1], in the order of the requests.
 
     Starting noise, and the noise of stochastic schedulers, come from one CPU generator per image.
+
+    Args:
+        prompt_states: gives the conditions of captions, so that the pipeline needs no text encoder; None to
+            let the pipeline encode the prompts. It is asked for the captions of `captions_to_encode` only.
     """
     base_scheduler = pipe.scheduler
     if config.scheduler is not None:
         pipe.scheduler = _make_scheduler(pipe, config.scheduler)
     try:
         for start in range(0, len(requests), config.batch_size):
-            yield _generate_batch(pipe, requests[start : start + config.batch_size], config)
+            batch = requests[start : start + config.batch_size]
+            yield _generate_batch(pipe, batch, config, prompt_states)
     finally:
         pipe.scheduler = base_scheduler  # also where the caller stops early
 
 
-def generate_all(pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig) -> Tensor:
+def generate_all(
+    pipe: DiffusionPipeline,
+    requests: Sequence[ImageRequest],
+    config: SamplingConfig,
+    *,
+    prompt_states: PromptStates | None = None,
+) -> Tensor:
     """All images at once, (len(requests), 3, H, W), for small numbers."""
-    return torch.cat(list(generate(pipe, requests, config)))
+    return torch.cat(list(generate(pipe, requests, config, prompt_states=prompt_states)))
 
 
 def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[TruncatedCaption]:
@@ -100,18 +118,60 @@ def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[T
     return truncated_captions(family.caption_limits(pipe), prompts)
 
 
+def captions_to_encode(
+    family: type[BaseModel], requests: Sequence[ImageRequest], config: SamplingConfig
+) -> list[str]:
+    """The distinct captions that `generate` reads for these requests: prompts, and the negative one."""
+    captions = [request.prompt for request in requests]
+    negative = family.negative_caption(config)
+    if captions and negative is not None:
+        captions.append(negative)
+    return list(dict.fromkeys(captions))
+
+
 def _generate_batch(
-    pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig
+    pipe: DiffusionPipeline,
+    requests: Sequence[ImageRequest],
+    config: SamplingConfig,
+    prompt_states: PromptStates | None,
 ) -> Tensor:
     family = _family_to_call(pipe, has_labels=requests[0].label is not None)
+    arguments = family.pipeline_arguments(requests, config)
+    if prompt_states is not None:
+        del arguments["prompt"]
+        arguments.pop("negative_prompt", None)
+        arguments |= _embeddings(pipe, family, requests, config, prompt_states)
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
     with _autocast(pipe, config.autocast):
         output = pipe(
-            **family.pipeline_arguments(requests, config),
+            **arguments,
             num_inference_steps=config.num_inference_steps,
             generator=generators,
         )
     return family.decode_output(pipe, output.images, config)
+
+
+def _embeddings(
+    pipe: DiffusionPipeline,
+    family: type[BaseModel],
+    requests: Sequence[ImageRequest],
+    config: SamplingConfig,
+    prompt_states: PromptStates,
+) -> dict[str, object]:
+    """The pipeline's arguments for encoded captions."""
+    count = len(requests)
+    captions = [request.prompt for request in requests]
+    negative_caption = family.negative_caption(config)
+    if negative_caption is not None:
+        captions += [negative_caption] * count
+    # One batch, since some pipelines want prompts and negative prompts of one length.
+    positive = {}
+    negative = {}
+    for name, states in prompt_states(captions).items():
+        states = states.to(pipe._execution_device)
+        positive[name] = states[:count]
+        negative[name] = states[count:]
+    return family.embedding_arguments(positive, None if negative_caption is None else negative)
 
 
 def _family_to_call(pipe: DiffusionPipeline, *, has_labels: bool) -> type[BaseModel]:

@@ -5,7 +5,7 @@ Esser et al. 2024 (arXiv 2403.03206); in the layout of StableDiffusion3Pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,7 @@ class StableDiffusion3(ClipWithT5Base):
     clip_encoders: ClassVar = ("text_encoder", "text_encoder_2")
     clip_tokenizers: ClassVar = ("tokenizer", "tokenizer_2")
     caption_tokenizer = "tokenizer_3"
+    samples_from_states = True
     max_sequence_length = 256  # the pipeline's default: with fewer, images lose quality
 
     @property
@@ -79,3 +80,14 @@ class StableDiffusion3(ClipWithT5Base):
             pooled_projections=pooled,
             return_dict=False,
         )[0]
+
+    @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        return {
+            "prompt_embeds": positive["encoder_hidden_states"],
+            "pooled_prompt_embeds": positive["pooled_projections"],
+            "negative_prompt_embeds": negative["encoder_hidden_states"],
+            "negative_pooled_prompt_embeds": negative["pooled_projections"],
+        }

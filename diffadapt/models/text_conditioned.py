@@ -46,13 +46,12 @@ class TextConditionedBase(LatentDiffusionBase):
         """The denoiser's output (B, C, h, w) at its own precision, from text states and size conditions."""
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Text states in float32, or token ids when the text encoders are trained; each (B, ...)."""
+        """Text states in the text encoders' precision, or token ids when these are trained; each (B, ...)."""
         tokens = self.tokens(captions)
         if self.train_text_encoder:
             return tokens
         with torch.no_grad():
-            states = self.text_states(tokens)
-        return {name: state.float() for name, state in states.items()}
+            return self.text_states(tokens)
 
     def enable_text_encoder_training(self) -> None:
         self.train_text_encoder = True
