@@ -12,7 +12,14 @@ from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.architectures import Architecture, architecture_of
 from diffadapt.adapters.class_table import check_new_table, label_dropout_hooks
 from diffadapt.adapters.fused_projections import FusionGuard
-from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Adapted, Entry, LayerState, layer_state_of
+from diffadapt.adapters.layers import (
+    Adapted,
+    Entry,
+    LayerState,
+    adapted_class,
+    layer_state_of,
+    original_class,
+)
 from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.adapters.method_state import MethodPlan, MethodState, plan_methods
 from diffadapt.adapters.peft_bridge import attach_peft
@@ -208,7 +215,7 @@ def _adapt_layers(
         if not new_entries:
             continue
         for layer in layer_state.layers:
-            layer.__class__ = ADAPTED.get(type(layer), type(layer))
+            layer.__class__ = adapted_class(layer)
             layer._diffadapt = layer_state
         layer_state.entries += new_entries
         adapter.layer_states[target.site.name] = layer_state
@@ -244,7 +251,7 @@ def detach(adapter: Adapter) -> None:
         layer_state.entries = [entry for entry in layer_state.entries if entry not in removed]
         if not layer_state.entries:
             for layer in layer_state.layers:
-                layer.__class__ = ORIGINAL[type(layer)]
+                layer.__class__ = original_class(layer)
                 del layer._diffadapt
     if other_adapters:
         other_adapters[0].frozen += adapter.frozen

@@ -10,14 +10,22 @@ compute an update at every forward, and the layer applies it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffadapt.adapters.norm_layers import (
+    Normalise,
+    diffusers_normalise,
+    group_norm,
+    layer_norm,
+    rms_norm,
+)
 from diffadapt.algebra.autograd import Term, branch_sum, rescaled_product, scaled_channels
 from diffadapt.algebra.combined_weight import (
     changed_shape,
@@ -175,24 +183,43 @@ class AdaptedEmbedding(Adapted, nn.Embedding):
         )
 
 
-class AdaptedLayerNorm(Adapted, nn.LayerNorm):
+class AdaptedNorm(Adapted):
+    normalise: ClassVar[Normalise]
+
     def forward(self, x: Tensor) -> Tensor:
         entries = self._diffadapt.active()
         if not entries:
-            return nn.LayerNorm.forward(self, x)
-        weight = _changed_weight(self, entries)
-        bias = _changed_bias(self, entries)
-        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+            return super().forward(x)
+        return self.normalise(self, x, _changed_weight(self, entries), _changed_bias(self, entries))
 
 
-class AdaptedGroupNorm(Adapted, nn.GroupNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        entries = self._diffadapt.active()
-        if not entries:
-            return nn.GroupNorm.forward(self, x)
-        weight = _changed_weight(self, entries)
-        bias = _changed_bias(self, entries)
-        return F.group_norm(x.to(weight.dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+class AdaptedLayerNorm(AdaptedNorm, nn.LayerNorm):
+    normalise = staticmethod(layer_norm)
+
+
+class AdaptedGroupNorm(AdaptedNorm, nn.GroupNorm):
+    normalise = staticmethod(group_norm)
+
+
+class AdaptedRMSNorm(AdaptedNorm, nn.RMSNorm):
+    normalise = staticmethod(rms_norm)
+
+
+class AdaptedDiffusersNorm(AdaptedNorm):
+    """What the adapted classes of diffusers' norms have in common; `_adapted_diffusers_norm` makes them.
+
+    Attributes:
+        original: the class of the layer without adapters.
+    """
+
+    original: ClassVar[type[nn.Module]]
+
+    def __reduce__(self):
+        return (
+            _restore_diffusers_norm,
+            (type(self).original,),
+            self.__dict__,
+        )  # a pickle cannot name the class
 
 
 ADAPTED: dict[type[nn.Module], type[Adapted]] = {
@@ -203,8 +230,47 @@ ADAPTED: dict[type[nn.Module], type[Adapted]] = {
     nn.Embedding: AdaptedEmbedding,
     nn.LayerNorm: AdaptedLayerNorm,
     nn.GroupNorm: AdaptedGroupNorm,
+    nn.RMSNorm: AdaptedRMSNorm,
 }
 ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def can_adapt(layer: nn.Module) -> bool:
+    """Whether a layer, adapted or not, is of a class that adapters can change; subclasses are not."""
+    layer_type = type(layer)
+    return isinstance(layer, Adapted) or layer_type in ADAPTED or diffusers_normalise(layer_type) is not None
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer is a norm, also one of a class that cannot be adapted."""
+    is_torch_norm = isinstance(layer, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+    return is_torch_norm or isinstance(layer, AdaptedNorm) or diffusers_normalise(type(layer)) is not None
+
+
+def adapted_class(layer: nn.Module) -> type[Adapted]:
+    """The class of a layer while an adapter is attached. Raises KeyError for a layer that has none."""
+    if isinstance(layer, Adapted):
+        return type(layer)
+    if diffusers_normalise(type(layer)) is not None:
+        return _adapted_diffusers_norm(type(layer))
+    return ADAPTED[type(layer)]
+
+
+def original_class(layer: Adapted) -> type[nn.Module]:
+    """The class of an adapted layer before the adapter was attached."""
+    return layer.original if isinstance(layer, AdaptedDiffusersNorm) else ORIGINAL[type(layer)]
+
+
+@functools.cache
+def _adapted_diffusers_norm(original: type[nn.Module]) -> type[AdaptedDiffusersNorm]:
+    attributes = {"original": original, "normalise": staticmethod(diffusers_normalise(original))}
+    return type(f"Adapted{original.__name__}", (AdaptedDiffusersNorm, original), attributes)
+
+
+def _restore_diffusers_norm(original: type[nn.Module]) -> AdaptedDiffusersNorm:
+    """An adapted layer without attributes, for copies and pickles."""
+    adapted = _adapted_diffusers_norm(original)
+    return adapted.__new__(adapted)
 
 
 def _adapted_output(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: Sequence[Entry]) -> Tensor:
@@ -297,5 +363,5 @@ def _changed_weight(layer: Adapted, entries: Sequence[Entry]) -> Tensor:
 def _changed_bias(layer: Adapted, entries: Sequence[Entry]) -> Tensor | None:
     layer_state = layer._diffadapt
     updates = layer_state.updates(entries)
-    bias = effective_bias(layer_state.base_bias(layer), layer.bias, updates)
+    bias = effective_bias(layer_state.base_bias(layer), getattr(layer, "bias", None), updates)
     return None if bias is None else bias.to(to_compute_dtype(layer_state.base()).dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.fused_projections import FusionGuard
-from diffadapt.adapters.layers import ADAPTED, ORIGINAL, Entry, LayerState
+from diffadapt.adapters.layers import Entry, LayerState, adapted_class, original_class
 from diffadapt.adapters.peft_check import check_merge, check_storable, smallest_of_each_kind
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import to_compute_dtype
@@ -229,7 +229,7 @@ def _attach_to_model(adapter: Adapter, root: str, target_sites: Sequence[TargetS
         layer_states[index].entries.append(Entry(peft_state, index))
         adapter.layer_states[site.name] = layer_states[index]
         adapter.hooks.append(wrapper.register_forward_hook(peft_state.scale_output, with_kwargs=True))
-        layer.__class__ = ADAPTED[type(layer)]
+        layer.__class__ = adapted_class(layer)
         layer._diffadapt = layer_states[index]
     peft_state.set_layers(wrappers, layer_states)
 
@@ -267,7 +267,7 @@ def _remove(adapter: Adapter) -> None:
     for layer_state in adapter.layer_states.values():
         for layer in layer_state.layers:
             if "_diffadapt" in layer.__dict__:
-                layer.__class__ = ORIGINAL[type(layer)]
+                layer.__class__ = original_class(layer)
                 del layer._diffadapt
     for hook in adapter.hooks:
         hook.remove()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from diffadapt.adapters.layers import is_norm
 from diffadapt.common.safetensors_file import FLOAT_DTYPES
 
 _RELATIVE_ERROR = 1e-2  # of the change of the output; PEFT's own methods stay below 1e-5
@@ -107,10 +108,10 @@ def _random_input(layer: nn.Module, generator: torch.Generator) -> Tensor:
         return torch.randint(layer.num_embeddings, (4,), generator=generator)
     if isinstance(layer, nn.Linear):
         shape = (4, layer.in_features)
-    elif isinstance(layer, nn.LayerNorm):
-        shape = (4, *layer.normalized_shape)
     elif isinstance(layer, nn.GroupNorm):
         shape = (2, layer.num_channels, 3)
+    elif is_norm(layer):
+        shape = (4, *layer.weight.shape)
     else:
         # a side that gives at least two outputs: the dilated kernel and one stride more
         geometry = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.fused_projections import check_not_fused
-from diffadapt.adapters.layers import ADAPTED, ORIGINAL, layer_state_of
+from diffadapt.adapters.layers import ADAPTED, can_adapt, is_norm, layer_state_of
 from diffadapt.common.messages import did_you_mean
 from diffadapt.methods.site import LayerKind, Site, is_class_table
 
@@ -34,14 +34,13 @@ _OTHER_PROJECTIONS = (
 _PLAIN_TYPES = (nn.Parameter, Tensor)
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORM_TYPES = (nn.LayerNorm, nn.GroupNorm)
 
 PRESETS = {
     "attention": "query, key, value and output projections",
     "qv": "query and value projections",
     "linear": "every Linear layer",
     "conv": "every convolution",
-    "norm": "every LayerNorm and GroupNorm with weights",
+    "norm": "every LayerNorm, GroupNorm and RMSNorm with weights",
     "embedding": "every embedding table",
     "class_embedding": "tables of class embeddings",
     "all": "every Linear layer and convolution",
@@ -156,10 +155,11 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
         TypeError: For a layer whose exact type is unknown, or whose weight is no plain float tensor.
         ValueError: For a layer whose forward is overridden by a hook.
     """
-    if type(layer) not in ADAPTED and type(layer) not in ORIGINAL:
+    if not can_adapt(layer):
         raise TypeError(
             f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}, which cannot be adapted; "
-            f"exclude it with the target '!{name}' (supported: {', '.join(cls.__name__ for cls in ADAPTED)})"
+            f"exclude it with the target '!{name}' (supported: {', '.join(cls.__name__ for cls in ADAPTED)}, "
+            "diffusers' FP32LayerNorm, RMSNorm and Krea2RMSNorm)"
         )
     if "forward" in layer.__dict__ or hasattr(layer, "_hf_hook"):
         raise ValueError(
@@ -233,7 +233,7 @@ def _kind(layer: nn.Module) -> LayerKind | None:
         return "conv"
     if isinstance(layer, nn.Embedding):
         return "embedding"
-    return "norm" if isinstance(layer, _NORM_TYPES) else None
+    return "norm" if is_norm(layer) else None
 
 
 def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[str, Sequence[str]]) -> bool:

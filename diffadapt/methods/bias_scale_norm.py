@@ -67,9 +67,11 @@ class Gamma(Method):
 
 @dataclass(frozen=True)
 class Norms(Method):
-    """`W' = W + weight`, `b' = b + bias` of every LayerNorm and GroupNorm, whatever the targets.
+    """`W' = W + weight`, `b' = b + bias` of every LayerNorm, GroupNorm and RMSNorm, whatever the targets.
 
-    Parameters: two per channel.
+    A norm without a bias, as most RMSNorms, trains its weight alone. Krea 2's norms multiply by `1 + W`.
+
+    Parameters: two per channel, or one without a bias.
     """
 
     name: ClassVar[str] = "norms"

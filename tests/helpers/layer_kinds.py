@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import diffusers.models.normalization as diffusers_norms
 import torch
+from diffusers.models import transformers
 from torch import Tensor, nn
+
+from diffadapt.adapters.layers import is_norm
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class LayerKind:
         layer = self.make()
         with torch.no_grad():
             for parameter in layer.parameters():
-                if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
+                if is_norm(layer):
                     parameter.uniform_(0.5, 1.5)
         return layer.to(dtype)
 
@@ -70,8 +74,18 @@ KINDS = {
         LayerKind("layer-norm", lambda: nn.LayerNorm(8), (2, 4, 8)),
         LayerKind("layer-norm-without-bias", lambda: nn.LayerNorm(8, bias=False), (2, 4, 8)),
         LayerKind("group-norm", lambda: nn.GroupNorm(2, 8), _IMAGE),
+        LayerKind("rms-norm", lambda: nn.RMSNorm(8), (2, 4, 8)),
+        LayerKind("diffusers-rms-norm", lambda: diffusers_norms.RMSNorm(8, eps=1e-6), (2, 4, 8)),
+        LayerKind(
+            "diffusers-rms-norm-with-bias", lambda: diffusers_norms.RMSNorm(8, 1e-6, bias=True), (2, 4, 8)
+        ),
+        LayerKind("float32-layer-norm", lambda: diffusers_norms.FP32LayerNorm(8), (2, 4, 8)),
     )
 }
+if hasattr(transformers, "Krea2Transformer2DModel"):  # not in the oldest supported diffusers
+    from diffusers.models.transformers.transformer_krea2 import Krea2RMSNorm
+
+    KINDS["krea2-rms-norm"] = LayerKind("krea2-rms-norm", lambda: Krea2RMSNorm(8), (2, 4, 8))
 FEW = (  # one of each code path, for laws about the whole machinery
     "linear",
     "linear-without-bias",
@@ -81,7 +95,11 @@ FEW = (  # one of each code path, for laws about the whole machinery
     "embedding",
     "layer-norm",
     "group-norm",
+    "rms-norm",
+    "diffusers-rms-norm",
+    "float32-layer-norm",
 )
+IN_FLOAT32 = ("diffusers-rms-norm", "float32-layer-norm")  # compute in it whatever their precision
 MAIN = ("linear", "conv-3x3", "conv-groups-2")
 QUICK = ("linear", "conv-3x3", "group-norm")
 LARGE = {  # weights far larger than their activations and the factors of a small rank

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.layer_kinds import FEW, KINDS, LARGE, MAIN
+from helpers.layer_kinds import FEW, IN_FLOAT32, KINDS, LARGE, MAIN
 from helpers.method_cases import FIRST, Case, Model, adapt, changed, close, pairs, plain, trainable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -121,7 +121,7 @@ def test_gradients_follow_the_strength(case, kind):
     _assert_gradients(adapter, used_inputs, _expected_gradients(adapter, bare, used_inputs))
 
 
-@on_few
+@pytest.mark.parametrize(**pairs(kinds=[kind for kind in FEW if kind not in IN_FLOAT32]))
 def test_finite_differences_confirm_the_gradients(case, kind):
     model, adapter, _ = adapt(case, kind, torch.float64)
     x = _inputs(kind)[0]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 import diffadapt as da
-from diffadapt.adapters.layers import ORIGINAL
+from diffadapt.adapters.layers import original_class
 from diffadapt.formats.export.layer_names import base_architecture, kohya_name
 
 EVERYWHERE = (
@@ -77,7 +77,7 @@ def read_by_lycoris(adapter, tensors):
     for site in adapter.sites:
         layer_state = adapter.layer_states[site.name]
         layer = copy.copy(layer_state.layers[0])
-        layer.__class__ = ORIGINAL[type(layer)]
+        layer.__class__ = original_class(layer)
         component, _, path = site.name.partition(".")
         name = kohya_name(component, path, base_architecture(adapter))
         kind, values = get_module(tensors, name)
