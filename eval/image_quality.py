@@ -63,7 +63,7 @@ def verify() -> int:
     num_failed = 0
     for case in cases:
         mark = "ok  " if case.passed else "FAIL"
-        print(f"{mark} {case.name}: expected {case.expected:.6g}, found {case.found:.6g}")
+        print(f"{mark} {case.name}: expected {case.expected:.6g}, found {case.computed:.6g}")
         num_failed += not case.passed
     print(f"{len(cases) - num_failed} of {len(cases)} cases hold on this machine")
     return int(num_failed > 0)

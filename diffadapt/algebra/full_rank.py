@@ -79,8 +79,10 @@ class Scaled(Expression):
         return torch.add(weight, self.inner.matrix(), alpha=self.factor)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inner_grads = self.inner.vjp(grad)
-        return tuple(None if inner is None else self.factor * inner for inner in inner_grads)
+        grads: list[Tensor | None] = []
+        for inner_grad in self.inner.vjp(grad):
+            grads.append(None if inner_grad is None else self.factor * inner_grad)
+        return tuple(grads)
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ class LowRankHadamard(EntrywiseProduct, ExportForm):
         fan_in = self.first.down.shape[1]
         rank = self.first.up.shape[1] * self.second.up.shape[1]
         is_smaller = layer.groups == 1 or rank * (layer.groups * fan_in + shape[0]) < shape[0] * fan_in
+        # below a quarter of the shorter side r (out + fan_in) <= out fan_in / 2, half the layer's own product
         return is_smaller and 4 * rank < min(shape[0], fan_in)
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
@@ -271,74 +274,76 @@ class LowRankHadamard(EntrywiseProduct, ExportForm):
 
 @dataclass(frozen=True)
 class Kron(ExportForm):
-    """The Kronecker product of `left (a, b)` and `right (c, d * kernel)`: `delta (a * c, b * d * kernel)`.
+    """The Kronecker product of `first (a, b)` and `second (c, d * kernel)`: `delta (a * c, b * d * kernel)`.
 
-    Entry by entry `delta[(a, c), (b, m)] = left[a, b] right[c, m]`. Applied to `x`, the same `right` acts on
-    every one of `b` runs of channels, and `left` mixes the results.
+    Entry by entry `delta[(a, c), (b, m)] = first[a, b] second[c, m]`. Applied to `x`, the same `second` acts
+    on every one of `b` runs of channels, and `first` mixes the results.
     """
 
-    left: Tensor
-    right: Expression
+    first: Tensor
+    second: Expression
 
     def matrix(self) -> Tensor:
-        right = self.right.matrix()
-        product = torch.einsum("ab,cm->acbm", self.left, right)
-        return product.reshape(self.left.shape[0] * right.shape[0], -1)
+        second = self.second.matrix()
+        product = torch.einsum("ab,cm->acbm", self.first, second)
+        return product.reshape(self.first.shape[0] * second.shape[0], -1)
 
     @property
     def depends_on_base(self) -> bool:
-        return self.right.depends_on_base
+        return self.second.depends_on_base
 
     def export_form(self, factor: float = 1.0) -> Kron:
-        right = self.right.export_form()
-        if not right.is_dense:
-            right = right.as_product()
-        return Kron(factor * self.left, right)
+        second = self.second.export_form()
+        if not second.is_dense:
+            second = second.as_product()
+        return Kron(factor * self.first, second)
 
     def rows_scaled(self, rows: Tensor) -> LowRank:
         return self.as_product().rows_scaled(rows)
 
     def as_product(self) -> LowRank:
-        # left (x) (up down) = (I (x) up) (left (x) down), or (left (x) up) (I (x) down): the smaller I
-        right = self.right.export_form().as_product()
-        if right is None:
-            right = full_rank_factors(self.right.matrix())
-        rows, columns = self.left.shape
-        identity = torch.eye(min(rows, columns), dtype=self.left.dtype, device=self.left.device)
+        # first (x) (up down) = (I (x) up) (first (x) down), or (first (x) up) (I (x) down): the smaller I
+        second = self.second.export_form().as_product()
+        if second is None:
+            second = full_rank_factors(self.second.matrix())
+        rows, columns = self.first.shape
+        identity = torch.eye(min(rows, columns), dtype=self.first.dtype, device=self.first.device)
         if rows <= columns:
-            product = LowRank(torch.kron(identity, right.up), torch.kron(self.left, right.down))
+            product = LowRank(torch.kron(identity, second.up), torch.kron(self.first, second.down))
         else:
-            product = LowRank(torch.kron(self.left, right.up), torch.kron(identity, right.down))
+            product = LowRank(torch.kron(self.first, second.up), torch.kron(identity, second.down))
         return at_most_full_rank(product, self)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        right = self.right.matrix()
-        rows, columns = self.left.shape
-        blocks = grad.reshape(rows, right.shape[0], columns, right.shape[1])  # (a, c, b, m)
-        grad_left = torch.einsum("acbm,cm->ab", blocks, right)
-        grad_right = torch.einsum("acbm,ab->cm", blocks, self.left)
-        return grad_left, *self.right.vjp(grad_right)
+        second = self.second.matrix()
+        rows, columns = self.first.shape
+        blocks = grad.reshape(rows, second.shape[0], columns, second.shape[1])  # (a, c, b, m)
+        grad_first = torch.einsum("acbm,cm->ab", blocks, second)
+        grad_second = torch.einsum("acbm,ab->cm", blocks, self.first)
+        return grad_first, *self.second.vjp(grad_second)
 
     def is_thin(self, layer: LayerMap, shape: Sequence[int]) -> bool:
-        return layer.groups == 1
+        return layer.groups == 1  # runs of channels would not be those of a layer's own groups
 
     def steps(self, layer: LayerMap, shape: Sequence[int]) -> Sequence[ChainStep]:
-        rows, columns = self.left.shape
-        block = (shape[0] // rows, shape[1] // columns, *shape[2:])  # of right, as a weight of the layer
-        if self.right.is_thin(layer, block):
-            right_steps = self.right.steps(layer, block)
+        # y_i = sum_j first[i, j] (second x_j) for the runs x_j of input channels: `second` on every run, then
+        # `first` across the runs
+        rows, columns = self.first.shape
+        block = (shape[0] // rows, shape[1] // columns, *shape[2:])  # of second, as a weight of the layer
+        if self.second.is_thin(layer, block):
+            second_steps = self.second.steps(layer, block)
         else:
-            right_steps = (ChainStep(layer, self.right.matrix().reshape(block)),)
+            second_steps = (ChainStep(layer, self.second.matrix().reshape(block)),)
         steps = []
-        for step in right_steps:
+        for step in second_steps:
             steps.append(ChainStep(ChannelGroups(step.map, columns), step.weight, step.trained))
-        return *steps, ChainStep(GroupMix(layer.channel_dim), self.left)
+        return *steps, ChainStep(GroupMix(layer.channel_dim), self.first)
 
     def steps_backward(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        *right_grads, left = grads
-        if len(right_grads) > 1:
-            return left, *self.right.steps_backward(right_grads)
-        return left, *self.right.vjp(right_grads[0].flatten(1))
+        *second_grads, first = grads
+        if len(second_grads) > 1:
+            return first, *self.second.steps_backward(second_grads)
+        return first, *self.second.vjp(second_grads[0].flatten(1))
 
 
 def low_rank_or_dense(matrix: Tensor) -> LowRank | Dense:
@@ -346,12 +351,13 @@ def low_rank_or_dense(matrix: Tensor) -> LowRank | Dense:
 
     The rank is that of the singular values above `RANK_TOLERANCE` of the largest.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    rank = max(1, int((values > RANK_TOLERANCE * values[0]).sum()))
+    u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)  # (out, n), (n,), (n, fan_in)
+    rank = max(1, int((singular_values > RANK_TOLERANCE * singular_values[0]).sum()))
     if rank * sum(matrix.shape) >= matrix.numel():
         return Dense(matrix)
-    root = values[:rank].sqrt()
-    return LowRank(left[:, :rank] * root, root[:, None] * right[:rank])
+    # W = U S V^T: up = U S^1/2 and down = S^1/2 V^T, so that both factors are of one scale
+    root = singular_values[:rank].sqrt()
+    return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank])
 
 
 def add_forms(first: ExportForm, second: ExportForm) -> LowRank | Dense:

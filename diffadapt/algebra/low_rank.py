@@ -410,9 +410,9 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
 
     Source: Eckart and Young 1936.
     """
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    root = values[:rank].sqrt()
-    return LowRank(left[:, :rank] * root, root[:, None] * right[:rank])
+    u, singular_values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = singular_values[:rank].sqrt()
+    return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank])
 
 
 def pointwise_weight(matrix: Tensor, layer: ConvMap) -> Tensor:

@@ -19,7 +19,7 @@ def read_text(path: str | Path) -> str:
         ValueError: it is not UTF-8; the message names the file, the line and the remedy.
     """
     content = Path(path).read_bytes()
-    if content.startswith(UTF_16_MARKS) or b"\0" in content:
+    if content.startswith(UTF_16_MARKS) or b"\0" in content:  # UTF-16 has a zero in every Latin letter
         raise ValueError(f"{path} is not UTF-8 text: it looks like UTF-16 or binary data; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
@@ -52,14 +52,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder: renaming is atomic within one file system only
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        sync(temporary)
+        sync(temporary)  # before the rename, which may reach the disk before the content does
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    sync(path.parent)  # the new name
 
 
 def write_utf8(path: str | Path, text: str) -> None:

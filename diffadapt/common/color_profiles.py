@@ -31,6 +31,7 @@ def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """
     if image.mode == "LAB":
         return image  # LAB defines its colors without a profile
+    # The transform knows no alpha: the colors are converted without it, and it is put back.
     space = _color_space(profile)
     has_alpha = image.mode in WITH_ALPHA or "transparency" in image.info
     opaque = _without_alpha(image) if has_alpha else image

@@ -57,52 +57,66 @@ def make_contact_sheet(rows: Sequence[Sequence[Panel]], *, title: str, note: str
 
     Small images are enlarged by integer factors without smoothing, so that the generated pixels stay visible.
     """
-    panel_rows = [[_draw_panel(panel) for panel in row] for row in rows]
+    drawn_rows: list[list[Image.Image]] = []
     row_widths = []
     row_heights = []
-    for row in panel_rows:
-        row_widths.append(sum(panel.width for panel in row) + MARGIN * (len(row) - 1))
-        row_heights.append(max(panel.height for panel in row) + MARGIN)
+    for row in rows:
+        drawn_panels = [_draw_panel(panel) for panel in row]
+        row_width = MARGIN * (len(row) - 1)
+        row_height = 0
+        for panel in drawn_panels:
+            row_width += panel.width
+            row_height = max(row_height, panel.height)
+        drawn_rows.append(drawn_panels)
+        row_widths.append(row_width)
+        row_heights.append(row_height + MARGIN)
     width = max(row_widths) + 2 * MARGIN
     head = _draw_head(title, note, width)
     page = Image.new("RGB", (width, head.height + sum(row_heights)), PAPER)
     page.paste(head, (0, 0))
-    top = head.height
-    for row, row_height in zip(panel_rows, row_heights, strict=True):
-        left = MARGIN
-        for panel in row:
-            page.paste(panel, (left, top))
-            left += panel.width + MARGIN
-        top += row_height
+    y = head.height
+    for drawn_panels, row_height in zip(drawn_rows, row_heights, strict=True):
+        x = MARGIN
+        for panel in drawn_panels:
+            page.paste(panel, (x, y))
+            x += panel.width + MARGIN
+        y += row_height
     return page
 
 
 def _draw_panel(panel: Panel) -> Image.Image:
     """The heading above a grid of square cells, each with an image and its caption."""
-    cells = [_fit_cell(image) for image in panel.images]
-    side = max(max(cell.size) for cell in cells)
-    captions = [_wrap(caption, side, CAPTION) for caption in panel.captions]
-    caption_height = 0
-    if captions:
-        caption_height = max(len(lines) for lines in captions) * CAPTION_LINE + 4
+    cells = []
+    side = 0  # of every cell: the longest side of any image
+    for image in panel.images:
+        cell = _fit_cell(image)
+        cells.append(cell)
+        side = max(side, *cell.size)
+    captions = []
+    caption_lines = 0  # room below every cell: the lines of the longest caption
+    for caption in panel.captions:
+        lines = _wrap(caption, side, CAPTION)
+        captions.append(lines)
+        caption_lines = max(caption_lines, len(lines))
+    caption_height = caption_lines * CAPTION_LINE + 4 if captions else 0
     columns = min(panel.columns, len(cells))
-    row_count = -(-len(cells) // columns)
+    row_count = -(-len(cells) // columns)  # rounded up
     width = columns * (side + GAP) - GAP
     heading = _wrap(panel.heading, width, HEADING)
     heading_height = len(heading) * HEADING_LINE + 6
     row_height = side + caption_height + GAP
     sheet = Image.new("RGB", (width, heading_height + row_count * row_height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    _draw_lines(pen, heading, left=0, top=0, color=INK, size=HEADING, line_height=HEADING_LINE)
+    _draw_lines(pen, heading, x=0, y=0, color=INK, size=HEADING, line_height=HEADING_LINE)
     for index, cell in enumerate(cells):
         row, column = divmod(index, columns)
-        left = column * (side + GAP)
-        top = heading_height + row * row_height
-        sheet.paste(cell, (left, top))
-        pen.rectangle((left, top, left + side - 1, top + side - 1), outline=FRAME)
+        x = column * (side + GAP)
+        y = heading_height + row * row_height
+        sheet.paste(cell, (x, y))
+        pen.rectangle((x, y, x + side - 1, y + side - 1), outline=FRAME)
         lines = captions[index] if captions else []
-        below = top + side + 4
-        _draw_lines(pen, lines, left=left, top=below, color=FAINT, size=CAPTION, line_height=CAPTION_LINE)
+        caption_y = y + side + 4
+        _draw_lines(pen, lines, x=x, y=caption_y, color=FAINT, size=CAPTION, line_height=CAPTION_LINE)
     return sheet
 
 
@@ -113,10 +127,10 @@ def _draw_head(title: str, note: str, width: int) -> Image.Image:
     height = MARGIN + len(titles) * TITLE_LINE + len(notes) * NOTE_LINE + MARGIN // 2
     head = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(head)
-    top = MARGIN - 8
-    _draw_lines(pen, titles, left=MARGIN, top=top, color=INK, size=TITLE, line_height=TITLE_LINE)
-    top += len(titles) * TITLE_LINE
-    _draw_lines(pen, notes, left=MARGIN, top=top, color=ACCENT, size=NOTE, line_height=NOTE_LINE)
+    y = MARGIN - 8  # a font leaves room above its capitals
+    _draw_lines(pen, titles, x=MARGIN, y=y, color=INK, size=TITLE, line_height=TITLE_LINE)
+    y += len(titles) * TITLE_LINE
+    _draw_lines(pen, notes, x=MARGIN, y=y, color=ACCENT, size=NOTE, line_height=NOTE_LINE)
     return head
 
 
@@ -124,14 +138,15 @@ def _draw_lines(
     pen: ImageDraw.ImageDraw,
     lines: Sequence[str],
     *,
-    left: int,
-    top: int,
+    x: int,
+    y: int,
     color: str,
     size: int,
     line_height: int,
 ) -> None:
+    """Draws lines of text whose upper left corner is (x, y)."""
     for number, line in enumerate(lines):
-        pen.text((left, top + number * line_height), line, fill=color, font=_font(size))
+        pen.text((x, y + number * line_height), line, fill=color, font=_font(size))
 
 
 def _fit_cell(image: Image.Image) -> Image.Image:
@@ -141,7 +156,7 @@ def _fit_cell(image: Image.Image) -> Image.Image:
         image = image.copy()
         image.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
         longer_side = CELL_SIDE
-    factor = max(1, -(-CELL_SIDE // longer_side))
+    factor = max(1, -(-CELL_SIDE // longer_side))  # rounded up
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 

@@ -27,6 +27,7 @@ def run_command(main: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return main()
+    # the errors that the package raises for bad input; others are faults, whose traceback is needed
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
@@ -34,4 +35,4 @@ def run_command(main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(" ".join(["stopped", *map(str, interrupt.args)]), file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as shells report it

@@ -26,6 +26,7 @@ MAX_FOLDER_NAMES = 3  # in a notice
 def readable_suffixes() -> frozenset[str]:
     """The suffixes of images that can be read, in lower case. AVIF and HEIF depend on installed packages."""
     suffixes = COMMON | NETPBM
+    # Builds of Pillow differ in what they were linked with.
     if features.check("jpg_2000"):
         suffixes |= JPEG_2000
     if "avif" in features.modules and features.check("avif"):
@@ -49,7 +50,10 @@ def describe_unused(
         remedies: suffix -> how to use these files, in addition to the usual remedies.
     """
     remedies = {**_remedies(), **(remedies or {})}
-    counts = Counter(path.suffix.lower() for path in files if path.name.lower() not in SYSTEM_FILES)
+    counts: Counter[str] = Counter()
+    for path in files:
+        if path.name.lower() not in SYSTEM_FILES:
+            counts[path.suffix.lower()] += 1
     parts = []
     for suffix, count in sorted(counts.items()):
         remedy = f" ({remedies[suffix]})" if suffix in remedies else ""

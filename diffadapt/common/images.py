@@ -20,9 +20,7 @@ from diffadapt.common.messages import indented_list, notify
 from diffadapt.common.symlinks import escapes_root, list_subfolders, visible_files
 
 MAX_PIXELS = 357_913_940  # of one image; above, Pillow takes it for a decompression bomb
-MAX_ASPECT = (
-    32  # longer side / shorter side; a thinner image, scaled to the resolution, would fill the memory
-)
+MAX_ASPECT = 32  # longer side / shorter side; a thinner image, scaled to the resolution, fills the memory
 PROGRESS_FROM = 200  # number of images from which on checking shows a progress bar
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")  # that are read
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -67,7 +65,7 @@ class CropGeometry:
 
     Attributes:
         original_size: (height, width) of the upright image.
-        crop: (top, left) corner of the part within the scaled, and perhaps mirrored, image.
+        crop: (y, x) of the part's upper left corner in the scaled, and perhaps mirrored, image.
         size: (height, width) of the part.
     """
 
@@ -251,12 +249,12 @@ def to_pixels(
     scaled_size = covering_size(image.size, (height, width))
     if scaled_size != image.size:
         image = image.resize(scaled_size, Image.Resampling.BICUBIC)
-    left, top = _crop_corner(scaled_size, (height, width), crop)
-    image = image.crop((left, top, left + width, top + height))
+    x, y = _crop_corner(scaled_size, (height, width), crop)
+    image = image.crop((x, y, x + width, y + height))
     if flip:
         image = ImageOps.mirror(image)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), uint8
-    return values.float() / 127.5 - 1
+    return values.float() / 127.5 - 1  # 0 ... 255 to -1 ... 1
 
 
 def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -268,6 +266,7 @@ def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[i
     """
     width, height = image_size
     scale = max(size[0] / height, size[1] / width)
+    # Rounding must not leave a side one pixel short.
     return max(size[1], round(width * scale)), max(size[0], round(height * scale))
 
 
@@ -291,10 +290,11 @@ def crop_geometry(
     """
     height, width = size
     scaled_size = covering_size(image_size, size)
-    left, top = _crop_corner(scaled_size, size, crop)
+    x, y = _crop_corner(scaled_size, size, crop)
     if flip:
-        left = scaled_size[0] - width - left
-    return CropGeometry(original_size=image_size[::-1], crop=(top, left), size=(height, width))
+        x = scaled_size[0] - width - x
+    # Pillow counts (width, height) and (x, y), SDXL's conditions (height, width) and (y, x).
+    return CropGeometry(original_size=image_size[::-1], crop=(y, x), size=(height, width))
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -316,10 +316,16 @@ def _check_size(size: tuple[int, int]) -> None:
 def _crop_corner(
     scaled_size: tuple[int, int], size: tuple[int, int], crop: tuple[float, float]
 ) -> tuple[int, int]:
-    """(left, top) of a crop of `size` (height, width) in an image of `scaled_size` (width, height)."""
-    left = round(crop[0] * (scaled_size[0] - size[1]))
-    top = round(crop[1] * (scaled_size[1] - size[0]))
-    return left, top
+    """The upper left corner (x, y) of a crop of `size` (height, width).
+
+    Args:
+        scaled_size: (width, height) of the image.
+        size: (height, width) of the crop.
+        crop: see `to_pixels`.
+    """
+    spare_width = scaled_size[0] - size[1]
+    spare_height = scaled_size[1] - size[0]
+    return round(crop[0] * spare_width), round(crop[1] * spare_height)
 
 
 def _to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
@@ -372,9 +378,12 @@ def _to_eight_bits(image: Image.Image, bits: int, transparent: object) -> Image.
     """
     values = np.asarray(image, dtype=np.float64)
     white = 2.0**bits - 1
-    if image.mode == "F":
+    if image.mode == "F":  # floats are stored from 0 to 1, to 255 or to 65535
         largest = values.max(initial=0)
-        white = next((level for level in (1.0, 255.0) if largest <= level), 65535.0)
+        white = 65535.0
+        for level in (255.0, 1.0):
+            if largest <= level:
+                white = level
     if image.mode == "I" and not 0 <= values.min() <= values.max() <= white:
         raise ValueError(
             f"its gray values, {values.min():.0f} to {values.max():.0f}, do not fit into {bits} bits; "

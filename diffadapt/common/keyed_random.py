@@ -17,8 +17,9 @@ Key = tuple[str | int, ...]
 
 def seed_from(key: Key) -> int:
     """A seed of 63 bits from a key; it is a hash, so that seeds of similar keys are unrelated."""
+    # `repr` keeps ("a", 1) and ("a1",) apart, and is the same in every process, unlike Python's own `hash`
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(digest, "big") >> 1  # manual_seed takes signed integers of 64 bits
 
 
 def generator(key: Key) -> torch.Generator:

@@ -18,10 +18,11 @@ def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
     """
     valid_names = sorted(valid_names)
     by_lower_case = {valid.lower(): valid for valid in valid_names}
-    closest = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.5)
     suggestion = ";"
-    if closest:
-        suggestion = f"; did you mean {' or '.join(by_lower_case[match] for match in closest)}?"
+    if matches:
+        closest_names = [by_lower_case[match] for match in matches]
+        suggestion = f"; did you mean {' or '.join(closest_names)}?"
     return f"{suggestion} known: {shorten_list(valid_names, limit=20) or 'none'}"
 
 
@@ -43,5 +44,6 @@ def indented_list(items: Sequence[object], *, limit: int = 20) -> str:
 
 def notify(text: str) -> None:
     """Prints a notice without disturbing progress bars; of several processes only the first one prints."""
+    # the launcher's variable, as accelerate's state may not exist yet
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)

@@ -10,7 +10,7 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
     pieces = [""]
     depth = 0
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
+        depth += (character in "([{") - (character in ")]}")  # brackets that are open here
         if character == separator and depth == 0:
             pieces.append("")
         else:
@@ -20,6 +20,7 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
 
 def parse_literal(text: str) -> object:
     """Parses a number, a list, `true`, `false` or `none`; any other text is returned as it is."""
+    # YAML's and JSON's spelling is accepted for Python's True, False and None
     python_text = text.capitalize() if text in ("true", "false", "none") else text
     try:
         return ast.literal_eval(python_text)

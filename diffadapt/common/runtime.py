@@ -64,7 +64,7 @@ def launcher_accumulation() -> int:
         ValueError: the environment variable is not a number of steps.
     """
     text = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if text == "auto":
+    if text == "auto":  # DeepSpeed's placeholder for "as in the script"
         return 1
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS must be at least 1, got {text!r}")
@@ -111,7 +111,7 @@ def set_cpu_threads(num_threads: int | None = None, *, processes: int = 1) -> No
     cores = available_cores()
     # Processes of one run are busy themselves, so what they use is not measured but shared out.
     idle_cores = cores / processes if processes > 1 else cores - busy_cores()
-    torch.set_num_threads(max(1, int(idle_cores + 0.5)))
+    torch.set_num_threads(max(1, int(idle_cores + 0.5)))  # rounded: a core that is half idle counts
 
 
 def _threads_are_set() -> bool:
@@ -159,8 +159,9 @@ def _idle_and_total_ticks() -> dict[int, tuple[int, int]]:
         number = name.removeprefix("cpu")
         if not name.startswith("cpu") or not number.isdecimal() or int(number) not in cores:
             continue
-        times = [int(value) for value in numbers[:8]]
-        ticks[int(number)] = (times[3] + times[4], sum(times))
+        times = [int(value) for value in numbers[:8]]  # guest time behind them is part of user time
+        _, _, _, idle, iowait, *_ = times
+        ticks[int(number)] = (idle + iowait, sum(times))
     return ticks
 
 

@@ -68,6 +68,7 @@ def checksums(tensors: Mapping[str, Tensor], configuration: str) -> dict[str, st
     """
     return {
         "sha256": hash_tensors(tensors),
+        # a damaged header may hold half a surrogate pair, which plain UTF-8 refuses to encode
         "adapter_sha256": hashlib.sha256(configuration.encode("utf-8", "surrogatepass")).hexdigest(),
     }
 
@@ -78,5 +79,5 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
         hasher.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())  # numpy has no bfloat16, but its bytes
     return hasher.hexdigest()

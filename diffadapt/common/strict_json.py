@@ -32,7 +32,8 @@ def parse_number(value: object) -> float | int | None:
     """
     if isinstance(value, str) and value in NAMES:
         return NAMES[value]
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)  # True is an int
+    if value is None or is_number:
         return value
     raise ValueError(f"expected a number, got {value!r}")
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -15,11 +14,12 @@ from diffadapt.evaluation.features.cache import identity_of
 from diffadapt.evaluation.features.extraction import ExtractedFeatures
 from diffadapt.evaluation.features.extractors import Extractor
 from diffadapt.evaluation.features.feature_file import read_features
+from diffadapt.evaluation.features.prompt_groups import group_numbers
 from diffadapt.evaluation.features.weight_files import sha256_of
 from diffadapt.evaluation.record import SetSummary
 from diffadapt.evaluation.sets.archives import IMAGES, array_names
-from diffadapt.evaluation.sets.image_files import ImageInfo
-from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint
+from diffadapt.evaluation.sets.image_files import ImageInfo, to_pil_image
+from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint, fingerprint_of
 from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.frechet_statistics import read_all_statistics
 
@@ -66,8 +66,7 @@ def scored_set_from_images(
     images = {image.name: image for image in image_set.images}
 
     def load_image(name: str) -> Image.Image:
-        pixels, _ = images[name].load()  # (3, H, W)
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return to_pil_image(images[name])
 
     summary = _summarise(
         role,
@@ -90,10 +89,13 @@ def scored_set_from_file(path: Path, extractors: Sequence[Extractor], *, role: s
         statistics = read_all_statistics(path)
         count = statistics["statistics"].n or 0
         summary = SetSummary(role, str(path), "statistics", count, sha256_of(path))
-        feature_sets = {extractor.name: FeatureSet({}, statistics=statistics) for extractor in extractors}
+        feature_sets = {}
+        for extractor in extractors:
+            feature_sets[extractor.name] = FeatureSet({}, statistics=statistics)
         return ScoredSet(summary, feature_sets, infos=(), load_image=None)
     content = read_features(path)
     feature_sets = {}
+    # one file holds the features of one extractor, so a second one is refused here
     for extractor in extractors:
         mismatches = []
         for field, value in identity_of(extractor).items():
@@ -121,6 +123,7 @@ def with_statistics(scored_set: ScoredSet, path: Path) -> ScoredSet:
     feature_sets = dict(scored_set.feature_sets)
     if "inception" in feature_sets:
         feature_sets["inception"] = FeatureSet(feature_sets["inception"].features, statistics=statistics)
+    # the statistics may be of other images than those in the file: a score depends on both
     both = fingerprint([scored_set.summary.fingerprint, sha256_of(path)])
     summary = replace(scored_set.summary, fingerprint=both)
     return replace(scored_set, summary=summary, feature_sets=feature_sets)
@@ -173,11 +176,10 @@ def _feature_set(
         if layer in layers:
             features[role] = layers[layer]
     if prompts:
-        unique_prompts = list(dict.fromkeys(prompts))
-        index_of = {prompt: index for index, prompt in enumerate(unique_prompts)}
-        groups = torch.tensor([index_of[prompt] for prompt in prompts])  # (N,)
+        groups = group_numbers(prompts)  # (N,)
         features["groups"] = groups
         if extractor.embed_texts is not None and has_texts:
+            unique_prompts = list(dict.fromkeys(prompts))  # in the order of their numbers
             features["texts"] = extractor.embed_texts(unique_prompts).cpu()[groups]  # (N, D)
     return FeatureSet(features)
 
@@ -186,9 +188,11 @@ def _prompts_of(image_set: ImageSet, infos: Sequence[ImageInfo]) -> tuple[str, .
     """The prompts of the images that were read."""
     if not image_set.prompts:
         return ()
-    names = [image.name for image in image_set.images]
-    prompt_of = dict(zip(names, image_set.prompts, strict=True))
-    return tuple(prompt_of[info.name] for info in infos)
+    prompt_of = dict(zip(image_set.names, image_set.prompts, strict=True))
+    prompts = []
+    for info in infos:
+        prompts.append(prompt_of[info.name])
+    return tuple(prompts)
 
 
 def _summarise(
@@ -200,6 +204,7 @@ def _summarise(
     skipped: Sequence[str] = (),
     generation: Mapping[str, object] | None = None,
 ) -> SetSummary:
+    """The summary of a set, with what differs between its images counted."""
     formats: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     modes: Counter[str] = Counter()
@@ -214,7 +219,7 @@ def _summarise(
         source,
         kind,
         len(infos),
-        fingerprint(info.sha256 for info in infos),
+        fingerprint_of(infos),
         formats=dict(formats),
         sizes=dict(sizes),
         modes=dict(modes),

@@ -21,7 +21,7 @@ from diffadapt.metrics.registry import METRICS, Metric
 from diffadapt.metrics.similarity import text_similarities
 
 ALL = "all"
-REALISM_K = 3
+REALISM_K = 3  # neighbours, as in the paper on improved precision and recall
 LIKENESS_METRICS = ("clip_i", "dino")  # meant for sets of one subject
 LIKENESS_NOTE = "mean over all real images: a likeness to a subject only where all show it"
 PROMPT_ROLES = ("texts", "groups")  # come from prompts, not from a layer
@@ -74,14 +74,16 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: a metric is unknown; the message names the nearest.
     """
-    stripped = [name.strip() for name in text.split(",")]
-    names = tuple(dict.fromkeys(name for name in stripped if name))
+    names: list[str] = []
+    for name in text.split(","):
+        if name.strip() and name.strip() not in names:
+            names.append(name.strip())
     for name in names:
         if name not in METRICS and name != ALL:
             raise ValueError(f"unknown metric {name!r}{did_you_mean(name, [*METRICS, ALL])}")
     if not names:
         raise ValueError("--metrics names no metric; give some with commas, or all")
-    return () if ALL in names else names
+    return () if ALL in names else tuple(names)
 
 
 def check_plan(
@@ -118,8 +120,10 @@ def check_plan(
                     f"no metric can be computed with {extractor.name!r}: {'; '.join(dict.fromkeys(reasons))}"
                 )
     for key in plan.metrics:
-        reasons = [_obstacle(METRICS[key], extractor, **sources) for extractor in extractors]
-        if None not in reasons:
+        reasons = []
+        for extractor in extractors:
+            reasons.append(_obstacle(METRICS[key], extractor, **sources))
+        if None not in reasons:  # one extractor without an obstacle will do
             raise ValueError(f"{key} cannot be computed: {'; '.join(reasons)}")
 
 
@@ -134,7 +138,10 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
     keys = []
     for key in plan.metrics:
         metric = METRICS[key]
-        meant_for = [other for other in extractors if suits(metric, other) and provides_roles(metric, other)]
+        meant_for = []
+        for other in extractors:
+            if suits(metric, other) and provides_roles(metric, other):
+                meant_for.append(other)
         if provides_roles(metric, extractor) and (extractor in meant_for or not meant_for):
             keys.append(key)
     return replace(plan, metrics=tuple(keys)) if keys else None
@@ -142,7 +149,9 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
 
 def with_layers(extractor: Extractor, plan: Plan) -> Extractor:
     """The extractor with the layers that only metrics asked for by name need, such as sFID's."""
-    roles = [role for key in plan.metrics for role in METRICS[key].generated]
+    roles: list[str] = []
+    for key in plan.metrics:
+        roles += METRICS[key].generated
     return extractor.with_layers_for(roles)
 
 
@@ -208,12 +217,12 @@ def score_metric(
         allow_small=plan.allow_small,
         intervals=plan.intervals,
         floor=plan.floor,
-        network=_squared_distance if extractor.perceptual_layer else None,
+        network=_squared_distance if extractor.is_perceptual else None,
         metric_options=plan.options.get(metric.key, {}),
     )
     identity = _identity(metric, result, extractor, plan, real, train)
     notes = result.notes
-    if extractor.perceptual_layer:
+    if extractor.is_perceptual:
         notes = (lpips_size(extractor), *notes)
     if metric.key in LIKENESS_METRICS and "subjects" not in features["generated"].roles:
         notes = (*notes, LIKENESS_NOTE)
@@ -246,28 +255,39 @@ def image_rows(
     if "features" in features.roles and "texts" in features.roles:
         columns["clip_t"] = text_similarities(images=features["unit"], texts=features["texts"])
     if reference is not None and "features" in reference.roles and "features" in features.roles:
-        if reference.n > REALISM_K:
+        if reference.n > REALISM_K:  # each real image needs as many others
             columns["realism"] = realism(
                 real=reference["features"], generated=features["features"], k=REALISM_K
             )
         nearest = nearest_images(training=reference["unit"], generated=features["unit"])
         columns["nearest_similarity"] = nearest.similarity
         if real.load_image is not None:
-            nearest_names = [real.infos[row].name for row in nearest.index.tolist()]
-    values = {name: column.tolist() for name, column in columns.items()}
+            nearest_names = []
+            for row in nearest.index.tolist():
+                nearest_names.append(real.infos[row].name)
+    values = values_by_image(columns, len(generated.infos))
     seeds = generated.summary.made.get("seeds")
     rows = []
     for number, info in enumerate(generated.infos):
         row = ImageRow(
             generated=label,
             name=info.name,
-            values={name: column[number] for name, column in values.items()},
+            values=values[number],
             nearest=nearest_names[number] if nearest_names else None,
             nearest_in="reference" if nearest_names else None,
             prompt=generated.prompts[number] if generated.prompts else None,
             seed=seeds[number] if seeds else None,
         )
         rows.append(row)
+    return rows
+
+
+def values_by_image(columns: Mapping[str, Tensor], count: int) -> list[dict[str, float]]:
+    """Columns (N,) by name as the values of each of `count` images by name."""
+    rows: list[dict[str, float]] = [{} for _ in range(count)]
+    for name, column in columns.items():
+        for row, value in zip(rows, column.tolist(), strict=True):
+            row[name] = value
     return rows
 
 
@@ -352,13 +372,14 @@ def _obstacle(
             return f"{extractor.name} knows no texts; use a clip: extractor"
         if role in PROMPT_ROLES and not has_prompts:
             return (
-                "it needs the images' prompts: give --captions, or draw them with --adapters, --run or "
+                "it needs the images' prompts: give --captions, or generate them with --adapters, --run or "
                 "`diffadapt sample`"
             )
     if metric.train and not has_train:
         return "it needs the images trained on: give --train"
     if metric.real and not has_reference:
         return "it needs a --reference"
+    # a file of statistics is of Inception's features, which serve the Frechet distance alone
     if only_statistics and metric.real not in ((), ("statistics",)):
         return "the --reference holds statistics alone, for the Frechet distance; name its images"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -67,8 +67,12 @@ class Method:
     @property
     def config(self) -> dict:
         """The options that differ from their defaults, for people to read."""
-        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
-        return {key: value for key, value in self.settings.items() if defaults.get(key, MISSING) != value}
+        defaults = {field.name: field.default for field in fields(self)}
+        changed_options = {}
+        for key, value in self.settings.items():
+            if defaults[key] != value:  # an option without a default has MISSING there, which equals nothing
+                changed_options[key] = value
+        return changed_options
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.config.items())

@@ -53,7 +53,7 @@ class Gamma(Method):
         return {"gamma": (site.out,)}
 
     def has_weight_decay(self, key: str) -> bool:
-        return False
+        return False  # no change is a factor of 1, not 0
 
     def init_tensors(
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator

@@ -55,7 +55,7 @@ class ClassEmbedding(Method):
         return {self._table_name(site): self._table_shape(site) for site in sites}
 
     def has_weight_decay(self, key: str) -> bool:
-        return False
+        return False  # zero is no embedding: decay would erase the base's table
 
     def shared_tensor_names(self, site: Site) -> dict[str, str]:
         return {"table": self._table_name(site)}

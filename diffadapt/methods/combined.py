@@ -18,11 +18,15 @@ class Combined(Method):
 
     @property
     def learning_rate(self) -> float:
+        # one rate for all members: the lowest is safe for each of them
         return min(member.learning_rate for member in self.members)
 
     @property
     def extra_targets(self) -> tuple[str, ...]:
-        return tuple(preset for member in self.members for preset in member.extra_targets)
+        presets: list[str] = []
+        for member in self.members:
+            presets += member.extra_targets
+        return tuple(presets)
 
     def __str__(self) -> str:
         return "+".join(str(member) for member in self.members)

@@ -47,7 +47,12 @@ class DiffFit(ClassEmbedding):
 
     @property
     def extra_targets(self) -> tuple[str, ...]:
-        return ("norm",) * self.norms + ("class_embedding",) * self.class_embedding
+        presets = []
+        if self.norms:
+            presets.append("norm")
+        if self.class_embedding:
+            presets.append("class_embedding")
+        return tuple(presets)
 
     def supports(self, site: Site) -> bool:
         if site.kind == "norm":

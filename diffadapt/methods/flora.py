@@ -78,5 +78,7 @@ class FLoRA(RankedMethod):
         down = tensors["down"]  # B^T (r_in, in/groups)
         if site.kind == "linear":
             return Update(LowRankWithCore(up, core, down), self.multiplier)
-        kernel_factors = [tensors[f"kernel_{axis}"] for axis in range(len(site.kernel))]  # C, D (k, r3)
+        kernel_factors = []  # C and D (k, r3), one for each axis of the kernel
+        for axis in range(len(site.kernel)):
+            kernel_factors.append(tensors[f"kernel_{axis}"])
         return Update(TuckerWithKernelFactors(up, core, down, *kernel_factors), self.multiplier)

@@ -14,7 +14,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def _tucker(up: Tensor, core: Tensor, down: Tensor) -> Tucker:
-    # up (out, r_out), core (r_out, r_in, *kernel), down (r_in, in/groups); 1 would be broadcast
+    # up (out, r_out), core (r_out, r_in, *kernel), down (r_in, in/groups); a side of 1 would be broadcast
     if core.shape[:2] != (up.shape[1], down.shape[0]):
         raise ValueError(f"a core of {tuple(core.shape)} between {tuple(up.shape)} and {tuple(down.shape)}")
     return Tucker(up, core, down)
@@ -35,10 +35,10 @@ def _loha(tensors: Tensors) -> Expression:
 
 def _lokr(tensors: Tensors) -> Kron:
     """`left (x) right`, each of them dense or in factors."""
-    left = tensors["left"] if "left" in tensors else tensors["left_up"] @ tensors["left_down"]
+    first = tensors["left"] if "left" in tensors else tensors["left_up"] @ tensors["left_down"]
     if "right" in tensors:
-        return Kron(left, Dense(tensors["right"]))
-    return Kron(left, _low_rank_or_tucker(tensors["up"], tensors.get("core"), tensors["down"]))
+        return Kron(first, Dense(tensors["right"]))
+    return Kron(first, _low_rank_or_tucker(tensors["up"], tensors.get("core"), tensors["down"]))
 
 
 # form -> the change its tensors are; every form may also carry a bias and a magnitude

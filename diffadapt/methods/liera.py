@@ -67,6 +67,7 @@ class LieRA(RankedMethod):
         return shapes
 
     def has_weight_decay(self, key: str) -> bool:
+        # as in PiSSA and DoRA: zero would not be "no change"
         return self.inner != "pissa" and key != "magnitude"
 
     def frozen_tensors(self, site: Site) -> Shapes:
@@ -92,6 +93,7 @@ class LieRA(RankedMethod):
         change = RelativeChange(base, element, exponential=self.order == "exp")
         if self.inner != "dora":
             return Update(change)
+        # W' = magnitude * V / ||V|| by rows, V = W + dW, without a gradient of the norm
         with torch.no_grad():
             norm = (base.flatten(1) + change.matrix()).norm(dim=1)
         return Update(change, scale=row_scale(tensors["magnitude"], norm))

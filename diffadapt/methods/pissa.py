@@ -50,11 +50,11 @@ class PiSSA(Method):
         self, site: Site, tensors: Mapping[str, Tensor], base: Tensor, generator: torch.Generator
     ) -> None:
         # W = U S V^T: up = U S^1/2 and down = S^1/2 V^T, of the r largest singular values
-        left, values, right = torch.linalg.svd(base.flatten(1).double(), full_matrices=False)
-        rank = min(self.rank, len(values))  # a rank above the weight's own leaves zeros
-        root = values[:rank].sqrt()
-        up = left[:, :rank] * root  # (out, rank)
-        down = root[:, None] * right[:rank]  # (rank, fan_in)
+        u, singular_values, vh = torch.linalg.svd(base.flatten(1).double(), full_matrices=False)
+        rank = min(self.rank, len(singular_values))  # a rank above the weight's own leaves zeros
+        root = singular_values[:rank].sqrt()
+        up = u[:, :rank] * root  # (out, rank)
+        down = root[:, None] * vh[:rank]  # (rank, fan_in)
         for key in ("up", "start_up"):
             tensors[key][:, :rank] = up.to(tensors[key].dtype)
         for key in ("down", "start_down"):

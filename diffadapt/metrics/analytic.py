@@ -23,18 +23,20 @@ class AnalyticCase:
     """A metric on data for which its value is known.
 
     Attributes:
+        name: what is computed, of what.
         expected: value by the formula.
-        found: value computed on this machine.
+        computed: value on this machine.
+        tolerance: largest difference of the two that passes.
     """
 
     name: str
     expected: float
-    found: float
+    computed: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        return abs(self.found - self.expected) <= self.tolerance
+        return abs(self.computed - self.expected) <= self.tolerance
 
 
 def analytic_cases() -> list[AnalyticCase]:
@@ -45,6 +47,8 @@ def analytic_cases() -> list[AnalyticCase]:
 def points_with_moments(mean: Tensor, covariance: Tensor) -> Tensor:
     """Points (2 D, D) whose sample mean (D,) and covariance (D, D), with n - 1, are exactly these."""
     width = len(mean)
+    # With L L^T the covariance and c^2 = (2 D - 1) / 2, the columns of c L and -c L have the mean 0 and the
+    # covariance 2 c^2 L L^T / (2 D - 1) = L L^T.
     root = torch.linalg.cholesky(covariance) * ((2 * width - 1) / 2) ** 0.5
     return mean + torch.cat([root.T, -root.T])
 
@@ -56,7 +60,7 @@ def _frechet_cases() -> list[AnalyticCase]:
     second = torch.tensor([[1.0, -0.5], [-0.5, 3.0]], dtype=torch.float64)
     real = points_with_moments(zero, first)
     generated = points_with_moments(shift, second)
-    # Of a 2 x 2 matrix, (tr M^(1/2))^2 = tr M + 2 det(M)^(1/2).
+    # Of a 2 x 2 matrix, (tr M^(1/2))^2 = tr M + 2 det(M)^(1/2), here of M = S_r S_g.
     product = first @ second
     root = math.sqrt(float(product.trace()) + 2 * math.sqrt(float(torch.linalg.det(product))))
     expected = 25 + float(first.trace() + second.trace()) - 2 * root
@@ -78,7 +82,7 @@ def _fid(real: Tensor, generated: Tensor) -> float:
 
 def _kernel_cases() -> list[AnalyticCase]:
     distance = kid(real=torch.zeros(3, 1), generated=torch.ones(3, 1))
-    # k(0, 0) = 1, k(1, 1) = 2^3, k(0, 1) = 1
+    # (x y + 1)^3: k(0, 0) = 1, k(1, 1) = 2^3, k(0, 1) = 1, so 1 + 8 - 2
     return [AnalyticCase("kernel distance of points at 0 and at 1", 7.0, distance, 1e-12)]
 
 
@@ -92,6 +96,7 @@ def _score_cases() -> list[AnalyticCase]:
         AnalyticCase("Vendi score of 6 orthogonal images", 6.0, vendi(features=torch.eye(6)), 1e-9),
         AnalyticCase("Vendi score of one image 6 times", 1.0, vendi(features=torch.ones(6, 3)), 1e-6),
         AnalyticCase("cosines of 45 and 90 degrees", math.sqrt(0.125), float(right_angle.mean()), 1e-7),
+        # P(X = 0) = (1 - p)^50 is 0.025 at the upper end
         AnalyticCase("upper bound of 0 in 50", 1 - 0.025 ** (1 / 50), proportion_interval(0, 50).high, 1e-9),
     ]
 
@@ -114,6 +119,8 @@ def _manifold_cases() -> list[AnalyticCase]:
         precision, recall = precision_recall(real=line, generated=generated)
         cases.append(AnalyticCase(f"precision {name}", expected_precision, precision, 1e-12))
         cases.append(AnalyticCase(f"recall {name}", expected_recall, recall, 1e-12))
+    # Balls of k = 4 have the radius 2 and are open: the image at 20 lies in those of 19 to 21, and the 39
+    # images just above it in that of 22 too.
     density, coverage = density_coverage(real=line, generated=collapsed, k=4)
     expected_density = (39 * 4 + 3) / (40 * 4)
     cases.append(AnalyticCase("density of a collapsed generator", expected_density, density, 1e-12))
@@ -128,9 +135,10 @@ def _graph_cases() -> list[AnalyticCase]:
     ring = torch.stack([angles.cos(), angles.sin()], dim=1)
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     triangles = torch.cat([corners + 100 * i for i in range(n // 3)])
-    of_ring = torch.exp(-TIMES[:, None] * (1 - angles.cos())).mean(dim=1)  # (256,)
-    of_triangles = (1 + 2 * torch.exp(-1.5 * TIMES)) / 3
+    # tr exp(-t L) / n of both graphs, from their eigenvalues
+    ring_trace = torch.exp(-TIMES[:, None] * (1 - angles.cos())).mean(dim=1)  # (256,)
+    triangle_trace = (1 + 2 * torch.exp(-1.5 * TIMES)) / 3  # (256,)
     weights = torch.exp(-2 * (TIMES + 1 / TIMES))
-    expected = float((weights * SCALE * (of_ring - of_triangles).abs()).max())
+    expected = float((weights * SCALE * (ring_trace - triangle_trace).abs()).max())
     distance = msid(real=ring, generated=triangles, k=2)
     return [AnalyticCase("heat traces of a ring and of triangles", expected, distance, 1e-6)]

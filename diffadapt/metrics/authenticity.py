@@ -33,14 +33,15 @@ def authpct_with_interval(*, training: Features, generated: Features) -> Estimat
     """`authpct` and the exact interval of a proportion, given the training images."""
     hits = is_authentic(training=training, generated=generated)
     count = int(hits.sum())
-    share = proportion_interval(count, len(hits), given="the training images")
+    share = proportion_interval(count, len(hits), condition="the training images")
     return Estimate(100 * count / len(hits), Interval(100 * share.low, 100 * share.high, share.method))
 
 
 def is_authentic(*, training: Features, generated: Features) -> Tensor:
     """Whether each generated image is authentic, (M,) bool."""
     training, generated = prepare(*as_pair(training, generated, dtype=None))
-    spacing = nearest(training, 1)[0][:, 0]  # (N,) of each training image to its nearest other
+    distances_to_others, _ = nearest(training, 1)  # (N, 1)
+    spacing = distances_to_others[:, 0]  # (N,) of each training image to its nearest other
     distances, indices = _nearest_of(generated, training)
     return spacing[indices] < distances
 
@@ -51,6 +52,7 @@ def _nearest_of(queries: Points, points: Points) -> tuple[Tensor, Tensor]:
     distances = []
     indices = []
     for block in squared_blocks(queries, points):
+        # float32 proposes candidates, float64 decides among them
         columns = block.squared.topk(count, dim=1, largest=False).indices  # (b, count)
         rows = torch.arange(block.rows.start, block.rows.stop, device=columns.device)
         exact = measure(queries, points, rows.repeat_interleave(count), columns.flatten()).view(-1, count)

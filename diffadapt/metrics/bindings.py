@@ -171,7 +171,7 @@ def copy_rate_estimate(call: MetricCall) -> Estimate:
     condition = "the training images"
     if "subjects" in call.generated.roles:
         condition = "the real images, generated ones as independent"
-    return Estimate(count / len(is_copy), proportion_interval(count, len(is_copy), given=condition))
+    return Estimate(count / len(is_copy), proportion_interval(count, len(is_copy), condition=condition))
 
 
 def _copies(generated: FeatureSet, real: FeatureSet, options: Mapping[str, object]) -> Tensor:
@@ -231,7 +231,7 @@ def image_similarity_ceiling(real: FeatureSet) -> float | None:
     """
     if "subjects" not in real.roles:
         return similarity.ceiling_similarity(real=real["unit"])
-    ceilings = []
+    ceilings = []  # of every subject with at least one pair
     for rows in real.rows_by_subject().values():
         if len(rows) > 1:
             ceilings.append(similarity.ceiling_similarity(real=real["unit"][rows]))
@@ -350,5 +350,5 @@ def _by_subject(call: MetricCall, compute: Callable[[FeatureSet, FeatureSet], Te
         except ValueError as error:
             raise ValueError(f"subject {real.subject_names[subject]!r}: {error}") from None
         order.append(rows)
-    values = torch.cat(parts)
-    return values[torch.cat(order).argsort()]
+    values = torch.cat(parts)  # subject by subject
+    return values[torch.cat(order).argsort()]  # in the order of the generated images

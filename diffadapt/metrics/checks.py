@@ -10,14 +10,14 @@ Features = Tensor | np.ndarray
 
 
 def as_features(
-    name: str, values: Features, *, dtype: torch.dtype | None = torch.float64, least: int = 2
+    name: str, values: Features, *, dtype: torch.dtype | None = torch.float64, min_rows: int = 2
 ) -> Tensor:
     """A finite matrix (images, features), converted to `dtype` (None: as it is).
 
     Args:
         name: of the matrix in errors.
         values: tensor or array of any number type, not changed.
-        least: rows needed: 2 for a distribution, 1 where each image counts for itself.
+        min_rows: rows needed: 2 for a distribution, 1 where each image counts for itself.
 
     Raises:
         TypeError: `values` is no tensor or array.
@@ -31,8 +31,10 @@ def as_features(
         )
     if values.ndim != 2 or values.shape[1] == 0:
         raise ValueError(f"{name}: expected a matrix (images, features), got shape {tuple(values.shape)}")
-    if len(values) < least:
-        needed = "a distribution needs at least 2" if least == 2 else f"at least {least} must be there"
+    if len(values) < min_rows:
+        needed = f"at least {min_rows} must be there"
+        if min_rows == 2:
+            needed = "a distribution needs at least 2"
         raise ValueError(f"{name}: {len(values)} image(s); {needed}")
     refuse_broken_rows(name, values)
     return values.detach().to(dtype or values.dtype)
@@ -54,11 +56,11 @@ def refuse_broken_rows(name: str, values: Tensor) -> None:
 
 
 def as_pair(
-    real: Features, generated: Features, *, dtype: torch.dtype = torch.float64, least: int = 2
+    real: Features, generated: Features, *, dtype: torch.dtype = torch.float64, min_rows: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Both sets checked, and that their features are of one width."""
-    real = as_features("real", real, dtype=dtype, least=least)
-    generated = as_features("generated", generated, dtype=dtype, least=least)
+    real = as_features("real", real, dtype=dtype, min_rows=min_rows)
+    generated = as_features("generated", generated, dtype=dtype, min_rows=min_rows)
     refuse_unequal_widths(real.shape[1], generated.shape[1])
     return real, generated
 

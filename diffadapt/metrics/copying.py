@@ -38,7 +38,8 @@ def nearest_images(*, training: Features, generated: Features, mirrored: Feature
         mirrored: (N, D) features of the training images flipped left to right, in the same order. A flipped
             copy is found only with them.
     """
-    training, generated = as_pair(training, generated, least=1)
+    training, generated = as_pair(training, generated, min_rows=1)
+    # a mirrored copy is near to the mirrored training image, not to the image itself
     sides = [normalize(training, dim=1)]
     if mirrored is not None:
         sides.append(normalize(_checked_mirror(training, mirrored), dim=1))
@@ -116,7 +117,7 @@ def copy_threshold(*, training: Features) -> float:
 
 
 def _checked_mirror(training: Tensor, mirrored: Features) -> Tensor:
-    mirrored = as_features("mirrored", mirrored, least=1)
+    mirrored = as_features("mirrored", mirrored, min_rows=1)
     if mirrored.shape != training.shape:
         raise ValueError(
             f"mirrored: expected {tuple(training.shape)}, the shape of training, got {tuple(mirrored.shape)}"

@@ -36,7 +36,7 @@ class DigitClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """(B, 3, side, side) in [0, 1] -> `pool` (B, channels[-1]) features, `logits` (B, classes)."""
-        pool = self.convolutions(pixels * 2 - 1).mean(dim=(2, 3))
+        pool = self.convolutions(pixels * 2 - 1).mean(dim=(2, 3))  # (B, channels[-1]), of pixels in [-1, 1]
         return {"pool": pool, "logits": self.head(pool)}
 
 

@@ -96,7 +96,7 @@ def evaluate(
     options = _complete_options(metric, {**(metric_options or {}), **options})
     _require_roles(metric, {"generated": generated, "real": real, "training": train})
     notes = _check_sizes(metric, generated, real, train, options, allow_small)
-    reference = real
+    reference = real  # the whole set, which the floor is taken from
     if metric.real:
         generated, real, size_notes = _cut_to_one_size(metric, generated, real, equalise, seed)
         notes += size_notes
@@ -145,7 +145,10 @@ def metric_value(
 
 
 def _without_intervals(metric: Metric, call: MetricCall) -> tuple[Estimate, ...]:
-    return tuple(Estimate(value) for value in metric.values(call))
+    estimates = []
+    for value in metric.values(call):
+        estimates.append(Estimate(value))
+    return tuple(estimates)
 
 
 def _estimates(metric: Metric, call: MetricCall) -> tuple[tuple[Estimate, ...], list[str]]:
@@ -223,6 +226,7 @@ def _floor_of_two_parts(metric: Metric, call: MetricCall, reference: FeatureSet)
         raise _NoFloor(str(error)) from None
     note = f"floor of {n} against {m} other real images"
     if metric.bias is not None:
+        # real against real is all bias, here brought from the sizes (n, m) to those of the score
         factor = metric.bias(n_generated, n_real) / metric.bias(n, m)
         values = tuple(value * factor for value in values)
         note += f", its sampling bias scaled by {factor:.3g} to {n_generated} against {n_real}"

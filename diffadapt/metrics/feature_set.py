@@ -89,7 +89,7 @@ class FeatureSet:
     @property
     def n(self) -> int | None:
         """Number of images; None for statistics that do not say."""
-        for tensor in self.features.values():
+        for tensor in self.features.values():  # all have the same number
             return len(tensor)
         return None
 
@@ -134,7 +134,7 @@ class FeatureSet:
 
     def neighbours(self, k: int) -> Tensor:
         """Distances of each image to its nearest others, (N, at least k), ascending."""
-        depth = max(k, min(NEIGHBOURS, self.n - 1))
+        depth = max(k, min(NEIGHBOURS, self.n - 1))  # enough for the k of other metrics too
         if depth not in self._neighbours:
             self._neighbours[depth] = neighbour_distances(self["features"], depth)
         return self._neighbours[depth]

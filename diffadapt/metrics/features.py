@@ -64,6 +64,7 @@ class ClipFeatures:
             truncation=True,
             return_tensors="pt",
         )
+        # no mask: attention is causal, so the padding cannot change the end token before it, which is pooled
         states = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device), attention_mask=None)
         return normalize(self.model.text_projection(states.pooler_output).float(), dim=-1)
 

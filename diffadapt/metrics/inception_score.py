@@ -67,6 +67,7 @@ def is_gap(*, real_logits: Features, generated_logits: Features, splits: int = 1
 def inception_score_with_interval(*, logits: Features, splits: int = 10, seed: int = 2020) -> Estimate:
     """The mean score; the splits are independent samples, one split is judged by its random halves."""
     score = _scored(as_features("logits", logits), splits, seed)
+    # an error over few splits is itself uncertain: Student's t instead of the normal distribution
     quantile = Z if score.degrees is None else student_quantile(score.degrees)
     interval = normal_interval(score.value, score.error, score.method, low=1.0, quantile=quantile)
     return Estimate(score.value, interval)
@@ -118,4 +119,5 @@ def _scored(logits: Tensor, splits: int, seed: int) -> _Scored:
         error = float(scores.std()) / splits**0.5
         return _Scored(value, error, splits - 1, f"Student's t, standard error over {splits} splits")
     halves = half_samples_interval(value, lambda rows: float(_score(logits[rows])), len(logits))
-    return _Scored(value, (halves.high - halves.low) / 2 / Z, None, halves.method)
+    error = (halves.high - halves.low) / 2 / Z  # the interval is value +- Z errors
+    return _Scored(value, error, None, halves.method)

@@ -75,6 +75,7 @@ def _student_central_mass(theta: float, degrees: int) -> float:
     Odd degrees:  2/pi (theta + sin (cos + 2/3 cos^3 + ... + (2 4 ... (degrees - 3)) / (3 5 ... (degrees - 2)) cos^(degrees - 2)))
     Even degrees: sin (1 + 1/2 cos^2 + ... + (1 3 ... (degrees - 3)) / (2 4 ... (degrees - 2)) cos^(degrees - 2))
     """  # noqa: E501
+    # `term` runs through the powers of the sum, each from the last by (power - 1) / power cos^2
     is_odd = degrees % 2 == 1
     cosine = math.cos(theta)
     term = cosine if is_odd else 1.0
@@ -104,12 +105,12 @@ def mean_interval(
     return normal_interval(float(values.mean()), error, method, low=low, high=high, quantile=quantile)
 
 
-def proportion_interval(hits: int, n: int, *, given: str = "") -> Interval:
+def proportion_interval(hits: int, n: int, *, condition: str = "") -> Interval:
     """Exact interval of a proportion (Clopper and Pearson, Biometrika 26, 1934).
 
     Args:
         hits: how many of `n` independent images have the property.
-        given: what the proportion is conditional on, in the name of the method.
+        condition: what the proportion is conditional on, in the name of the method.
     """
     if not 0 <= hits <= n or n < 1:
         raise ValueError(f"{hits} of {n} is no proportion")
@@ -121,8 +122,8 @@ def proportion_interval(hits: int, n: int, *, given: str = "") -> Interval:
     if hits < n:  # the p under which as few hits have a probability of 2.5 %
         high = _bisect(lambda p: 1 - at_least(hits + 1, p) < TAIL)
     method = "Clopper-Pearson"
-    if given:
-        method += f", given {given}"
+    if condition:
+        method += f", given {condition}"
     return Interval(low, high, method)
 
 
@@ -131,6 +132,7 @@ def _upper_tails(n: int) -> Callable[[int, float], float]:
 
     P(X = k) = n! / (k! (n - k)!) p^k (1 - p)^(n - k)
     """
+    # in logarithms, as n! overflows from n = 171 on; numpy has no lgamma
     k = torch.arange(n + 1, dtype=torch.float64)
     log_choices = torch.lgamma(k[-1] + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     k = k.numpy()  # (n + 1,)
@@ -147,7 +149,7 @@ def _bisect(is_above: Callable[[float], bool]) -> float:
     """The probability in (0, 1) where a monotone condition turns from false to true."""
     low = 0.0
     high = 1.0
-    for _ in range(60):
+    for _ in range(60):  # to the last bit of float64
         middle = (low + high) / 2
         if is_above(middle):
             high = middle
@@ -212,7 +214,10 @@ def cluster_means(values: Tensor, clusters: Sequence | Tensor) -> dict[object, f
     members: dict[object, list[float]] = {}
     for name, value in zip(names, values.double().tolist(), strict=True):
         members.setdefault(name, []).append(value)
-    return {name: sum(cluster) / len(cluster) for name, cluster in members.items()}
+    means = {}
+    for name, cluster in members.items():
+        means[name] = sum(cluster) / len(cluster)
+    return means
 
 
 def half_samples_interval(
@@ -260,6 +265,7 @@ def half_samples_interval(
         for unit in generator.permutation(len(units))[:half]:
             rows += units[unit]
         values.append(of_rows(torch.tensor(rows)))
+    # 1/G over 1/h - 1/G = (G - h) / (h G) is h / (G - h)
     spread = float(np.std(values, ddof=1)) * (half / (len(units) - half)) ** 0.5
     method = f"normal, spread of {repeats} random halves"
     quantile = Z

@@ -236,6 +236,7 @@ def paired_kid_difference(*, real: Features, first: Features, other: Features) -
     Args:
         first, other: (n, D) features of the same prompts and seeds, in the same order.
     """
+    # a and b as in the equations: the images of the first set and of the other, (n, D)
     real, a = as_pair(real, first)
     _, b = as_pair(real, other)
     n = len(a)
@@ -269,5 +270,5 @@ def _discrepancy(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[float, float, tu
     variance = 4 * variance_f / m + 4 * variance_g / n
     variance += 2 * xx.interaction / (m * (m - 1)) + 2 * yy.interaction / (n * (n - 1))
     variance += 4 * xy.interaction / (m * n)
-    value = float(xx.mean + yy.mean - 2 * xy.mean)
+    value = float(xx.mean + yy.mean - 2 * xy.mean)  # MMD^2
     return value, float(variance), (float(xx.mean), float(yy.mean))

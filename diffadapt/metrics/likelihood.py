@@ -59,6 +59,7 @@ def fls_with_interval(*, training: Features, test: Features, generated: Features
     def score(difference: float) -> float:
         return 100 * math.exp(-2 * difference / width)
 
+    # the score falls with the difference, so the ends change places
     interval = Interval(score(spread.high), score(spread.low), f"{spread.method}, mixtures fixed")
     return Estimate(score(float(differences.mean())), interval)
 

@@ -123,12 +123,13 @@ def realism(*, real: Features, generated: Features, k: int = 3) -> Tensor:
     real, generated = as_pair(real, generated, dtype=None)
     (real_points,) = prepare(real)
     radii = _radii(real_points, k, None)  # (N,)
-    is_small = radii <= radii.median()
+    is_small = radii <= radii.median()  # equation 3 prunes the larger half
     radii = radii[is_small]
     real, generated = prepare(real[is_small], generated)
     largest_ratios = []
     for block in squared_blocks(generated, real):
         distances = block.squared.double().clamp(min=0).sqrt()
+        # squared distances that rounding may have changed by more than 1e-4 of them are measured in float64
         rows, columns = (block.squared < 1e4 * block.bound).nonzero(as_tuple=True)
         distances[rows, columns] = measure(generated, real, rows + block.rows.start, columns)
         ratios = (radii / distances).masked_fill(distances == 0, torch.inf)  # 0 / 0 on a repeated real image
@@ -160,10 +161,10 @@ def density_coverage_with_interval(
     balls, members = density_coverage_counts(
         real=real, generated=generated, k=k, real_neighbours=real_neighbours
     )
-    of_generated = balls.double() / k  # (M,)
-    of_real = members.double() * (len(members) / len(balls) / k)  # (N,)
-    variance = float(of_generated.var() / len(balls) + of_real.var() / len(members))
-    value = float(of_generated.mean())
+    generated_means = balls.double() / k  # (M,), of x_ij over j
+    real_means = members.double() * (len(members) / len(balls) / k)  # (N,), of x_ij over i
+    variance = float(generated_means.var() / len(balls) + real_means.var() / len(members))
+    value = float(generated_means.mean())
     method = "normal, standard errors over generated and over real images"
     return {
         "density": Estimate(value, normal_interval(value, variance**0.5, method, low=0.0)),
@@ -171,6 +172,7 @@ def density_coverage_with_interval(
     }
 
 
-def _proportion(hits: Tensor, given: str) -> Estimate:
+def _proportion(hits: Tensor, condition: str) -> Estimate:
+    """The share of hits, with an exact interval given that the set named by `condition` is fixed."""
     inside = int(hits.sum())
-    return Estimate(inside / len(hits), proportion_interval(inside, len(hits), given=given))
+    return Estimate(inside / len(hits), proportion_interval(inside, len(hits), condition=condition))

@@ -12,7 +12,13 @@ from diffadapt.metrics.feature_set import FeatureSet
 from diffadapt.metrics.intervals import Estimate
 
 Minimum = Callable[[int, Mapping[str, object]], int]  # (width of the features, options) -> images
+Required = Callable[[Mapping[str, object]], int]  # options -> images
 Bias = Callable[[int, int], float]  # (generated, real images) -> sampling bias, up to a constant factor
+
+
+def _required_for_spread(options: Mapping[str, object]) -> int:
+    """Two images: one has neither a covariance nor a pair."""
+    return 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +38,9 @@ class Metric:
         per_image: of a metric that is a mean over generated images, the value of each, (M,).
         interval: how the 95 % interval is found.
         source: authors, year and arXiv number; "" where docs/metrics.md defines the metric.
-        minimum: images needed in the generated set.
+        minimum: images needed in the generated set for a value that can be compared with others.
         minimum_real: images needed in the reference; None: as many as in the generated set.
+        required: images of each set without which there is no value at all.
         options: names and defaults of its options, part of a score's identity. `metric_options.RULES` has
             their types and ranges.
         equal_n: whether the value depends on the numbers of images, so that both sets are cut to one size.
@@ -64,6 +71,7 @@ class Metric:
     source: str = ""
     minimum: Minimum
     minimum_real: Minimum | None = None
+    required: Required = _required_for_spread
     options: Mapping[str, object] = field(default_factory=dict)
     equal_n: bool = False
     per_subject: bool = False

@@ -21,12 +21,12 @@ from diffadapt.metrics.checks import Features, as_pair
 from diffadapt.metrics.intervals import Estimate, half_samples_interval
 
 TIMES = torch.logspace(-1, 1, 256, dtype=torch.float64)
-SCALE = 1e6
-LANCZOS_STEPS = 10
-PROBES = 100
+SCALE = 1e6  # of the descriptors, for readable numbers
+LANCZOS_STEPS = 10  # nodes of the quadrature, exact for polynomials of degree 19
+PROBES = 100  # random vectors that a trace is estimated from
 EXACT_UP_TO = 4000  # images; beyond, eigenvalues are too expensive
 PROBES_AT_ONCE = 25  # bounds the Krylov basis at n x steps x this many float64 numbers
-ROWS = 512
+ROWS = 512  # rows of the matrix of distances held at a time
 
 
 def msid(
@@ -59,15 +59,15 @@ def msid(
         if trace == "exact" or (trace == "auto" and n <= EXACT_UP_TO):
             traces = exact_heat_trace(laplacian(features, k))
         else:
-            if common_probes:
+            if common_probes:  # start again, so that the second set gets the first one's numbers
                 generator = np.random.RandomState(seed)
             probes = torch.from_numpy(generator.randn(n, PROBES))
             traces = estimated_heat_trace(laplacian(features, k), probes.to(features.device))
         descriptors.append(SCALE / n * traces)
-    of_real, of_generated = descriptors
-    times = TIMES.to(of_real.device)
-    weights = torch.exp(-2 * (times + 1 / times))
-    return float((weights * (of_real - of_generated).abs()).max())
+    real_descriptor, generated_descriptor = descriptors
+    times = TIMES.to(real_descriptor.device)
+    weights = torch.exp(-2 * (times + 1 / times))  # (256,)
+    return float((weights * (real_descriptor - generated_descriptor).abs()).max())
 
 
 def msid_with_interval(
@@ -99,7 +99,8 @@ def laplacian(features: Tensor, k: int) -> Tensor:
     if not 1 <= k < n - 1:
         raise ValueError(f"a graph of {k} neighbours needs more than {k + 1} images, got {n}")
     rows, columns = neighbour_links(features, k)
-    links = torch.unique(torch.cat([rows * n + columns, columns * n + rows]))  # each once, as one number
+    # each link once in either direction, as the number row * n + column
+    links = torch.unique(torch.cat([rows * n + columns, columns * n + rows]))
     rows = links // n
     columns = links % n
     root = torch.bincount(rows, minlength=n).double().rsqrt()  # (n,), D^(-1/2)
@@ -182,6 +183,7 @@ def lanczos(matrix: Tensor, probes: Tensor, steps: int = LANCZOS_STEPS) -> tuple
         norm = torch.linalg.vector_norm(vector, dim=0)
         tridiagonal[:, step, step + 1] = norm
         tridiagonal[:, step + 1, step] = norm
+        # a norm of 0 ends the Krylov space early: the rest of the matrix is 0 and has weight 0
         vector = vector / norm.clamp(min=torch.finfo(vector.dtype).tiny)
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     return nodes, vectors[:, 0].square()

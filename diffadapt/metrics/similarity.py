@@ -18,7 +18,7 @@ def image_similarities(*, real: Features, generated: Features) -> Tensor:
     Args:
         real, generated: (N, D), (M, D).
     """
-    real, generated = as_pair(real, generated, least=1)
+    real, generated = as_pair(real, generated, min_rows=1)
     return normalize(generated, dim=1) @ normalize(real, dim=1).mean(dim=0)  # (M, D) @ (D,)
 
 
@@ -33,8 +33,8 @@ def paired_similarities(*, first: Features, second: Features) -> Tensor:
     Args:
         first, second: (N, D) each.
     """
-    first = as_features("first", first, least=1)
-    second = as_features("second", second, least=1)
+    first = as_features("first", first, min_rows=1)
+    second = as_features("second", second, min_rows=1)
     if first.shape != second.shape:
         raise ValueError(f"rows must correspond, got {tuple(first.shape)} and {tuple(second.shape)}")
     return (normalize(first, dim=1) * normalize(second, dim=1)).sum(dim=1)
@@ -46,8 +46,8 @@ def text_similarities(*, images: Features, texts: Features) -> Tensor:
     Args:
         images, texts: (N, D) each, in one order.
     """
-    images = as_features("images", images, least=1)
-    texts = as_features("texts", texts, least=1)
+    images = as_features("images", images, min_rows=1)
+    texts = as_features("texts", texts, min_rows=1)
     if images.shape != texts.shape:
         raise ValueError(
             f"one text embedding per image is needed, got {tuple(images.shape)} and {tuple(texts.shape)}"

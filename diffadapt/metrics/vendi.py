@@ -44,6 +44,7 @@ def _unit_rows(features: Features) -> Tensor:
 
 
 def _effective_number(rows: Tensor) -> float:
+    """`vendi` of rows (n, D) of length 1."""
     n, width = rows.shape
     # X^T X and X X^T have the same non-zero eigenvalues: the smaller one is decomposed.
     gram = rows.T @ rows if width < n else rows @ rows.T

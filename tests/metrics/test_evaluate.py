@@ -324,7 +324,7 @@ def test_a_score_has_the_fields_name_only_with_the_fields_extractor(score, extra
 @pytest.mark.parametrize("case", analytic_cases(), ids=lambda case: case.name)
 def test_analytic_cases_hold(case):
     assert case.passed, case
-    assert not dataclasses.replace(case, found=case.expected + 2 * case.tolerance).passed
+    assert not dataclasses.replace(case, computed=case.expected + 2 * case.tolerance).passed
 
 
 def test_the_page_of_metrics_names_every_metric_and_its_minimum():

@@ -49,7 +49,9 @@ def write_features(path: Path, content: SetFeatures) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in content.layers.items()}
+    tensors = {}
+    for name, tensor in content.layers.items():
+        tensors[name] = tensor.contiguous()  # safetensors refuses views
     metadata = {
         "version": VERSION,
         "identity": dict(content.identity),
@@ -68,7 +70,9 @@ def read_features(path: Path) -> SetFeatures:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[KEY])
-            layers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            layers = {}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                layers[name] = file.get_tensor(name)
         version = metadata["version"]
         identity = metadata["identity"]
         sha256 = metadata["tensors"]
@@ -79,8 +83,9 @@ def read_features(path: Path) -> SetFeatures:
         raise ValueError(f"{path} was written by version {version!r} of the format, this is {VERSION}")
     if hash_tensors(layers) != sha256:
         raise ValueError(f"{path} is damaged: the hash of its features differs; extract them again")
-    if any(len(rows) != len(infos) for rows in layers.values()):
-        raise ValueError(f"{path} is damaged: {len(infos)} images, but other numbers of rows")
+    for rows in layers.values():
+        if len(rows) != len(infos):
+            raise ValueError(f"{path} is damaged: {len(infos)} images, but other numbers of rows")
     return SetFeatures(identity, layers, infos)
 
 
@@ -93,9 +98,11 @@ def reorder_by_digest(content: SetFeatures, digests: Sequence[str], names: Seque
         names: the new name of each file.
     """
     row_of = {info.sha256: row for row, info in enumerate(content.infos)}
-    rows = [row_of[sha256] for sha256 in digests]
+    rows = []
     infos = []
-    for row, name in zip(rows, names, strict=True):
+    for sha256, name in zip(digests, names, strict=True):
+        row = row_of[sha256]
+        rows.append(row)
         infos.append(replace(content.infos[row], name=name))
     layers = {layer: tensor[rows] for layer, tensor in content.layers.items()}
     return SetFeatures(content.identity, layers, tuple(infos))

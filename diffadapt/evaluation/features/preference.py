@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffadapt.evaluation.features.extractors.base import Extractor
 from diffadapt.evaluation.features.extractors.custom import import_class, source_sha256
+from diffadapt.evaluation.features.prompt_groups import group_numbers
 from diffadapt.evaluation.record import ImageRow
 from diffadapt.evaluation.scored_set import ScoredSet
 from diffadapt.evaluation.scoring import Plan, ScoringResult, score_set
@@ -52,7 +53,9 @@ class Preference:
         names = [info.name for info in scored_set.infos]
         parts = []
         for start in range(0, len(names), BATCH):
-            images = [scored_set.load_image(name).convert("RGB") for name in names[start : start + BATCH]]
+            images = []
+            for name in names[start : start + BATCH]:
+                images.append(scored_set.load_image(name).convert("RGB"))
             prompts = list(scored_set.prompts[start : start + BATCH])
             with torch.inference_mode():
                 numbers = torch.as_tensor(self.model(images, prompts)).double().cpu().flatten()
@@ -73,7 +76,7 @@ class Preference:
         return Extractor(
             name=self.name,
             sha256=self.sha256,
-            side=0,
+            side=0,  # the model gets images as they are
             preset="none",
             layers=(METRIC,),
             feature_layer=None,
@@ -111,8 +114,7 @@ def score_preference(
 ) -> tuple[ScoringResult, dict[str, float]]:
     """The mean preference of a set, with an interval over prompts, and the number of each image by name."""
     values = preference.values(scored_set)
-    prompt_index = {prompt: index for index, prompt in enumerate(dict.fromkeys(scored_set.prompts))}
-    groups = torch.tensor([prompt_index[prompt] for prompt in scored_set.prompts])
+    groups = group_numbers(scored_set.prompts)
     feature_sets = {preference.name: FeatureSet({METRIC: values[:, None], "groups": groups})}
     preference_plan = replace(plan, metrics=(METRIC,))
     scored = score_set(
@@ -128,8 +130,11 @@ def with_preference(
     """The rows of a set's images with the number of each; new rows where there are none."""
     if not rows:
         seeds = scored_set.summary.made.get("seeds") or [None] * len(scored_set.infos)
-        rows = [
-            ImageRow(label, info.name, prompt=prompt, seed=seed)
-            for info, prompt, seed in zip(scored_set.infos, scored_set.prompts, seeds, strict=True)
-        ]
-    return [replace(row, values={**row.values, METRIC: numbers[row.name]}) for row in rows]
+        rows = []
+        for info, prompt, seed in zip(scored_set.infos, scored_set.prompts, seeds, strict=True):
+            rows.append(ImageRow(label, info.name, prompt=prompt, seed=seed))
+    rows_with_preference = []
+    for row in rows:
+        values = {**row.values, METRIC: numbers[row.name]}
+        rows_with_preference.append(replace(row, values=values))
+    return rows_with_preference

@@ -1,4 +1,4 @@
-"""Features of LPIPS, reduced to the distances among images of one prompt.
+"""Images by prompt: their groups, batches of whole prompts, and LPIPS reduced to distances within a prompt.
 
 A row of LPIPS features has 640,000 numbers (AlexNet) to 8 million (VGG16): too many to store for a whole set.
 Diversity needs nothing but the distances within each prompt, which a few coordinates per image keep.
@@ -6,7 +6,7 @@ Diversity needs nothing but the distances within each prompt, which a few coordi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +23,29 @@ def prompt_batches(count: int, batch_size: int, prompts: Sequence[str] = ()) -> 
         prompts: the prompt of each image. With prompts a batch holds all images of its prompts: at most
             `batch_size` of them, unless one prompt has more.
     """
+    batches: list[list[int]] = []
     if not prompts:
-        return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
-    batches: list[list[int]] = [[]]
+        for start in range(0, count, batch_size):
+            batches.append(list(range(start, min(start + batch_size, count))))
+        return batches
+    batches.append([])
     for positions in _positions_by_prompt(prompts):
         if batches[-1] and len(batches[-1]) + len(positions) > batch_size:
             batches.append([])
         batches[-1] += positions
     return batches
+
+
+def group_numbers(prompts: Iterable[Hashable]) -> Tensor:
+    """The number of each image's prompt (or of whatever it is grouped by), (N,).
+
+    Prompts are numbered from 0, in the order of first appearance.
+    """
+    number_of: dict[Hashable, int] = {}
+    numbers = []
+    for prompt in prompts:
+        numbers.append(number_of.setdefault(prompt, len(number_of)))
+    return torch.tensor(numbers)
 
 
 def coordinates(rows: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -53,7 +68,8 @@ def coordinates(rows: Tensor, prompts: Sequence[str]) -> Tensor:
     for positions in groups:
         products = _inner_products(rows[positions])  # (m, m)
         if products.isfinite().all():
-            values, vectors = torch.linalg.eigh(products)
+            values, vectors = torch.linalg.eigh(products)  # (m,), (m, m)
+            # G has no negative eigenvalues but by rounding
             result[positions, : len(positions)] = vectors * values.clamp(min=0).sqrt()
     result[~rows.isfinite().all(dim=1)] = torch.nan
     return result
@@ -62,7 +78,10 @@ def coordinates(rows: Tensor, prompts: Sequence[str]) -> Tensor:
 def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
     """Rows of several batches; narrower ones (coordinates of smaller prompts) get zeros on the right."""
     width = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    padded = []
+    for part in parts:
+        padded.append(torch.nn.functional.pad(part, (0, width - part.shape[1])))
+    return torch.cat(padded)
 
 
 def _positions_by_prompt(prompts: Sequence[str]) -> list[list[int]]:

@@ -108,6 +108,12 @@ class ArrayImage:
         return _channels_first(self.values), info
 
 
+def to_pil_image(image: LazyImage) -> Image.Image:
+    """Reads an image to be looked at."""
+    pixels, _ = image.load()  # (3, H, W)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def to_uint8(images: np.ndarray, name: str) -> np.ndarray:
     """Converts an array of images to 8-bit RGB.
 

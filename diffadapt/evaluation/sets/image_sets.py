@@ -16,7 +16,7 @@ from diffadapt.common.images import IMAGE_SUFFIXES, StoredImage, list_images
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.symlinks import visible_files
 from diffadapt.evaluation.sets.archives import IMAGES, read_npz, zip_images
-from diffadapt.evaluation.sets.image_files import ArrayImage, ImageFile, LazyImage, to_uint8
+from diffadapt.evaluation.sets.image_files import ArrayImage, ImageFile, ImageInfo, LazyImage, to_uint8
 from diffadapt.models.base_names import is_embedded, resolve
 
 DATASETS = "datasets:"
@@ -50,6 +50,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each image, in order."""
+        return [image.name for image in self.images]
 
 
 def open_set(source: str, *, download: bool = False, follow_links: bool = False) -> ImageSet:
@@ -98,6 +103,11 @@ def has_prompts(source: str) -> bool:
 def fingerprint(digests: Iterable[str]) -> str:
     """SHA-256 over the sorted hashes of a set's images: names and order do not matter."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def fingerprint_of(infos: Iterable[ImageInfo]) -> str:
+    """The `fingerprint` of images that were read."""
+    return fingerprint(info.sha256 for info in infos)
 
 
 def _resolve_path(source: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,21 +11,6 @@ from diffadapt.evaluation.scoring import Plan, plan_for, suits
 from diffadapt.metrics.metric import Metric
 from diffadapt.metrics.registry import METRICS
 from diffadapt.metrics.sample_size import TooFewImages, check_size
-
-Options = Mapping[str, object]
-
-# Images of each set without which a metric has no value, whatever --allow_small says; 2 of metrics not here.
-REQUIRED_IMAGES: dict[str, Callable[[Options], int]] = {
-    "fid_infinity": lambda options: 20,  # a line through Frechet distances of subsets
-    "kid_subsets": lambda options: options["size"],
-    "inception_score": lambda options: 2 * options["splits"],
-    "is_gap": lambda options: 2 * options["splits"],
-    "precision_recall": lambda options: options["k"] + 1,
-    "density_coverage": lambda options: options["k"] + 1,
-    "msid": lambda options: options["k"] + 2,
-    "clip_i": lambda options: 1,
-    "dino": lambda options: 1,
-}
 
 
 def check_sizes(
@@ -91,7 +76,7 @@ def _shortage(
 ) -> str | None:
     """Why a metric cannot be computed of sets of these sizes; None where it can."""
     options = {**metric.options, **plan.options.get(metric.key, {})}
-    required = REQUIRED_IMAGES[metric.key](options) if metric.key in REQUIRED_IMAGES else 2
+    required = metric.required(options)  # whatever --allow_small says
     sizes = {"generated": n_generated}
     if metric.real and n_real is not None:
         sizes["real"] = n_real

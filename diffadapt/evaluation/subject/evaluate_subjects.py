@@ -20,14 +20,15 @@ from torch import Tensor
 from diffadapt.evaluation.evaluate_sets import REFERENCE
 from diffadapt.evaluation.features.extraction import ExtractedFeatures, extract
 from diffadapt.evaluation.features.extractors import Extractor
+from diffadapt.evaluation.features.prompt_groups import group_numbers
 from diffadapt.evaluation.features.prompt_lengths import long_prompts_warning
 from diffadapt.evaluation.output_files import EvaluationOutput
 from diffadapt.evaluation.record import EvaluationRecord, ImageRow, Score, SetSummary
 from diffadapt.evaluation.run_facts import run_facts, versions
 from diffadapt.evaluation.scored_set import ScoredSet
-from diffadapt.evaluation.scoring import Plan, kind_of, score_metric
-from diffadapt.evaluation.sets.image_files import ArrayImage, LazyImage
-from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint
+from diffadapt.evaluation.scoring import Plan, kind_of, score_metric, values_by_image
+from diffadapt.evaluation.sets.image_files import ArrayImage, LazyImage, to_pil_image
+from diffadapt.evaluation.sets.image_sets import ImageSet, fingerprint_of
 from diffadapt.evaluation.subject.generate import SubjectSets
 from diffadapt.evaluation.subject.subjects import Subject, SubjectImages, as_image_set
 from diffadapt.metrics.bindings import MetricCall
@@ -41,6 +42,8 @@ FEW_SUBJECTS = 10  # below, an interval over subjects says little
 
 @dataclass
 class _Results:
+    """What the record will hold, set by set."""
+
     scores: list[Score] = field(default_factory=list)
     rows: list[ImageRow] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # "set: metric" -> why
@@ -72,12 +75,13 @@ def evaluate_subjects(
     start = time.perf_counter()
     first_images, _ = next(iter(sets.values()))
     subjects = [images.subject for images in first_images]
-    real = _real_set(subjects, [e for e in extractors if e.perceptual_layer is None], skip_bad)
+    real = _real_set(subjects, _similarity_extractors(extractors), skip_bad)
     results = _Results()
     for label, (images, generation) in sets.items():
         image_set = as_image_set(images, source=label)
         extracted = extract(image_set, extractors, skip_bad=skip_bad, title=label)
         origins = _origins_of(label, images, extracted)
+        # every process extracts, and raises the errors above; the first one scores
         if not PartialState().is_main_process:
             continue
         generated = _generated_set(label, subjects, origins, extracted, extractors, generation)
@@ -87,7 +91,9 @@ def evaluate_subjects(
     if not PartialState().is_main_process:
         return None
     results.summaries[REFERENCE] = real.summary
-    texts = [text for subject in subjects for text in subject.texts()]
+    texts: list[str] = []
+    for subject in subjects:
+        texts += subject.texts()
     warnings = []
     for extractor in extractors:
         warnings += long_prompts_warning("prompts", texts, extractor)
@@ -111,13 +117,19 @@ def check_extractors(extractors: Sequence[Extractor]) -> None:
     Raises:
         ValueError: other extractors than one clip or dino, or one of each, and lpips.
     """
-    kinds = [kind_of(extractor) for extractor in extractors if extractor.perceptual_layer is None]
-    has_other_kind = any(kind not in FIDELITY for kind in kinds)
-    if has_other_kind or not kinds or len(set(kinds)) < len(kinds):
+    kinds = [kind_of(extractor) for extractor in _similarity_extractors(extractors)]
+    has_other_kind = not set(kinds) <= set(FIDELITY)
+    has_repeated_kind = len(set(kinds)) < len(kinds)
+    if has_other_kind or has_repeated_kind or not kinds:
         names = ", ".join(extractor.name for extractor in extractors) or "none"
         raise ValueError(
             f"likeness to a subject needs one clip or dino extractor, or one of each; got {names}"
         )
+
+
+def _similarity_extractors(extractors: Sequence[Extractor]) -> list[Extractor]:
+    """The extractors that compare images with real ones and with texts: all but LPIPS."""
+    return [extractor for extractor in extractors if not extractor.is_perceptual]
 
 
 # Sets of features
@@ -138,18 +150,22 @@ def _real_set(subjects: Sequence[Subject], extractors: Sequence[Extractor], skip
     Raises:
         ValueError: images cannot be read, or a subject has no readable one.
     """
-    images = [image for subject in subjects for image in subject.real]
-    image_set = ImageSet("real images", "folder", images)
-    extracted = extract(image_set, extractors, skip_bad=skip_bad, title=image_set.source)
+    images: dict[str, LazyImage] = {}  # by name, which begins with the subject's
     subject_of_image: dict[str, int] = {}
     for position, subject in enumerate(subjects):
-        subject_of_image |= {image.name: position for image in subject.real}
-    subject_numbers = [subject_of_image[info.name] for info in extracted.infos]
+        for image in subject.real:
+            images[image.name] = image
+            subject_of_image[image.name] = position
+    image_set = ImageSet("real images", "folder", list(images.values()))
+    extracted = extract(image_set, extractors, skip_bad=skip_bad, title=image_set.source)
+    subject_numbers = []
+    mirrored_images = []  # of the readable images, in the order of their features
+    for info in extracted.infos:
+        subject_numbers.append(subject_of_image[info.name])
+        mirrored_images.append(_mirror(images[info.name]))
     for position, subject in enumerate(subjects):
         if position not in subject_numbers:
             raise ValueError(f"subject {subject.name!r} has no readable real image")
-    readable_names = {info.name for info in extracted.infos}
-    mirrored_images = [_mirror(image) for image in images if image.name in readable_names]
     mirrored_set = ImageSet("mirrored", "memory", mirrored_images)
     mirrored = extract(mirrored_set, extractors, title=mirrored_set.source)
     names = [subject.name for subject in subjects]
@@ -167,7 +183,7 @@ def _real_set(subjects: Sequence[Subject], extractors: Sequence[Extractor], skip
         source=", ".join(names),
         kind="subjects",
         count=len(extracted.infos),
-        fingerprint=fingerprint(info.sha256 for info in extracted.infos),
+        fingerprint=fingerprint_of(extracted.infos),
         skipped=extracted.skipped,
     )
     return ScoredSet(summary, feature_sets, extracted.infos, None)
@@ -186,15 +202,19 @@ def _origins_of(label: str, images: Sequence[SubjectImages], extracted: Extracte
         ValueError: no image of a subject can be read.
     """
     origins: dict[str, _Origin] = {}
-    for position, of_subject in enumerate(images):
-        for image, prompt, seed in zip(of_subject.images, of_subject.numbers, of_subject.seeds, strict=True):
+    for position, generated in enumerate(images):
+        for image, prompt, seed in zip(generated.images, generated.numbers, generated.seeds, strict=True):
             origins[image.name] = _Origin(position, prompt, seed)
-    readable = [origins[info.name] for info in extracted.infos]
-    subjects_with_images = {origin.subject for origin in readable}
-    for position, of_subject in enumerate(images):
+    readable_origins = []
+    subjects_with_images = set()
+    for info in extracted.infos:
+        origin = origins[info.name]
+        readable_origins.append(origin)
+        subjects_with_images.add(origin.subject)
+    for position, generated in enumerate(images):
         if position not in subjects_with_images:
-            raise ValueError(f"{label}: no image of subject {of_subject.subject.name!r} can be read")
-    return readable
+            raise ValueError(f"{label}: no image of subject {generated.subject.name!r} can be read")
+    return readable_origins
 
 
 def _generated_set(
@@ -206,29 +226,27 @@ def _generated_set(
     generation: Mapping[str, object],
 ) -> ScoredSet:
     """Generated images with the features, prompts and subjects that the protocol's metrics read."""
-    group_numbers: dict[tuple[int, int], int] = {}  # (subject, prompt) -> number, in order of appearance
-    for origin in origins:
-        group_numbers.setdefault((origin.subject, origin.prompt), len(group_numbers))
-    groups = [group_numbers[origin.subject, origin.prompt] for origin in origins]
-    subject_numbers = [origin.subject for origin in origins]
+    # one prompt of one subject is a group: the same words about another subject are another prompt
+    groups = group_numbers((origin.subject, origin.prompt) for origin in origins)  # (N,)
+    subject_numbers = torch.tensor([origin.subject for origin in origins])  # (N,)
+    names = [subject.name for subject in subjects]
     feature_sets = {}
     for extractor in extractors:
         layers = extracted.features[extractor.name]
-        features = {"groups": torch.tensor(groups), "subjects": torch.tensor(subject_numbers)}
-        if extractor.perceptual_layer is not None:
+        features = {"groups": groups, "subjects": subject_numbers}
+        if extractor.is_perceptual:
             features["pixels"] = layers[extractor.perceptual_layer]
         else:
-            features["unit"] = layers[extractor.layer_of("unit")]
+            features["unit"] = layers[extractor.layer_of("unit")]  # (N, D)
             if extractor.embed_texts is not None:
-                features["texts"] = _text_features(extractor, subjects, origins)
-        names = [subject.name for subject in subjects]
+                features["texts"] = _text_features(extractor, subjects, origins)  # (N, D)
         feature_sets[extractor.name] = FeatureSet(features, subject_names=names)
     summary = SetSummary(
         role="generated",
         source=label,
-        kind="drawn" if generation else "folder",
+        kind="drawn" if generation else "folder",  # "drawn" is the word of the record's format
         count=len(extracted.infos),
-        fingerprint=fingerprint(info.sha256 for info in extracted.infos),
+        fingerprint=fingerprint_of(extracted.infos),
         skipped=extracted.skipped,
         made=dict(generation),
     )
@@ -237,8 +255,13 @@ def _generated_set(
 
 def _text_features(extractor: Extractor, subjects: Sequence[Subject], origins: Sequence[_Origin]) -> Tensor:
     """The embedding of each image's prompt without the unique token, (N, D)."""
-    embeddings = [extractor.embed_texts(subject.texts()) for subject in subjects]  # (prompts, D) each
-    return torch.stack([embeddings[origin.subject][origin.prompt] for origin in origins]).cpu()
+    embeddings = []  # (prompts, D) of each subject
+    for subject in subjects:
+        embeddings.append(extractor.embed_texts(subject.texts()))
+    rows = []
+    for origin in origins:
+        rows.append(embeddings[origin.subject][origin.prompt])
+    return torch.stack(rows).cpu()
 
 
 # Scores
@@ -254,7 +277,7 @@ def _score(
     results: _Results,
 ) -> None:
     """Adds the scores of one set, and why some cannot be computed."""
-    first = next(extractor for extractor in extractors if extractor.perceptual_layer is None)
+    first = _similarity_extractors(extractors)[0]
     for extractor in extractors:
         for key in _metrics_of(extractor, with_copies=extractor is first):
             try:
@@ -262,12 +285,13 @@ def _score(
             except ValueError as error:
                 results.refused[f"{label}: {key}"] = str(error)
             else:
-                results.scores += [_as_protocol_score(score, real, subjects) for score in scores]
+                for score in scores:
+                    results.scores.append(_as_protocol_score(score, real, subjects))
 
 
 def _metrics_of(extractor: Extractor, *, with_copies: bool) -> list[str]:
     """The protocol's metrics of one extractor; copies are looked for with the first one only."""
-    if extractor.perceptual_layer is not None:
+    if extractor.is_perceptual:
         return ["lpips_diversity"]
     keys = [FIDELITY[kind_of(extractor)]]
     if extractor.embed_texts is not None:
@@ -280,6 +304,7 @@ def _metrics_of(extractor: Extractor, *, with_copies: bool) -> list[str]:
 def _as_protocol_score(score: Score, real: ScoredSet, subjects: Sequence[Subject]) -> Score:
     """A score with the protocol's identity, which names prompts and real images for every metric."""
     prompts = {subject.name: subject.texts() for subject in subjects}
+    # two evaluations compare only if they asked for the same prompts of the same subjects
     digest = hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()
     identity = {
         **score.identity,
@@ -307,23 +332,21 @@ def _image_rows(
     """Values of each image, its nearest real image, prompt and seed."""
     columns: dict[str, Tensor] = {}  # name -> (N,)
     nearest_names: list[str] = []
-    for extractor in extractors:
-        if extractor.perceptual_layer is not None:
-            continue
+    for extractor in _similarity_extractors(extractors):
         features = generated.feature_sets[extractor.name]
         reference = real.feature_sets[extractor.name]
         for key in _metrics_of(extractor, with_copies=False):
             columns[key] = METRICS[key].per_image(MetricCall(features, reference, METRICS[key].options))
-        if not nearest_names:
+        if not nearest_names:  # of the first extractor alone, which also judges copies
             columns["nearest_similarity"], nearest_names = _nearest_real_images(features, reference, real)
-    values = {name: column.tolist() for name, column in columns.items()}
+    values = values_by_image(columns, len(generated.infos))
     prompts = [subject.prompts(token) for subject in subjects]
     rows = []
     for number, (info, origin) in enumerate(zip(generated.infos, origins, strict=True)):
         row = ImageRow(
             generated=label,
             name=info.name,
-            values={name: column[number] for name, column in values.items()},
+            values=values[number],
             nearest=nearest_names[number],
             prompt=prompts[origin.subject][origin.prompt],
             seed=origin.seed,
@@ -356,12 +379,13 @@ def _image_loader(sets: SubjectSets) -> Callable[[str, str], Image.Image]:
     """(label of a set, image name) -> the image, of all generated and real images."""
     images: dict[tuple[str, str], LazyImage] = {}
     for label, (images_by_subject, _) in sets.items():
-        for of_subject in images_by_subject:
-            images |= {(label, image.name): image for image in of_subject.images}
-            images |= {(REFERENCE, image.name): image for image in of_subject.subject.real}
+        for generated in images_by_subject:
+            for image in generated.images:
+                images[label, image.name] = image
+            for image in generated.subject.real:
+                images[REFERENCE, image.name] = image
 
     def load_image(label: str, name: str) -> Image.Image:
-        pixels, _ = images[label, name].load()  # (3, H, W)
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return to_pil_image(images[label, name])
 
     return load_image

@@ -123,23 +123,23 @@ def _loha_tensors(form: LowRankHadamard, layer: ExportedLayer) -> dict[str, Tens
 
 def _lokr_tensors(form: Kron, layer: ExportedLayer) -> dict[str, Tensor]:
     """LoKr keys, where LyCORIS guesses the split they were made with from their shapes; else plain ones."""
-    rows, columns = form.left.shape
+    rows, columns = form.first.shape
     out, channels, *kernel = layer.shape
     block = (out // rows, channels // columns)
     kernel_size = math.prod(kernel)
     if rows * block[0] == out and columns * block[1] == channels:
-        if not form.right.is_dense:
-            rank = form.right.up.shape[1]
+        if not form.second.is_dense:
+            rank = form.second.up.shape[1]
             if split_read_from((rows, columns), block, rank, kernel_size):
                 return {
-                    "lokr_w1": form.left,
-                    "lokr_w2_a": form.right.up,
-                    "lokr_w2_b": form.right.down,
+                    "lokr_w1": form.first,
+                    "lokr_w2_a": form.second.up,
+                    "lokr_w2_b": form.second.down,
                     "alpha": _alpha(rank),
                 }
         if split_read_from((rows, columns), block, None, kernel_size):
-            right = form.right.matrix().reshape(*block, *kernel)
-            return {"lokr_w1": form.left, "lokr_w2": right, "alpha": _alpha(1)}
+            second = form.second.matrix().reshape(*block, *kernel)
+            return {"lokr_w1": form.first, "lokr_w2": second, "alpha": _alpha(1)}
     product = form.as_product()
     if product.up.shape[1] < min(layer.matrix_shape) or layer.scale is not None:
         return _lora_tensors(product, layer)

@@ -119,6 +119,8 @@ class Fold:
         `terms * std_of_each^(2 * tensors)`.
         """
         shapes = self.shapes
+        # ranks that one entry sums over: one for each axis of a Tucker core, one in all of CP and of
+        # `up @ down`, none of a vector
         summed_ranks = len(self.axes) if "core" in shapes else min(len(self.axes) - 1, 1)
         terms = self.rank**summed_ranks
         std_of_each = (std / terms**0.5) ** (1 / len(shapes))
@@ -145,20 +147,26 @@ class Fold:
         A decomposition of more axes is a matrix product over the split of its axes into two halves:
         `up` holds the core and the factors of the first half, `down` those of the second.
         """
-        dense_factors = [tensors[f"left{index}"] for index in range(self.num_dense)]
+        dense_factors = []  # (b, b) each
+        for index in range(self.num_dense):
+            dense_factors.append(tensors[f"left{index}"])
         if len(self.axes) == 2:
             return dense_factors, tensors["up"], tensors["down"]
-        axis_factors = [tensors[f"factor{axis}"] for axis in range(len(self.axes))]  # (d, r) each
+        axis_factors = []  # (d, r) each
+        for axis in range(len(self.axes)):
+            axis_factors.append(tensors[f"factor{axis}"])
         row_factors = axis_factors[: self._row_axes]
         column_factors = axis_factors[self._row_axes :]
         if self.core == "cp":
             # sum over the rank of outer products of columns
             return dense_factors, _khatri_rao(row_factors), _khatri_rao(column_factors).T
-        up = tensors["core"]  # (r, ..., r) -> (d, ..., d, r, ...)
+        # multiply the first half of the core's axes by their factors: (r, ..., r) -> (d, ..., d, r, ...)
+        up = tensors["core"]
         for axis, factor in enumerate(row_factors):
             up = torch.tensordot(up, factor, ([axis], [1])).movedim(-1, axis)
-        down = column_factors[0]  # (d, r) or (d d, r r)
-        if len(column_factors) == 2:
+        # at most five axes: one or two of them make the columns
+        down = column_factors[0]  # (d, r)
+        if len(column_factors) == 2:  # (d d, r r)
             down = torch.kron(column_factors[0], column_factors[1])
         return dense_factors, up.reshape(-1, down.shape[1]), down.T
 

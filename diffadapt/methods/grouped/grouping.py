@@ -58,7 +58,10 @@ def group_sites(sites: Sequence[Site], groups: str | int) -> tuple[Group, ...]:
     for index, site in enumerate(sites):
         parent = site.name.rpartition(".")[0]
         members.setdefault(site.name if groups == "weight" else parent, []).append(index)
-    return tuple(_group_of_whole_sites(sites, indices) for indices in members.values())
+    whole_groups = []
+    for indices in members.values():
+        whole_groups.append(_group_of_whole_sites(sites, indices))
+    return tuple(whole_groups)
 
 
 def smallest_root(value: int, order: int) -> int:
@@ -77,16 +80,18 @@ def smallest_root(value: int, order: int) -> int:
 def ceil_share(size: int, ratio: float) -> int:
     """`ceil(ratio * size)` for the decimal number one reads: 0.1 is a tenth, not the nearest float."""
     exact = Fraction(str(ratio)) * size
-    return -(-exact.numerator // exact.denominator)
+    return -(-exact.numerator // exact.denominator)  # floor division of the negative rounds up
 
 
 def _group_of_whole_sites(sites: Sequence[Site], indices: Sequence[int]) -> Group:
     pieces = []
     offset = 0
+    width = 0
     for index in indices:
-        pieces.append(Piece(index, offset, sites[index].numel))
-        offset += sites[index].numel
-    width = max(sites[index].fan_in for index in indices)
+        site = sites[index]
+        pieces.append(Piece(index, offset, site.numel))
+        offset += site.numel
+        width = max(width, site.fan_in)
     return Group(offset, width, tuple(pieces))
 
 
@@ -99,11 +104,14 @@ def _equal_groups(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
         end = start + site.numel
         while start < end:
             group, offset = divmod(start, size)
-            length = min(end - start, size - offset)
+            length = min(end - start, size - offset)  # up to the end of the site or of the group
             pieces[group].append(Piece(index, offset, length))
             start += length
     width = max(site.fan_in for site in sites)
-    return tuple(Group(size, width, tuple(group_pieces)) for group_pieces in pieces)
+    groups = []
+    for group_pieces in pieces:
+        groups.append(Group(size, width, tuple(group_pieces)))
+    return tuple(groups)
 
 
 def _equal_group_size(sites: Sequence[Site], total: int, count: int) -> int:
@@ -115,7 +123,7 @@ def _equal_group_size(sites: Sequence[Site], total: int, count: int) -> int:
     if count > MOST_GROUPS:
         raise ValueError(f"superlora: groups must be at most {MOST_GROUPS:,}, got {count}")
     size = -(-total // count)  # rounded up
-    if (count - 1) * size >= total:
+    if (count - 1) * size >= total:  # the last group would begin behind the last entry
         most = -(-total // size)
         raise ValueError(
             f"superlora: groups={count} leaves some of the {total} entries' groups empty; "

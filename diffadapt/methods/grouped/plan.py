@@ -116,7 +116,9 @@ class GroupPlan:
 
         if not self._is_nonlinear:
             return project_fold(fold_tensors)
-        start = {key: tensors[f"{self.name}_{key}_start"] for key in self.fold.shapes}
+        start = {}
+        for key in self.fold.shapes:
+            start[key] = tensors[f"{self.name}_{key}_start"]
         # tanh would keep another vector as long as the group for backward: it is computed again there
         entries = checkpoint(project_fold, fold_tensors, use_reentrant=False, preserve_rng_state=False)
         return entries - project_fold(start)
@@ -124,8 +126,8 @@ class GroupPlan:
     def _sliced_changes(self, fold_tensors: Mapping[str, Tensor], rows: Tensor | None) -> list[Expression]:
         """The change of every piece from the rows of the factors that it touches.
 
-        Nothing as large as a weight is kept. Row `i` of `left (x) right`, for a `right` of n rows, is
-        `left[i // n] (x) right[i % n]`.
+        Nothing as large as a weight is kept. Row `i` of `first (x) second`, for a `second` of n rows, is
+        `first[i // n] (x) second[i % n]`.
 
         Args:
             fold_tensors: the trained tensors by the fold's names.
@@ -140,13 +142,20 @@ class GroupPlan:
             return [matrix] if self.is_kron else [self._slice(matrix, up.shape[0], 0)]
         counts = [len(self._rows_of(piece)) for piece in self.group.pieces]
         up_rows = up.index_select(0, rows % up.shape[0]).split(counts)
-        blocks: list[Expression] = [LowRank(piece_rows, down) for piece_rows in up_rows]
-        right_rows = up.shape[0]  # rows of the product of all factors to the right
+        blocks: list[Expression] = []  # of every piece the rows that it touches, one factor more each time
+        for piece_rows in up_rows:
+            blocks.append(LowRank(piece_rows, down))
+        product_rows = up.shape[0]  # n, the rows of the product of the factors after this one
         for dense in reversed(dense_factors):
-            dense_rows = dense.index_select(0, rows // right_rows % self.fold.dense_size).split(counts)
-            blocks = [KronRows(left, right) for left, right in zip(dense_rows, blocks, strict=True)]
-            right_rows *= self.fold.dense_size
-        return [self._slice(blocks[index], count, index) for index, count in enumerate(counts)]
+            # i // n is a row of this factor and of all before it; modulo its size, of this one alone
+            dense_rows = dense.index_select(0, rows // product_rows % self.fold.dense_size).split(counts)
+            for index, piece_rows in enumerate(dense_rows):
+                blocks[index] = KronRows(piece_rows, blocks[index])
+            product_rows *= self.fold.dense_size
+        changes = []
+        for index, count in enumerate(counts):
+            changes.append(self._slice(blocks[index], count, index))
+        return changes
 
     def _slice(self, rows: Expression, height: int, index: int) -> Expression:
         """Piece number `index` of the group, cut out of the `height` rows that it touches."""
@@ -183,7 +192,10 @@ class GroupPlan:
 
     def _fold_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The group's trained tensors by the fold's names."""
-        return {key: tensors[f"{self.name}_{key}"] for key in self.fold.shapes}
+        fold_tensors = {}
+        for key in self.fold.shapes:
+            fold_tensors[key] = tensors[f"{self.name}_{key}"]
+        return fold_tensors
 
     def _nonlinear_start(self, seed: int) -> dict[str, Tensor]:
         """Start where tanhshrink has a slope: its argument has standard deviation 1.
@@ -241,10 +253,13 @@ def plan_groups(
         pending_shapes.append(run_shapes(site_lengths[index], site.fan_in))
     plans = []
     for number, (group, fold) in enumerate(zip(groups, folds, strict=True)):
-        shapes = tuple(pending_shapes[piece.site].pop(0) for piece in group.pieces)
-        is_kron = projection == "none" and _is_kron(fold, shapes, sites[group.pieces[0].site])
-        plans.append(GroupPlan(f"group{number}", group, fold, projection, shapes, is_kron))
-    return AdapterPlan(tuple(plans), tuple((site.out, site.fan_in) for site in sites))
+        shapes = []
+        for piece in group.pieces:
+            shapes.append(pending_shapes[piece.site].pop(0))
+        is_kron = projection == "none" and _is_kron(fold, tuple(shapes), sites[group.pieces[0].site])
+        plans.append(GroupPlan(f"group{number}", group, fold, projection, tuple(shapes), is_kron))
+    matrix_shapes = tuple((site.out, site.fan_in) for site in sites)
+    return AdapterPlan(tuple(plans), matrix_shapes)
 
 
 def _is_kron(fold: Fold, shapes: tuple[tuple[int, int], ...], site: Site) -> bool:

@@ -16,27 +16,27 @@ from diffadapt.algebra.layer_maps import LayerMap
 
 @dataclass(frozen=True)
 class KronRows(Expression):
-    """Some rows of a Kronecker product: row `i` is `left[i] (b,)` (x) `right.matrix()[i] (d,)`."""
+    """Some rows of a Kronecker product: row `i` is `first[i] (b,)` (x) `second.matrix()[i] (d,)`."""
 
-    left: Tensor
-    right: Expression
+    first: Tensor
+    second: Expression
 
     @property
     def depends_on_base(self) -> bool:
-        return self.right.depends_on_base
+        return self.second.depends_on_base
 
     def export_form(self, factor: float = 1.0) -> ExportForm:
         return low_rank_or_dense(factor * self.matrix())
 
     def matrix(self) -> Tensor:
-        # M[i, (b, d)] = left[i, b] right[i, d]
-        return (self.left[:, :, None] * self.right.matrix()[:, None, :]).flatten(1)  # (i, b d)
+        # M[i, (b, d)] = first[i, b] second[i, d]
+        return (self.first[:, :, None] * self.second.matrix()[:, None, :]).flatten(1)  # (i, b d)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        blocks = grad.unflatten(1, (self.left.shape[1], -1))  # (i, b, d)
-        grad_left = torch.einsum("ibd,id->ib", blocks, self.right.matrix())
-        grad_right = torch.einsum("ibd,ib->id", blocks, self.left)
-        return grad_left, *self.right.vjp(grad_right)
+        blocks = grad.unflatten(1, (self.first.shape[1], -1))  # (i, b, d)
+        grad_first = torch.einsum("ibd,id->ib", blocks, self.second.matrix())
+        grad_second = torch.einsum("ibd,ib->id", blocks, self.first)
+        return grad_first, *self.second.vjp(grad_second)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,9 @@ class Joined(Expression):
         return low_rank_or_dense(factor * self.matrix())
 
     def matrix(self) -> Tensor:
-        entries = [run.matrix().reshape(-1) for run in (self.first, self.second)]
-        return torch.cat(entries).reshape(self.shape)
+        entries_of_first = self.first.matrix().reshape(-1)  # (border,)
+        entries_of_second = self.second.matrix().reshape(-1)
+        return torch.cat([entries_of_first, entries_of_second]).reshape(self.shape)
 
     def vjp(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_first, grad_second = grad.reshape(-1).tensor_split([self.border])
@@ -111,7 +112,7 @@ class Joined(Expression):
     def apply(self, layer: LayerMap, x: Tensor, shape: Sequence[int]) -> Tensor | None:
         rows_of_first, inside_a_row = divmod(self.border, self.shape[1])
         if inside_a_row or getattr(layer, "groups", 1) > 1:
-            return None
+            return None  # the halves would not be whole outputs that see the same inputs
         rows_of_second = shape[0] - rows_of_first
         y_first = self.first.apply(layer, x, (rows_of_first, *shape[1:]))
         if y_first is None:

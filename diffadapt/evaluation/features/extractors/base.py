@@ -69,6 +69,11 @@ class Extractor:
     role_layers: Mapping[str, str] = field(default_factory=dict)
     smoke: bool = False
 
+    @property
+    def is_perceptual(self) -> bool:
+        """Whether it is an LPIPS, which compares generated images of one prompt among themselves alone."""
+        return self.perceptual_layer is not None
+
     def layer_of(self, role: str) -> str | None:
         """The layer that serves a role; None where there is none."""
         if role == "features":
