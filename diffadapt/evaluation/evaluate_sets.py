@@ -109,7 +109,9 @@ def evaluate_sets(
         FloatingPointError: an extractor gave NaN or infinity for the reference or for a single set.
     """
     start = time.perf_counter()
-    sources = {label: open_generated(source, read_options) for label, source in generated.items()}
+    sources = {}
+    for label, source in generated.items():
+        sources[label] = open_generated(source, read_options)
     reference_source = None if reference is None else open_reference(reference, read_options)
     check_counts(plan, extractors, sources, reference_source)
     evaluator = _SetEvaluator(extractors, plan, read_options, protocol, preference)
@@ -130,7 +132,7 @@ def evaluate_sets(
             if scored_set is not None:
                 evaluator.score(label, scored_set)
         except (ValueError, OSError, FloatingPointError) as error:
-            if len(sources) == 1:
+            if len(sources) == 1:  # nothing else is lost
                 raise
             evaluator.failed[label] = str(error)
     if all(label in evaluator.failed for label in sources):
@@ -192,8 +194,9 @@ class _SetEvaluator:
         if options.save_features is None:
             return scored_set
         folder = options.save_features / label
+        # LPIPS' coordinates depend on the other images of a prompt, so they are of no use elsewhere
         for extractor in self.extractors:
-            if extractor.perceptual_layer is None:
+            if not extractor.is_perceptual:
                 layers = extracted.features[extractor.name]
                 content = SetFeatures(identity_of(extractor), layers, extracted.infos)
                 write_features(folder / file_name(extractor.name), content)
@@ -282,7 +285,6 @@ class _SetEvaluator:
     def _warn_of_protocol(self, scored_set: ScoredSet) -> None:
         if self.protocol is not None:
             self.warnings += protocols.shortfall(
-                protocols.protocol(self.protocol),
                 self.protocol,
                 n_generated=scored_set.summary.count,
                 n_real=0 if self.real is None else self.real.summary.count,
@@ -290,6 +292,7 @@ class _SetEvaluator:
 
     def _add_image_rows(self, label: str, scored_set: ScoredSet) -> None:
         """Adds the values of each image, with the first extractor that has features."""
+        # realism and the nearest image are of one space; more columns would not say more
         with_features = [e for e in self.extractors if e.feature_layer is not None]
         if not with_features or scored_set.load_image is None:
             return
@@ -303,8 +306,13 @@ class _SetEvaluator:
         result, numbers = score_preference(label, scored_set, self.preference, self.plan)
         self.scores += result.scores
         self.failed |= result.failed
-        other_rows = [row for row in self.rows if row.generated != label]
-        rows = [row for row in self.rows if row.generated == label]
+        rows = []
+        other_rows = []
+        for row in self.rows:
+            if row.generated == label:
+                rows.append(row)
+            else:
+                other_rows.append(row)
         self.rows = [*other_rows, *with_preference(rows, scored_set, label, numbers)]
 
 
@@ -367,7 +375,7 @@ def _count_of(source: ImageSet | Path) -> int | None:
     """Number of images; None where only their statistics are at hand."""
     if isinstance(source, ImageSet):
         return len(source)
-    if source.suffix == ".npz":
+    if source.suffix == ".npz":  # statistics, which do not say
         return None
     return len(read_features(source).infos)
 

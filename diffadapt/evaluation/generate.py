@@ -77,6 +77,7 @@ def generate_sets(arguments: argparse.Namespace, files: Sequence[str], folder: P
     sampling = make_sampling_config(arguments, defaults, precision.dtype, adapter_paths)
     pipe = open_frozen_pipeline(base, device=device, **base_options)
 
+    # for the record: what a reader needs to generate the images again
     generation: dict[str, object] = {
         "base": base,
         **base_options,
@@ -102,7 +103,7 @@ def generate_sets(arguments: argparse.Namespace, files: Sequence[str], folder: P
 def label_adapters(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
     """A short label for each adapter: the name of its file, or of its folder where files share a name."""
     names = [Path(adapter.path).stem for adapter in adapters]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names):  # checkpoint-100/adapter, checkpoint-200/adapter, ...
         names = [Path(adapter.path).resolve().parent.name for adapter in adapters]
     by_label: dict[str, AdapterFile] = {}
     for name, adapter in zip(names, adapters, strict=True):
@@ -136,13 +137,18 @@ def _generate_set(
         generation: how the images are generated, for the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{index:06d}-seed{request.seed}.png" for index, request in enumerate(requests)]
+    paths = []
+    images = []
+    prompts = []
+    for index, request in enumerate(requests):
+        name = f"{index:06d}-seed{request.seed}.png"
+        paths.append(folder / name)
+        images.append(ImageFile(name, folder / name))
+        prompts.append(request.prompt)
     is_silent = not PartialState().is_main_process
     with tqdm(desc=folder.name, total=len(requests), unit="image", disable=is_silent) as bar:
-        generate_files(pipe, requests, sampling, [folder / name for name in names], bar)
-    images = [ImageFile(name, folder / name) for name in names]
-    prompts = tuple(request.prompt for request in requests)
-    return ImageSet(source, kind, images, generation=generation, prompts=prompts)
+        generate_files(pipe, requests, sampling, paths, bar)
+    return ImageSet(source, kind, images, generation=generation, prompts=tuple(prompts))
 
 
 def _adapter_facts(file: AdapterFile) -> dict[str, object]:
@@ -157,6 +163,9 @@ def _adapter_facts(file: AdapterFile) -> dict[str, object]:
     run_file = folder.parent / "run.json" if is_checkpoint else folder / "run.json"
     if run_file.is_file():
         run = json.loads(run_file.read_text(encoding="utf-8"))
-        fields = CHECKPOINT_FIELDS if is_checkpoint else RUN_FIELDS
-        facts["run"] = {name: run[name] for name in fields if name in run}
+        run_facts = {}
+        for name in CHECKPOINT_FIELDS if is_checkpoint else RUN_FIELDS:
+            if name in run:
+                run_facts[name] = run[name]
+        facts["run"] = run_facts
     return facts

@@ -41,10 +41,11 @@ def generate_files(
     indices: list[int] = []  # of this process's images: every n-th batch of n processes
     for start in range(batch_size * state.process_index, len(requests), batch_size * state.num_processes):
         indices += range(start, min(start + batch_size, len(requests)))
-    remaining_paths = iter([paths[index] for index in indices])
-    for images in generate(pipe, [requests[index] for index in indices], sampling):
+    process_requests = [requests[index] for index in indices]
+    remaining_indices = iter(indices)
+    for images in generate(pipe, process_requests, sampling):
         for image in to_pil_images(images):
-            image.save(next(remaining_paths))
+            image.save(paths[next(remaining_indices)])
         advance(bar, len(images))
     state.wait_for_everyone()
 

@@ -140,7 +140,10 @@ def fill_demo(arguments: argparse.Namespace) -> None:
     """
     if arguments.adapters or arguments.run or arguments.with_base:
         return
-    idle_options = [f"--{name}" for name in SAMPLING_OPTIONS if getattr(arguments, name) is not None]
+    idle_options = []
+    for name in SAMPLING_OPTIONS:
+        if getattr(arguments, name) is not None:
+            idle_options.append(f"--{name}")
     if idle_options:
         raise ValueError(
             f"{', '.join(idle_options)}: no images are generated; give --adapters, --run or --with_base"
@@ -174,28 +177,27 @@ def load_extractors(arguments: argparse.Namespace, device: str) -> list[Extracto
     Raises:
         ValueError, FileNotFoundError: as `load_extractor`.
     """
-    chosen = protocols.PROTOCOLS.get(arguments.protocol)
+    protocol = protocols.PROTOCOLS.get(arguments.protocol)
     preset = arguments.resize
     if arguments.extractor:
         names = arguments.extractor
-    elif chosen is not None:
-        names = chosen.extractor
-        preset = preset or chosen.preset
+    elif protocol is not None:
+        names = protocol.extractor
+        preset = preset or protocol.preset
     else:
         names = _default_extractor(arguments)
     weights = weights_by_extractor(arguments.weights)
     extractors = []
-    for name in dict.fromkeys(names.split(",")):
-        extractors.append(
-            load_extractor(
-                name,
-                weights=weights,
-                preset=lpips_preset(name, arguments.lpips_native, preset),
-                device=device,
-                download=arguments.download,
-                smoke=arguments.smoke,
-            )
+    for name in dict.fromkeys(names.split(",")):  # each once
+        extractor = load_extractor(
+            name,
+            weights=weights,
+            preset=lpips_preset(name, arguments.lpips_native, preset),
+            device=device,
+            download=arguments.download,
+            smoke=arguments.smoke,
         )
+        extractors.append(extractor)
     return extractors
 
 
@@ -215,12 +217,13 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     Raises:
         ValueError: a metric or an option is unknown.
     """
-    chosen = protocols.PROTOCOLS.get(arguments.protocol)
+    protocol = protocols.PROTOCOLS.get(arguments.protocol)
     metrics = parse_metrics(arguments.metrics)
     options: dict[str, dict[str, object]] = {}
-    if chosen is not None:
-        metrics = metrics or chosen.metrics
-        options = {key: dict(values) for key, values in chosen.options.items()}
+    if protocol is not None:
+        metrics = metrics or protocol.metrics
+        for key, values in protocol.options.items():
+            options[key] = dict(values)
     for text in arguments.metric_options:
         key, name, value = _parse_metric_option(text)
         options.setdefault(key, {})[name] = value
@@ -253,6 +256,7 @@ def label_sets(sources: Sequence[str]) -> dict[str, str]:
     for source in sources:
         parts = [part for part in Path(source.replace(":", "/")).parts if part not in ("/", "..", ".")]
         name = Path(parts[-1]).stem if parts else source
+        # "a/samples" and "b/samples" become "samples" and "b-samples"
         if (name in by_label or name == REFERENCE) and len(parts) > 1:
             name = f"{parts[-2]}-{name}"
         label = name
@@ -278,7 +282,7 @@ def _parse_metric_option(text: str) -> tuple[str, str, object]:
 
 
 def _default_extractor(arguments: argparse.Namespace) -> str:
-    """Inception; for a demonstration the embedded extractor of its images."""
+    """Inception; for a demonstration the embedded extractor of its images, which needs no download."""
     if not is_demo(arguments):
         return "inception"
     names = [*arguments.generated, arguments.reference or "", arguments.base or ""]

@@ -102,11 +102,12 @@ def protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def shortfall(chosen: Protocol, name: str, *, n_generated: int, n_real: int) -> list[str]:
-    """A warning when fewer images are scored than the protocol's published numbers are based on."""
-    if n_generated >= chosen.n_generated and n_real >= chosen.n_real:
+def shortfall(name: str, *, n_generated: int, n_real: int) -> list[str]:
+    """A warning when fewer images are scored than a protocol's published numbers are based on."""
+    published = protocol(name)
+    if n_generated >= published.n_generated and n_real >= published.n_real:
         return []
     return [
-        f"the protocol {name} takes {chosen.n_generated:,} generated and {chosen.n_real:,} real images; "
-        f"these are {n_generated:,} and {n_real:,}: not comparable with published numbers"
+        f"the protocol {name} takes {published.n_generated:,} generated and {published.n_real:,} real "
+        f"images; these are {n_generated:,} and {n_real:,}: not comparable with published numbers"
     ]

@@ -15,7 +15,7 @@ from diffadapt.common.atomic_files import write_utf8
 from diffadapt.common.strict_json import parse_number, to_json
 from diffadapt.metrics.intervals import Interval
 
-SCHEMA = "diffadapt-evaluation-1"
+SCHEMA = "diffadapt-evaluation-1"  # the fields below are its keys, so a name that changes is another schema
 NOT_A_SCORE = "NOT A SCORE"  # stamp of everything computed with random weights
 IDENTITY = (  # fields that two scores must share to be compared, in the order in which differences are named
     "metric",
@@ -212,6 +212,7 @@ class EvaluationRecord:
         if schema != SCHEMA:
             raise ValueError(f"the record follows {schema!r}, this version reads {SCHEMA!r}; evaluate again")
         try:
+            # what is a dataclass here is a dictionary in JSON; all other fields are plain values
             scores = [_score(values) for values in content.pop("scores")]
             sets = {label: _build(SetSummary, values) for label, values in content.pop("sets").items()}
             extractors = [_build(ExtractorSummary, values) for values in content.pop("extractors")]
@@ -251,6 +252,7 @@ def differences(first: Score, second: Score) -> list[str]:
 
 
 def _score(values: dict) -> Score:
+    """A score from JSON, in which NaN and infinity are words."""
     interval = values.pop("interval")
     if interval is not None:
         interval = Interval(parse_number(interval["low"]), parse_number(interval["high"]), interval["method"])
@@ -269,8 +271,9 @@ def _build(record_class: type, values: dict) -> object:
 
 def _restore_tuples(record_class: type, values: dict) -> dict:
     """Turns the lists of JSON into tuples again, for the fields that are tuples."""
-    tuple_fields = {field.name for field in fields(record_class) if str(field.type).startswith("tuple")}
+    type_of = {field.name: str(field.type) for field in fields(record_class)}  # annotations are text
     restored = {}
     for name, value in values.items():
-        restored[name] = tuple(value) if name in tuple_fields else value
+        is_tuple = type_of.get(name, "").startswith("tuple")
+        restored[name] = tuple(value) if is_tuple else value
     return restored

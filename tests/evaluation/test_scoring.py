@@ -234,7 +234,7 @@ def test_protocols_warn_of_fewer_images_than_theirs(folders):
     found = scored({"a": folders["a"]}, folders["real"], protocol="adm")
     assert any("adm takes 50,000 generated and 10,000 real" in line for line in found.warnings)
     enough = {"n_generated": 50_000, "n_real": 10_000}
-    assert protocols.shortfall(protocols.protocol("adm"), "adm", **enough) == []
+    assert protocols.shortfall("adm", **enough) == []
     with pytest.raises(ValueError, match="did you mean piq"):
         protocols.protocol("pic")
 

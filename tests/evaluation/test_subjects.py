@@ -37,10 +37,10 @@ def save(folder, count, seed=0, size=8):
 
 def test_the_prompts_file_is_read_as_it_is(prompts):
     assert prompts.classes == {"backpack": "backpack", "bear_plushie": "stuffed animal", "cat": "cat"}
-    assert len(prompts.objects) == 3
-    assert prompts.objects[2] == "a child's {0} {1}"
-    assert prompts.of("stuffed animal") == prompts.objects
-    assert prompts.of("cat") == prompts.live
+    assert len(prompts.object_templates) == 3
+    assert prompts.object_templates[2] == "a child's {0} {1}"
+    assert prompts.of("stuffed animal") == prompts.object_templates
+    assert prompts.of("cat") == prompts.live_templates
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,15 @@ def extract(
         FloatingPointError: an extractor gave NaN or infinity.
     """
     # LPIPS compares images of one prompt; without prompts its features are not needed.
-    used_extractors = [e for e in extractors if e.perceptual_layer is None or image_set.prompts]
+    used_extractors = [e for e in extractors if image_set.prompts or not e.is_perceptual]
     cached, cached_names = _from_cache(image_set, used_extractors, cache)
     uncached = [extractor for extractor in used_extractors if extractor.name not in cached_names]
-    cached_features = {name: content.layers for name, content in cached.items()}  # of the first process
+    cached_features = {}  # in the first process; empty in the others
+    infos: tuple[ImageInfo, ...] = ()
+    for name, content in cached.items():
+        cached_features[name] = content.layers
+        infos = infos or content.infos  # the same images of every extractor
     if cached_names and not uncached:
-        infos = next((content.infos for content in cached.values()), ())
         return ExtractedFeatures(cached_features, infos)
 
     batches = [*gather_object(_run_batches(image_set, uncached, batch_size, skip_bad, title))]
@@ -119,7 +122,7 @@ def advance(bar: tqdm, num_images: int) -> None:
 
 def _store(cache: FeatureCache, extracted: ExtractedFeatures, extractors: Sequence[Extractor]) -> None:
     for extractor in extractors:
-        if extractor.perceptual_layer is None:
+        if not extractor.is_perceptual:  # coordinates within prompts mean nothing beside other images
             features = extracted.features[extractor.name]
             cache.put(extractor, SetFeatures(identity_of(extractor), features, extracted.infos))
 
@@ -150,10 +153,10 @@ def _read_cache(
             digests = list(pool.map(lambda image: image.digest(), image_set.images))
         except (OSError, ValueError):
             return {}
-    names = [image.name for image in image_set.images]
+    names = image_set.names
     cached: dict[str, SetFeatures] = {}
     for extractor in extractors:
-        if extractor.perceptual_layer is None:
+        if not extractor.is_perceptual:
             content = cache.get(extractor, digests, names)
             if content is not None:
                 cached[extractor.name] = content
@@ -170,7 +173,8 @@ def _run_batches(
     """
     state = PartialState()
     needs_one_size = any(extractor.preset == "none" for extractor in extractors)
-    prompts = image_set.prompts if any(extractor.perceptual_layer for extractor in extractors) else ()
+    has_perceptual = any(extractor.is_perceptual for extractor in extractors)
+    prompts = image_set.prompts if has_perceptual else ()  # LPIPS needs whole prompts in a batch
     process_batches = prompt_batches(len(image_set), batch_size, prompts)[
         state.process_index :: state.num_processes
     ]
@@ -208,12 +212,19 @@ def _decode_ahead(
     with ThreadPoolExecutor(READERS) as pool:
         pending: deque[tuple[Sequence[int], list[Future]]] = deque()
         for positions in batches:
-            pending.append((positions, [pool.submit(_decode, images[position]) for position in positions]))
+            futures = [pool.submit(_decode, images[position]) for position in positions]
+            pending.append((positions, futures))
             if len(pending) > BATCHES_AHEAD:
-                first_positions, futures = pending.popleft()
-                yield first_positions, [future.result() for future in futures]
-        for first_positions, futures in pending:
-            yield first_positions, [future.result() for future in futures]
+                yield _results_of(*pending.popleft())
+        for positions, futures in pending:
+            yield _results_of(positions, futures)
+
+
+def _results_of(
+    positions: Sequence[int], futures: Sequence[Future]
+) -> tuple[Sequence[int], list[DecodedImage]]:
+    """Positions and decoded images of a batch, when its threads are done."""
+    return positions, [future.result() for future in futures]
 
 
 def _decode(image: LazyImage) -> DecodedImage:
@@ -239,7 +250,7 @@ def _extract_batch(
         rows: LayerRows = {}
         for layer in extractor.layers:
             rows[layer] = torch.cat([chunk[extractor.name][layer] for chunk in chunks])  # (B, D)
-        if extractor.perceptual_layer is not None:
+        if extractor.is_perceptual:
             layer = extractor.perceptual_layer
             rows = {layer: coordinates(rows[layer], prompts)}
         features[extractor.name] = rows
@@ -253,7 +264,7 @@ def _forward(images: Sequence[Tensor], extractors: Sequence[Extractor]) -> dict[
         rows_by_shape.setdefault(image.shape, []).append(row)
     features = {}
     for extractor in extractors:
-        prepared: list[Tensor] = [torch.empty(0)] * len(images)
+        prepared: list[Tensor] = [torch.empty(0)] * len(images)  # all are replaced below
         for rows in rows_by_shape.values():
             pixels = extractor.prepare(torch.stack([images[row] for row in rows]))  # (R, 3, side, side)
             for row, image in zip(rows, pixels, strict=True):
@@ -265,12 +276,15 @@ def _forward(images: Sequence[Tensor], extractors: Sequence[Extractor]) -> dict[
 def _refuse_mixed_sizes(source: str, batches: Sequence[_Batch], extractors: Sequence[Extractor]) -> None:
     """Refuses images of several sizes when an extractor takes them without a resize."""
     without_resize = [extractor.name for extractor in extractors if extractor.preset == "none"]
-    examples: dict[tuple[int, int], str] = {}
+    examples: dict[tuple[int, int], str] = {}  # size -> an image that has it
     for batch in batches:
         for info in batch.infos:
             examples[info.width, info.height] = info.name
     if without_resize and len(examples) > 1:
-        sizes = ", ".join(f"{width}x{height} ({name})" for (width, height), name in examples.items())
+        described = []
+        for (width, height), name in examples.items():
+            described.append(f"{width}x{height} ({name})")
+        sizes = ", ".join(described)
         raise ValueError(
             f"--resize none needs images of one size for {', '.join(without_resize)}; {source!r} has "
             f"{sizes}; give another resize, such as clean"
@@ -280,7 +294,7 @@ def _refuse_mixed_sizes(source: str, batches: Sequence[_Batch], extractors: Sequ
 def _merge_batches(batches: list[_Batch], extractors: Sequence[Extractor]) -> ExtractedFeatures:
     """All processes' batches in the order of the set."""
     problems: list[tuple[int, str]] = []
-    complete: list[_Batch] = []
+    complete: list[_Batch] = []  # those with features; a batch of unreadable images has none
     for batch in batches:
         problems += batch.problems
         if batch.features or not extractors:
@@ -299,13 +313,16 @@ def _merge_batches(batches: list[_Batch], extractors: Sequence[Extractor]) -> Ex
         for extractor in extractors:
             features[extractor.name] = {}
             for layer in extractor.layers:
-                rows = concatenate_rows([batch.features[extractor.name][layer] for batch in complete])
+                parts = [batch.features[extractor.name][layer] for batch in complete]
+                rows = concatenate_rows(parts)  # (N, D)
                 features[extractor.name][layer] = rows if is_sorted else rows[order]  # spares a copy
+    sorted_infos = tuple(infos[row] for row in order)
     skipped = tuple(line for _, line in sorted(problems))
-    return ExtractedFeatures(features, tuple(infos[row] for row in order), skipped)
+    return ExtractedFeatures(features, sorted_infos, skipped)
 
 
 def _refuse_nonfinite(source: str, extracted: ExtractedFeatures) -> None:
+    """Refuses features that no metric could use, and names the first image that has them."""
     for name, layers in extracted.features.items():
         for layer, rows in layers.items():
             bad_rows = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()

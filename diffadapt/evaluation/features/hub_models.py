@@ -67,7 +67,8 @@ def require_safetensors(folder: Path) -> None:
     """
     if list(folder.glob("*.safetensors")):
         return
-    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+    pickled_paths = [*folder.glob("*.bin"), *folder.glob("*.pt*")]
+    pickled = sorted(path.name for path in pickled_paths)
     content = f"only {', '.join(pickled)}, which may run code when it is read" if pickled else "no weights"
     raise FileNotFoundError(
         f"{folder} holds no .safetensors, {content}\n"

@@ -69,7 +69,7 @@ class Difference:
             return "no clear difference"
         if not self.better:
             return "differs"
-        is_lower = self.value < 0
+        is_lower = self.value < 0  # the other run's
         return "better" if is_lower == (self.better == "lower") else "worse"
 
 
@@ -193,6 +193,7 @@ def _score_difference(first: ComparedRun, run: ComparedRun, name: str, pairs: Pa
     values = _Values(name, run.label, first_score.value, other_score.value, first_score.better)
     is_fully_paired = len(pairs) == len(first.rows) == len(run.rows)
     if is_fully_paired and len(pairs) > 1:
+        # a mean over images: its difference is the mean of the pairs' differences
         if _have_value(pairs, first_score.metric):
             return values.difference(_paired_interval(pairs, first_score.metric), paired=True)
         paired_score = _PairedScore.of(first, run, first_score, pairs)
@@ -213,8 +214,13 @@ def _score_difference(first: ComparedRun, run: ComparedRun, name: str, pairs: Pa
 
 def _image_value_difference(label: str, name: str, pairs: Pairs) -> Difference:
     """The mean difference of one value of the images over pairs that both have it."""
-    first_mean = sum(first.values[name] for first, _ in pairs) / len(pairs)
-    other_mean = sum(other.values[name] for _, other in pairs) / len(pairs)
+    first_values = []
+    other_values = []
+    for first, other in pairs:
+        first_values.append(first.values[name])
+        other_values.append(other.values[name])
+    first_mean = sum(first_values) / len(pairs)
+    other_mean = sum(other_values) / len(pairs)
     values = _Values(f"{name} of each image", label, first_mean, other_mean, better="")
     if len(pairs) < 2:
         return values.difference(None, paired=True)
@@ -229,8 +235,9 @@ def _finite_pairs(pairs: Pairs, name: str) -> Pairs:
     """The pairs whose values can be subtracted; the realism of a copy of a real image is infinite."""
     finite_pairs = []
     for first, other in pairs:
-        values = (first.values.get(name, math.nan), other.values.get(name, math.nan))
-        if all(math.isfinite(value) for value in values):
+        first_value = first.values.get(name, math.nan)
+        other_value = other.values.get(name, math.nan)
+        if math.isfinite(first_value) and math.isfinite(other_value):
             finite_pairs.append((first, other))
     return finite_pairs
 
@@ -254,10 +261,13 @@ def _clusters(pairs: Pairs) -> tuple[str, list | None]:
     Returns:
         The name of the clusters, and the cluster of each pair; None where no two pairs share one.
     """
-    folders = [first.name.rpartition("/")[0] for first, _ in pairs]
+    folders = []
+    prompts = []
+    for first, _ in pairs:
+        folders.append(first.name.rpartition("/")[0])
+        prompts.append(first.prompt)
     if 2 <= len(set(folders)) < len(folders):
         return "folders of paired images", folders
-    prompts = [first.prompt for first, _ in pairs]
     if 2 <= len(set(prompts)) < len(prompts):
         return "prompts of paired images", prompts
     return "", None
@@ -323,7 +333,7 @@ class _PairedScore:
             )
             method = "normal, variance of the U-statistic of the pairs"
             return normal_interval(change, variance**0.5, method)
-        k = self.options.get("k")
+        k = self.options.get("k")  # of metrics with neighbours
         if k is not None and len(self.pairs) // 2 <= 2 * k:  # neighbours would be all over the half sample
             raise ValueError(f"halves of {len(self.pairs)} pairs are too few for {k} neighbours")
         return half_samples_interval(
@@ -346,8 +356,9 @@ class _PairedScore:
             allow_small=True,
             metric_options=self.options,
         )
-        position = self.metric.scores.index(self.score.identity.get("score", self.metric.scores[0]))
-        return list(result.values.values())[position].value
+        # a metric with one score, of DreamBooth's protocol, leaves its name out of the identity
+        name = self.score.identity.get("score", self.metric.scores[0])
+        return result.values[name].value
 
 
 def _stored_features(run: ComparedRun, label: str, score: Score) -> FeatureSet | None:

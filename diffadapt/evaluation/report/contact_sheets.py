@@ -46,7 +46,8 @@ def contact_sheets(
     key = ranking_key(rows)
     sheets = []
     if key is not None:
-        ranked = sorted((row for row in rows if key in row.values), key=lambda row: -row.values[key])
+        ranked = [row for row in rows if key in row.values]
+        ranked.sort(key=lambda row: -row.values[key])
         num_shown = min(count, len(ranked) // 2)
         if num_shown:
             best = ranked[:num_shown]
@@ -59,9 +60,11 @@ def contact_sheets(
     with_nearest = [row for row in rows if row.nearest is not None]
     with_nearest.sort(key=lambda row: -row.values.get(NEAREST, 0.0))
     if with_nearest:
-        cells = tuple(_pair_cell(row) for row in with_nearest[: count * 2 // 3])  # a pair takes more room
+        cells = []
+        for row in with_nearest[: count * 2 // 3]:  # a pair takes more room
+            cells.append(_pair_cell(row))
         note = "generated left, its nearest real image right"
-        sheets.append(ContactSheet("Nearest real images", note, cells))
+        sheets.append(ContactSheet("Nearest real images", note, tuple(cells)))
     return sheets
 
 
@@ -72,7 +75,7 @@ def ranking_key(rows: Sequence[ImageRow]) -> str | None:
         names |= dict.fromkeys(row.values)
     for metric in RANKING:
         for name in names:
-            if name.partition("[")[0] == metric:
+            if name.partition("[")[0] == metric:  # "realism[embedded:clip]"
                 return name
     return None
 

@@ -120,11 +120,15 @@ def document(title: str, body: str) -> str:
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     """A table whose rows become cards on a narrow screen; columns without any value are left out."""
     used_columns = columns_with_values(columns, rows)
-    heading = "".join(f"<th>{escape(column)}</th>" for column in used_columns)
+    heading = ""
+    for column in used_columns:
+        heading += f"<th>{escape(column)}</th>"
     lines = [f'<div class="table"><table class="cards"><thead><tr>{heading}</tr></thead><tbody>']
     for row in rows:
-        cells = [_table_cell(column, row.get(column, "")) for column in used_columns]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        cells = ""
+        for column in used_columns:
+            cells += _table_cell(column, row.get(column, ""))
+        lines.append(f"<tr>{cells}</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
@@ -135,7 +139,7 @@ def plot(figure: Figure, description: str) -> str:
 
 def thumbnail(image: Image.Image) -> tuple[str, bool]:
     """A data URI of an image, which is shrunk where it is large; and whether to show it pixel by pixel."""
-    image = image.convert("RGB")
+    image = image.convert("RGB")  # JPEG has no transparency
     is_small = max(image.size) <= PIXEL_ART_SIDE
     if max(image.size) > MAX_SIDE:
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -160,7 +164,9 @@ def _table_cell(column: str, text: str) -> str:
 
 
 def _introduction(record: EvaluationRecord, beside: str | None) -> str:
-    sets = [f"{summary.count:,} {summary.role} images of {label}" for label, summary in record.sets.items()]
+    sets = []
+    for label, summary in record.sets.items():
+        sets.append(f"{summary.count:,} {summary.role} images of {label}")
     extractors = ", ".join(extractor.name for extractor in record.extractors) or "none"
     parts = [f'<p class="faint">{escape("; ".join(sets))}. Extractors: {escape(extractors)}.</p>']
     if record.settings.get("command"):
@@ -189,7 +195,9 @@ def _escape_with_links(text: str) -> str:
 
 
 def _warnings(record: EvaluationRecord) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in remarks_of_run(record))
+    items = ""
+    for line in remarks_of_run(record):
+        items += f"<li>{escape(line)}</li>"
     return f'<div class="warnings"><ul>{items}</ul></div>' if items else ""
 
 
@@ -202,7 +210,7 @@ def _plots(record: EvaluationRecord, problems: list[str]) -> str:
         make_figure = partial(plots.interval_plot, scores)
         html.append(_plot_if_possible(make_figure, f"{name} of every set", problems))
     key = ranking_key(record.images)
-    for name in dict.fromkeys((key, NEAREST)):
+    for name in dict.fromkeys((key, NEAREST)):  # each once
         values = {} if name is None else _image_values(record, name)
         if values:
             make_figure = partial(plots.histogram, values, name)
@@ -242,16 +250,21 @@ def _set_images(record: EvaluationRecord, label: str, load_image: LoadImage, pro
 
 
 def _sheet_html(sheet: ContactSheet, load_image: LoadImage, problems: list[str]) -> str:
-    cells = "".join(_cell_html(cell, load_image, problems) for cell in sheet.cells)
-    if not cells:
+    cells = ""
+    has_pairs = False
+    for cell in sheet.cells:
+        cells += _cell_html(cell, load_image, problems)
+        has_pairs = has_pairs or len(cell.images) > 1
+    if not cells:  # no image of it can be shown
         return ""
-    has_pairs = any(len(cell.images) > 1 for cell in sheet.cells)
     heading = f'<h3>{escape(sheet.heading)}</h3><p class="faint">{escape(sheet.note)}</p>'
     return f'{heading}<div class="sheet{" pairs" if has_pairs else ""}">{cells}</div>'
 
 
 def _cell_html(cell: Cell, load_image: LoadImage, problems: list[str]) -> str:
-    images = "".join(_image_html(label, name, load_image, problems) for label, name in cell.images)
+    images = ""
+    for label, name in cell.images:
+        images += _image_html(label, name, load_image, problems)
     caption = f"<figcaption>{escape(cell.caption)}</figcaption>"
     return f'<figure><div class="images">{images}</div>{caption}</figure>' if images else ""
 
@@ -263,7 +276,7 @@ def _image_html(label: str, name: str, load_image: LoadImage, problems: list[str
         return ""
     except Exception as error:  # removed or damaged since it was scored; Pillow raises almost anything
         line = f"the page lacks the image {name} of {label}: {error}"
-        if line not in problems:
+        if line not in problems:  # an image may be on several sheets
             problems.append(line)
         return ""
     css_class = ' class="small"' if is_small else ""

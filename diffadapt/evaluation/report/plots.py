@@ -77,7 +77,7 @@ def interval_plot(scores: Sequence[Score]) -> Figure:
         if floors:
             axes.axvline(floors[0], color=FAINT, ls="--", lw=1)
         axes.set_yticks(range(len(scores)), [_short_label(score.generated) for score in scores])
-        axes.set_ylim(len(scores) - 0.4, -0.6)
+        axes.set_ylim(len(scores) - 0.4, -0.6)  # the first set on top
         axes.margins(x=0.12)
         hint = {"lower": " (lower is better)", "higher": " (higher is better)"}.get(scores[0].better, "")
         figure.suptitle(scores[0].name + hint, fontsize=9, x=0.02, ha="left")  # may be longer than the axes
@@ -97,9 +97,13 @@ def histogram(values: Mapping[str, Sequence[float]], name: str) -> Figure:
     all_values: list[float] = []
     for set_values in values.values():
         all_values += set_values
-    low, high = _histogram_range(sorted(value for value in all_values if math.isfinite(value)))
-    num_beyond = sum(not low <= value <= high for value in all_values)
-    bins = min(24, 4 + len(all_values) // (4 * len(values)))
+    finite_values = [value for value in all_values if math.isfinite(value)]
+    low, high = _histogram_range(sorted(finite_values))
+    num_beyond = 0
+    for value in all_values:
+        if not low <= value <= high:  # also NaN and infinity
+            num_beyond += 1
+    bins = min(24, 4 + len(all_values) // (4 * len(values)))  # more for more images of a set
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.2 + 0.2 * (len(values) > 1)), layout="constrained")
         axes = figure.subplots()
@@ -136,8 +140,11 @@ def pareto_plot(points: Sequence[ParetoPoint], *, cost: str, score: str, better:
             axes.plot(*position, "o", color=colour(index), ms=6)
             axes.annotate(_short_label(point.label), position, (6, 4), textcoords="offset points", fontsize=8)
         front = pareto_front(points, better=better)
-        front_costs = [point.cost for point in front]
-        front_values = [point.value for point in front]
+        front_costs = []
+        front_values = []
+        for point in front:
+            front_costs.append(point.cost)
+            front_values.append(point.value)
         axes.plot(front_costs, front_values, color=FAINT, lw=1, ls="--", zorder=0)
         _set_cost_scale(axes, [point.cost for point in points])
         axes.margins(0.15)
@@ -150,6 +157,7 @@ def pareto_plot(points: Sequence[ParetoPoint], *, cost: str, score: str, better:
 
 def pareto_front(points: Sequence[ParetoPoint], *, better: str) -> list[ParetoPoint]:
     """The points that no other beats in cost and score, by rising cost. `better`: "lower" or "higher"."""
+    # sorted by cost, a point is on the front if it scores better than all cheaper ones
     sign = 1 if better == "lower" else -1
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda p: (p.cost, sign * p.value)):
@@ -159,6 +167,7 @@ def pareto_front(points: Sequence[ParetoPoint], *, better: str) -> list[ParetoPo
 
 
 def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
+    """A logarithmic axis for costs of several magnitudes, else whole numbers without an exponent."""
     if min(costs) > 0 and max(costs) > 20 * min(costs):
         axes.set_xscale("log")
     else:
@@ -179,6 +188,7 @@ def _histogram_range(values: Sequence[float]) -> tuple[float, float]:
 
 def _largest_without_outliers(values: Sequence[float]) -> float:
     """The largest of sorted values that is not far beyond most: a near copy has a realism without limit."""
+    # Tukey calls values far out from 3 quartile distances on; 10 cuts only what would flatten all others
     lower_quartile = values[len(values) // 4]
     upper_quartile = values[3 * len(values) // 4]
     limit = upper_quartile + 10 * (upper_quartile - lower_quartile)

@@ -50,7 +50,8 @@ def score_rows(record: EvaluationRecord) -> list[dict[str, str]]:
     """The rows of the table of scores: each score of all sets together, in the order of first appearance."""
     rows = []
     for scores in _scores_by_name(record).values():
-        rows += [score_cells(score) for score in scores]
+        for score in scores:
+            rows.append(score_cells(score))
     return rows
 
 
@@ -62,7 +63,10 @@ def score_notes(record: EvaluationRecord) -> dict[str, str]:
     names_by_note: dict[str, list[str]] = {}
     for name, scores in _scores_by_name(record).items():
         names_by_note.setdefault(_note_of(scores), []).append(name)
-    return {", ".join(names): note for note, names in names_by_note.items()}
+    notes = {}
+    for note, names in names_by_note.items():
+        notes[", ".join(names)] = note
+    return notes
 
 
 def remarks_of_run(record: EvaluationRecord) -> list[str]:
@@ -99,7 +103,10 @@ def markdown(record: EvaluationRecord, *, width: int | None = None) -> str:
         lines += markdown_table(COLUMNS, rows)
     else:
         lines += tables_by_extractor(COLUMNS, rows, width=width)
-    notes = [f"`{name}`: {text}" for name, text in score_notes(record).items() if text]
+    notes = []
+    for name, text in score_notes(record).items():
+        if text:
+            notes.append(f"`{name}`: {text}")
     for block in (notes, remarks_of_run(record)):
         if block:
             lines += ["", *list_items(block)]
@@ -174,7 +181,11 @@ def _provenance(record: EvaluationRecord) -> list[str]:
         "protocol": str(record.settings.get("protocol") or ""),
         "command": f"`{command}`" if command else "",
     }
-    return lines + list_items(f"{name}: {text}" for name, text in facts.items() if text)
+    items = []
+    for name, text in facts.items():
+        if text:
+            items.append(f"{name}: {text}")
+    return lines + list_items(items)
 
 
 def tables_by_extractor(
@@ -189,6 +200,7 @@ def tables_by_extractor(
     """
     rows_by_extractor: dict[str, list[dict[str, str]]] = {}
     for row in rows:
+        # "fid" has no brackets: its extractor is Inception by definition
         name, _, extractor = row["score"].removesuffix("]").partition("[")
         rows_by_extractor.setdefault(extractor, []).append({**row, "score": name})
     lines: list[str] = []
@@ -222,9 +234,11 @@ def markdown_table(
         _shrink(widths, width)
     lines = []
     for cells in table:
-        padded = [shortened(cell, size).ljust(size) for cell, size in zip(cells, widths, strict=True)]
+        padded = []
+        for cell, size in zip(cells, widths, strict=True):
+            padded.append(shortened(cell, size).ljust(size))
         lines.append(f"| {' | '.join(padded)} |")
-    rule = "|".join("-" * (size + 2) for size in widths)
+    rule = "|".join("-" * (size + 2) for size in widths)  # a space on either side of a cell
     return [lines[0], f"|{rule}|", *lines[1:]]
 
 
@@ -239,7 +253,7 @@ def columns_with_values(columns: Sequence[str], rows: Sequence[Mapping[str, str]
 
 def _shrink(widths: list[int], line_width: int) -> None:
     """Shrinks the widest columns until a line fits, or none is wider than MIN_CELL_WIDTH."""
-    separators = 3 * len(widths) + 1
+    separators = 3 * len(widths) + 1  # "| " and " " of each cell, and the last "|"
     while sum(widths) + separators > line_width and max(widths) > MIN_CELL_WIDTH:  # widest first
         widths[widths.index(max(widths))] -= 1
 
@@ -282,7 +296,11 @@ def notes_by_name(notes: Sequence[tuple[str, str]]) -> list[str]:
         names = names_by_note.setdefault(note, [])
         if name not in names:
             names.append(name)
-    return list_items(f"`{', '.join(names)}`: {note}" for note, names in names_by_note.items() if note)
+    items = []
+    for note, names in names_by_note.items():
+        if note:
+            items.append(f"`{', '.join(names)}`: {note}")
+    return list_items(items)
 
 
 def list_items(texts: Iterable[str]) -> list[str]:

@@ -59,7 +59,10 @@ def _sidecar_captions(image_set: ImageSet, follow_links: bool) -> dict[str, str]
     folder = Path(resolve(image_set.source))
     files, _ = visible_files(folder, recursive=True, follow_links=follow_links)
     caption_files = CaptionFiles(files, folder, follow_links=follow_links)
-    return {name: caption_files.caption(path) for name, path in paths.items()}
+    captions = {}
+    for name, path in paths.items():
+        captions[name] = caption_files.caption(path)
+    return captions
 
 
 def _read_captions(path: Path) -> dict[str, str]:
@@ -79,6 +82,7 @@ def _read_coco_captions(path: Path) -> dict[str, str]:
     captions: dict[str, str] = {}
     try:
         content = json.loads(read_text(path))
+        # {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}
         file_names = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in sorted(content["annotations"], key=lambda entry: entry["id"]):
             place = f"annotation {annotation['id']} of {path}"
@@ -93,7 +97,7 @@ def _match_by_name(image_set: ImageSet, captions: Mapping[str, str], source: str
     """Image name -> caption, by whichever spelling of the names matches most images; "" without a match."""
     # "val/1.jpg" in the set may be "val/1.jpg", "1.jpg" or "1" in the file.
     spellings = (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem)
-    names = [image.name for image in image_set.images]
+    names = image_set.names
     best: dict[str, str] = {}
     for spelling in spellings:  # the first of equally good ones
         matched = _match_by_spelling(names, captions, spelling)
@@ -112,6 +116,7 @@ def _match_by_spelling(
     """Image name -> caption; "" where a name, so written, is missing or stands for several files."""
     caption_counts = Counter(map(spelling, captions))
     image_counts = Counter(map(spelling, names))
+    # a name that several files share after shortening ("a/1.jpg" and "b/1.jpg" as "1.jpg") says nothing
     unique_captions = {}
     for name, text in captions.items():
         if caption_counts[spelling(name)] == 1:

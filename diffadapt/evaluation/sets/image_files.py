@@ -176,8 +176,7 @@ def _difference_hashes(image: Image.Image) -> tuple[int, int]:
 def _hash_differences(values: np.ndarray) -> int:
     """(8, 9) gray values to 64 bits."""
     is_darker = values[:, 1:] > values[:, :-1]  # (8, 8)
-    digits = "".join("1" if bit else "0" for bit in is_darker.flatten())
-    return int(digits, 2)
+    return int.from_bytes(np.packbits(is_darker).tobytes(), "big")  # the first place is the highest bit
 
 
 def conversions_of(image: Image.Image) -> tuple[str, ...]:
@@ -230,4 +229,5 @@ def _image_info(
 
 def _hash_array(values: np.ndarray) -> str:
     """SHA-256 of shape and values."""
+    # the shape too: a 2 x 8 and a 4 x 4 image may have the same bytes
     return hashlib.sha256(str(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()

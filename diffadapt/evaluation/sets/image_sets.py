@@ -82,7 +82,9 @@ def open_set(source: str, *, download: bool = False, follow_links: bool = False)
     if not path.exists():
         raise FileNotFoundError(f"no images at {source!r}; give a folder, a .zip, a .npz or {DATASETS}NAME")
     if path.suffix == ".zip":
-        images = [ImageFile(image.name, image) for image in zip_images(path)]
+        images = []
+        for zip_image in zip_images(path):
+            images.append(ImageFile(zip_image.name, zip_image))
         return _require_images(ImageSet(source, "zip", images))
     if path.suffix == ".npz":
         return _open_npz(source, path)
@@ -150,14 +152,14 @@ def _open_sample_folder(source: str, folder: Path) -> ImageSet:
     try:
         entries = json.loads((folder / SAMPLE).read_text(encoding="utf-8"))["images"]
         names = [entry["file"] for entry in entries]
-        prompts = tuple(entry["prompt"] for entry in entries)
+        prompts = [entry["prompt"] for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / SAMPLE} is damaged: {error}; remove it to score all images") from None
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{folder / SAMPLE} names {name!r}, which is not in its folder")
     images = [ImageFile(name, folder / name) for name in names]
-    return _require_images(ImageSet(source, "folder", images, prompts=prompts))
+    return _require_images(ImageSet(source, "folder", images, prompts=tuple(prompts)))
 
 
 def _is_overview_or_input(name: str) -> bool:
@@ -187,7 +189,8 @@ def _open_npz(source: str, path: Path) -> ImageSet:
         return _from_array(source, "npz", arrays[IMAGES])
     candidates = [array for array in arrays.values() if array.ndim == 4]
     if len(candidates) != 1:
-        content = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
+        shapes = [f"{name} {array.shape}" for name, array in arrays.items()]
+        content = ", ".join(shapes) or "nothing"
         raise ValueError(
             f"{source} holds {content}; expected images (N, H, W, 3) under {IMAGES!r}, or one array of four "
             "axes"
@@ -209,7 +212,9 @@ def _from_array(source: str, kind: str, values: np.ndarray) -> ImageSet:
     if values.ndim == 4 and values.shape[1] in channels and values.shape[3] not in channels:
         values = values.transpose(0, 2, 3, 1)  # (N, H, W, C)
     values = to_uint8(values, source)
-    images = [ArrayImage(f"{index:06d}", image) for index, image in enumerate(values)]
+    images = []
+    for index, image in enumerate(values):
+        images.append(ArrayImage(f"{index:06d}", image))
     return _require_images(ImageSet(source, kind, images))
 
 
@@ -239,11 +244,15 @@ def _open_dataset(source: str, dataset: object, column: str | None) -> ImageSet:
 
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(f"{source} has splits {', '.join(dataset)}; name one: {DATASETS}FOLDER:SPLIT")
-    image_columns = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    image_columns = []
+    for name, column_type in dataset.features.items():
+        if isinstance(column_type, datasets.Image):
+            image_columns.append(name)
     if column is None:
         column = image_columns[0] if image_columns else ""
     if column not in image_columns:
         raise ValueError(f"{source} has no image column {column!r}{did_you_mean(column, image_columns)}")
+    # not decoded: `open_image` reads all images alike, and an unreadable one must not end the iteration
     encoded = dataset.cast_column(column, datasets.Image(decode=False))
     return _require_images(ImageSet(source, "datasets", _DatasetImages(encoded, column)))
 
@@ -259,7 +268,7 @@ class _DatasetImages(Sequence):
         return len(self.dataset)
 
     def __getitem__(self, index: int | slice) -> LazyImage | list[LazyImage]:
-        if isinstance(index, slice):
+        if isinstance(index, slice):  # as of any Sequence
             return [self[row] for row in range(*index.indices(len(self)))]
         encoded = self.dataset[index][self.column]  # {"bytes": ..., "path": ...}
         name = f"{index:06d}"

@@ -45,9 +45,10 @@ def lookalikes(generated: Sequence[ImageInfo], real: Sequence[ImageInfo]) -> Pai
     At most one for each generated image.
     """
     generated_bits = _to_bits([info.dhash for info in generated])  # (N, 64)
+    upright_bits = _to_bits([info.dhash for info in real])  # (M, 64)
+    mirrored_bits = _to_bits([info.dhash_mirrored for info in real])  # (M, 64)
     matches: dict[str, str] = {}
-    for real_hashes in ([info.dhash for info in real], [info.dhash_mirrored for info in real]):
-        real_bits = _to_bits(real_hashes)  # (M, 64)
+    for real_bits in (upright_bits, mirrored_bits):
         for start in range(0, len(generated_bits), BLOCK):
             block = generated_bits[start : start + BLOCK]  # (B, 64)
             # |a - b| = |a| + |b| - 2 a . b for vectors of zeros and ones
@@ -81,7 +82,7 @@ def check_sets(
     """
     same = same_images(generated, real)
     mirrored = mirrored_images(generated, real)
-    shared_names = {name for name, _ in [*same, *mirrored]}
+    shared_names = {name for name, _ in [*same, *mirrored]}  # of generated images
     if len(shared_names) == len(generated) and not allow_overlap:
         also_mirrored = "" if same else ", mirrored"
         raise ValueError(
@@ -96,14 +97,15 @@ def check_sets(
     warnings = []
     for pairs, text in findings:
         if pairs:
-            examples = indented_list([f"{first} = {second}" for first, second in pairs], limit=MAX_LISTED)
+            lines = [f"{first} = {second}" for first, second in pairs]
+            examples = indented_list(lines, limit=MAX_LISTED)
             warnings.append(f"{label}: {len(pairs)} of {len(generated)} images {text}:\n{examples}")
     return warnings + _format_mismatch_warning(generated, real, label)
 
 
 def check_repeats(infos: Sequence[ImageInfo], *, label: str) -> list[str]:
     """A warning when a set holds the same image more than once."""
-    counts = Counter(info.pixels for info in infos)
+    counts = Counter(info.pixels for info in infos)  # pixels -> images that have them
     num_repeats = len(infos) - len(counts)
     if not num_repeats:
         return []
@@ -121,7 +123,7 @@ def _format_mismatch_warning(
     """
     generated_share = _lossy_share(generated)
     real_share = _lossy_share(real)
-    if abs(generated_share - real_share) < 0.01:
+    if abs(generated_share - real_share) < 0.01:  # one stray file in a hundred or more
         return []
     return [
         f"{label}: {generated_share:.0%} of the generated and {real_share:.0%} of the reference images are "

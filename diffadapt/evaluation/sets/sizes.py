@@ -35,7 +35,8 @@ def check_sizes(
         else:
             problems += _all_metrics_problems(plan, extractors, label, n_generated, n_real)
     if problems:
-        lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+        unique_problems = dict.fromkeys(problems)  # several extractors may lack the same images
+        lines = "\n".join(f"  {line}" for line in unique_problems)
         raise ValueError(f"too few images; nothing was computed:\n{lines}")
 
 
@@ -63,7 +64,7 @@ def _all_metrics_problems(
     for extractor in extractors:
         for metric in METRICS.values():
             if metric.is_extra or metric.train or not suits(metric, extractor):
-                continue
+                continue  # only computed when it is named
             reason = _shortage(metric, extractor, plan, n_generated, n_real)
             if reason is None:
                 return []

@@ -85,7 +85,8 @@ class SubjectSampling:
         first_seed = self.seed + position * self.samples
         requests = []
         for prompt in subject.prompts(self.unique_token):
-            requests += [ImageRequest(prompt, first_seed + sample) for sample in range(self.samples)]
+            for sample in range(self.samples):
+                requests.append(ImageRequest(prompt, first_seed + sample))
         return requests
 
 
@@ -111,7 +112,10 @@ def generate_subjects(
     if adapters:
         labels.append(ADAPTERS)
     sets: SubjectSets = {}
-    total = len(labels) * sum(len(sampling.requests(subject, 0)) for subject in subjects)
+    images_per_label = 0
+    for subject in subjects:
+        images_per_label += len(sampling.requests(subject, 0))
+    total = len(labels) * images_per_label
     with tqdm(desc="images", total=total, disable=not state.is_main_process) as bar:
         for label in labels:
             images = []
@@ -142,26 +146,32 @@ def _generate(
     folder = sampling.folder / label
     (folder / subject.name).mkdir(parents=True, exist_ok=True)
     requests = sampling.requests(subject, position)
+    paths = []
     images = []
     numbers = []
-    for index in range(len(requests)):
-        number, sample = divmod(index, sampling.samples)
+    seeds = []
+    for index, request in enumerate(requests):
+        number, sample = divmod(index, sampling.samples)  # requests go prompt by prompt
         name = f"{subject.name}/{number:02d}-{sample}.png"
+        paths.append(folder / name)
         images.append(ImageFile(name, folder / name))
         numbers.append(number)
-    generate_files(pipe, requests, config, [folder / image.name for image in images], bar)
-    seeds = tuple(request.seed for request in requests)
-    return SubjectImages(subject, tuple(images), tuple(numbers), seeds)
+        seeds.append(request.seed)
+    generate_files(pipe, requests, config, paths, bar)
+    return SubjectImages(subject, tuple(images), tuple(numbers), tuple(seeds))
 
 
 def _training_costs(adapters: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """The costs in the run.json beside the adapters, means over subjects, where all have one."""
-    files = [Path(path).with_name("run.json") for path in adapters.values()]
-    if not all(file.is_file() for file in files):
-        return {}
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    runs = []
+    for path in adapters.values():
+        run_file = Path(path).with_name("run.json")
+        if not run_file.is_file():
+            return {}
+        runs.append(json.loads(run_file.read_text(encoding="utf-8")))
     costs = {}
     for key in RUN_COSTS:
-        if all(key in run for run in runs):
-            costs[key] = sum(run[key] for run in runs) / len(runs)
+        values = [run[key] for run in runs if key in run]
+        if len(values) == len(runs):
+            costs[key] = sum(values) / len(values)
     return {"run": costs}

@@ -15,9 +15,10 @@ from diffadapt.evaluation.sets.image_sets import ImageSet
 from diffadapt.models.base_names import resolve
 from diffadapt.models.prompts import EMOJI_CONTEXTS
 
-LIVE_CLASSES = ("cat", "dog")  # subjects of these get the prompts for live subjects
+LIVE_CLASSES = ("cat", "dog")  # all live classes of the data set; they get the prompts for live subjects
 EMBEDDED = {"cat": "cat face", "monkey": "monkey face"}  # shipped subject -> its class in the base's words
 MAX_BYTES = 1 << 20  # of a prompts file
+# A prompts file is text with lists in Python's syntax, of which each line is matched; nothing is run.
 TEMPLATE = re.compile(
     r"""(['"])(?P<prompt>[^{}]{0,200}\{0\} \{1\}[^{}]{0,200})\1\.format\(unique_token, class_token\),?"""
 )
@@ -33,17 +34,18 @@ class Prompts:
 
     Attributes:
         classes: subject -> class.
-        objects: templates for objects, with {0} for the unique token and {1} for the class.
-        live: templates for animals.
+        object_templates: for objects, with {0} for the unique token and {1} for the class.
+        live_templates: the same for live subjects, cats and dogs.
     """
 
     classes: Mapping[str, str]
-    objects: tuple[str, ...]
-    live: tuple[str, ...]
+    object_templates: tuple[str, ...]
+    live_templates: tuple[str, ...]
 
     def of(self, class_name: str) -> tuple[str, ...]:
         """The templates for subjects of a class."""
-        return self.live if class_name in LIVE_CLASSES and self.live else self.objects
+        is_live = class_name in LIVE_CLASSES and self.live_templates
+        return self.live_templates if is_live else self.object_templates
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,10 @@ def as_image_set(images_of_subjects: Sequence[SubjectImages], *, source: str) ->
     """The images of all subjects as one set, in order; subject and prompt's number serve as prompts."""
     images: list[LazyImage] = []
     prompts: list[str] = []
-    for of_subject in images_of_subjects:
-        images += of_subject.images
-        prompts += [f"{of_subject.subject.name} {number}" for number in of_subject.numbers]
+    for subject_images in images_of_subjects:
+        images += subject_images.images
+        for number in subject_images.numbers:
+            prompts.append(f"{subject_images.subject.name} {number}")
     return ImageSet(source, "memory", images, prompts=tuple(prompts))
 
 

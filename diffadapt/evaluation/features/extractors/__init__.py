@@ -30,6 +30,7 @@ DEFAULT_MODELS = {  # the models that `clip`, `dino` and `dinov2` alone stand fo
     "dino": "facebook/dino-vits16",
     "dinov2": "facebook/dinov2-small",
 }
+MODEL_NAMES = [f"{kind}:MODEL" for kind in DEFAULT_MODELS]  # for messages
 RANDOM = "random weights"  # recorded in the place of a hash
 
 
@@ -55,8 +56,7 @@ def weights_by_extractor(pairs: Sequence[str]) -> dict[str, Path]:
     for name, path in weight_files.parse_weights(pairs).items():
         full_name = canonical(name)
         if not _takes_weights(full_name):
-            models = [f"{kind}:MODEL" for kind in DEFAULT_MODELS]
-            suggestion = did_you_mean(name, [*weight_files.FILES, *DEFAULT_MODELS, *models])
+            suggestion = did_you_mean(name, [*weight_files.FILES, *DEFAULT_MODELS, *MODEL_NAMES])
             raise ValueError(f"--weights {name}={path}: {name!r} takes no weights{suggestion}")
         paths[full_name] = path
     return paths
@@ -68,7 +68,10 @@ def available(weights: Mapping[str, Path] | None = None) -> list[str]:
     Args:
         weights: parsed `--weights`.
     """
-    names = [name for name in weight_files.FILES if name in (weights or {}) or weight_files.find(name)]
+    names = []
+    for name in weight_files.FILES:
+        if name in (weights or {}) or weight_files.find(name):
+            names.append(name)
     return [*sorted(names), *EMBEDDED]
 
 
@@ -139,8 +142,8 @@ def _from_model(
     top_package = kind.partition(".")[0]
     if model and kind != "embedded" and importlib.util.find_spec(top_package) is not None:
         return custom(name, preset=preset, device=device)
-    models = [f"{kind}:MODEL" for kind in DEFAULT_MODELS]
-    raise ValueError(f"unknown extractor {name!r}{did_you_mean(name, [*NAMES, *models, 'module:Class'])}")
+    valid_names = [*NAMES, *MODEL_NAMES, "module:Class"]
+    raise ValueError(f"unknown extractor {name!r}{did_you_mean(name, valid_names)}")
 
 
 def _from_weight_file(
@@ -159,6 +162,7 @@ def _from_weight_file(
     if backbone:
         options["backbone"] = backbone
     if smoke:
+        # the same numbers every time, and none taken from the caller's generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return build(None, sha256=RANDOM, **options)

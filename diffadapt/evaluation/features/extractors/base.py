@@ -98,7 +98,7 @@ class Extractor:
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Prepared images -> layer -> (B, D) float32 on the CPU."""
-        outputs = self.network(pixels)
+        outputs = self.network(pixels)  # may hold layers that were not asked for
         return {layer: outputs[layer].float().cpu() for layer in self.layers}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ class Inception(fidelity.FeatureExtractorInceptionV3):
 
         It takes 0.7 of the time; features move by less than 1e-6 of the largest.
         """
+        # W' = diag(gamma / sqrt(variance + eps)) W, b' = beta - gamma mean / sqrt(variance + eps)
         for block in self.modules():
             if isinstance(block, fidelity.BasicConv2d):
                 block.conv = fuse_conv_bn_eval(block.conv, block.bn)
@@ -177,8 +178,8 @@ def lpips(path: Path | None, *, backbone: str, sha256: str, preset: str | None, 
         for index, layer in enumerate(backbone_layers[: taps[-1] + 1]):
             x = layer(x)  # (B, C, H, W)
             if index in weight_of:
-                unit = x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()
-                places = x.shape[-2] * x.shape[-1]
+                unit = x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()  # a_l, of length 1 over channels
+                places = x.shape[-2] * x.shape[-1]  # P_l
                 rows.append(((weight_of[index] / places).sqrt() * unit).flatten(1))  # (B, C * H * W)
         return {"lpips": torch.cat(rows, dim=1)}
 
