@@ -28,12 +28,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def combine(arguments: argparse.Namespace) -> str:
     """Writes the combined file. Returns a summary to print."""
-    from diffadapt.formats.edit.resize_combine import combined
+    from diffadapt.formats.edit.resize_combine import combined  # here, as `--help` needs none of it
 
-    files = [parse_adapter_spec(text, strength=1.0) for text in arguments.files]
-    opened = open_adapters([(file.path, file.strength) for file in files], arguments.base)
+    files = []
+    for text in arguments.files:
+        file = parse_adapter_spec(text, strength=1.0)
+        files.append((file.path, file.strength))
+    opened = open_adapters(files, arguments.base)
     changes, error = combined(opened.layers())
-    dense_count = sum(change.form == "dense" for change in changes.values())
+    dense_count = 0
+    for change in changes.values():
+        if change.form == "dense":
+            dense_count += 1
     path = opened.write(changes, arguments.out, {"combined_from": " + ".join(arguments.files)})
     joined_count = len(changes) - dense_count
     return (
@@ -60,6 +66,7 @@ def open_adapters(files: Sequence[tuple[str, float]], base: str | None) -> Opene
         try:
             return open_without_base(files)
         except BaseNeeded as base_needed:
+            # such as DoRA, whose change is another one on another base
             try:
                 base = base_named_in([path for path, _ in files])
             except ValueError as no_base:

@@ -56,7 +56,7 @@ def export(arguments: argparse.Namespace) -> ExportReport:
 
     metadata = da.read_metadata(arguments.file)
     base = arguments.base
-    if not base:
+    if not base:  # a file of another program has no adapter entry; one saved in Python may name no base
         adapter_header = metadata.get("adapter", {})
         base = (adapter_header.get("base") or {}).get("name")
     if not base:

@@ -35,7 +35,7 @@ def extract(arguments: argparse.Namespace) -> str:
 
     base = open_pipeline(arguments.base)
     targets = {"targets": arguments.targets, "text_encoder_targets": arguments.text_encoder_targets}
-    options = {} if arguments.rank is None else {"rank": arguments.rank}
+    options = {} if arguments.rank is None else {"rank": arguments.rank}  # else the method's own default
     method = da.make_method(arguments.adapter, **options)
     if arguments.param_budget is not None:
         budget = parse_budget(arguments.param_budget)
@@ -43,6 +43,7 @@ def extract(arguments: argparse.Namespace) -> str:
     adapter = da.attach(base, method, **targets)
     finetuned = components(open_pipeline(arguments.finetuned), arguments.text_encoder_targets is not None)
     extract(adapter, finetuned)
+    # what the adapter cannot hold: beyond its rank in its own layers, and all that changed in other layers
     error = relative_error(adapter, finetuned)
     outside = share_outside(adapter, finetuned)
     da.save(adapter, arguments.out, base=arguments.base, metadata={"extracted_from": arguments.finetuned})

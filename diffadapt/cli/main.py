@@ -62,7 +62,7 @@ def _make_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             name,
             help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
+            description=command.help[0].upper() + command.help[1:] + ".",  # `capitalize` would lower the rest
             epilog=f"example:\n  {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -79,7 +79,8 @@ def _run_methods(arguments: argparse.Namespace) -> int:
     print("Methods for --adapter, with their default options:\n")
     for name, method in da.METHODS.items():
         summary = (method.__doc__ or "").splitlines()[0].replace("`", "")
-        options = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(method))
+        fields = [f"{field.name}={field.default}" for field in dataclasses.fields(method)]
+        options = ", ".join(fields)
         print(f"{name}: {summary}")
         print(f"    options: {options or 'none'}")
         print(f"    learning rate: {method.learning_rate:g}\n")
@@ -97,7 +98,7 @@ def _run_info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(metadata, indent=1))
         return 0
-    adapter = metadata.pop("adapter")
+    adapter = metadata.pop("adapter")  # JSON of its own; the other entries are short texts
     print(f"{'method':<18} {json.dumps(adapter['method'])}")
     print(f"{'base':<18} {adapter['base']['name']}")
     print(f"{'layers':<18} {len(adapter['sites'])}")

@@ -42,7 +42,10 @@ def params(arguments: argparse.Namespace) -> str:
     if arguments.blocks < 1:
         raise ValueError(f"--blocks must be at least 1, got {arguments.blocks}")
     method = make_method(arguments.adapter)
-    rank_patterns = dict(_parse_rank_pattern(text) for text in arguments.rank_pattern)
+    rank_patterns = {}
+    for text in arguments.rank_pattern:
+        glob, rank = _parse_rank_pattern(text)
+        rank_patterns[glob] = rank
     if arguments.param_budget is not None and rank_patterns:
         raise ValueError("--param_budget chooses one rank for all layers; leave --rank_pattern out")
     model = model_from_config(arguments.model, text_encoders=arguments.text_encoder_targets is not None)
@@ -56,11 +59,12 @@ def params(arguments: argparse.Namespace) -> str:
 
 def as_text(method: Method, table: ParameterTable) -> str:
     """Rows of block, number of layers, trained parameters, their percentage and bytes; the total last."""
-    layer_count = sum(layers for _, layers, _ in table.blocks)
-    rows = [*table.blocks, ("total", layer_count, table.total)]
+    layer_count = 0
     name_width = len("block")
-    for name, _, _ in rows:
+    for name, layers, _ in table.blocks:
+        layer_count += layers
         name_width = max(name_width, len(name))
+    rows = [*table.blocks, ("total", layer_count, table.total)]
     lines = [
         str(method),
         f"{'block':<{name_width}} {'layers':>7} {'parameters':>14} {'percent':>10} {'bytes':>16}",
@@ -76,14 +80,14 @@ def as_text(method: Method, table: ParameterTable) -> str:
 
 def as_json(method: Method, table: ParameterTable) -> str:
     """The table and the method with all its options as JSON."""
-    parts = []
-    for part in method.members:
-        parts.append({"name": part.name, "options": dataclasses.asdict(part)})
+    members = []  # one, or those joined with +, as adapter files store them
+    for member in method.members:
+        members.append({"name": member.name, "options": dataclasses.asdict(member)})
     blocks = []
     for name, layers, parameters in table.blocks:
         blocks.append({"name": name, "layers": layers, "parameters": parameters})
     record = {
-        "method": parts,
+        "method": members,
         "blocks": blocks,
         "parameters": table.total,
         "base_parameters": table.base,
@@ -94,6 +98,7 @@ def as_json(method: Method, table: ParameterTable) -> str:
 
 
 def _parse_rank_pattern(text: str) -> tuple[str, int]:
+    """GLOB=RANK as (glob, rank)."""
     glob, equals, rank = text.rpartition("=")
     if not (equals and glob and rank.isdecimal()):
         raise ValueError(

@@ -29,8 +29,9 @@ def resize(arguments: argparse.Namespace) -> str:
     values_after = 0
     ranks = []
     for change in changes.values():
-        values_after += sum(tensor.numel() for tensor in change.tensors.values())
-        if change.rank:
+        for tensor in change.tensors.values():
+            values_after += tensor.numel()
+        if change.rank:  # biases and norms have none
             ranks.append(change.rank)
     return (
         f"{path}: {values_after:,} values, {values_before:,} before; ranks {min(ranks, default=0)} to "

@@ -50,8 +50,12 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         ValueError: an option has no possible value.
     """
     _check_options(arguments)
-    files = [parse_adapter_spec(text) for text in arguments.adapter]
-    paths = [file.path for file in files]
+    files = []
+    paths = []
+    for text in arguments.adapter:
+        file = parse_adapter_spec(text)
+        files.append(file)
+        paths.append(file.path)
     strengths = parse_strengths(arguments.strength)
     columns = make_columns(
         files, strengths, side_by_side=arguments.grid_adapters, with_base=arguments.compare
@@ -66,10 +70,15 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         notify(notice)
     defaults = sampling_defaults(base, revision=arguments.revision)
     config = make_sampling_config(arguments, defaults, precision.dtype, paths)
-    source = {name: getattr(arguments, name) for name in ("revision", "variant", "vae", "prediction_type")}
-    pipe = open_frozen_pipeline(base, device=device, **source)
+    base_options = {
+        "revision": arguments.revision,
+        "variant": arguments.variant,
+        "vae": arguments.vae,
+        "prediction_type": arguments.prediction_type,
+    }
+    pipe = open_frozen_pipeline(base, device=device, **base_options)
     _notify_truncated_prompts(pipe, requests, config)
-    adapters = []
+    adapters = []  # all stay attached; a column sets their strengths
     for number, path in enumerate(paths):
         adapters.append(da.load(pipe, path, name=f"adapter-{number}"))
 
@@ -80,7 +89,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         "command": command,
         "demo": is_embedded(base),
         "base": base,
-        **source,
+        **base_options,
         "sampler": {**dataclasses.asdict(config), "autocast": precision.name},
         "device": device.type,
         **_describe_pipeline(pipe, files, columns),
@@ -118,6 +127,7 @@ def _describe_pipeline(
 ) -> dict[str, object]:
     """The facts about pipeline, adapters and libraries that are needed to generate the images again."""
     adapters = []
+    # strengths of the last column; "looks" below has those of all
     for file, strength in zip(files, columns[-1].strengths, strict=True):
         sha256 = str(da.read_metadata(file.path)["sha256"])
         adapters.append({"path": file.path, "strength": strength, "sha256": sha256})
@@ -165,7 +175,7 @@ def _write_images(
                 name = f"{len(records):03d}-seed{request.seed}.png"
                 image.save(folder / name)
                 records.append({"file": name, "look": column.name, **dataclasses.asdict(request)})
-            if len(columns) == 1:
+            if len(columns) == 1:  # the title says it all
                 panels.append(Panel("", images, 4, captions))
             else:
                 panels.append(Panel(column.name, images, 2, captions))
@@ -173,6 +183,8 @@ def _write_images(
     distinct_prompts = {request.prompt for request in requests}
     title += requests[0].prompt if len(distinct_prompts) == 1 else "samples"
     note = f"{base}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
-    rows = [panels[start : start + 4] for start in range(0, len(panels), 4)]
+    rows = []
+    for start in range(0, len(panels), 4):  # four panels side by side
+        rows.append(panels[start : start + 4])
     make_contact_sheet(rows, title=title, note=note).save(folder / "sheet.png")
     return records

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from diffadapt.common.number_ranges import require_seed
 from diffadapt.models.base import BaseProfile
-from diffadapt.models.base_names import is_embedded
 from diffadapt.models.noise_schedule import parse_timestep_shift
 from diffadapt.training.options import TrainOptions
 
@@ -144,11 +143,11 @@ def _is_set(name: str) -> Condition:
 
 def _has_hub_base(options: TrainOptions) -> bool:
     name = options.pretrained_model_name_or_path or ""
-    return not is_embedded(name) and not Path(name).expanduser().exists()
+    return not options.is_demo and not Path(name).expanduser().exists()
 
 
 def _has_own_base(options: TrainOptions) -> bool:
-    return not is_embedded(options.pretrained_model_name_or_path or "")
+    return not options.is_demo
 
 
 def _is_adam(options: TrainOptions) -> bool:

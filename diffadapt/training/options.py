@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import TypeVar
 
+from diffadapt.models.base_names import is_embedded
 from diffadapt.models.noise_schedule import DENSITIES
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -41,6 +42,11 @@ class BaseModelOptions:
         "override the scheduler's prediction type",
         choices=("epsilon", "v_prediction", "sample"),
     )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the base is one that is shipped with the package, for demonstration."""
+        return is_embedded(self.pretrained_model_name_or_path or "")
 
 
 @dataclass(frozen=True)

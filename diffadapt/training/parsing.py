@@ -20,7 +20,6 @@ import yaml
 from diffadapt.common.atomic_files import read_text, write_atomically
 from diffadapt.common.messages import did_you_mean
 from diffadapt.common.option_text import parse_literal, split_outside_brackets
-from diffadapt.models.base_names import is_embedded
 from diffadapt.training.options import OptionsT, TrainOptions, option_group
 
 PATH_OPTIONS = (  # options that name files or folders: a leading ~ is the home folder
@@ -136,7 +135,7 @@ def write_config(options: TrainOptions, folder: str | Path, *, heading: str = ""
     values = dataclasses.asdict(options)
     for name in START_OPTIONS:
         del values[name]
-    demo = "# DEMO on the embedded base\n" if is_embedded(options.pretrained_model_name_or_path or "") else ""
+    demo = "# DEMO on the embedded base\n" if options.is_demo else ""
     text = heading + demo + yaml.safe_dump(values, sort_keys=False)
     write_atomically(Path(folder) / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 

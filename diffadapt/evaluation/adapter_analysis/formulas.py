@@ -41,6 +41,7 @@ def numerical_rank(values: Tensor, shape: Sequence[int]) -> int:
     """
     if not len(values):
         return 0
+    # the threshold of numpy's and torch's matrix_rank
     floor = values[0] * max(shape) * torch.finfo(torch.float32).eps
     return int((values > floor).sum())
 
@@ -62,14 +63,15 @@ def subspace_similarity(dense: Singular, variant: Singular, *, k: int = 5) -> tu
 
     Source: SuperLoRA, supplement, equations 4 and 5.
     """
-    dense_left, dense_values, dense_right = dense
-    variant_left, variant_values, variant_right = variant
-    shape = (dense_left.shape[0], dense_right.shape[1])
+    dense_u, dense_values, dense_vh = dense
+    variant_u, variant_values, variant_vh = variant
+    shape = (dense_u.shape[0], dense_vh.shape[1])
     k_dense = min(k, numerical_rank(dense_values, shape))
     k_variant = min(k, numerical_rank(variant_values, shape))
-    left = dense_left[:, :k_dense].T @ variant_left[:, :k_variant]  # (k_dense, k_variant)
-    right = dense_right[:k_dense] @ variant_right[:k_variant].T  # (k_dense, k_variant)
-    return float(left.norm()) / math.sqrt(k), float(right.norm()) / math.sqrt(k)
+    # cosines between the output directions of both, and between their input directions
+    output_cosines = dense_u[:, :k_dense].T @ variant_u[:, :k_variant]  # (k_dense, k_variant)
+    input_cosines = dense_vh[:k_dense] @ variant_vh[:k_variant].T  # (k_dense, k_variant)
+    return float(output_cosines.norm()) / math.sqrt(k), float(input_cosines.norm()) / math.sqrt(k)
 
 
 def relative_distance(dense: Tensor, variant: Tensor) -> float | None:
@@ -98,10 +100,12 @@ def amplification_factor(weight: Tensor, change: Singular, *, rank: int) -> floa
 
     Source: LoRA, section 7.3; FLoRA, Figure 4.
     """
-    left, values, right = change
-    count = min(rank, numerical_rank(values, weight.shape))
-    shared = (left[:, :count].T @ weight.double() @ right[:count].T).norm()
-    return float(values.norm() / shared) if count and shared > 0 else None
+    u, singular_values, vh = change
+    count = min(rank, numerical_rank(singular_values, weight.shape))
+    shared_norm = (u[:, :count].T @ weight.double() @ vh[:count].T).norm()  # |U^T W V|_F
+    if not count or not shared_norm > 0:
+        return None
+    return float(singular_values.norm() / shared_norm)  # |dW|_F is the norm of its singular values
 
 
 def alignment(directions: Tensor, vector: Tensor) -> Tensor:

@@ -85,20 +85,21 @@ def analyse(
     """
     if dense is not None:
         _require_common_weights(adapters, dense)
-    figures: dict[str, list[LayerMeasures]] = {label: [] for label in adapters}
-    sites: dict[str, Site] = {}
+    measures_of: dict[str, list[LayerMeasures]] = {label: [] for label in adapters}
+    sites: dict[str, Site] = {}  # those of all adapters together
     for adapter in adapters.values():
-        sites |= {site.name: site for site in adapter.sites}
+        for site in adapter.sites:
+            sites[site.name] = site
     for site in sites.values():
-        reference = None if dense is None else _singular_vectors(dense, site)
+        reference = None if dense is None else _singular_vectors(dense, site)  # once for all adapters
         for label, adapter in adapters.items():
             if site.name not in adapter.layer_states:
                 continue
             site_rank = rank or configured_rank(adapter, site)
             measures, change = _measure(adapter, site, dense, reference, k, site_rank)
             aligned = {} if change is None else _alignments(change, reference, directions, seed)
-            figures[label].append(LayerMeasures(**measures, alignment=aligned))
-    return figures
+            measures_of[label].append(LayerMeasures(**measures, alignment=aligned))
+    return measures_of
 
 
 @torch.no_grad()
@@ -120,8 +121,11 @@ def summary(adapter: Adapter) -> dict[str, float]:
         factor = amplification_factor(weight, change, rank=configured_rank(adapter, site))
         if factor is not None:
             factors.append(factor)
-    means = {"change_norm": norms, "amplification": factors}
-    return {name: sum(values) / len(values) for name, values in means.items() if values}
+    means = {}
+    for name, values in {"change_norm": norms, "amplification": factors}.items():
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
 
 
 def configured_rank(adapter: Adapter, site: Site) -> int:
@@ -178,16 +182,19 @@ def _alignments(
     change: Singular, reference: Singular | None, directions: int, seed: int
 ) -> dict[str, list[float]]:
     """|cosines| of the dense change's input directions, or of the adapter's own, with each vector."""
-    left, values, right = reference or change
-    fan_in = right.shape[1]
-    count = min(directions, numerical_rank(values, (left.shape[0], fan_in)))
+    u, singular_values, vh = reference or change
+    fan_in = vh.shape[1]
+    count = min(directions, numerical_rank(singular_values, (u.shape[0], fan_in)))
     if not count:
         return {}
-    _, adapter_values, adapter_right = change
+    _, adapter_values, adapter_vh = change
     has_learned = reference is not None and adapter_values[0] > 0
-    learned = adapter_right[0] if has_learned else None  # the adapter's first input direction
+    learned = adapter_vh[0] if has_learned else None  # the adapter's first input direction
     vectors = compression_vectors(fan_in, learned, seed=seed)
-    return {name: alignment(right[:count], vector).tolist() for name, vector in vectors.items()}
+    alignments = {}
+    for name, vector in vectors.items():
+        alignments[name] = alignment(vh[:count], vector).tolist()
+    return alignments
 
 
 def _singular_vectors(adapter: Adapter, site: Site) -> Singular | None:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import diffadapt as da
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.common.atomic_files import sync
-from diffadapt.models.base_names import is_embedded
 from diffadapt.training.checkpoint.checkpoint_files import list_checkpoints, run_id_of
 from diffadapt.training.checkpoint.resume_options import ResumeFacts, check_length, check_resumable
 from diffadapt.training.checkpoint.state_check import check_state, state_digest
@@ -68,7 +67,7 @@ def save_adapter(train_state: TrainState, folder: str | Path) -> Path:
     if train_state.average is not None:
         metadata["weights"] = f"moving average, decay {options.ema_decay:g}"
     metadata |= train_state.metadata
-    if is_embedded(options.pretrained_model_name_or_path or ""):
+    if options.is_demo:
         metadata["note"] = "DEMO on the embedded base"
     path = Path(folder) / "adapter.safetensors"
     with train_state.average.in_place() if train_state.average else nullcontext():

@@ -26,7 +26,6 @@ from diffadapt.data.summary import describe_truncated_captions
 from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
-from diffadapt.models.base_names import is_embedded
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate, truncated_prompts
 from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import TrainState
@@ -283,7 +282,7 @@ class Report(ABC):
         """The content of run.json, apart from memory and versions."""
         options = self.options
         record = {
-            "demo": is_embedded(options.pretrained_model_name_or_path),
+            "demo": options.is_demo,
             "method": str(adapter.method),
             "parameters": adapter.num_parameters,
             "steps": options.max_train_steps,
@@ -311,7 +310,7 @@ class Report(ABC):
     def _title(self, adapter: Adapter | None = None) -> str:
         base = self.options.pretrained_model_name_or_path
         method = self.options.adapter if adapter is None else adapter.method.name
-        demo = "DEMO · " if is_embedded(base) else ""
+        demo = "DEMO · " if self.options.is_demo else ""
         return f"{demo}{method} on {base}: {self.subject()}"
 
     def _grid(self, adapter: Adapter) -> Image.Image:
@@ -320,6 +319,6 @@ class Report(ABC):
             f"{self.data_summary()}, {options.max_train_steps} steps, {adapter.num_parameters:,} trained "
             "parameters"
         )
-        if is_embedded(options.pretrained_model_name_or_path):
+        if options.is_demo:
             note += " · a small base shipped for demonstration; for real images name a real base"
         return make_contact_sheet(self.panels(), title=self._title(adapter), note=note)

@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.data.batches import Batches
-from diffadapt.models.base_names import is_embedded
 from diffadapt.training.loop import TrainState, warmup_steps
 from diffadapt.training.memory import estimate_memory, size_text
 from diffadapt.training.options import TrainOptions
@@ -76,8 +75,7 @@ def closing_message(
         own_data_command: the command for own data, shown after the demonstration.
     """
     output = options.output_dir
-    is_demo = is_embedded(options.pretrained_model_name_or_path)
-    demo = ": DEMO on an embedded base" if is_demo else ""
+    demo = ": DEMO on an embedded base" if options.is_demo else ""
     lines = [f"done in {seconds:.0f} s{demo}"]
     if values:
         for name, before, after in [("", "before", "after"), *metric_rows(values)]:
@@ -90,7 +88,7 @@ def closing_message(
     folder = shlex.quote(f"{output}/more")
     lines.append("generate more:")
     lines.append(f"  diffadapt sample --adapter {adapter} {sample_options} --num_images 16 --out {folder}")
-    if is_demo:
+    if options.is_demo:
         lines.append("your own images, on a real base:")
         lines.append(f"  {own_data_command}")
     return "\n".join(lines)
