@@ -46,11 +46,14 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def held_out_images(scenes: Scenes) -> set[int]:
     """One image of every tenth emoji that has two, the vendors by turns."""
-    seconds = []  # second images of emoji that have two
+    second_images = []  # of emoji that have two, which follow each other
     for index in range(1, len(scenes.concept)):
         if scenes.concept[index] == scenes.concept[index - 1]:
-            seconds.append(index)
-    return {second - (turn % 2) for turn, second in enumerate(seconds[::10])}
+            second_images.append(index)
+    held_out = set()
+    for turn, second in enumerate(second_images[::10]):
+        held_out.add(second - turn % 2)  # the second image, the first one of the next emoji, ...
+    return held_out
 
 
 def random_batch(
@@ -63,28 +66,31 @@ def random_batch(
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    chosen = [rng.choice(images_of[concept]) for concept in rng.sample(sorted(images_of), size)]
+    # different concepts: an emoji that appears twice would be a false negative of itself
+    indices = []
+    for concept in rng.sample(sorted(images_of), size):
+        indices.append(rng.choice(images_of[concept]))
     images = []
     texts = []
-    for index in chosen:
+    for index in indices:
         image, text = scenes.draw(index, rng)
         images.append(image)
         texts.append(text)
-    for index in chosen:
+    for index in indices:
         other = rng.choice(images_of[scenes.concept[index]])
         images.append(composite(scenes.rgba[other]))
     augmented = augment(torch.stack(images), generator, zoom=0.2, gain=0.3)
     return augmented[:size], texts, augmented[size:]
 
 
-def contrastive_loss(left: Tensor, right: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric contrastive loss of matching rows of (B, D) features.
+def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric contrastive loss of matching rows of (B, D) features (CLIP, arXiv 2103.00020, figure 3).
 
     Returns:
-        The loss, and which of the left rows find their match, (B,).
+        The loss, and which of the first rows find their match, (B,).
     """
-    logits = scale * F.normalize(left, dim=1) @ F.normalize(right, dim=1).T  # (B, B)
-    target = torch.arange(len(left))
+    logits = scale * F.normalize(first, dim=1) @ F.normalize(second, dim=1).T  # (B, B)
+    target = torch.arange(len(first))  # row i belongs to column i
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, logits.argmax(1) == target
 
@@ -111,9 +117,10 @@ def train(model: CLIPModel, scenes: Scenes, tokenizer: CLIPTokenizer, args: argp
     figures: dict = {}
     for step in range(start, args.steps):
         set_learning_rate(optimizer, step, args.steps)
-        images, texts, others = random_batch(scenes, images_of, args.batch, step)
+        images, texts, other_drawings = random_batch(scenes, images_of, args.batch, step)
         with fast_autocast(torch.device("cpu")), sdpa_kernel(SDPBackend.MATH):
-            image_features = model.get_image_features(pixel_values=torch.cat([images, others])).pooler_output
+            all_images = torch.cat([images, other_drawings])  # (2 B, 3, 64, 64)
+            image_features = model.get_image_features(pixel_values=all_images).pooler_output
             text_features = model.get_text_features(input_ids=tokenize(tokenizer, texts)).pooler_output
         image_features = image_features.float()  # (2 B, D)
         scale = model.logit_scale.exp()

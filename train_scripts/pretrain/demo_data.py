@@ -81,10 +81,10 @@ def main() -> None:
     for row in concepts:
         if row["code"] not in LIKE_SUBJECTS and (fluent / f"{row['code']}.webp").exists():
             available.append(row)
-    chosen = random.Random(0).sample(available, TRAIN_COUNT + HELD_OUT_COUNT)
+    emoji = random.Random(0).sample(available, TRAIN_COUNT + HELD_OUT_COUNT)
     style = args.assets / "style/fluent3d"
-    write_style(fluent, style / "train", chosen[:TRAIN_COUNT], args.size)
-    write_style(fluent, style / "held_out", chosen[TRAIN_COUNT:], args.size)
+    write_style(fluent, style / "train", emoji[:TRAIN_COUNT], args.size)
+    write_style(fluent, style / "held_out", emoji[TRAIN_COUNT:], args.size)
     print(f"{len(available)} of {len(concepts)} concepts exist as Fluent 3D; wrote 9 + 3 + 300 + 200 images")
 
 

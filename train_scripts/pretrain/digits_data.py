@@ -68,9 +68,9 @@ def printed(fonts: Sequence[Path], count: int, side: int, seed: int = 0) -> Labe
 def _mask(font: Path, digit: int) -> Image.Image:
     """The bare digit, 100 pixels high."""
     face = ImageFont.truetype(str(font), 200)
-    left, top, right, bottom = face.getbbox(str(digit))
-    mask = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(mask).text((-left, -top), str(digit), fill=255, font=face)
+    x0, y0, x1, y1 = face.getbbox(str(digit))  # without the font's margins
+    mask = Image.new("L", (x1 - x0, y1 - y0))
+    ImageDraw.Draw(mask).text((-x0, -y0), str(digit), fill=255, font=face)
     width = max(1, round(mask.width * MASK_HEIGHT / mask.height))
     return mask.resize((width, MASK_HEIGHT), Image.Resampling.LANCZOS)
 
@@ -81,11 +81,11 @@ def _scene(rng: random.Random, mask: Image.Image, side: int) -> np.ndarray:
     width = min(CANVAS - 4, round(mask.width * height / MASK_HEIGHT * rng.uniform(0.85, 1.2)))
     digit = mask.resize((max(4, width), height), Image.Resampling.BILINEAR)
     digit = digit.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
-    left = _shifted_middle(rng, (CANVAS - digit.width) / 2)
-    top = _shifted_middle(rng, (CANVAS - digit.height) / 2)
+    x = _shifted_middle(rng, (CANVAS - digit.width) / 2)
+    y = _shifted_middle(rng, (CANVAS - digit.height) / 2)
     canvas = Image.new("L", (CANVAS, CANVAS))
-    canvas.paste(digit, (left, top))
-    canvas = canvas.resize((side, side), Image.Resampling.BOX)
+    canvas.paste(digit, (x, y))
+    canvas = canvas.resize((side, side), Image.Resampling.BOX)  # the mean over each pixel: soft edges
     coverage = np.asarray(canvas, np.float32)[..., None] / 255  # (side, side, 1), 1: the digit
     ink, ground = _colours(rng)
     pixels = coverage * ink + (1 - coverage) * _ground(rng, ground, side)

@@ -24,8 +24,8 @@ from diffadapt.pipelines import ClassConditionalPipeline
 
 CLASSES = 10
 SIDE = 16
-SHOWN = 60  # images of samples.png
-SHOWN_GUIDANCE = 2.0
+SAMPLES = 60  # images of samples.png
+SAMPLES_GUIDANCE = 2.0
 
 
 def place(build: Path, folder: Path) -> None:
@@ -88,8 +88,8 @@ def main() -> None:
         images, labels = generate(pipe, args.count, args.steps, guidance)
         seconds = (time.time() - began) / args.count
         figures[f"guidance_{guidance:g}"] = {**measure(images, labels, real), "seconds_per_picture": seconds}
-        if guidance == SHOWN_GUIDANCE:
-            enlarged = images[:SHOWN].repeat_interleave(3, 2).repeat_interleave(3, 3)
+        if guidance == SAMPLES_GUIDANCE:
+            enlarged = images[:SAMPLES].repeat_interleave(3, 2).repeat_interleave(3, 3)
             save_image(enlarged, folder / "samples.png", nrow=CLASSES)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures))

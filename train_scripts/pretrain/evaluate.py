@@ -23,9 +23,9 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-SHOWN = """pizza,cat face,dog,red apple,ghost,blue heart,rocket,house,soccer,tulip,snowman,banana,robot face,
-bicycle,hamburger,crab,penguin,gift,guitar,grinning,sob,skull,full moon,fish"""
-BATCH_SIZE = 50
+EMOJI = """pizza,cat face,dog,red apple,ghost,blue heart,rocket,house,soccer,tulip,snowman,banana,robot face,
+bicycle,hamburger,crab,penguin,gift,guitar,grinning,sob,skull,full moon,fish"""  # on samples.webp
+BATCH_SIZE = 50  # images generated at once
 
 
 def place(build: Path, assets: Path) -> None:
@@ -86,8 +86,8 @@ def generate(pipe: StableDiffusionPipeline, texts: list[str], steps: int, guidan
 def measure(pipe: StableDiffusionPipeline, clip: CLIPModel, scenes: Scenes, args: argparse.Namespace) -> dict:
     """Retrieval of the emoji and the style of random training captions, and the time per image."""
     rng = random.Random(args.seed)
-    chosen = rng.sample(range(len(scenes.concept)), args.count)
-    texts = [scenes.caption(index, rng) for index in chosen]
+    indices = rng.sample(range(len(scenes.concept)), args.count)  # of the images whose captions are taken
+    texts = [scenes.caption(index, rng) for index in indices]
     began = time.time()
     images = generate(pipe, texts, args.steps, args.guidance)
     seconds = (time.time() - began) / args.count
@@ -95,9 +95,14 @@ def measure(pipe: StableDiffusionPipeline, clip: CLIPModel, scenes: Scenes, args
     style = torch.tensor(scenes.style)
     similarity = features(clip, images) @ features(clip, composite(scenes.rgba)).T  # (count, N)
     nearest = similarity.topk(5).indices  # (count, 5)
-    has_concept = concept[nearest] == concept[chosen, None]  # (count, 5)
-    styled = [row for row, text in enumerate(texts) if text.endswith("style")]
-    has_style = style[nearest[styled, 0]] == style[[chosen[row] for row in styled]]
+    has_concept = concept[nearest] == concept[indices, None]  # (count, 5)
+    styled_rows = []  # captions that name a style
+    styled_indices = []
+    for row, text in enumerate(texts):
+        if text.endswith("style"):
+            styled_rows.append(row)
+            styled_indices.append(indices[row])
+    has_style = style[nearest[styled_rows, 0]] == style[styled_indices]
     figures = {
         "captions": args.count,
         "steps": args.steps,
@@ -129,7 +134,7 @@ def main() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(emoji)
     pipe.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(args.assets / "clip").eval()
-    prompts = [article(f"a {name.strip()} emoji") for name in SHOWN.split(",")]
+    prompts = [article(f"a {name.strip()} emoji") for name in EMOJI.split(",")]
     samples = generate(pipe, prompts, args.steps, args.guidance) / 2 + 0.5
     save_image(samples, emoji / "samples.webp", nrow=8)
     figures = {"sampling": measure(pipe, clip, Scenes(args.build), args)}

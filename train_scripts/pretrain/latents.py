@@ -48,7 +48,8 @@ def random_batch(
     for kind, count in zip(KINDS, counts, strict=True):
         kind_latents, kind_tokens = encoded[kind]
         rows = torch.randint(len(kind_tokens), (count,), generator=generator)
-        latents.append(kind_latents[rows % len(kind_latents)])  # an image has several captions
+        # captions are stored round by round over the images, so row modulo their number is the image
+        latents.append(kind_latents[rows % len(kind_latents)])
         tokens.append(kind_tokens[rows])
     is_empty = torch.rand(size, 1, generator=generator) < EMPTY_SHARE
     return torch.cat(latents), torch.where(is_empty, empty_tokens, torch.cat(tokens))

@@ -40,16 +40,16 @@ def on_ground(rgba: Tensor, colour: tuple[int, int, int]) -> Tensor:
     """One emoji at three quarters of its size in the middle of a colour, (3, 64, 64)."""
     small = F.interpolate(composite(rgba, colour)[None], size=48, mode="bilinear", antialias=True)[0]
     image = (torch.tensor(colour) / 127.5 - 1).view(3, 1, 1).repeat(1, 64, 64)
-    image[:, 8:56, 8:56] = small
+    image[:, 8:56, 8:56] = small  # 48 of 64 pixels
     return image
 
 
-def side_by_side(left: Tensor, right: Tensor) -> Tensor:
-    """Two (3, 64, 64) images at half size on one white image."""
-    small_left, small_right = F.interpolate(torch.stack([left, right]), size=32, mode="area")
-    image = torch.ones_like(left)
-    image[:, 16:48, :32] = small_left
-    image[:, 16:48, 32:] = small_right
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """Two (3, 64, 64) images at half size, from left to right, on one white image."""
+    small_first, small_second = F.interpolate(torch.stack([first, second]), size=32, mode="area")
+    image = torch.ones_like(first)
+    image[:, 16:48, :32] = small_first
+    image[:, 16:48, 32:] = small_second
     return image
 
 

@@ -79,7 +79,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            decay = min(args.decay, (1 + step) / (10 + step))
+            decay = min(args.decay, (1 + step) / (10 + step))  # short at first: the start is forgotten
             torch._foreach_lerp_(averaged, trained, 1 - decay)
         losses = [*losses[-LOSS_WINDOW + 1 :], loss.item()]
         figures = {"steps": step + 1, "loss": sum(losses) / len(losses), "seconds": time.time() - began}

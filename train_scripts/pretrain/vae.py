@@ -74,7 +74,7 @@ def train(model: AutoencoderTiny, scenes: Scenes, args: argparse.Namespace) -> d
         with fast_autocast(torch.device("cpu")):
             latents = model.encode(real).latents  # (B, 16, 8, 8)
             noise = torch.randn(latents.shape, generator=generator)
-            decoded = model.decode(latents + args.noise * noise).sample
+            decoded = model.decode(latents + args.noise * noise).sample  # forgives small errors of latents
         loss = reconstruction_loss(decoded.float(), real) + 0.02 * unit_variance_penalty(latents)
         optimizer.zero_grad()
         loss.backward()
