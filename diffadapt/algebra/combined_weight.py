@@ -58,9 +58,10 @@ def changed_shape(base: Tensor, updates: Weighted) -> torch.Size:
 def _add_changes(
     total: Tensor, base: Tensor, updates: Weighted, largest_table: NewClassTable | None
 ) -> Tensor:
+    """`total + sum_i t_i (W'_i - W)`, every change padded to the rows of the largest class table."""
     for strength, update in updates:
         if strength == 0:
-            continue
+            continue  # 0 times an infinite change would be NaN
         change = update.weight(base) - update.base_weight(base)
         if largest_table is not None:
             change = pad_table(change, largest_table.num_rows, null_class=largest_table.null_class)

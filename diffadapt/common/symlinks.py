@@ -57,6 +57,7 @@ def visible_files(
     refused_links: list[Path] = []
 
     def collect(place: Path, ancestors: tuple[Path, ...]) -> None:
+        """Adds the content of a folder; `ancestors` are the resolved folders on the way to it."""
         for path in place.iterdir():
             if path.name.startswith("."):
                 continue

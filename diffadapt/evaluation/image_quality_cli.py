@@ -156,7 +156,7 @@ def fill_demo(arguments: argparse.Namespace) -> None:
         )
     arguments.generated = ["embedded:style/fluent3d/held_out"]
     arguments.reference = "embedded:style/fluent3d/train"
-    arguments.allow_small = True
+    arguments.allow_small = True  # 200 images, of which most metrics want more
 
 
 def check_output_paths(arguments: argparse.Namespace) -> None:

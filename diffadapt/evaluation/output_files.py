@@ -87,7 +87,7 @@ class EvaluationOutput:
 
     def write(self, files: OutputFiles) -> list[str]:
         """Writes the scores first, the page last. Returns what could not be computed or written."""
-        self.record.write(files.json)
+        self.record.write(files.json)  # from which all others can be made again
         write_utf8(files.markdown, report(self.record))
         write_utf8(files.csv, per_image_csv(self.record))
         return [*self.failures, *write_page(self.record, files.page, self.load_image)]

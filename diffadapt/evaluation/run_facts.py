@@ -45,7 +45,7 @@ def git_commit(package: Path) -> str | None:
     if top is None or Path(top).resolve() != package.parent.resolve():
         return None
     commit = _git(package, "rev-parse", "HEAD")
-    changes = _git(package, "status", "--porcelain", "--", str(package))
+    changes = _git(package, "status", "--porcelain", "--", str(package))  # files of the package alone
     return f"{commit} with changes" if commit and changes else commit
 
 

@@ -124,8 +124,8 @@ def with_statistics(scored_set: ScoredSet, path: Path) -> ScoredSet:
     if "inception" in feature_sets:
         feature_sets["inception"] = FeatureSet(feature_sets["inception"].features, statistics=statistics)
     # the statistics may be of other images than those in the file: a score depends on both
-    both = fingerprint([scored_set.summary.fingerprint, sha256_of(path)])
-    summary = replace(scored_set.summary, fingerprint=both)
+    combined = fingerprint([scored_set.summary.fingerprint, sha256_of(path)])
+    summary = replace(scored_set.summary, fingerprint=combined)
     return replace(scored_set, summary=summary, feature_sets=feature_sets)
 
 
@@ -146,7 +146,7 @@ def holds_features(source: str) -> bool:
         return False
     if path.suffix == ".safetensors":
         return True
-    names = array_names(path)
+    names = array_names(path)  # ADM's batches hold images and their statistics: those are images
     return "mu" in names and IMAGES not in names
 
 

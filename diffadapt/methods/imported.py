@@ -62,7 +62,7 @@ class Imported(Method):
         try:
             for key, shape in layer["shapes"].items():
                 shapes[key] = tuple(map(int, shape))
-                tensors[key] = torch.empty(shapes[key], device="meta")
+                tensors[key] = torch.empty(shapes[key], device="meta")  # a shape without memory
             self._check_shapes(site, tensors)
         except (RuntimeError, TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
             form = layer["form"]

@@ -74,8 +74,8 @@ class SquareBetween(Expression):
     def _compress(self, x: Tensor) -> Tensor:
         """Blocks `(..., n, r)` of the inputs `(..., fan_in)`; n = 1 for the sum."""
         r = self.square.shape[0]
-        length = -(-x.shape[-1] // r) * r  # whole blocks
-        repeats = -(-length // x.shape[-1])
+        length = -(-x.shape[-1] // r) * r  # whole blocks, rounded up
+        repeats = -(-length // x.shape[-1])  # 1 if r divides the inputs, else 2 or more
         padded = torch.cat([x] * repeats, -1)[..., :length]
         blocks = padded.unflatten(-1, (-1, r))
         return self._rotate(blocks) if self.rotated else blocks.sum(-2, keepdim=True)

@@ -37,6 +37,7 @@ def check_sizes(name: str, options: Mapping[str, object], widest: int, stored: i
     """
     for option, value in options.items():
         numbers = [abs(leaf) for leaf in _leaves(value) if type(leaf) in (int, float)]
+        # a rank r stores about r values per output and input of a layer
         limit = max(_ALWAYS_ALLOWED_SIZE, stored // widest)
         if max(numbers, default=0) > limit and not _NOT_A_SIZE.search(option):
             raise ValueError(

@@ -126,7 +126,7 @@ class SuperLoRA(RankedMethod):
         if self.reshape:
             axes = (smallest_root(entries, self.tensor_order),) * self.tensor_order
         else:
-            axes = (-(-entries // group.width), group.width)
+            axes = (-(-entries // group.width), group.width)  # rounded up
         first_site = sites[group.pieces[0].site].name
         if self.rank >= min(axes):
             raise ValueError(

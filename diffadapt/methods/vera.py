@@ -53,7 +53,7 @@ class VeRA(Method):
         for site in sites:
             shapes = {"up": (site.out, self.rank), "down": (self.rank, site.fan_in)}
             for key, name in self.shared_tensor_names(site).items():
-                if name in constants:
+                if name in constants:  # sites of one shape share a pair
                     continue
                 matrix = torch.empty(shapes[key], dtype=torch.float64, device="cpu")
                 bound = math.sqrt(6 / matrix.shape[1])  # gain sqrt(2) times sqrt(3 / fan_in)

@@ -53,7 +53,8 @@ def fls_with_interval(*, training: Features, test: Features, generated: Features
     """`fls` and Student's t interval over the test images, the mixtures held fixed."""
     sets = _standardised_sets(training, test, generated, seed)
     width = sets.test.shape[1]
-    differences = _surprise(sets, sets.generated) - _surprise(sets, sets.baseline)  # (n,) of test images
+    # how much less likely the test images are than under real images in the place of generated ones, (n,)
+    differences = _surprise(sets, sets.generated) - _surprise(sets, sets.baseline)
     spread = mean_interval(differences, over="test images")
 
     def score(difference: float) -> float:
@@ -80,6 +81,7 @@ class _Sets:
 
 
 def _standardised_sets(training: Features, test: Features, generated: Features, seed: int) -> _Sets:
+    """Random samples of one size of all sets, at mean 0 and deviation 1 over all of them together."""
     training = as_features("training", training)
     test = as_features("test", test)
     generated = as_features("generated", generated)

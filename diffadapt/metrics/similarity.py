@@ -64,5 +64,5 @@ def ceiling_similarity(*, real: Features) -> float:
     """
     rows = normalize(as_features("real", real), dim=1)
     n = len(rows)
-    of_all_pairs = rows.sum(dim=0).square().sum()
-    return float((of_all_pairs - rows.square().sum()) / (n * (n - 1)))
+    sum_of_all_cosines = rows.sum(dim=0).square().sum()  # each row with itself too
+    return float((sum_of_all_cosines - rows.square().sum()) / (n * (n - 1)))

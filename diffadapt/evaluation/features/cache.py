@@ -63,6 +63,7 @@ class FeatureCache:
             extractor: the network.
             digests: SHA-256 of each image, in any order.
         """
+        # sorted: the order and the names of images change no features
         content = json.dumps({**identity_of(extractor), "images": sorted(digests)}, sort_keys=True)
         return Path(self.folder or "") / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
 

@@ -15,7 +15,7 @@ def long_prompts_warning(label: str, prompts: Sequence[str], extractor: Extracto
     """A warning about prompts of a set that an extractor truncates before it compares images with them."""
     if extractor.count_tokens is None or not prompts:
         return []
-    texts = list(dict.fromkeys(prompts))
+    texts = list(dict.fromkeys(prompts))  # several images may share one
     too_long = []
     for text, num_tokens in zip(texts, extractor.count_tokens(texts), strict=True):
         if num_tokens > extractor.text_length:

@@ -67,11 +67,12 @@ def read_runs(paths: Sequence[Path], run_files: Sequence[Path] = ()) -> list[Com
     for index, (path, record) in enumerate(zip(paths, records, strict=True)):
         run_file = run_files[index] if run_files else None
         for generated in record.labels:
+            # two records may both have a set "base"
             is_unique = all_labels.count(generated) == 1
             label = generated if is_unique else f"{path.parent.name}/{path.stem}: {generated}"
             costs = _training_costs(record, generated, path, run_file)
             runs.append(ComparedRun(label, path, record, generated, costs))
-    if len({run.label for run in runs}) < len(runs):
+    if len({run.label for run in runs}) < len(runs):  # the names of files and folders are not enough
         raise ValueError("two records of one name in folders of one name; rename one, their sets look alike")
     return runs
 

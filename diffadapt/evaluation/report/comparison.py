@@ -306,6 +306,7 @@ class _PairedScore:
         real = _stored_features(first, "reference", score) if metric.real else None
         if metric.real and real is None:
             return None
+        # with the options of the record, which may differ from today's defaults
         options = {}  # the identity also names the training images of a metric that reads some
         for name, value in score.identity["options"].items():
             if name in metric.options:
@@ -346,6 +347,7 @@ class _PairedScore:
         return self._subset_score(other, rows) - self._subset_score(first, rows)
 
     def _subset_score(self, inputs: FeatureSet, rows: Tensor) -> float:
+        """The score of some of a run's images, computed as the record says."""
         result = evaluate(
             self.metric.key,
             generated=inputs.rows(rows),

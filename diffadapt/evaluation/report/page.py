@@ -164,6 +164,7 @@ def _table_cell(column: str, text: str) -> str:
 
 
 def _introduction(record: EvaluationRecord, beside: str | None) -> str:
+    """The sets, the extractors, the command, and links to the files beside the page."""
     sets = []
     for label, summary in record.sets.items():
         sets.append(f"{summary.count:,} {summary.role} images of {label}")
@@ -202,6 +203,7 @@ def _warnings(record: EvaluationRecord) -> str:
 
 
 def _plots(record: EvaluationRecord, problems: list[str]) -> str:
+    """The intervals of every score, and the distributions of two values of the images."""
     scores_by_name: dict[str, list[Score]] = {}
     for score in record.scores:
         scores_by_name.setdefault(score.name, []).append(score)
@@ -270,6 +272,7 @@ def _cell_html(cell: Cell, load_image: LoadImage, problems: list[str]) -> str:
 
 
 def _image_html(label: str, name: str, load_image: LoadImage, problems: list[str]) -> str:
+    """One image, inside the page; nothing where it cannot be shown."""
     try:
         uri, is_small = thumbnail(load_image(label, name))
     except KeyError:  # only features of this set are known

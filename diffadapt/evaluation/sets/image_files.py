@@ -81,10 +81,11 @@ class ImageFile:
         except UnidentifiedImageError:
             raise ValueError(f"{len(data):,} bytes that are no image") from None
         with image:
+            # as stored, before any conversion
             image_format = image.format or "?"
             mode = image.mode
             conversions = conversions_of(image)
-            if mode == "F":
+            if mode == "F":  # TIFF with floats: training guesses their range, a score must not
                 check_value_range(np.asarray(image), self.name)
         # Opened again: `open_image` turns the image upright and converts it, and these facts are lost.
         values = np.asarray(open_image(StoredImage(self.name, data)))  # (H, W, 3)
@@ -210,6 +211,7 @@ def _channels_first(values: np.ndarray) -> Tensor:
 def _image_info(
     values: np.ndarray, name: str, sha256: str, image_format: str, mode: str, conversions: tuple[str, ...]
 ) -> ImageInfo:
+    """The information about an image whose decoded pixels are `values` (H, W, 3)."""
     height, width = values.shape[:2]
     dhash, dhash_mirrored = _difference_hashes(Image.fromarray(values))
     return ImageInfo(

@@ -125,6 +125,7 @@ def _resolve_path(source: str) -> Path:
 
 
 def _open_folder(source: str, folder: Path, follow_links: bool) -> ImageSet:
+    """The images of a folder and of the folders in it, named by their paths within it."""
     if (folder / SAMPLE).is_file():
         return _open_sample_folder(source, folder)
     _refuse_output_folders(folder)
@@ -184,6 +185,7 @@ def _refuse_output_folders(folder: Path) -> None:
 
 
 def _open_npz(source: str, path: Path) -> ImageSet:
+    """The images under ADM's key, or in the only array that can be one of images."""
     arrays = read_npz(path)
     if IMAGES in arrays:
         return _from_array(source, "npz", arrays[IMAGES])

@@ -105,7 +105,7 @@ def read_prompts(path: str | Path) -> Prompts:
             section = SECTIONS[line]
             continue
         if not line or line in LINES_WITHOUT_CONTENT:
-            continue
+            continue  # headings, and the frame of a list in Python's syntax
         pattern = CLASS if section == "classes" else TEMPLATE
         match = pattern.fullmatch(line)
         if section is None or match is None:

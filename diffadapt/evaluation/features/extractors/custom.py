@@ -68,14 +68,14 @@ def import_class(name: str) -> type:
         ImportError, AttributeError: it cannot be imported.
     """
     module_name, _, class_name = name.partition(":")
-    if os.getcwd() not in sys.path:
+    if os.getcwd() not in sys.path:  # a script has its own folder there instead
         sys.path.insert(0, os.getcwd())
     return getattr(importlib.import_module(module_name), class_name)
 
 
 def source_sha256(model_class: type, model: object) -> str:
     """SHA-256 over the source file of a class and, of a torch module, its tensors."""
-    source = inspect.getsourcefile(model_class)
+    source = inspect.getsourcefile(model_class)  # None for a class of an interactive session
     hasher = hashlib.sha256(Path(source).read_bytes() if source else model_class.__qualname__.encode())
     if isinstance(model, nn.Module):
         hasher.update(hash_tensors(model.state_dict()).encode())

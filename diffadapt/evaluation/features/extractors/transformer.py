@@ -83,7 +83,7 @@ def dino(name: str, folder: Path, *, preset: str | None, device: str) -> Extract
 
     def network(pixels: Tensor) -> dict[str, Tensor]:
         images = standardise(pixels.to(device), processor.image_mean, processor.image_std)
-        token = model(pixel_values=images).last_hidden_state[:, 0]  # (B, D)
+        token = model(pixel_values=images).last_hidden_state[:, 0]  # the class token, (B, D)
         return {CLASS_TOKEN: token, unit_layer: normalize(token, dim=-1)}
 
     return Extractor(
