@@ -154,7 +154,7 @@ def generated_sets(
         base = base_named_in(list(files.values()))
     if base is None and arguments.subjects is not None:
         raise ValueError(
-            "name what draws the images: --base, --adapters SUBJECT=FILE ..., or --images FOLDER"
+            "name what generates the images: --base, --adapters SUBJECT=FILE ..., or --images FOLDER"
         )
     base = base or DEMO_BASE
     if is_embedded(base) != (arguments.subjects is None):
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", help="dreambooth's prompts_and_classes.txt, or one of its format")
     add("--adapters", nargs="+", metavar="SUBJECT=FILE", help="an adapter for each subject to be scored")
     add("--images", help="folder of existing images, SUBJECT/NN-name.png with NN the prompt's number")
-    add("--base", help="what draws; default: the base named in the adapters, else embedded:emoji")
+    add("--base", help="base that generates images; default: that of the adapters, else embedded:emoji")
     add("--compare", action="store_true", help="with --adapters: the bare base too, with the same seeds")
     add("--unique_token", default="sks", help="the word trained for the subject (default: sks)")
     add("--samples", type=int, help="images of each prompt (default: 4; 2 on the embedded subjects)")
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch weights that are missing")
     add("--num_inference_steps", type=int, help="denoising steps; default: what suits the base")
     add("--guidance_scale", type=float, help="classifier-free guidance; default: what suits the base")
-    add("--batch_size", type=int, default=8, help="images drawn at once; changes nothing else (default: 8)")
+    add("--batch_size", type=int, default=8, help="images generated at once; no effect on them (default: 8)")
     add(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),

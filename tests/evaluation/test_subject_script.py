@@ -66,7 +66,7 @@ def test_native_lpips_is_the_resize_of_lpips_alone(monkeypatch):
         (False, ["--prompts", "prompts.txt"], "belongs to --subjects"),
         (False, ["--base", "somewhere/else"], "both be embedded"),
         (False, ["--extractors", "embedded:digits"], "needs one clip or dino"),
-        (True, [], "name what draws"),
+        (True, [], "name what generates"),
         (True, ["--images", "/nowhere"], "/nowhere"),
         (True, ["--images", "/nowhere", "--compare"], "scores what is there"),
         (True, ["--extractors", "dino"], "facebook/dino-vits16"),
