@@ -219,7 +219,7 @@ def _floor_of_two_parts(metric: Metric, call: MetricCall, reference: FeatureSet)
     else:
         n = min(n_generated, reference.n // 2)
         m = reference.n - n
-    first, second = reference.parts(n, m, call.seed)
+    first, second = reference.parts(n, m, call.seed)  # (n, ...), (m, ...)
     try:
         values = metric.values(replace(call, generated=first, real=second))
     except ValueError as error:  # parts too small for the metric: subsets of 1000 of a reference of 1500
@@ -234,12 +234,18 @@ def _floor_of_two_parts(metric: Metric, call: MetricCall, reference: FeatureSet)
 
 
 def _metric(key: str) -> Metric:
+    """The registry's entry.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     if key not in METRICS:
         raise ValueError(f"unknown metric {key!r}; there are {', '.join(METRICS)}")
     return METRICS[key]
 
 
 def _complete_options(metric: Metric, options: Mapping[str, object]) -> dict[str, object]:
+    """The options, checked, with the defaults of those that are not given."""
     check_options(metric.key, options, metric.options)
     return {**metric.options, **options}
 

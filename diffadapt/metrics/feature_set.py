@@ -76,6 +76,7 @@ class FeatureSet:
         self.features = dict(features)
         self.subject_names = tuple(subject_names)
         self._imported = dict(statistics or {})
+        # derived when first asked for, and kept
         self._statistics: dict[str, Statistics] = {}
         self._samples: dict[tuple[int, int], FeatureSet] = {}
         self._neighbours: dict[int, Tensor] = {}
@@ -106,7 +107,7 @@ class FeatureSet:
 
     def __getitem__(self, role: str) -> Tensor:
         if role == "unit" and role not in self.features:
-            role = "features"
+            role = "features"  # cosines do not depend on the length of the features
         return self.features[role]
 
     @property
