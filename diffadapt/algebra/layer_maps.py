@@ -111,7 +111,7 @@ class ConvMap:
     ) -> Grads:
         """As `LinearMap.backward`."""
         grad_x, grad_weight, _ = self._backward(grad, x, weight, [*needs, False])
-        return _added(grad_x, into), grad_weight
+        return _add_into(grad_x, into), grad_weight
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
         """The gradients by input, weight and bias for which `mask` is set.
@@ -160,7 +160,7 @@ class ChannelGroups:
         grad_x, grad_weight = self.inner.backward(self._split(grad), self._split(x), weight, needs)
         if grad_x is not None:
             grad_x = self._join(grad_x)
-        return _added(grad_x, into), grad_weight
+        return _add_into(grad_x, into), grad_weight
 
     def _split(self, x: Tensor) -> Tensor:
         if self.channel_dim == -1:
@@ -200,7 +200,7 @@ class GroupMix:
             grad_weight = torch.tensordot(grad_runs, x_runs, ([0, 2], [0, 2]))
         if needs_input:  # dx_j = sum_i w[i, j] g_i
             grad_x = self.apply(grad, weight.T)
-        return _added(grad_x, into), grad_weight
+        return _add_into(grad_x, into), grad_weight
 
     def _runs(self, x: Tensor, count: int) -> Tensor:
         """`x` as `(rows, count, length of a run)`; of a convolution a run includes all positions."""
@@ -286,6 +286,6 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def _added(value: Tensor | None, into: Tensor | None) -> Tensor | None:
-    """`value`, added in place to `into` where there is one."""
+def _add_into(value: Tensor | None, into: Tensor | None) -> Tensor | None:
+    """Adds `value` in place to `into` where there is one; returns the sum."""
     return value if value is None or into is None else into.add_(value)

@@ -66,7 +66,7 @@ def is_gap(*, real_logits: Features, generated_logits: Features, splits: int = 1
 
 def inception_score_with_interval(*, logits: Features, splits: int = 10, seed: int = 2020) -> Estimate:
     """The mean score; the splits are independent samples, one split is judged by its random halves."""
-    score = _scored(as_features("logits", logits), splits, seed)
+    score = _score_with_error(as_features("logits", logits), splits, seed)
     # an error over few splits is itself uncertain: Student's t instead of the normal distribution
     quantile = Z if score.degrees is None else student_quantile(score.degrees)
     interval = normal_interval(score.value, score.error, score.method, low=1.0, quantile=quantile)
@@ -83,8 +83,8 @@ def is_gap_with_interval(
 
         (e_r^2 + e_g^2)^2 / ((e_r^4 + e_g^4) / (splits - 1))
     """
-    real = _scored(as_features("real_logits", real_logits), splits, seed)
-    generated = _scored(as_features("generated_logits", generated_logits), splits, seed)
+    real = _score_with_error(as_features("real_logits", real_logits), splits, seed)
+    generated = _score_with_error(as_features("generated_logits", generated_logits), splits, seed)
     gap = abs(generated.value - real.value)
     variance = generated.error**2 + real.error**2
     quantile = Z
@@ -97,7 +97,7 @@ def is_gap_with_interval(
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _ScoreWithError:
     """A score and its standard error.
 
     Attributes:
@@ -111,13 +111,13 @@ class _Scored:
     method: str
 
 
-def _scored(logits: Tensor, splits: int, seed: int) -> _Scored:
+def _score_with_error(logits: Tensor, splits: int, seed: int) -> _ScoreWithError:
     """The mean score of the splits; the error of a single split comes from random halves."""
     scores = inception_scores(logits=logits, splits=splits, seed=seed)
     value = float(scores.mean())
     if splits > 1:
         error = float(scores.std()) / splits**0.5
-        return _Scored(value, error, splits - 1, f"Student's t, standard error over {splits} splits")
+        return _ScoreWithError(value, error, splits - 1, f"Student's t, standard error over {splits} splits")
     halves = half_samples_interval(value, lambda rows: float(_score(logits[rows])), len(logits))
     error = (halves.high - halves.low) / 2 / Z  # the interval is value +- Z errors
-    return _Scored(value, error, None, halves.method)
+    return _ScoreWithError(value, error, None, halves.method)
