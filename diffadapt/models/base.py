@@ -303,6 +303,11 @@ class BaseModel(ABC):
 
         return beta_schedule(self.pipe.scheduler, self.source)
 
+    @property
+    def undistilled_base(self) -> str | None:
+        """The base to train in place of this one, if this one was distilled to need few steps."""
+        return None
+
     # Sampling: class methods, since `diffadapt sample` has a pipeline only
 
     @classmethod

@@ -37,6 +37,14 @@ class Flux(ClipWithT5Base):
     caption_tokenizer = "tokenizer_2"
     samples_from_states = True
 
+    @property
+    def undistilled_base(self) -> str | None:
+        # schnell is the one without embedded guidance that samples without a shift.
+        is_schnell = not (
+            self.denoiser.config.guidance_embeds or self.pipe.scheduler.config.use_dynamic_shifting
+        )
+        return "black-forest-labs/FLUX.1-dev" if is_schnell else None
+
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 512, 4096) of T5, `pooled_projections` (B, 768) of CLIP."""
         states, pooled, _ = self.pipe.encode_prompt(

@@ -48,6 +48,10 @@ class Flux2Klein(FlowMatchingBase):
         variance = vae.bn.running_var.view(1, -1, 1, 1).to(encoded)
         return (encoded - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
 
+    @property
+    def undistilled_base(self) -> str | None:
+        return "black-forest-labs/FLUX.2-klein-base-4B or -9B" if self.pipe.config.is_distilled else None
+
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 512, 3 * width); padding is not masked, as the base was trained."""
         states, _ = self.pipe.encode_prompt(captions, max_sequence_length=self.max_sequence_length)

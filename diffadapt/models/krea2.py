@@ -28,6 +28,10 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
     pipeline_classes = ("Krea2Pipeline",)
     profile_of_family = flow_profile("krea2", guidance_scale=4.5, num_inference_steps=28)  # of the pipeline
 
+    @property
+    def undistilled_base(self) -> str | None:
+        return "krea/Krea-2-Raw" if self.pipe.config.is_distilled else None
+
     def caption_states(self, caption: str) -> Tensor:
         """(length, layers, 2560); the padding between caption and template is cut out."""
         states, mask = self.pipe.encode_prompt([caption], max_sequence_length=self.max_sequence_length)

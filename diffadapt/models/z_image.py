@@ -18,6 +18,8 @@ from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler, which alone tells it from Z-Image, with a shift of 6
+
 
 class ZImage(MaskedCaptionsBase, FlowMatchingBase):
     """A loaded base of this family."""
@@ -36,6 +38,11 @@ class ZImage(MaskedCaptionsBase, FlowMatchingBase):
 
     def sample_latents(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
         return to_denoiser(self.pipe.vae, encoded)
+
+    @property
+    def undistilled_base(self) -> str | None:
+        is_turbo = self.pipe.scheduler.config.shift == TURBO_SHIFT
+        return "Tongyi-MAI/Z-Image" if is_turbo else None
 
     def caption_states(self, caption: str) -> Tensor:
         """(length, 2560)"""

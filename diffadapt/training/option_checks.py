@@ -68,6 +68,7 @@ ALWAYS = frozenset(  # options that have an effect whatever the others are
         "param_budget",
         "targets",
         "train_text_encoder",
+        "assistant_adapter",
         "max_train_steps",
         "checkpointing_steps",
         "checkpoints_total_limit",

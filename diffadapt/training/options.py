@@ -113,6 +113,11 @@ class AdapterOptions:
     text_encoder_lr: float | None = option(
         None, "learning rate for the text encoders (default: --learning_rate)"
     )
+    assistant_adapter: str | None = option(
+        None,
+        "adapter file that is frozen, works during training and is taken off to generate images: the way to "
+        "train on a distilled base",
+    )
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class Run:
         earlier_failures = len(report.failures)
         with report.attempt(f"validation at step {step.index}"):
             path = checkpoint_io.save_adapter(self.train_state, folder)
-            with checkpoint_io.reloaded_from_file(self.train_state.adapter, report.model.pipe, path):
+            with checkpoint_io.reloaded_from_file(report.model.pipe, path):
                 images = report.validate(folder)
             self.progress.log_images("validation", images, step.index)
         for failure in report.failures[earlier_failures:]:
@@ -187,7 +187,8 @@ class Run:
     def _write_results(self, path: Path) -> None:
         """Writes the exports of the saved adapter, then images and metrics made with it, then uploads."""
         report = self.report
-        da.detach(self.train_state.adapter)
+        for attached in da.attached(report.model.pipe).values():  # the trained one, and an assistant
+            da.detach(attached)
         adapter = da.load(report.model.pipe, path)  # as `diffadapt sample` does
         report.write_record(adapter, {})  # whatever fails after this, the adapter has its record
         exported = []

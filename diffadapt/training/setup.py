@@ -13,6 +13,7 @@ from typing import Generic
 from accelerate import Accelerator
 
 import diffadapt as da
+from diffadapt.adapters.adapter import Adapter
 from diffadapt.common import runtime
 from diffadapt.common.precision import Precision, choose_precision
 from diffadapt.data.batches import Batches
@@ -77,6 +78,8 @@ def prepare_run(options: OptionsT, *, adjust_options: AdjustOptions | None = Non
     for notice in (*notices, *precision.notices, *_accumulation_notices(options)):
         accelerator.print(notice)
     model = _load_base(options, accelerator)
+    for notice in distillation_notices(model, options):
+        accelerator.print(notice)
 
     # What depends on the base: the method's rank, the resolution, the learning rate.
     if adjust_options is not None:
@@ -123,6 +126,8 @@ def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> Trai
     """
     options = setup.options
     model = setup.model
+    if options.assistant_adapter is not None:
+        attach_assistant(model, options)
     adapter = da.attach(
         model.pipe,
         setup.method,
@@ -141,6 +146,30 @@ def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> Trai
     train_state = initial_state(setup.accelerator, objective, options)
     train_state.precision = setup.precision
     return train_state
+
+
+def attach_assistant(model: BaseModel, options: TrainOptions) -> Adapter:
+    """Attaches the frozen adapter that works while the other one is trained.
+
+    Raises:
+        FileNotFoundError or ValueError: as `da.load`; ValueError with a sharded base.
+    """
+    if options.shard_base:
+        raise ValueError("--assistant_adapter is not sharded: leave it or --shard_base out")
+    assistant = da.load(model.pipe, options.assistant_adapter, name="assistant")
+    assistant.requires_grad_(False).eval()
+    return assistant
+
+
+def distillation_notices(model: BaseModel, options: TrainOptions) -> list[str]:
+    """A line for a base that was distilled for few steps, which training would undo."""
+    if model.undistilled_base is None or options.assistant_adapter is not None:
+        return []
+    return [
+        f"warning: {model.source} was distilled to need few steps or no guidance, and training undoes that: "
+        f"train on {model.undistilled_base} and sample with `diffadapt sample --base {model.source}`, or "
+        "name an --assistant_adapter made for this base"
+    ]
 
 
 def timestep_sampling(options: TrainOptions) -> TimestepSampling:

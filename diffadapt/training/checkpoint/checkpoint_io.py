@@ -76,19 +76,15 @@ def save_adapter(train_state: TrainState, folder: str | Path) -> Path:
 
 
 @contextmanager
-def reloaded_from_file(adapter: Adapter, pipe: object, path: Path) -> Iterator[Adapter]:
-    """Within the context the model works with the adapter of a file instead of the one that is trained."""
-    # Switched off and not detached: the optimizer holds its tensors.
-    strength = adapter.strength
-    adapter.strength = 0.0
-    try:
+def reloaded_from_file(pipe: object, path: Path) -> Iterator[Adapter]:
+    """Within the context the model works with the adapter of a file instead of those that are attached."""
+    # Switched off and not detached: the optimizer holds the tensors of the one that is trained.
+    with da.disabled(pipe):
         loaded = da.load(pipe, path, name="validation")
         try:
             yield loaded
         finally:
             da.detach(loaded)
-    finally:
-        adapter.strength = strength
 
 
 # Saving

@@ -58,7 +58,9 @@ DATA_OPTIONS = frozenset(  # where the data come from: the data themselves are c
         "num_class_images",
     )
 )
-PATH_OPTIONS = frozenset(("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"))
+PATH_OPTIONS = frozenset(
+    ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "assistant_adapter")
+)
 STATE_OPTIONS = frozenset(  # the saved state has their form: with others it is another adapter or optimizer
     (
         "adapter",
