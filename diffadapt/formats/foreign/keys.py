@@ -47,7 +47,7 @@ REPLACEMENTS = {
     ".base_layer.bias": "new_bias",
 }
 # ends and starts of keys by which kinds of files are recognised that are not supported
-_UNSUPPORTED_ENDS = {
+UNSUPPORTED_ENDS = {
     ".oft_blocks": "OFT or BOFT",
     ".oft_diag": "OFT",
     ".oft_R.weight": "OFT",
@@ -64,7 +64,7 @@ _UNSUPPORTED_ENDS = {
     ".ia3_l": "IA3",
     "emb_params": "textual inversion",
 }
-_UNSUPPORTED_STARTS = {
+UNSUPPORTED_STARTS = {
     "model.diffusion_model.": "a whole checkpoint",
     "first_stage_model.": "a whole checkpoint",
     "conditioner.embedders.": "a whole checkpoint",
@@ -121,10 +121,10 @@ def check_supported(keys: Iterable[str], path: object) -> None:
 
 
 def _unsupported_kind(key: str) -> str | None:
-    for end, kind in _UNSUPPORTED_ENDS.items():
+    for end, kind in UNSUPPORTED_ENDS.items():
         if key.endswith(end):
             return kind
-    for start, kind in _UNSUPPORTED_STARTS.items():
+    for start, kind in UNSUPPORTED_STARTS.items():
         if key.startswith(start):
             return kind
     return None

@@ -46,7 +46,8 @@ def _contents(keys: list[str]) -> str:
     if not keys:
         return "holds no tensors"
     examples = shorten_list(sorted(keys), limit=3)
-    if all(key.endswith((".weight", ".bias")) for key in keys):
+    num_weights = sum(key.endswith((".weight", ".bias")) for key in keys)
+    if num_weights > len(keys) / 2:  # others are parameters like CLIP's logit_scale
         return (
             f"holds the weights of a model, not an adapter (keys such as {examples}); if it is a fine-tuned "
             "model, `diffadapt extract` makes an adapter of its difference from the base"

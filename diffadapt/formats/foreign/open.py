@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffadapt.common.safetensors_file import check_finite, hash_tensors, read_tensors
 from diffadapt.formats.foreign import diffusers, kohya, peft
+from diffadapt.formats.foreign.keys import check_supported
 from diffadapt.formats.foreign.stored_change import StoredChange
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -66,6 +67,8 @@ def open_foreign(path: str | Path) -> ForeignAdapter:
     """
     file, peft_config = _find_file(Path(path))
     header, tensors = read_tensors(file)
+    # checkpoints hold whole numbers, such as CLIP's position_ids, which would be named instead
+    check_supported([key for key, tensor in tensors.items() if not tensor.is_floating_point()], file)
     check_finite(tensors, file)
     try:
         if peft_config is not None:

@@ -211,13 +211,19 @@ def own_file(path, method, seed=0, targets="attention+conv"):
         "flora(rank=3)",
         "1lora",
         "pissa(rank=2)",
+        "vera(rank=2)",
         "mora(rank=2)",
+        "mora(rank=2, type=6)",
+        "loha(rank=2)",
+        "lokr(rank=2)",
         "superlora(rank=2)",
+        "superlora(rank=2, reshape=False)",
+        "bitfit",
         "lora+norms",
     ],
 )
 def test_our_own_files_need_no_base_and_name_the_one_they_had(tmp_path, capsys, method):
-    targets = "attention+norm" if "norms" in method else "attention+conv"
+    targets = {"lora+norms": "attention+norm", "bitfit": "conv"}.get(method, "attention+conv")
     expected = own_file(tmp_path / "in.safetensors", method, targets=targets)
     code, said = command(
         capsys, "resize", tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--rank", 100
@@ -250,6 +256,7 @@ def test_our_own_files_are_added(tmp_path, capsys):
         ("liera(rank=2)", "attention"),
         ("full", "attention"),
         ("gamma", "attention"),
+        ("superlora(rank=2, projection=linear_v2, rho=0.5)", "attention"),
     ],
 )
 def test_our_methods_that_depend_on_the_base_are_named(tmp_path, method, targets):
