@@ -64,6 +64,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     base = arguments.base or base_named_in(paths)
 
     set_cpu_threads(arguments.num_threads)
+    # a single process: `accelerate launch` is for training and evaluation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
@@ -82,6 +83,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
     for number, path in enumerate(paths):
         adapters.append(da.load(pipe, path, name=f"adapter-{number}"))
 
+    # made only now: an error in an option or a file leaves no empty folder
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     images = _write_images(pipe, adapters, columns, requests, config, folder, base)

@@ -116,7 +116,7 @@ def evaluate_sets(
     check_counts(plan, extractors, sources, reference_source)
     evaluator = _SetEvaluator(extractors, plan, read_options, protocol, preference)
     for label, source in {**sources, REFERENCE: reference_source}.items():
-        if isinstance(source, ImageSet):
+        if isinstance(source, ImageSet):  # no file of features, and no missing reference
             evaluator.warnings += set_warnings.excluded_images_warning(label, source)
     if reference_source is not None:
         evaluator.real = evaluator.read(REFERENCE, reference_source, role="real")
@@ -213,7 +213,7 @@ class _SetEvaluator:
             if features is not None and "texts" in features.roles:
                 self.warnings += long_prompts_warning(label, scored_set.prompts, extractor)
             plan = plan_for(extractor, self.extractors, self.plan)
-            if plan is not None:
+            if plan is not None:  # this extractor has something to compute
                 result = score_set(label, scored_set, self.real, extractor, plan, self.train)
                 self.scores += result.scores
                 self.refused |= result.refused

@@ -209,7 +209,7 @@ class EvaluationRecord:
             schema = content.pop("schema")
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"not the JSON of an evaluation ({error})") from None
-        if schema != SCHEMA:
+        if schema != SCHEMA:  # before anything else is read, which would fail with a worse message
             raise ValueError(f"the record follows {schema!r}, this version reads {SCHEMA!r}; evaluate again")
         try:
             # what is a dataclass here is a dictionary in JSON; all other fields are plain values

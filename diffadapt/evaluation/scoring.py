@@ -113,9 +113,9 @@ def check_plan(
         for extractor in extractors:
             reasons = []
             for metric in METRICS.values():
-                if suits(metric, extractor) and not metric.is_extra:
+                if _is_for_all(metric, extractor):
                     reasons.append(_obstacle(metric, extractor, **sources))
-            if None not in reasons:
+            if None not in reasons:  # not one metric without an obstacle
                 raise ValueError(
                     f"no metric can be computed with {extractor.name!r}: {'; '.join(dict.fromkeys(reasons))}"
                 )
@@ -134,7 +134,7 @@ def plan_for(extractor: Extractor, extractors: Sequence[Extractor], plan: Plan) 
     scores, not four; on CLIP alone both are computed, under its name.
     """
     if not plan.metrics:
-        return plan
+        return plan  # `score_set` passes over what does not apply
     keys = []
     for key in plan.metrics:
         metric = METRICS[key]
@@ -172,7 +172,7 @@ def score_set(
         name = f"{label}: {_score_name(metric.scores[0], metric, extractor)}"
         missing = _missing_role(metric, features)
         if missing is not None or not (is_named or _is_for_all(metric, extractor)):
-            if is_named:
+            if is_named:  # of "all", what does not apply is passed over in silence
                 result.failed[name] = missing
             continue
         try:
@@ -300,8 +300,9 @@ def kind_of(extractor: Extractor) -> str:
 def suits(metric: Metric, extractor: Extractor) -> bool:
     """Whether a metric is meant for an extractor: CLIP-I for CLIP, not for DINO, nor the other way round."""
     kind = kind_of(extractor)
-    if metric.key == "copy_rate":
+    if metric.key == "copy_rate":  # by cosine, which says "the same image" in these two spaces
         return kind in ("clip", "dino")
+    # Inception's metrics can be taken of any features: `naming` calls them otherwise then
     return metric.extractor == "inception" or metric.extractor == kind
 
 
@@ -395,7 +396,7 @@ def _identity(
 ) -> dict[str, object]:
     """The fields of `record.IDENTITY` without the score's own name."""
     options = dict(result.options)
-    if metric.train:
+    if metric.train:  # the identity has no field of its own for them
         options["training_images"] = train.summary.fingerprint
     return {
         "metric": metric.key,
@@ -404,7 +405,7 @@ def _identity(
         "extractor_sha256": extractor.sha256,
         "preset": extractor.preset,
         "layer": extractor.layer_of(metric.generated[0]),
-        "reference": real.summary.fingerprint if metric.real else None,
+        "reference": real.summary.fingerprint if metric.real else None,  # else it had no influence
         "options": options,
         "n_generated": result.n["generated"],
         "n_real": result.n.get("real"),
@@ -415,6 +416,7 @@ def _identity(
 def _score_name(score: str, metric: Metric, extractor: Extractor) -> str:
     """The name of a score; with the layer where an extractor's cosines and distances use different layers."""
     role = metric.generated[0]
+    # of DINOv2: class_token, and its copy of length 1
     layer = extractor.layer_of(role) if role == "features" and "unit" in extractor.role_layers else None
     return score_name(score, extractor.name, layer)
 

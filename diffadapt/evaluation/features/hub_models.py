@@ -54,7 +54,7 @@ def model_folder(
             ) from error
         folder = _download(name)
         require_safetensors(folder)
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("*.safetensors"):  # JSON files are named by git's SHA-1
         check_blob(path)
     return folder
 

@@ -89,7 +89,7 @@ def page(
         problems: what could not be shown, and why, is appended.
         beside: name, without suffix, of the JSON, Markdown and CSV files beside the page, to link to them.
     """
-    problems = [] if problems is None else problems
+    problems = [] if problems is None else problems  # for callers that do not ask
     title = "Evaluation of " + (", ".join(record.labels) or "nothing")
     body = [
         stamp_band(record.stamp),
@@ -158,7 +158,7 @@ def stamp_band(stamp: str) -> str:
 
 
 def _table_cell(column: str, text: str) -> str:
-    css_class = CELL_CLASSES.get(column, "")
+    css_class = CELL_CLASSES.get(column, "")  # `data-label` is the heading where rows are cards
     content = escape(text).replace("[", "<wbr>[")  # a long name breaks before its extractor
     return f'<td class="{css_class}" data-label="{escape(column)}">{content}</td>'
 

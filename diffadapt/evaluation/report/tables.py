@@ -73,7 +73,7 @@ def remarks_of_run(record: EvaluationRecord) -> list[str]:
     """Warnings, the same one of several sets once, and the scores that were not computed."""
     labels_by_text: dict[str, list[str]] = {}
     for warning in record.warnings:
-        label, separator, text = warning.partition(": ")
+        label, separator, text = warning.partition(": ")  # "LABEL: TEXT", or a text about no set
         if separator and label in record.sets:
             labels_by_text.setdefault(text, []).append(label)
         else:
@@ -271,6 +271,7 @@ def per_image_csv(record: EvaluationRecord) -> str:
     If the record has a stamp, every row carries it in a last column.
     """
     stamp = [record.stamp] if record.stamp else []
+    # images of different sets may have different values: a column for each, empty where there is none
     value_names: dict[str, None] = {}
     for row in record.images:
         value_names |= dict.fromkeys(row.values)

@@ -38,7 +38,7 @@ class ZipImage:
             ValueError: there are more bytes than the archive's directory says.
         """
         with self.archive.open(self.info) as file:
-            data = file.read(self.info.file_size + 1)
+            data = file.read(self.info.file_size + 1)  # one byte more shows that the directory lies
         if len(data) > self.info.file_size:
             raise ValueError(f"{self.name} unpacks to more than the {self.info.file_size:,} bytes it claims")
         return data
@@ -111,7 +111,7 @@ def _check_entry(path: Path, info: zipfile.ZipInfo, *, limit: int | None) -> Non
         raise ValueError(f"{path} holds {info.filename!r}, a name that leads out of it; it was not read")
     if info.flag_bits & 1:  # bit 0 of the general purpose flags: encrypted
         raise ValueError(f"{path} is encrypted; unpack it and give the folder")
-    packed_bytes = max(info.compress_size, 1)
+    packed_bytes = max(info.compress_size, 1)  # an empty file has 0
     is_dense = info.file_size > RATIO_CHECKED_ABOVE and info.file_size > MAX_RATIO * packed_bytes
     is_too_large = limit is not None and info.file_size > limit
     if is_dense or is_too_large:

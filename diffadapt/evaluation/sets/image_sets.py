@@ -21,6 +21,7 @@ from diffadapt.models.base_names import is_embedded, resolve
 
 DATASETS = "datasets:"
 SAMPLE = "sample.json"  # written by `diffadapt sample`
+# grid.png, samples_sheet-2.png: what training scripts, ours and others', write beside single images
 OVERVIEW = re.compile(r"(image|sample|samples)?[-_ ]?(grid|sheet|overview|collage)([-_ ]?\d+)?")
 INPUT_FOLDERS = ("input", "inputs", "source", "conditioning")  # of images that others were generated from
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # files that datasets' save_to_disk writes
@@ -75,7 +76,7 @@ def open_set(source: str, *, download: bool = False, follow_links: bool = False)
     path = _resolve_path(source)
     if path.is_dir():
         if _is_saved_dataset(path):
-            import datasets
+            import datasets  # only where it is needed: the import takes seconds
 
             return _open_dataset(source, datasets.load_from_disk(str(path)), column=None)
         return _open_folder(source, path, follow_links)
@@ -116,7 +117,7 @@ def _resolve_path(source: str) -> Path:
     """The path of a set; `embedded:NAME:SPLIT` is a table of a data set shipped with the package."""
     if not (is_embedded(source) and source.count(":") == 2):
         return Path(resolve(source))
-    name, _, split = source.rpartition(":")
+    name, _, split = source.rpartition(":")  # "embedded:handwriting:test"
     folder = Path(resolve(name))
     splits = sorted(table.stem for table in folder.glob("*.parquet"))
     if split not in splits:
@@ -157,7 +158,7 @@ def _open_sample_folder(source: str, folder: Path) -> ImageSet:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / SAMPLE} is damaged: {error}; remove it to score all images") from None
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name:  # "../../secret.png"
             raise ValueError(f"{folder / SAMPLE} names {name!r}, which is not in its folder")
     images = [ImageFile(name, folder / name) for name in names]
     return _require_images(ImageSet(source, "folder", images, prompts=tuple(prompts)))

@@ -31,7 +31,7 @@ def odd_sizes_warning(label: str, infos: Sequence[ImageInfo]) -> list[str]:
         names_by_size[info.width, info.height].append(info.name)
     if len(names_by_size) < 2:
         return []
-    width, height = max(names_by_size, key=lambda size: len(names_by_size[size]))
+    width, height = max(names_by_size, key=lambda size: len(names_by_size[size]))  # the usual size
     num_usual = len(names_by_size.pop((width, height)))
     odd_names: list[str] = []
     for names in names_by_size.values():
