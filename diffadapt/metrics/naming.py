@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 INCEPTION = "inception"
 
-# score -> (published name, kind of extractor and layer it belongs to, name with any other)
-_NAMES: dict[str, tuple[str, str, str | None, str]] = {
-    "fid": ("fid", INCEPTION, "pool", "frechet_distance"),
-    "fid_infinity": ("fid_infinity", INCEPTION, "pool", "frechet_distance_infinity"),
-    "kid": ("kid", INCEPTION, "pool", "kernel_distance"),
-    "kid_subsets": ("kid_subsets", INCEPTION, "pool", "kernel_distance_subsets"),
-    "inception_score": ("inception_score", INCEPTION, "logits_unbiased", "classifier_score"),
-    "is_gap": ("is_gap", INCEPTION, "logits_unbiased", "classifier_score_gap"),
-    "cmmd": ("cmmd", "clip", None, "gaussian_discrepancy"),
-    "clip_fid": ("clip_fid", "clip", None, "frechet_distance_unscaled"),
-    "clip_t": ("clip_t", "clip", None, "text_similarity"),
-    "clip_i": ("clip_i", "clip", None, "image_similarity"),
-    "dino": ("dino", "dino", None, "image_similarity"),
+
+class _Publication(NamedTuple):
+    """What a score was published with, and its name with anything else.
+
+    Attributes:
+        extractor: kind of extractor; "" for scores that were published with many.
+        layer: of the extractor; None where it has one for the purpose.
+        other_name: what the same formula is called on other features.
+    """
+
+    extractor: str
+    layer: str | None
+    other_name: str
+
+
+_PUBLICATIONS = {
+    "fid": _Publication(INCEPTION, "pool", "frechet_distance"),
+    "fid_infinity": _Publication(INCEPTION, "pool", "frechet_distance_infinity"),
+    "kid": _Publication(INCEPTION, "pool", "kernel_distance"),
+    "kid_subsets": _Publication(INCEPTION, "pool", "kernel_distance_subsets"),
+    "inception_score": _Publication(INCEPTION, "logits_unbiased", "classifier_score"),
+    "is_gap": _Publication(INCEPTION, "logits_unbiased", "classifier_score_gap"),
+    "cmmd": _Publication("clip", None, "gaussian_discrepancy"),
+    "clip_fid": _Publication("clip", None, "frechet_distance_unscaled"),
+    "clip_t": _Publication("clip", None, "text_similarity"),
+    "clip_i": _Publication("clip", None, "image_similarity"),
+    "dino": _Publication("dino", None, "image_similarity"),
 }
 
 _NAMES_OF_LAYERS = {  # (score, kind of extractor, layer) -> published name
@@ -41,12 +57,12 @@ def score_name(score: str, extractor: str, layer: str | None = None) -> str:
     head = extractor.split(":")[0]
     if (score, head, layer) in _NAMES_OF_LAYERS:
         return f"{_NAMES_OF_LAYERS[score, head, layer]}[{extractor}]"
-    published_name, kind, published_layer, other_name = _NAMES.get(score, (score, "", None, score))
-    is_published_layer = layer in (None, published_layer)
-    if extractor == kind == INCEPTION and is_published_layer:
-        return published_name
+    published = _PUBLICATIONS.get(score, _Publication("", None, score))
+    is_published_layer = layer in (None, published.layer)
+    if extractor == published.extractor == INCEPTION and is_published_layer:
+        return score  # without brackets: there is one Inception
     if not is_published_layer:
-        return f"{other_name}[{extractor}:{layer}]"
-    if kind != INCEPTION and head == kind:
-        return f"{published_name}[{extractor}]"
-    return f"{other_name}[{extractor}]"
+        return f"{published.other_name}[{extractor}:{layer}]"
+    if published.extractor != INCEPTION and head == published.extractor:
+        return f"{score}[{extractor}]"  # there are many CLIPs and DINOs
+    return f"{published.other_name}[{extractor}]"
