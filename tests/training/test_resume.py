@@ -1,6 +1,7 @@
 """A run that was stopped and continued ends in the same bits as one that was not."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from diffadapt.data.batches import Batches
 from diffadapt.data.examples import folder_examples
 from diffadapt.models.families import load_base
 from diffadapt.training.checkpoint import checkpoint_io
-from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
+from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint, run_id_of
+from diffadapt.training.checkpoint.state_check import state_digest
 from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
@@ -112,6 +114,28 @@ def test_a_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="use an earlier checkpoint"):
         checkpoint_io.restore_checkpoint(make(tmp_path)[0], checkpoint)
+
+
+def test_a_number_of_processes_that_is_no_integer_is_malformed(tmp_path):
+    train_state, batches = make(tmp_path)
+    next(train(train_state, batches))
+    checkpoint = checkpoint_io.save_checkpoint(train_state, tmp_path / "run")
+    content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    content["processes"] = math.inf
+    del content["sha256"]
+    digest = state_digest(content, load_file(checkpoint / "state.safetensors"))
+    (checkpoint / "state.json").write_text(json.dumps({**content, "sha256": digest}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"malformed .*infinity.*; use an earlier checkpoint"):
+        checkpoint_io.restore_checkpoint(make(tmp_path)[0], checkpoint)
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"run": ["a"]}', '{"run": 1}'])
+def test_the_run_of_a_checkpoint_that_does_not_say_it_is_unknown(state, tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(state, encoding="utf-8")
+    assert run_id_of(checkpoint) is None
+    assert find_checkpoint("latest", tmp_path) == checkpoint
 
 
 def test_no_checkpoint_lists_those_there_are(tmp_path):

@@ -23,10 +23,10 @@ def list_checkpoints(folder: str | Path, *, run_id: str | None = None) -> list[P
 def run_id_of(checkpoint: Path) -> str | None:
     """The id of the run that wrote a checkpoint; None where it cannot be read."""
     try:
-        content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return content["run"]
+        run_id = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
+    return run_id if isinstance(run_id, str) else None
 
 
 def find_checkpoint(name: str, folder: str | Path) -> Path:

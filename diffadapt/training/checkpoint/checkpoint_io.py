@@ -29,7 +29,7 @@ from diffadapt.training.parsing import parse_pairs
 
 FORMAT = 3
 # What Python raises for a value that another program, or an accident, wrote in place of ours.
-MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+MALFORMED = (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
 METADATA_OPTIONS = (  # recorded in the adapter's file
     "instance_prompt",
     "class_prompt",
