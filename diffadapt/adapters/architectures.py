@@ -14,6 +14,24 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class OriginalLayer:
+    """Where the original code of a transformer holds a layer of diffusers' model.
+
+    Attributes:
+        path: of the layer in the original code; its weight can hold several layers of diffusers, one below
+            the other.
+        first_row: of this layer in such a weight; 0 where the weight is this layer's alone.
+        num_rows: of this layer in such a weight; None where the weight is this layer's alone.
+        swaps_halves: whether the lower half of the rows is the upper one there.
+    """
+
+    path: str
+    first_row: int = 0
+    num_rows: int | None = None
+    swaps_halves: bool = False
+
+
+@dataclass(frozen=True)
 class PublishedNames:
     """Names by which files of other programs know a base and its layers.
 
@@ -24,6 +42,8 @@ class PublishedNames:
         has_published_sizes: whether the layers have the sizes of a published model of this architecture.
         original_path: a layer's path in diffusers -> in the original code, where kohya's files use that name;
             None for a layer that the original code does not have.
+        original_layer: a layer's path in diffusers -> its place in the original code; None for a layer
+            without one. Only of transformers, whose layers have diffusers' names in files for ComfyUI.
         numbers_first_encoder: whether layers of the first text encoder begin with ``lora_te1_`` and not with
             ``lora_te_``.
     """
@@ -33,6 +53,7 @@ class PublishedNames:
     resolution: int
     has_published_sizes: bool = True
     original_path: Callable[[str], str | None] | None = None
+    original_layer: Callable[[str], OriginalLayer | None] | None = None
     numbers_first_encoder: bool = False
 
 
@@ -46,7 +67,7 @@ class Architecture:
         target_presets: preset -> globs on names of layers, in place of the general rule of that preset.
         unread_layers: component -> globs on names of layers. No output depends on these layers, so they would
             never get a gradient; presets and globs leave them out.
-        published_names: None for a base that kohya's programs do not know.
+        published_names: None for a base that neither kohya's programs nor ComfyUI know.
     """
 
     name: str

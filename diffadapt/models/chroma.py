@@ -5,11 +5,15 @@ In the layout of ChromaPipeline.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import CHROMA, original_layer
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
 from diffadapt.models.masked_captions import MASK, STATES
@@ -26,7 +30,19 @@ class Chroma(FlowMatchingBase):
 
     family = "chroma"
     pipeline_classes = ("ChromaPipeline",)
+    transformer_class = "ChromaTransformer2DModel"
     profile_of_family = flow_profile("chroma", guidance_scale=5.0, num_inference_steps=35)  # of the pipeline
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return PublishedNames(
+            "chroma",
+            "chroma",
+            resolution=1024,
+            has_published_sizes=width == 3072,
+            original_layer=partial(original_layer, names=CHROMA, width=width),
+        )
 
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """T5's states (B, 512, 4096), and which of them are not padding (B, 512), as numbers."""

@@ -6,11 +6,14 @@ In the layout of FluxPipeline, which packs 2 x 2 latents into a token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import FLUX, original_layer
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
 from diffadapt.models.flow_matching import flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
@@ -31,6 +34,7 @@ class Flux(ClipWithT5Base):
 
     family = "flux"
     pipeline_classes = ("FluxPipeline",)
+    transformer_class = "FluxTransformer2DModel"
     profile_of_family = flow_profile("flux", guidance_scale=3.5, num_inference_steps=28)  # of the pipeline
     clip_encoders: ClassVar = ("text_encoder",)
     clip_tokenizers: ClassVar = ("tokenizer",)
@@ -44,6 +48,17 @@ class Flux(ClipWithT5Base):
             self.denoiser.config.guidance_embeds or self.pipe.scheduler.config.use_dynamic_shifting
         )
         return "black-forest-labs/FLUX.1-dev" if is_schnell else None
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return PublishedNames(
+            "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell",
+            "flux1",
+            resolution=1024,
+            has_published_sizes=width == 3072,
+            original_layer=partial(original_layer, names=FLUX, width=width),
+        )
 
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 512, 4096) of T5, `pooled_projections` (B, 768) of CLIP."""

@@ -5,11 +5,15 @@ In the layout of Flux2KleinPipeline. Its images are given as patches already, so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import FLUX2, original_layer
 from diffadapt.models.chat_template import tokens_before_caption
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 
@@ -24,11 +28,24 @@ class Flux2Klein(FlowMatchingBase):
 
     family = "flux2_klein"
     pipeline_classes = ("Flux2KleinPipeline",)
+    transformer_class = "Flux2Transformer2DModel"
     profile_of_family = flow_profile("flux2_klein", guidance_scale=4.0, num_inference_steps=50)  # of base
     patch_size = 1
 
     # The pipeline encodes images to their most likely latents.
     is_stochastic = False
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        size = "9b" if width > 3072 else "4b"
+        return PublishedNames(
+            f"Flux.2-klein-{size}",
+            f"flux_2_klein_{size}",
+            resolution=1024,
+            has_published_sizes=width in (3072, 4096),
+            original_layer=partial(original_layer, names=FLUX2, width=width),
+        )
 
     @property
     def size_multiple(self) -> int:

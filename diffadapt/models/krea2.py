@@ -5,10 +5,14 @@ In the layout of Krea2Pipeline, with the autoencoder of Qwen-Image.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import KREA2, original_layer
 from diffadapt.models.chat_template import token_count
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase, mask_or_none
@@ -26,11 +30,23 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
 
     family = "krea2"
     pipeline_classes = ("Krea2Pipeline",)
+    transformer_class = "Krea2Transformer2DModel"
     profile_of_family = flow_profile("krea2", guidance_scale=4.5, num_inference_steps=28)  # of the pipeline
 
     @property
     def undistilled_base(self) -> str | None:
         return "krea/Krea-2-Raw" if self.pipe.config.is_distilled else None
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return PublishedNames(
+            "Krea-2",
+            "krea2",
+            resolution=1024,
+            has_published_sizes=width == 6144,
+            original_layer=partial(original_layer, names=KREA2, width=width),
+        )
 
     def caption_states(self, caption: str) -> Tensor:
         """(length, layers, 2560); the padding between caption and template is cut out."""

@@ -5,11 +5,14 @@ Chen et al. 2024 (arXiv 2403.04692); in the layout of PixArtSigmaPipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import PIXART, original_layer
 from diffadapt.models.base import INAPPLICABLE_TO_BETAS
 from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase
 from diffadapt.models.transformer_base import transformer_profile
@@ -23,6 +26,7 @@ class PixArtSigma(MaskedCaptionsBase):
 
     family = "pixart_sigma"
     pipeline_classes = ("PixArtSigmaPipeline",)
+    transformer_class = "PixArtTransformer2DModel"
     profile_of_family = transformer_profile(
         "pixart_sigma",
         guidance_scale=4.5,  # of the pipeline, as are the steps
@@ -30,6 +34,17 @@ class PixArtSigma(MaskedCaptionsBase):
         inapplicable_options=INAPPLICABLE_TO_BETAS,
     )
     max_sequence_length = 300
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return PublishedNames(
+            "pixart-sigma",
+            "pixart_sigma",
+            resolution=1024,
+            has_published_sizes=width == 1152,
+            original_layer=partial(original_layer, names=PIXART, width=width),
+        )
 
     @property
     def resolution(self) -> int:

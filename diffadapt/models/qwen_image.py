@@ -5,10 +5,13 @@ In the layout of QwenImagePipeline (Qwen team 2025, arXiv 2508.02324).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import same_layer
 from diffadapt.models.chat_template import token_count
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase, mask_or_none
@@ -28,7 +31,19 @@ class QwenImage(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
 
     family = "qwen_image"
     pipeline_classes = ("QwenImagePipeline",)
+    transformer_class = "QwenImageTransformer2DModel"
     profile_of_family = flow_profile("qwen_image", guidance_scale=4.0, num_inference_steps=50)  # model card
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return PublishedNames(
+            "Qwen-Image",
+            "qwen_image",
+            resolution=1328,
+            has_published_sizes=width == 3072,
+            original_layer=same_layer,
+        )
 
     @property
     def empty_caption(self) -> str:

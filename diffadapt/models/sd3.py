@@ -6,12 +6,15 @@ Esser et al. 2024 (arXiv 2403.03206); in the layout of StableDiffusion3Pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import SD3, original_layer
 from diffadapt.models.base import BaseModel
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
 from diffadapt.models.flow_matching import flow_profile
@@ -24,6 +27,7 @@ class StableDiffusion3(ClipWithT5Base):
 
     family = "sd3"
     pipeline_classes = ("StableDiffusion3Pipeline",)
+    transformer_class = "SD3Transformer2DModel"
     # Model cards of SD 3.5: 28 steps (large), a guidance scale of 4.5 (medium).
     profile_of_family = flow_profile("sd3", guidance_scale=4.5, num_inference_steps=28)
     # T5 is the largest part of SD3 and can be left out; the pipeline puts zeros in place of its states.
@@ -34,6 +38,21 @@ class StableDiffusion3(ClipWithT5Base):
     caption_tokenizer = "tokenizer_3"
     samples_from_states = True
     max_sequence_length = 256  # the pipeline's default: with fewer, images lose quality
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        version = "3" if config["qk_norm"] is None else "3.5"
+        size = "large" if width > 1536 else "medium"
+        last_block = config["num_layers"] - 1
+        swapped = ("norm_out.linear", f"transformer_blocks.{last_block}.norm1_context.linear")
+        return PublishedNames(
+            f"stable-diffusion-v{version}-{size}",  # as ComfyUI names checkpoints
+            "sd3",
+            resolution=1024,
+            has_published_sizes=width in (1536, 2432),
+            original_layer=partial(original_layer, names=SD3, width=width, swapped=swapped),
+        )
 
     @property
     def resolution(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import Architecture, PublishedNames
 from diffadapt.models import prompts
 from diffadapt.models.base import BaseProfile
 from diffadapt.models.caption_limits import CaptionLimit
@@ -26,11 +27,13 @@ class TransformerBase(LatentDiffusionBase):
     """A base with a diffusion transformer, whose captions the pipeline's own `encode_prompt` encodes.
 
     Class attributes:
+        transformer_class: class of the transformer.
         patch_size: positions of the latents per token, along one side.
         max_sequence_length: tokens of a caption that are read.
         caption_tokenizer: the tokenizer whose states the transformer reads word by word.
     """
 
+    transformer_class: ClassVar[str]
     patch_size: ClassVar[int] = 2
     max_sequence_length: ClassVar[int] = 512
     caption_tokenizer: ClassVar[str] = "tokenizer"
@@ -38,6 +41,20 @@ class TransformerBase(LatentDiffusionBase):
     @abstractmethod
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """What the transformer reads of captions, each (B, ...), in the precision of the text encoder."""
+
+    @classmethod
+    @abstractmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        """Names by which files of other programs know a transformer of this configuration."""
+
+    @classmethod
+    def describe_architecture(
+        cls, denoiser: nn.Module, components: Mapping[str, nn.Module]
+    ) -> Architecture | None:
+        if type(denoiser).__name__ != cls.transformer_class:
+            return None
+        names = cls.published_names(denoiser.config)
+        return Architecture(cls.family, "transformer", published_names=names)
 
     # Images
 

@@ -5,11 +5,15 @@ In the layout of ZImagePipeline (Z-Image team 2025, arXiv 2511.22699).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from diffadapt.adapters.architectures import PublishedNames
+from diffadapt.formats.transformer_names import Z_IMAGE, original_layer
 from diffadapt.models.chat_template import tokens_before_caption
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import to_denoiser
@@ -26,10 +30,22 @@ class ZImage(MaskedCaptionsBase, FlowMatchingBase):
 
     family = "z_image"
     pipeline_classes = ("ZImagePipeline",)
+    transformer_class = "ZImageTransformer2DModel"
     profile_of_family = flow_profile("z_image", guidance_scale=4.0, num_inference_steps=50)  # model card
 
     # It was trained on the most likely latents of an image, not on samples.
     is_stochastic = False
+
+    @classmethod
+    def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
+        width = config["dim"]
+        return PublishedNames(
+            "Z-Image",
+            "z_image",
+            resolution=1024,
+            has_published_sizes=width == 3840,
+            original_layer=partial(original_layer, names=Z_IMAGE, width=width),
+        )
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
