@@ -162,6 +162,7 @@ def _attach_methods(
     """Attaches an adapter of diffadapt's own methods."""
     plans = plan_methods(adapter.method, [target.site for target in target_sites], adapter.ranks)
     _check_all_supported(adapter.method, target_sites, plans)
+    _check_quantised(plans, target_sites)
     for plan in plans:
         layers = []
         for index in plan.indices:
@@ -198,6 +199,22 @@ def _check_all_supported(
         if target.by_name and index not in planned:
             site = target.site
             raise ValueError(f"{method} cannot change {site.name}, a layer of kind {site.kind}; exclude it")
+
+
+def _check_quantised(plans: Sequence[MethodPlan], target_sites: Sequence[TargetSite]) -> None:
+    """Raises ValueError for a quantised layer under a method that trains its whole weight."""
+    for plan in plans:
+        if not plan.methods[0].trains_whole_weights:
+            continue
+        for index in plan.indices:
+            target = target_sites[index]
+            quantised = layer_state_of(target.layers).quantised
+            if quantised is not None:
+                raise ValueError(
+                    f"{plan.methods[0].name} trains the whole weight of {target.site.name}, which is "
+                    f"quantised ({quantised.kind.name}) to be small; load the base in bfloat16, or use "
+                    "another method"
+                )
 
 
 def _adapt_layers(

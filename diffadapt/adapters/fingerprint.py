@@ -19,10 +19,17 @@ def fingerprint(layer_states: Sequence[LayerState]) -> str:
     return fingerprints(layer_states)["values"]
 
 
+def quantisation(layer_states: Sequence[LayerState]) -> str | None:
+    """How a base's weights are stored, e.g. `bitsandbytes nf4`; None where none of them is quantised."""
+    names = {state.quantised.kind.name for state in layer_states if state.quantised is not None}
+    return ", ".join(sorted(names)) or None
+
+
 def fingerprints(layer_states: Sequence[LayerState]) -> dict[str, str]:
     """Hashes of a sample of the base weights as they are, and as rounded to the half precisions.
 
-    A base and its copy in half precision have one of the hashes in common, two fine-tuned models none.
+    A base and its copy in half precision have one of the hashes in common, two fine-tuned models none. Of a
+    quantised base they are those of the dequantised values.
 
     Returns:
         The key in an adapter file (`values` and those of `ROUNDED`) -> 32 hexadecimal digits.

@@ -26,7 +26,8 @@ from diffadapt.adapters.norm_layers import (
     layer_norm,
     rms_norm,
 )
-from diffadapt.algebra.autograd import Term, branch_sum, rescaled_product, scaled_channels
+from diffadapt.adapters.quantised_layers import QuantisedLayer, quantised_layer
+from diffadapt.algebra.autograd import Term, branch_sum, change_product, rescaled_product, scaled_channels
 from diffadapt.algebra.combined_weight import (
     changed_shape,
     changed_weight,
@@ -74,15 +75,22 @@ class LayerState:
         entries: the changes of all adapters, in the order they were attached.
         original: the base weight's bits while an entry is merged; None while the layers hold them.
         original_biases: the base biases of all layers, for the same time.
+        quantised: the weight of a quantised layer; None for a plain one.
     """
 
     layers: list[nn.Module]
     entries: list[Entry] = field(default_factory=list)
     original: Tensor | None = None
     original_biases: list[Tensor | None] = field(default_factory=list)
+    quantised: QuantisedLayer | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.quantised = quantised_layer(self.layers[0])
 
     def base(self) -> Tensor:
-        """The frozen base weight, whatever is merged."""
+        """The frozen base weight, whatever is merged; a quantised one is dequantised where it is read."""
+        if self.quantised is not None:
+            return self.quantised.weight()
         return self.layers[0].weight.detach() if self.original is None else self.original
 
     def base_bias(self, layer: nn.Module | None = None) -> Tensor | None:
@@ -205,8 +213,8 @@ class AdaptedRMSNorm(AdaptedNorm, nn.RMSNorm):
     normalise = staticmethod(rms_norm)
 
 
-class AdaptedDiffusersNorm(AdaptedNorm):
-    """What the adapted classes of diffusers' norms have in common; `_adapted_diffusers_norm` makes them.
+class AdaptedOnDemand(Adapted):
+    """The base of adapted classes for layers of other libraries, made when `adapted_class` meets one.
 
     Attributes:
         original: the class of the layer without adapters.
@@ -215,11 +223,22 @@ class AdaptedDiffusersNorm(AdaptedNorm):
     original: ClassVar[type[nn.Module]]
 
     def __reduce__(self):
-        return (
-            _restore_diffusers_norm,
-            (type(self).original,),
-            self.__dict__,
-        )  # a pickle cannot name the class
+        made, family, *_ = type(self).__mro__
+        return _restore_on_demand, (family, made.original), self.__dict__  # a pickle cannot name `made`
+
+
+class AdaptedDiffusersNorm(AdaptedOnDemand, AdaptedNorm):
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.normalise = staticmethod(diffusers_normalise(cls.original))
+
+
+class AdaptedQuantised(AdaptedOnDemand):
+    def forward(self, x: Tensor) -> Tensor:
+        entries = self._diffadapt.active()
+        if not entries:
+            return super().forward(x)
+        return _quantised_output(self, x, entries)
 
 
 ADAPTED: dict[type[nn.Module], type[Adapted]] = {
@@ -237,8 +256,7 @@ ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {adapted: plain for plain, ad
 
 def can_adapt(layer: nn.Module) -> bool:
     """Whether a layer, adapted or not, is of a class that adapters can change; subclasses are not."""
-    layer_type = type(layer)
-    return isinstance(layer, Adapted) or layer_type in ADAPTED or diffusers_normalise(layer_type) is not None
+    return isinstance(layer, Adapted) or type(layer) in ADAPTED or _family_on_demand(layer) is not None
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -251,25 +269,30 @@ def adapted_class(layer: nn.Module) -> type[Adapted]:
     """The class of a layer while an adapter is attached. Raises KeyError for a layer that has none."""
     if isinstance(layer, Adapted):
         return type(layer)
-    if diffusers_normalise(type(layer)) is not None:
-        return _adapted_diffusers_norm(type(layer))
-    return ADAPTED[type(layer)]
+    family = _family_on_demand(layer)
+    return ADAPTED[type(layer)] if family is None else _class_on_demand(family, type(layer))
 
 
 def original_class(layer: Adapted) -> type[nn.Module]:
     """The class of an adapted layer before the adapter was attached."""
-    return layer.original if isinstance(layer, AdaptedDiffusersNorm) else ORIGINAL[type(layer)]
+    return layer.original if isinstance(layer, AdaptedOnDemand) else ORIGINAL[type(layer)]
+
+
+def _family_on_demand(layer: nn.Module) -> type[AdaptedOnDemand] | None:
+    """What the adapted class of a layer derives from if it is made on demand; else None."""
+    if diffusers_normalise(type(layer)) is not None:
+        return AdaptedDiffusersNorm
+    return None if quantised_layer(layer) is None else AdaptedQuantised
 
 
 @functools.cache
-def _adapted_diffusers_norm(original: type[nn.Module]) -> type[AdaptedDiffusersNorm]:
-    attributes = {"original": original, "normalise": staticmethod(diffusers_normalise(original))}
-    return type(f"Adapted{original.__name__}", (AdaptedDiffusersNorm, original), attributes)
+def _class_on_demand(family: type[AdaptedOnDemand], original: type[nn.Module]) -> type[AdaptedOnDemand]:
+    return type(f"Adapted{original.__name__}", (family, original), {"original": original})
 
 
-def _restore_diffusers_norm(original: type[nn.Module]) -> AdaptedDiffusersNorm:
+def _restore_on_demand(family: type[AdaptedOnDemand], original: type[nn.Module]) -> AdaptedOnDemand:
     """An adapted layer without attributes, for copies and pickles."""
-    adapted = _adapted_diffusers_norm(original)
+    adapted = _class_on_demand(family, original)
     return adapted.__new__(adapted)
 
 
@@ -333,6 +356,57 @@ def _rescaled_output(
         return scaled_channels(branch_sum(layer_map, x, base, bias, terms), scale)
     bias = effective_bias(base_bias, base_bias, [(1.0, update)])
     return rescaled_product(layer_map, x, base, bias, scale, terms, recompute=update.recompute)
+
+
+def _quantised_output(layer: AdaptedQuantised, x: Tensor, entries: Sequence[Entry]) -> Tensor:
+    """The output of a quantised layer: its own `y = L(x; W) + b`, and the changes beside it.
+
+    With the strength `t_i` an entry adds `t_i (m_i L(x; delta_i) + b'_i - b)`, or, where it scales rows,
+    `t_i (y_i - y)` with `y_i = scale_i * (y + m_i L(x; delta_i)) + b'_i - scale_i * b`.
+    """
+    layer_state = layer._diffadapt
+    base_output = layer_state.quantised.forward(x)  # (..., out)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    y = base_output
+    for entry in entries:
+        strength = entry.owner.strength
+        update = entry.owner.update(entry.index, layer_state.base(), in_forward=True)
+        if update.scale is None:
+            y = _with_change(y, x, entry, update, strength)
+            bias_change = effective_bias(layer_state.base_bias(layer), None, [(strength, update)])
+            if bias_change is not None:
+                y = y + bias_change.to(y.dtype)
+            continue
+        y_entry = _rescaled_quantised_output(layer, base_output, x, entry, update)
+        y = y_entry if len(entries) == 1 and strength == 1 else y + strength * (y_entry - base_output)
+    return y
+
+
+def _rescaled_quantised_output(
+    layer: AdaptedQuantised, base_output: Tensor, x: Tensor, entry: Entry, update: Update
+) -> Tensor:
+    """`scale * (y + m L(x; delta)) + b' - scale * b` for the layer's own output `y`, bias `b` included."""
+    y = _with_change(base_output, x, entry, update, 1.0)
+    bias = layer._diffadapt.base_bias(layer)
+    if update.bias_scale is update.scale:  # b' = scale * (b + bias)
+        if update.bias is not None:
+            y = y + update.bias.to(y.dtype)
+        return scaled_channels(y, update.scale)
+    changed_bias = effective_bias(bias, bias, [(1.0, update)])
+    if bias is None or changed_bias is None:
+        return scaled_channels(y, update.scale, changed_bias)
+    return scaled_channels(y, update.scale, changed_bias - update.scale * bias)
+
+
+def _with_change(y: Tensor, x: Tensor, entry: Entry, update: Update, strength: float) -> Tensor:
+    """`y + t m L(x; delta)` for one entry."""
+    if update.delta is None:
+        return y
+    change, coefficient, inputs = _term(x, entry, update, strength)
+    branch = change_product(_LINEAR_MAP, inputs, change, torch.Size((y.shape[-1], x.shape[-1])))
+    return torch.add(y, branch.to(y.dtype), alpha=coefficient)
 
 
 def _term(x: Tensor, entry: Entry, update: Update, strength: float) -> Term:

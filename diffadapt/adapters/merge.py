@@ -12,7 +12,16 @@ def merge(adapter: Adapter) -> float:
     Returns:
         The share of the change lost to rounding in half precision, `|W' - rounded W'| / |W' - W|` in
         Frobenius norms over all sites; 0 for float32 and float64 bases.
+
+    Raises:
+        ValueError: a weight is quantised, so that it cannot hold the change.
     """
+    for name, layer_state in adapter.layer_states.items():
+        if layer_state.quantised is not None:
+            raise ValueError(
+                f"{name} is quantised ({layer_state.quantised.kind.name}), and quantising it anew would "
+                "round the adapter away; load the base in bfloat16 or float32, load the adapter, and merge"
+            )
     return _set_merged(adapter, True)
 
 

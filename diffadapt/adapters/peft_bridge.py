@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.fused_projections import FusionGuard
-from diffadapt.adapters.layers import Entry, LayerState, adapted_class, original_class
+from diffadapt.adapters.layers import Entry, LayerState, adapted_class, layer_state_of, original_class
 from diffadapt.adapters.peft_check import check_merge, check_storable, smallest_of_each_kind
 from diffadapt.adapters.targets import TargetSite
 from diffadapt.algebra.combined_weight import to_compute_dtype
 from diffadapt.algebra.expression import Update
 from diffadapt.algebra.full_rank import Dense
+from diffadapt.methods.base import Method
 from diffadapt.methods.site import Site
 
 _PEFT_ERRORS = (AssertionError, AttributeError, ArithmeticError, LookupError, RuntimeError)
@@ -209,6 +210,7 @@ def _attach_to_model(adapter: Adapter, root: str, target_sites: Sequence[TargetS
     """Lets PEFT wrap the layers of one model, and puts its wrappers under diffadapt's states of layers."""
     method = adapter.method
     model = adapter.roots[root]
+    _check_not_quantised(method, target_sites)
     layers = [target.layers[0] for target in target_sites]
     sites = [target.site for target in target_sites]
     paths = [site.name.removeprefix(f"{root}.") if root else site.name for site in sites]
@@ -255,6 +257,16 @@ def _wrap_layers(adapter: Adapter, model: nn.Module, paths: Sequence[str]) -> nn
             return get_peft_model(model, config, adapter_name=adapter.name)
         except _PEFT_ERRORS as error:
             raise ValueError(f"{adapter.method}: PEFT cannot do this here: {error!r}") from error
+
+
+def _check_not_quantised(method: Method, target_sites: Sequence[TargetSite]) -> None:
+    for target in target_sites:
+        quantised = layer_state_of(target.layers).quantised
+        if quantised is not None:
+            raise ValueError(
+                f"{method.name} cannot change {target.site.name}, which is quantised "
+                f"({quantised.kind.name}); use a method of diffadapt's own, or load the base in bfloat16"
+            )
 
 
 def _component(site: Site, adapter: Adapter) -> str:

@@ -152,14 +152,16 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
     """Describes a layer's weight.
 
     Raises:
-        TypeError: For a layer whose exact type is unknown, or whose weight is no plain float tensor.
+        TypeError: For a layer whose exact type is unknown, or whose weight is neither a plain float tensor
+            nor quantised in a known way.
         ValueError: For a layer whose forward is overridden by a hook.
     """
     if not can_adapt(layer):
         raise TypeError(
             f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}, which cannot be adapted; "
             f"exclude it with the target '!{name}' (supported: {', '.join(cls.__name__ for cls in ADAPTED)}, "
-            "diffusers' FP32LayerNorm, RMSNorm and Krea2RMSNorm)"
+            "diffusers' FP32LayerNorm, RMSNorm and Krea2RMSNorm, and Linear layers quantised by "
+            "bitsandbytes, torchao or GGUF)"
         )
     if "forward" in layer.__dict__ or hasattr(layer, "_hf_hook"):
         raise ValueError(
@@ -167,21 +169,23 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
             "attach before offloading or dispatching the model"
         )
     bias = getattr(layer, "bias", None)
-    _check_plain(f"{name}.weight", layer.weight)
+    layer_state = layer_state_of([layer])
+    if layer_state.quantised is None:
+        _check_plain(f"{name}.weight", layer.weight)
     _check_plain(f"{name}.bias", bias)
     groups = layer.groups if isinstance(layer, _CONV_TYPES) else 1
-    base = layer_state_of([layer]).base()  # not layer.weight: a merged class table may have more rows
+    base = layer_state.base()  # not layer.weight: a merged class table may have more rows
     return Site(name, _kind(layer), tuple(base.shape), groups, bias is not None)
 
 
 def _check_plain(name: str, tensor: Tensor | None) -> None:
-    """Raises TypeError for a tensor that is quantised, cast for storage or otherwise no plain float."""
+    """Raises TypeError for a tensor that is cast for storage, quantised in an unknown way, or no float."""
     if tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.dtype in _PLAIN_DTYPES):
         return
     raise TypeError(
         f"{name} is a {type(tensor).__qualname__} of {tensor.dtype}, no plain tensor of float16, bfloat16, "
-        "float32 or float64: quantised weights, and weights cast for storage, cannot be adapted; load "
-        "the base in bfloat16 or float32"
+        "float32 or float64: weights cast for storage, or quantised other than by bitsandbytes, torchao or "
+        "GGUF, cannot be adapted; load the base in bfloat16 or float32"
     )
 
 

@@ -72,7 +72,7 @@ def branch_sum(
     for change, coefficient, inputs in terms:
         branch = change.apply(layer, inputs, weight.shape)
         if branch is None and inputs is not x:  # under dropout: the change sees another input than the base
-            branch = weight_space_product(layer, inputs, None, None, change, shape=weight.shape)
+            branch = change_product(layer, inputs, change, weight.shape)
         if branch is not None:
             branches.append((branch, coefficient))
             continue
@@ -146,6 +146,12 @@ def chain_product(
     with without_autocast(x.device.type):
         y = ChainProduct.apply(layer, change, coefficient, rows, weight, bias, *change.tensors())
     return y if rows is x else y.unflatten(0, x.shape[:-1])
+
+
+def change_product(layer: LayerMap, x: Tensor, change: Expression, shape: torch.Size) -> Tensor:
+    """`L(x; change)` alone, for a weight of that shape."""
+    y = change.apply(layer, x, shape)
+    return weight_space_product(layer, x, None, None, change, shape=shape) if y is None else y
 
 
 def weight_space_product(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import attach_sites, components
-from diffadapt.adapters.fingerprint import fingerprints
+from diffadapt.adapters.fingerprint import fingerprints, quantisation
 from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.peft_bridge import fill_from_file
 from diffadapt.adapters.targets import TargetSite
@@ -43,7 +43,10 @@ def save(
     for part in adapter.parts:
         for key, tensor in part.named_tensors().items():
             tensors[key] = tensor.detach().cpu().contiguous()
-    values = adapter.base_values or fingerprints(list(adapter.layer_states.values()))
+    layer_states = list(adapter.layer_states.values())
+    description = {"name": base, **(adapter.base_values or fingerprints(layer_states))}
+    if quantisation(layer_states) is not None:
+        description["quantisation"] = quantisation(layer_states)
     write_adapter_file(
         path,
         tensors,
@@ -51,7 +54,7 @@ def save(
         seed=adapter.seed,
         method=adapter.method,
         sites=[_stored_site(site, adapter) for site in adapter.sites],
-        base={"name": base, **values},
+        base=description,
         metadata=metadata,
     )
 
@@ -73,7 +76,7 @@ def write_adapter_file(
         tensors: by the names that `PartPlan.stored` gives them.
         name: of the adapter.
         seed: of the method's constants.
-        base: `name` of the base, and its fingerprints.
+        base: `name` of the base, its fingerprints, and how it is quantised where it is.
         metadata: further text to keep in the header.
     """
     config = {
@@ -238,10 +241,26 @@ def _check_base(
     if not config.base_values.isdisjoint(fingerprints(layer_states).values()):
         return
     base = config.base_name or "not recorded"
+    stored_as = quantisation(layer_states)
+    if stored_as != config.base_quantisation:
+        trained_as = _quantisation_text(config.base_quantisation)
+        message = (
+            f"{path} was trained on weights that are {trained_as} (base: {base}), and here they are "
+            f"{_quantisation_text(stored_as)}: the adapter fits, but the weights are rounded otherwise, so "
+            "its effect differs a little, and whether the model is the same cannot be told"
+        )
+        if strict:
+            raise ValueError(message + "; load the base as in training, or pass strict_base=False")
+        warnings.warn(message, stacklevel=3)
+        return
     message = f"{path} was trained on other weights of this architecture (base: {base})"
     if strict:
         raise ValueError(message + "; pass its own base, or strict_base=False to accept the difference")
     warnings.warn(message, stacklevel=3)
+
+
+def _quantisation_text(name: str | None) -> str:
+    return "not quantised" if name is None else f"quantised ({name})"
 
 
 def _stored_site(site: Site, adapter: Adapter) -> StoredSite:

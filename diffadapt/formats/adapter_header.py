@@ -42,6 +42,7 @@ class Configuration:
         sites: the layers it changes, in its order.
         base_name: name or path of the base it was trained on, where recorded.
         base_values: fingerprints of that base.
+        base_quantisation: how its weights were stored, as `fingerprint.quantisation` says it; None for plain.
     """
 
     json: dict
@@ -51,6 +52,7 @@ class Configuration:
     sites: tuple[StoredSite, ...]
     base_name: str | None
     base_values: frozenset[str]
+    base_quantisation: str | None = None
 
 
 def read_configuration(text: str | None, path: str | Path) -> Configuration:
@@ -73,6 +75,8 @@ def _checked(config: dict) -> Configuration:
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     if not isinstance(base["name"], str | None):
         raise TypeError(f"the base's name must be text, got {base['name']!r}")
+    if not isinstance(base.get("quantisation"), str | None):
+        raise TypeError(f"the base's quantisation must be text, got {base['quantisation']!r}")
     sites = []
     for site in config["sites"]:
         shape = tuple(site["shape"])
@@ -87,4 +91,5 @@ def _checked(config: dict) -> Configuration:
         sites=tuple(sites),
         base_name=base["name"],
         base_values=frozenset(fingerprints),
+        base_quantisation=base.get("quantisation"),
     )

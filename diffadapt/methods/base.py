@@ -31,6 +31,8 @@ class Method:
         library: the library whose code computes the change, `diffadapt` or `peft`. PEFT's methods define
             none of the functions below: their tensors are known once PEFT has wrapped the layers.
         extra_targets: target presets that it changes in addition to the requested targets.
+        trains_whole_weights: whether it trains a tensor of the weight's own size, for which a quantised base
+            saves no memory.
     """
 
     name: ClassVar[str]
@@ -39,6 +41,7 @@ class Method:
     grouped: ClassVar[bool] = False
     library: ClassVar[str] = "diffadapt"
     extra_targets: ClassVar[tuple[str, ...]] = ()
+    trains_whole_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -24,6 +24,7 @@ class Full(Method):
     name: ClassVar[str] = "full"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear", "conv", "norm", "embedding"})
     learning_rate: ClassVar[float] = 1e-5
+    trains_whole_weights: ClassVar[bool] = True
 
     def trained_tensors(self, site: Site) -> Shapes:
         shapes = {"weight": site.shape}

@@ -43,6 +43,17 @@ def check_no_new_biases(layers: Sequence[ExportedLayer], target: str) -> None:
         )
 
 
+def check_not_quantised(layers: Sequence[ExportedLayer]) -> None:
+    """Raises ValueError for a quantised weight, which cannot hold a change."""
+    for layer in layers:
+        quantised = layer.layer_state.quantised
+        if quantised is not None:
+            raise ValueError(
+                f"{layer.name} is quantised ({quantised.kind.name}), and a merged export writes whole "
+                "weights; `diffadapt export FILE FOLDER --to merged` loads the base unquantised for that"
+            )
+
+
 def refuse_unless_good(report: ExportReport, force: bool) -> None:
     """Raises ValueError for a file that a program it is meant for does not read as it should."""
     if report.good or force:

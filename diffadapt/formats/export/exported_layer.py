@@ -76,6 +76,15 @@ class ExportedLayer:
         return start_weight(base, self.layer_state.updates(self.entries))
 
     @property
+    def reads_base(self) -> bool:
+        """Whether what a file holds of it was computed from the frozen weight: of row scales and of changes
+        relative to it."""
+        if self.scale is not None:
+            return True
+        deltas = [update.delta for _, update in self.layer_state.updates(self.entries)]
+        return any(delta is not None and delta.depends_on_base for delta in deltas)
+
+    @property
     def num_new_rows(self) -> int:
         """Rows that a class table has more than the base's."""
         if self.kind != "embedding":

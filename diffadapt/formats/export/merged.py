@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled, pipeline_of
 from diffadapt.formats.emulators import with_bias
-from diffadapt.formats.export.checks import check_no_new_biases
+from diffadapt.formats.export.checks import check_no_new_biases, check_not_quantised
 from diffadapt.formats.export.class_rows import write_table_sizes
 from diffadapt.formats.export.exported_layer import ExportedLayer
 from diffadapt.formats.export.target import ExportJob, ExportTarget
@@ -21,6 +21,7 @@ from diffadapt.formats.export.verify import ErrorSum, Verdict
 
 
 def _fit(job: ExportJob) -> Sequence[ExportedLayer]:
+    check_not_quantised(job.layers)
     check_no_new_biases(job.layers, "merged")
     return job.layers
 

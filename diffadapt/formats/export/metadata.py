@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.architectures import Architecture, PublishedNames
 from diffadapt.adapters.attach import pipeline_of
-from diffadapt.adapters.fingerprint import fingerprint
+from diffadapt.adapters.fingerprint import fingerprint, quantisation
+from diffadapt.formats.export.exported_layer import ExportedLayer
 
 # keys of our own files that say something of the file, not of the training
 _FILE_KEYS = ("format", "format_version", "adapter", "sha256")
@@ -49,6 +50,9 @@ def metadata_of(
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "ss_output_name": title,
     }
+    stored_as = quantisation(list(adapter.layer_states.values()))
+    if stored_as is not None:
+        header["diffadapt.base_quantisation"] = stored_as
     if base_name:
         header |= {"diffadapt.base": base_name, "ss_sd_model_name": base_name}
     if base.published_names is not None:
@@ -70,6 +74,18 @@ def base_only_note(adapter: Adapter) -> str:
     """The entry in the header of a file that holds whole differences."""
     base = fingerprint(list(adapter.layer_states.values()))
     return f"whole differences of weights: valid for the base with fingerprint {base} only"
+
+
+def quantised_base_note(layers: Sequence[ExportedLayer]) -> str:
+    """A warning about changes that were computed from quantised weights; empty where there are none."""
+    states = [layer.layer_state for layer in layers if layer.reads_base]
+    stored_as = quantisation(states)
+    if stored_as is None:
+        return ""
+    return (
+        f"{len(states)} of {len(layers)} changes are computed from the base's quantised weights "
+        f"({stored_as}), so on its unquantised weights they are right to that rounding only"
+    )
 
 
 def _architecture(names: PublishedNames) -> dict[str, str]:

@@ -15,7 +15,12 @@ from diffadapt.common.atomic_files import write_atomically
 from diffadapt.formats.export.checks import refuse_unless_good
 from diffadapt.formats.export.class_rows import note_on_guidance
 from diffadapt.formats.export.exported_layer import ExportedLayer
-from diffadapt.formats.export.metadata import additional_hashes, base_only_note, network_of
+from diffadapt.formats.export.metadata import (
+    additional_hashes,
+    base_only_note,
+    network_of,
+    quantised_base_note,
+)
 from diffadapt.formats.export.report import ExportReport
 from diffadapt.formats.export.target import ExportJob, ExportTarget
 
@@ -32,6 +37,7 @@ def write_file(target: ExportTarget, job: ExportJob, path: Path, header: dict[st
         target.write(job, temporary)
         verdicts = target.verify(job, temporary)
         tensors = load_file(temporary)
+        note = quantised_base_note(job.layers)
         holds_differences = any(key.endswith(".diff") for key in tensors)
         report = ExportReport(
             path,
@@ -41,11 +47,14 @@ def write_file(target: ExportTarget, job: ExportJob, path: Path, header: dict[st
             target.meant_for,
             base_only=holds_differences,
             rank_error=_rank_error(job.layers),
+            note=note,
         )
         refuse_unless_good(report, job.force)
         entries = header | target.header(job) | network_of(tensors, job.adapter)
         if holds_differences:
             entries["diffadapt.base_only"] = base_only_note(job.adapter)
+        if note:
+            entries["diffadapt.quantised_base"] = note
         entries["diffadapt.accepted_by"] = ", ".join(report.accepted_by)
         # kohya's hashes are of a file with these keys alone
         training_entries = {key: text for key, text in entries.items() if key.startswith("ss_")}
