@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `diffadapt` with these arguments, by default those of the process. Returns the exit code."""
     arguments = _make_parser().parse_args(argv)
     command = COMMANDS[arguments.command]
-    return run_command(lambda: command.run(arguments))
+    return run_command(lambda: command.run(arguments))  # argparse itself ends with 2 for bad options
 
 
 def _make_parser() -> argparse.ArgumentParser:

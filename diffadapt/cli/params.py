@@ -70,7 +70,7 @@ def as_text(method: Method, table: ParameterTable) -> str:
         f"{'block':<{name_width}} {'layers':>7} {'parameters':>14} {'percent':>10} {'bytes':>16}",
     ]
     for name, layers, parameters in rows:
-        percent = f"{100 * parameters / table.base:.4f}"
+        percent = f"{100 * parameters / table.base:.4f}"  # of the whole model, not of the block
         lines.append(
             f"{name:<{name_width}} {layers:>7} {parameters:>14,} {percent:>10} {4 * parameters:>16,}"
         )

@@ -45,7 +45,7 @@ PROTOCOLS = {
     "piq": Protocol(
         extractor="inception",
         preset="bilinear",
-        metrics=("is_gap", "fid", "kid", "msid", "precision_recall"),
+        metrics=("is_gap", "fid", "kid", "msid", "precision_recall"),  # those of SuperLoRA's tables
         n_generated=50_000,
         n_real=50_000,
         options={"precision_recall": {"k": 5}, "msid": {"k": 5}},
@@ -55,7 +55,7 @@ PROTOCOLS = {
         preset="tf1",
         metrics=("inception_score", "fid", "sfid", "precision_recall"),
         n_generated=50_000,
-        n_real=10_000,
+        n_real=10_000,  # images in a reference batch; its statistics are of the whole training set
         options={"precision_recall": {"k": 3}},
     ),
     "dgm": Protocol(
@@ -68,7 +68,7 @@ PROTOCOLS = {
     ),
     "cmmd": Protocol(
         extractor="clip:openai/clip-vit-large-patch14-336",
-        preset="crop-336",
+        preset="crop-336",  # the side of this CLIP, whose positions are not interpolated
         metrics=("cmmd",),
         n_generated=30_000,
         n_real=30_000,

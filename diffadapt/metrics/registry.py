@@ -121,7 +121,7 @@ _ALL = (
         interval="normal; variance of the U-statistic",
         source="Binkowski et al. 2018, arXiv:1801.01401",
         minimum=_at_least(500),
-        floor="halves",
+        floor="halves",  # unbiased: the sizes of the parts do not matter
     ),
     Metric(
         key="kid_subsets",
@@ -136,7 +136,7 @@ _ALL = (
         minimum=_subset_size,
         required=lambda options: options["size"],
         options={"subsets": 100, "size": 1000, "seed": 2020},
-        floor="halves",
+        floor="halves",  # unbiased, like kid
     ),
     Metric(
         key="cmmd",
@@ -164,7 +164,7 @@ _ALL = (
         minimum=_per_split(500),
         required=lambda options: 2 * options["splits"],
         options={"splits": 10, "seed": 2020},
-        floor="self",
+        floor="self",  # of as many images, as it rises with their number
     ),
     Metric(
         key="is_gap",
@@ -179,7 +179,7 @@ _ALL = (
         minimum=_per_split(500),
         required=lambda options: 2 * options["splits"],
         options={"splits": 10, "seed": 2020},
-        equal_n=True,
+        equal_n=True,  # the score rises with the images of a split
         floor="sizes",
     ),
     Metric(
@@ -194,7 +194,7 @@ _ALL = (
         minimum=_at_least(1000),
         required=lambda options: options["k"] + 1,
         options={"k": 3},
-        equal_n=True,
+        equal_n=True,  # balls shrink as their set grows
         floor="sizes",
         version="1, ties count",
     ),
@@ -210,7 +210,7 @@ _ALL = (
         minimum=_at_least(1000),
         required=lambda options: options["k"] + 1,
         options={"k": 5},
-        equal_n=True,
+        equal_n=True,  # as for precision and recall
         floor="sizes",
         version="1, ties do not count",
     ),
@@ -227,7 +227,7 @@ _ALL = (
         minimum=_at_least(2000),
         required=lambda options: options["k"] + 2,
         options={"k": 5},
-        equal_n=True,
+        equal_n=True,  # the graph of a larger set has another spectrum
         floor="sizes",
     ),
     Metric(
@@ -255,7 +255,7 @@ _ALL = (
         source=f"{_DREAMBOOTH}; CLIP: arXiv:2103.00020",
         minimum=_at_least(10),
         per_subject=True,
-        floor="self_any",
+        floor="self_any",  # a mean does not depend on the number of images
     ),
     Metric(
         key="clip_i",
@@ -306,7 +306,7 @@ _ALL = (
         minimum_real=_at_least(2),
         options={"threshold": None},
         per_subject=True,
-        floor="",
+        floor="",  # would be 0: the threshold is the nearest pair of real images
     ),
     Metric(
         key="lpips_diversity",
@@ -357,7 +357,7 @@ _ALL = (
         estimate=bindings.preference_estimate,
         interval=_MEAN_INTERVAL,
         minimum=_at_least(10),
-        floor="",
+        floor="",  # the prompts of real images are not known
     ),
 )
 

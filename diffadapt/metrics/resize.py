@@ -86,7 +86,9 @@ def shorter_side_then_middle(pixels: Tensor, shorter: int, side: int) -> Tensor:
     """
     height, width = pixels.shape[-2:]
     scale = shorter / min(height, width)
+    # truncated, as the processors of CLIP and DINO do; the shorter side must not lose a pixel by rounding
     pixels = _bicubic(pixels, (max(shorter, int(height * scale)), max(shorter, int(width * scale))))
+    # the middle; of an odd margin the smaller half is cut above and on the left
     y = (pixels.shape[-2] - side) // 2
     x = (pixels.shape[-1] - side) // 2
     return pixels[..., y : y + side, x : x + side]

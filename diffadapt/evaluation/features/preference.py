@@ -120,6 +120,7 @@ def score_preference(
     scored = score_set(
         label, replace(scored_set, feature_sets=feature_sets), None, preference.extractor, preference_plan
     )
+    # by name, as rows of images may come from elsewhere, in another order
     names = [info.name for info in scored_set.infos]
     return scored, dict(zip(names, values.tolist(), strict=True))
 

@@ -45,12 +45,14 @@ class WeightFile:
 _TORCHVISION = "https://download.pytorch.org/models"
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 FILES = {  # extractor -> its weight file
+    # the network of the first FID, of TensorFlow's archive of 2015-12-05, as torch-fidelity converted it
     "inception": WeightFile(
         "weights-inception-2015-12-05-6726825d.pth",
         f"{_FIDELITY}/weights-inception-2015-12-05-6726825d.pth",
         95_628_359,
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
+    # trained on ImageNet by torchvision, whose versions of all backbones LPIPS was published with
     "vgg16": WeightFile(
         "vgg16-397923af.pth",
         f"{_TORCHVISION}/vgg16-397923af.pth",
@@ -70,7 +72,7 @@ FILES = {  # extractor -> its weight file
         "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
     ),
 }
-FILES["lpips:vgg"] = FILES["vgg16"]
+FILES["lpips:vgg"] = FILES["vgg16"]  # the same network
 OTHER_NAMES = {"inception": ("pt_inception-2015-12-05-6726825d.pth",)}  # of the same file in other programs
 
 
