@@ -7,20 +7,37 @@ Each run is `train_scripts/dreambooth.py` with its default data and base; finish
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from demo_runs import mean_and_deviation, run
 
 import diffadapt as da
 from diffadapt.common.runtime import silence_libraries
+from diffadapt.evaluation.report.tables import list_items
 from diffadapt.models.families import load_base
 
 COLUMNS = {  # metric -> heading
     "subject_similarity": "similarity, training prompt",
     "context_similarity": "similarity, new contexts",
-    "text_agreement": "agreement with the text",
+    "text_agreement": "agreement with the text, new contexts",
     "drift": "drift on other prompts",
     "nearest_training_image": "nearest training image",
+}
+EXPLANATIONS = {  # metric -> what its column is; {count} images are generated of the training prompt
+    "subject_similarity": (
+        "mean cosine between {count} images of the prompt that was trained and the training images"
+    ),
+    "context_similarity": (
+        "the same for images of ten prompts that put the subject in new contexts, as DreamBooth's protocol "
+        "and `eval/subject.py` measure it; it is lower, as such images show much context"
+    ),
+    "text_agreement": "images of ten prompts that put the subject in new contexts, against their words",
+    "drift": "1 - cosine between images of unrelated prompts before and after training, on the same seeds",
+    "nearest_training_image": (
+        "of the training prompt's images, mean cosine to the closest training image; near 1 would mean "
+        "copying"
+    ),
 }
 
 
@@ -53,7 +70,7 @@ def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
     """
     _, first_records = rows[0]
     options = first_records[0]["options"]
-    columns = {}
+    columns = {}  # those that the runs have
     for metric, heading in COLUMNS.items():
         if cell(first_records, metric, "after"):
             columns[metric] = heading
@@ -74,24 +91,21 @@ def page(rows: list[tuple[str, list[dict]]], *, command: str) -> str:
     for label, records in rows:
         cells = [cell(records, metric, "after") for metric in columns]
         lines.append(f"| {label} | {records[0]['parameters']:,} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *explanation(first_records[0])]) + "\n"
+    return "\n".join([*lines, "", *explanations(columns, first_records[0])]) + "\n"
 
 
-def explanation(record: dict) -> list[str]:
-    """The meaning of the columns."""
+def explanations(columns: Mapping[str, str], record: dict) -> list[str]:
+    """The meaning of the columns, as list items.
+
+    Args:
+        columns: metric -> heading.
+        record: of a run.
+    """
     count = record["options"]["num_validation_images"]
-    return [
-        f"- similarity, training prompt: mean cosine between {count} images of the training prompt and the",
-        "  training images.",
-        "- similarity, new contexts: the same for images of ten prompts that put the subject in new",
-        "  contexts, as DreamBooth's protocol and `eval/subject.py` measure it; it is lower, as such images",
-        "  show much context.",
-        "- agreement with the text: the images of those ten prompts against their words.",
-        "- drift: 1 - cosine between images of unrelated prompts before and after training, with the same",
-        "  seeds.",
-        "- nearest training image: of the training prompt's images, mean cosine to the closest training",
-        "  image; near 1 would mean copying.",
-    ]
+    items = []
+    for metric, heading in columns.items():
+        items.append(f"{heading}: {EXPLANATIONS[metric].format(count=count)}.")
+    return list_items(items)
 
 
 def cell(records: list[dict], metric: str, when: str) -> str:
