@@ -31,6 +31,8 @@ class Adapter(nn.Module):
         layer_states: what happens to each weight, by the site's name; filled by `attach`.
         frozen: the parameters that `attach` froze and `detach` gives their `requires_grad` back.
         hooks: what `detach` removes.
+        unread_layers: layers that the targets of `attach` chose and that were left out, because no output of
+            the model depends on them.
         base_values: fingerprints of the base, where its weights cannot be read at any time (sharded ones).
     """
 
@@ -53,6 +55,7 @@ class Adapter(nn.Module):
         self.layer_states: dict[str, LayerState] = {}
         self.frozen: list[nn.Parameter] = []
         self.hooks: list[RemovableHandle] = []
+        self.unread_layers: tuple[str, ...] = ()
         self.base_values: dict[str, str] | None = None
         self._strength = 1.0
 

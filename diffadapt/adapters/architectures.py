@@ -1,8 +1,9 @@
 """Facts about the layers of bases: for the choice of layers, and for names in files of other programs.
 
 A family of models registers its own here (`diffadapt.models.families`), because attaching and files lie below
-the families. A base that nobody registered is treated by the general rules: presets by the usual names of
-projections, every layer adaptable, no names in kohya's format.
+the families. Of transformers that nobody registered the layers are known still (`transformer_targets`). Any
+other base is treated by the general rules: presets by the usual names of projections, every layer adaptable,
+no names in kohya's format.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+
+from diffadapt.adapters.transformer_targets import TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -99,4 +102,24 @@ def architecture_of(denoiser: nn.Module | None, roots: Mapping[str, nn.Module] |
         architecture = None if denoiser is None else describe(denoiser, roots or {})
         if architecture is not None:
             return architecture
-    return UNKNOWN
+    if denoiser is None:
+        return UNKNOWN
+    return transformer_architecture(denoiser) or UNKNOWN
+
+
+def transformer_architecture(denoiser: nn.Module) -> Architecture | None:
+    """The facts about the layers of a transformer, for a family to add its published names to.
+
+    Returns:
+        None for a denoiser that `transformer_targets` does not list.
+    """
+    targets = TRANSFORMERS.get(type(denoiser).__name__)
+    if targets is None:
+        return None
+    component = "transformer"
+    unread_layers = {}
+    if targets.last_block_unread:
+        last_block = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
+        unread_layers[component] = tuple(f"{last_block}.{name}" for name in targets.last_block_unread)
+    presets = {"attention": targets.attention, "qv": targets.query_value, "mlp": targets.mlp}
+    return Architecture(targets.name, component, target_presets=presets, unread_layers=unread_layers)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from diffadapt.adapters.adapter import Adapter
-from diffadapt.adapters.architectures import Architecture, architecture_of
+from diffadapt.adapters.architectures import architecture_of
 from diffadapt.adapters.class_table import check_new_table, label_dropout_hooks
 from diffadapt.adapters.fused_projections import FusionGuard
 from diffadapt.adapters.layers import (
@@ -23,11 +23,14 @@ from diffadapt.adapters.layers import (
 from diffadapt.adapters.merge import merge, unmerge
 from diffadapt.adapters.method_state import MethodPlan, MethodState, plan_methods
 from diffadapt.adapters.peft_bridge import attach_peft
-from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites, name_matches
+from diffadapt.adapters.targets import TargetSite, assign_ranks, find_sites, is_unread
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder, text_encoder_names
 from diffadapt.methods import Method
 
 Targets = str | Sequence[str]
+
+# classes of text encoders begin with these names: T5 and language models
+_REFUSED_TEXT_ENCODERS = ("T5", "UMT5", "MT5", "Qwen", "Llama", "Mistral", "Gemma", "Phi", "ChatGLM", "Glm")
 
 _pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # model -> the pipeline it is part of
 
@@ -47,11 +50,13 @@ def attach(
     Args:
         model: an `nn.Module`, or a diffusers pipeline (its denoiser, and its text encoders when targeted).
         method: e.g. `FLoRA(rank=8)` or `make_method("flora", rank=8)`.
-        targets: presets (attention, qv, linear, conv, norm, embedding, all) or globs on module names, joined
-            with `+` or as a sequence; `!glob` excludes.
+        targets: presets (attention, qv, mlp, linear, conv, norm, embedding, all) or globs on module names,
+            joined with `+` or as a sequence; `!glob` excludes, `attention@blocks.{4-11}` is a preset in some
+            blocks. Layers that no output depends on are left out and named in `Adapter.unread_layers`.
         name: unique among the model's adapters.
         seed: the initial values are a function of it.
-        text_encoder_targets: the same for a pipeline's text encoders; None leaves them alone.
+        text_encoder_targets: the same for a pipeline's text encoders; None leaves them alone. T5 and language
+            models are never adapted.
         rank_patterns: glob on site names -> rank, where it differs from the method's.
 
     Returns:
@@ -61,51 +66,66 @@ def attach(
         ValueError: something does not fit; the model is then as before.
         TypeError: `model` or `method` is of another type.
     """
-    roots, target_sites = choose_sites(model, method, targets, text_encoder_targets)
+    roots, target_sites, unread_layers = _choose_sites(model, method, targets, text_encoder_targets)
     ranks = assign_ranks([target.site for target in target_sites], rank_patterns or {})
-    return attach_sites(roots, method, target_sites, name=name, seed=seed, ranks=ranks)
+    adapter = attach_sites(roots, method, target_sites, name=name, seed=seed, ranks=ranks)
+    adapter.unread_layers = unread_layers
+    return adapter
 
 
 def choose_sites(
     model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None = None
 ) -> tuple[dict[str, nn.Module], list[TargetSite]]:
     """The models by component name, and the layers that `attach` chooses for these arguments."""
+    roots, target_sites, _ = _choose_sites(model, method, targets, text_encoder_targets)
+    return roots, target_sites
+
+
+def _choose_sites(
+    model: object, method: Method, targets: Targets, text_encoder_targets: Targets | None
+) -> tuple[dict[str, nn.Module], list[TargetSite], tuple[str, ...]]:
+    """The models by component name, the chosen layers, and the names of chosen layers that nothing reads."""
     if not isinstance(method, Method):
         raise TypeError(f"expected a method, got {method!r}; make one with da.make_method({str(method)!r})")
-    roots = components(model, text_encoder_targets is not None)
+    roots = adaptable_components(model, text_encoder_targets is not None)
     denoisers = [module for name, module in roots.items() if not is_text_encoder(name)]
     architecture = architecture_of(denoisers[0] if denoisers else None, roots)
     target_sites: list[TargetSite] = []
+    unread_names: list[str] = []
     for component, module in roots.items():
         prefix = f"{component}." if component else ""
         if is_text_encoder(component):
+            unread_layers = architecture.unread_layers.get(component, ())
             matches = find_sites(module, text_encoder_targets, prefix, extra_presets=method.extra_targets)
-            target_sites += _text_encoder_sites(matches, component, architecture, text_encoder_targets)
         else:
+            unread_layers = architecture.unread_layers.get(architecture.component, ())
             matches = find_sites(
                 module,
                 targets,
                 prefix,
                 extra_presets=method.extra_targets,
                 family_presets=architecture.target_presets,
+                unread_layers=unread_layers,
             )
-            unread_layers = architecture.unread_layers.get(architecture.component, ())
-            sites_with_effect = _sites_with_effect(matches, unread_layers)
-            if matches and not sites_with_effect:
-                raise ValueError(f"targets {targets!r} choose only layers that no output depends on")
-            target_sites += sites_with_effect
-    return roots, target_sites
+        sites_with_effect = []
+        for match in matches:
+            if is_unread(match.site.name, unread_layers):
+                unread_names.append(match.site.name)
+            else:
+                sites_with_effect.append(match)
+        if is_text_encoder(component):
+            sites_with_effect = _text_encoder_sites(sites_with_effect, component, text_encoder_targets)
+        target_sites += sites_with_effect
+    return roots, target_sites, tuple(unread_names)
 
 
-def _text_encoder_sites(
-    matches: Sequence[TargetSite], component: str, architecture: Architecture, targets: Targets
-) -> list[TargetSite]:
-    """Of a text encoder's layers those that have an effect, and that other programs know.
+def _text_encoder_sites(matches: Sequence[TargetSite], component: str, targets: Targets) -> list[TargetSite]:
+    """Of a text encoder's layers those that other programs know.
 
     Presets leave the projection of pooled text alone: many programs have no name for it.
     """
     sites = []
-    for match in _sites_with_effect(matches, architecture.unread_layers.get(component, ())):
+    for match in matches:
         if match.by_name or not match.site.name.endswith("text_projection"):
             sites.append(match)
     if not sites:
@@ -116,13 +136,25 @@ def _text_encoder_sites(
     return sites
 
 
-def _sites_with_effect(matches: Sequence[TargetSite], unread_layers: Sequence[str]) -> list[TargetSite]:
-    """The sites whose outputs the model reads; the others would never get a gradient."""
-    sites = []
-    for match in matches:
-        if not any(name_matches(pattern, match.site.name) for pattern in unread_layers):
-            sites.append(match)
-    return sites
+def adaptable_components(model: object, with_text_encoders: bool) -> dict[str, nn.Module]:
+    """`components` without the text encoders that cannot be adapted: T5 and language models.
+
+    Raises:
+        ValueError: Text encoders are asked for, and the pipeline has none that can be adapted.
+    """
+    modules = {}
+    refused = []
+    for name, module in components(model, with_text_encoders).items():
+        if is_text_encoder(name) and type(module).__name__.startswith(_REFUSED_TEXT_ENCODERS):
+            refused.append(f"{name} ({type(module).__name__})")
+        else:
+            modules[name] = module
+    if refused and not any(is_text_encoder(name) for name in modules):
+        raise ValueError(
+            f"{type(model).__name__} has no text encoder that can be adapted, but {', '.join(refused)}: only "
+            "those of CLIP can be, since no other program loads adapters of a T5 or a language model"
+        )
+    return modules
 
 
 def attach_sites(

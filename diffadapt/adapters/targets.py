@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.fused_projections import check_not_fused
 from diffadapt.adapters.layers import ADAPTED, can_adapt, is_norm, layer_state_of
-from diffadapt.common.messages import did_you_mean
+from diffadapt.common.messages import did_you_mean, shorten_list
 from diffadapt.methods.site import LayerKind, Site, is_class_table
 
 # last names of attention's projections in diffusers, transformers and older models
@@ -31,13 +33,18 @@ _OTHER_PROJECTIONS = (
     "proj_attn",
     "proj_k",
 )
+# last names of the layers of feed-forward networks in diffusers, transformers and DiT's own code
+_MLP_LAYERS = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 _PLAIN_TYPES = (nn.Parameter, Tensor)
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_RANGE = re.compile(r"\{(\d{1,9})-(\d{1,9})\}")
+_LARGEST_BLOCK = 1000
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 PRESETS = {
     "attention": "query, key, value and output projections",
     "qv": "query and value projections",
+    "mlp": "layers of the feed-forward networks beside attention",
     "linear": "every Linear layer",
     "conv": "every convolution",
     "norm": "every LayerNorm, GroupNorm and RMSNorm with weights",
@@ -69,19 +76,22 @@ def find_sites(
     *,
     extra_presets: Sequence[str] = (),
     family_presets: Mapping[str, Sequence[str]] | None = None,
+    unread_layers: Sequence[str] = (),
 ) -> list[TargetSite]:
     """Finds the layers that targets choose, in the model's order; a shared weight is one site.
 
     Args:
         model: The model.
         targets: Presets or globs on module names, joined with `+` or as a sequence; `!glob` excludes. A name
-            without wildcards also matches as the end of another.
+            without wildcards also matches as the end of another. In globs, `{4-11}` is every number of a
+            range; `attention@blocks.{4-11}` is what the preset chooses below modules that match.
         prefix: What the sites' names begin with, e.g. `unet.`.
         extra_presets: Presets that are added where they match.
         family_presets: Preset -> globs, in place of the general rule of that preset.
+        unread_layers: Globs on layers that no output of the model depends on; they are chosen as others are.
 
     Raises:
-        ValueError: For a target that matches nothing.
+        ValueError: For a target that matches nothing, or nothing but unread layers.
         TypeError: For a layer that cannot be adapted.
     """
     family_presets = family_presets or {}
@@ -98,9 +108,19 @@ def find_sites(
         if not matched_layers and token in tokens:
             other_names = [name for name in (*presets, *layers) if name != token]
             raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, other_names)}")
+        if (
+            matched_layers
+            and token in tokens
+            and all(is_unread(name, unread_layers) for name in matched_layers)
+        ):
+            raise ValueError(
+                f"target {token!r} chooses only layers that no output of the model depends on, which would "
+                f"never get a gradient: {shorten_list(matched_layers)}"
+            )
         # a method may skip layers of a preset that it cannot change, but not one that was named on purpose
+        is_preset = token.partition("@")[0] in presets
         for name in matched_layers:
-            by_name[name] = by_name.get(name, False) or token not in presets
+            by_name[name] = by_name.get(name, False) or not is_preset
     for token in tokens:
         if not token.startswith("!"):
             continue
@@ -209,6 +229,11 @@ def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str
     return ranks
 
 
+def is_unread(name: str, unread_layers: Sequence[str]) -> bool:
+    """Whether a layer is one of those that no output depends on, given as globs."""
+    return any(name_matches(pattern, name) for pattern in unread_layers)
+
+
 def layers_with_weight(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every layer that holds a weight of its own, whether it can be adapted or not, with its name."""
     for name, layer in model.named_modules():
@@ -241,7 +266,10 @@ def _kind(layer: nn.Module) -> LayerKind | None:
 
 
 def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a preset or glob chooses a layer."""
+    """Whether a preset or glob, alone or below certain modules (`attention@blocks.0`), chooses a layer."""
+    token, is_limited, modules = token.partition("@")
+    if is_limited and not (name_matches(modules, name) or name_matches(f"{modules}.*", name)):
+        return False
     kind = _kind(layer)
     if token in family_presets:
         is_product = kind in ("linear", "conv")
@@ -250,6 +278,8 @@ def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[st
         return kind in ("linear", "conv")
     if token in ("linear", "conv", "norm", "embedding"):
         return kind == token
+    if token == "mlp":
+        return kind in ("linear", "conv") and name.endswith(_MLP_LAYERS)
     if token == "class_embedding":
         return kind == "embedding" and is_class_table(name)
     if token in ("attention", "qv"):
@@ -260,6 +290,31 @@ def _matches(token: str, name: str, layer: nn.Module, family_presets: Mapping[st
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a glob matches a module name; one without wildcards also matches the name's last parts."""
-    has_wildcard = any(wildcard in pattern for wildcard in "*?[")
-    return fnmatchcase(name, pattern) or (not has_wildcard and name.endswith("." + pattern))
+    """Whether a glob matches a module name; one without wildcards also matches the name's last parts.
+
+    `{4-11}` in the glob stands for every number from 4 to 11.
+    """
+    for glob in _expand_ranges(pattern):
+        has_wildcard = any(wildcard in glob for wildcard in "*?[")
+        if fnmatchcase(name, glob) or (not has_wildcard and name.endswith("." + glob)):
+            return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _expand_ranges(pattern: str) -> tuple[str, ...]:
+    """The globs without ranges that a pattern stands for."""
+    match = _RANGE.search(pattern)
+    if match is None:
+        return (pattern,)
+    first = int(match[1])
+    last = int(match[2])
+    if not first <= last < _LARGEST_BLOCK:
+        raise ValueError(
+            f"{match[0]} in {pattern!r} is no range of blocks: the first number must not be above the last, "
+            f"and the last must be below {_LARGEST_BLOCK}"
+        )
+    globs: list[str] = []
+    for number in range(first, last + 1):
+        globs += _expand_ranges(f"{pattern[: match.start()]}{number}{pattern[match.end() :]}")
+    return tuple(globs)

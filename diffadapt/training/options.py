@@ -102,8 +102,8 @@ class AdapterOptions:
     )
     targets: str | None = option(
         None,
-        "layers to adapt: attention, qv, conv, linear, norm, all, a glob on layer names, or several joined "
-        "with + (default: by base model)",
+        "layers to adapt: attention, qv, mlp, conv, linear, norm, all, a glob on layer names, or several "
+        "joined with +; attention@blocks.{4-11} in some blocks only (default: by base model)",
     )
     train_text_encoder: bool = option(False, "also adapt the text encoders; saved in the same file")
     text_encoder_targets: str | None = option(

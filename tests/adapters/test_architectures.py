@@ -53,7 +53,7 @@ def test_a_familys_presets_take_the_place_of_the_general_rule():
 
 
 def test_layers_that_nothing_reads_are_left_out():
-    with pytest.raises(ValueError, match="choose only layers that no output depends on"):
+    with pytest.raises(ValueError, match="chooses only layers that no output of the model depends on"):
         chosen(Toy(), "blocks.1.to_q")
 
 

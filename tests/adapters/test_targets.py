@@ -38,6 +38,11 @@ def names(targets, model=None):
         (["conv_out", "conv_in"], ["conv_in", "conv_out"]),
         ("conv+!depthwise", ["conv_in", "conv_out"]),
         ("attention+!blocks.1.*+!to_k", ["blocks.0.to_q", "blocks.0.to_v", "blocks.0.to_out.0"]),
+        ("blocks.{0-7}.to_q", ["blocks.0.to_q", "blocks.1.to_q"]),
+        ("attention@blocks.{1-1}", ATTENTION[4:]),
+        ("attention+!blocks.{1-9}.*", ATTENTION[:4]),
+        ("qv@blocks.0+linear@*.1", ["blocks.0.to_q", "blocks.0.to_v", *ATTENTION[4:]]),
+        ("*.to_[kq]@blocks.1", ["blocks.1.to_q", "blocks.1.to_k"]),
         (" conv + norm ", ["conv_in", "norm", "ln", "depthwise", "conv_out"]),
     ],
     ids=str,
@@ -53,7 +58,8 @@ def test_targets_choose_layers_in_the_models_order(targets, expected):
 
 def test_every_preset_is_described():
     assert {"attention", "qv", "linear", "conv", "norm", "embedding", "all"} <= PRESETS.keys()
-    assert all(names(preset) for preset in PRESETS)
+    assert all(names(preset) for preset in PRESETS if preset != "mlp")
+    assert names("mlp", tiny_unet())
 
 
 def test_a_site_tells_shape_groups_and_bias():
@@ -73,6 +79,9 @@ def test_a_site_tells_shape_groups_and_bias():
         ("blocks.7.*", "'blocks.7.*' matches no layer"),
         ("conv+nrom", "'nrom' matches no layer; did you mean norm"),
         ("conv+!depthwize", "exclusion '!depthwize' matches no layer; did you mean depthwise"),
+        ("attention@blocks.{7-9}", "target 'attention@blocks.{7-9}' matches no layer"),
+        ("blocks.{9-7}.*", "{9-7} in 'blocks.{9-7}.*' is no range of blocks"),
+        ("blocks.{0-1000}.*", "and the last must be below 1000"),
         ("", "choose nothing"),
         ("!conv_in", "choose nothing"),
         ([], "choose nothing"),

@@ -469,3 +469,35 @@ def _qwen_autoencoder() -> nn.Module:
         latents_mean=(0.1, 0.2, -0.1, 0.0),
         latents_std=(1.5, 2.0, 1.0, 0.5),
     )
+
+
+def denoiser_arguments(family: str, pipe: DiffusionPipeline) -> tuple[tuple, dict]:
+    """What the stock pipeline passes to its denoiser in the first step for one image without guidance."""
+    arguments = {
+        "qwen_image": {"true_cfg_scale": 1.0},
+        "krea2": {"guidance_scale": 0.0},
+        "z_image": {"guidance_scale": 0.0},
+        "pixart_sigma": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    }
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    pipe(
+        prompt="a sks dog",
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=1,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        **arguments.get(family, {"guidance_scale": 1.0}),
+    )
+    hook.remove()
+    return calls[0]
+
+
+def denoiser_output(pipe: DiffusionPipeline, call: tuple[tuple, dict]) -> torch.Tensor:
+    """The denoiser's output for the arguments of `denoiser_arguments`, with gradients."""
+    args, kwargs = call
+    output = pipe.transformer(*args, **kwargs)[0]
+    return torch.stack(output) if isinstance(output, list) else output  # a list in Z-Image

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.common.messages import shorten_list
 from diffadapt.data.batches import Batches
 from diffadapt.training.loop import TrainState, warmup_steps
 from diffadapt.training.memory import estimate_memory, size_text
@@ -95,13 +96,16 @@ def closing_message(
 
 
 def _adapter_text(adapter: Adapter, base_parameters: int) -> str:
-    """Method, layers, trained parameters and their share of the base, and bytes."""
+    """Method, layers, trained parameters and their share of the base, and bytes; layers without effect."""
     count = adapter.num_parameters
     stored_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
-    return (
+    text = (
         f"{adapter.method} on {len(adapter.sites)} layers: {count:,} parameters "
         f"({100 * count / base_parameters:.2f} %), {size_text(stored_bytes)}"
     )
+    if adapter.unread_layers:
+        text += f"\nleft out, as no output depends on them: {shorten_list(adapter.unread_layers)}"
+    return text
 
 
 def _steps_text(train_state: TrainState) -> str:
