@@ -43,8 +43,11 @@ def save(
     for part in adapter.parts:
         for key, tensor in part.named_tensors().items():
             tensors[key] = tensor.detach().cpu().contiguous()
+    sites = [_stored_site(site, adapter) for site in adapter.sites]
     layer_states = list(adapter.layer_states.values())
-    description = {"name": base, **(adapter.base_values or fingerprints(layer_states))}
+    # a sharded base cannot be read now: the adapter has its fingerprints from before
+    values = adapter.base_values or fingerprints(layer_states)
+    description = {"name": base, **values}
     if quantisation(layer_states) is not None:
         description["quantisation"] = quantisation(layer_states)
     write_adapter_file(
@@ -53,7 +56,7 @@ def save(
         name=adapter.name,
         seed=adapter.seed,
         method=adapter.method,
-        sites=[_stored_site(site, adapter) for site in adapter.sites],
+        sites=sites,
         base=description,
         metadata=metadata,
     )
@@ -73,20 +76,24 @@ def write_adapter_file(
     """Writes a file in our own format.
 
     Args:
-        tensors: by the names that `PartPlan.stored` gives them.
+        tensors: by the names that `MethodPlan.stored_shapes` gives them.
         name: of the adapter.
         seed: of the method's constants.
         base: `name` of the base, its fingerprints, and how it is quantised where it is.
         metadata: further text to keep in the header.
     """
+    methods = []
+    for member in method.members:
+        methods.append({"name": member.name, "options": member.settings})
     config = {
         "name": name,
         "seed": seed,
-        "method": [{"name": member.name, "options": member.settings} for member in method.members],
+        "method": methods,
         "sites": [_site_entry(site) for site in sites],
         "base": dict(base),
     }
     configuration = json.dumps(config)
+    # what the reader relies on comes last: no entry of `metadata` replaces it
     header = {
         **(metadata or {}),
         "format": "diffadapt",
@@ -124,6 +131,7 @@ def load(
     method = read_method(config.method)
     roots = components(model, any(is_text_encoder(site.component) for site in config.sites))
     targets = match_sites(roots, config.sites, path)
+    # everything that can fail comes before the model is touched
     fill = _checked_filling(method, targets, config.sites, tensors, path)
     _check_base(config, targets, path, strict=strict_base)
     changed_roots = {}
@@ -171,10 +179,12 @@ def base_named_in(paths: Sequence[str]) -> str:
     Raises:
         ValueError: one names none, or they differ.
     """
-    bases = {path: read_metadata(path)["adapter"]["base"]["name"] for path in paths}
-    for path, base in bases.items():
+    bases: dict[str, str] = {}  # by the file that names them
+    for path in paths:
+        base = read_metadata(path)["adapter"]["base"]["name"]
         if base is None:
             raise ValueError(f"{path} does not name its base; give it with --base")
+        bases[path] = base
     if len(set(bases.values())) > 1:
         listed = ", ".join(f"{path}: {base}" for path, base in bases.items())
         raise ValueError(f"the adapters were trained on different bases ({listed}); choose one with --base")
@@ -215,6 +225,7 @@ def _checked_filling(
         expected = expected_tensors(method, targets, stored_sites)
         check_tensors(expected, tensors, path)
         return _filling(expected, tensors)
+    # PEFT's library makes the tensors itself: what a hostile file could make it allocate is limited first
     widest = max(sum(target.site.shape) for target in targets)
     num_values = sum(tensor.numel() for tensor in tensors.values())
     check_sizes(method.name, method.options, widest, num_values)
@@ -226,7 +237,10 @@ def _filling(keys: Sequence[str], tensors: Mapping[str, Tensor]) -> Callable[[Ad
     """A function that copies tensors into those of an adapter, whose order `keys` have."""
 
     def fill(adapter: Adapter) -> None:
-        adapter_tensors = [tensor for part in adapter.parts for tensor in part.named_tensors().values()]
+        adapter_tensors: list[Tensor] = []
+        for part in adapter.parts:
+            adapter_tensors += part.named_tensors().values()
+        # by position: the names in the file are those of the model it was saved from
         for tensor, key in zip(adapter_tensors, keys, strict=True):
             tensor.data.copy_(tensors[key])
 
@@ -238,6 +252,7 @@ def _check_base(
 ) -> None:
     """Warns, or raises ValueError, where the layers are not those of the base in the file."""
     layer_states = [layer_state_of(target.layers) for target in targets]
+    # a file has one fingerprint for each precision: the same base in half precision is the same base
     if not config.base_values.isdisjoint(fingerprints(layer_states).values()):
         return
     base = config.base_name or "not recorded"

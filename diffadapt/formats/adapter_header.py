@@ -71,6 +71,7 @@ def read_configuration(text: str | None, path: str | Path) -> Configuration:
 def _checked(config: dict) -> Configuration:
     base = config["base"]
     seed = config["seed"]
+    # `type`: JSON's true is an int to isinstance; 64 bits are what torch's generators take
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     if not isinstance(base["name"], str | None):

@@ -31,10 +31,12 @@ def match_sites(
         ValueError: naming the first site that the model does not have, or has with another shape.
     """
     check_listed_once(stored_sites, path)
+    paths_by_component: dict[str, dict[str, bool]] = {}
+    for site in stored_sites:
+        paths_by_component.setdefault(site.component, {})[site.path] = True
     targets: dict[tuple[str, str], TargetSite] = {}  # by component and path in the file
-    for component in dict.fromkeys(site.component for site in stored_sites):
+    for component, paths in paths_by_component.items():
         root = _root_for(component, roots, path)
-        paths = {site.path: True for site in stored_sites if site.component == component}
         prefix = f"{root}." if root else ""
         try:
             matched = sites_by_name(roots[root], paths, prefix)
@@ -42,7 +44,7 @@ def match_sites(
             raise ValueError(f"{path} is of another architecture: {error}") from error
         for target in matched:
             targets[component, target.site.name.removeprefix(prefix)] = target
-    in_order = []
+    in_order = []  # the tensors of the file are in the order of its sites
     for site in stored_sites:
         target = targets.get((site.component, site.path))
         if target is None or target.site.shape != site.shape:
@@ -88,6 +90,7 @@ def check_tensors(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: str | Path
 ) -> None:
     """Raises ValueError naming the first tensor that is missing, of another shape, too many or not finite."""
+    # shapes before values: what does not fit is named, whatever it holds
     for key, shape in expected.items():
         if key not in tensors:
             raise ValueError(f"{path} lacks the tensor {key!r}{did_you_mean(key, tensors)}")
@@ -102,6 +105,7 @@ def check_tensors(
 def _root_for(component: str, roots: Mapping[str, nn.Module], path: str | Path) -> str:
     if component in roots:
         return component
+    # a pipeline may call its denoiser unet or transformer, a bare model has no name
     denoiser = next((root for root in roots if not is_text_encoder(root)), None)
     if denoiser is not None and not is_text_encoder(component):
         return denoiser  # saved from a bare model and loaded into a pipeline, or the other way

@@ -51,7 +51,8 @@ class LayerChange:
     def factors(self) -> LowRank | None:
         """The change as `up (out, r) @ down (r, fan_in)` in float64; None where a part of it is no such
         product, or rows are scaled."""
-        ups, downs = [], []
+        ups: list[Tensor] = []  # (out, r_i)
+        downs: list[Tensor] = []  # (r_i, fan_in)
         for strength, update in self.updates:
             if update.scale is not None:
                 return None
@@ -75,11 +76,12 @@ class LayerChange:
         """
         factors = self.factors()
         if factors is None or factors.up.shape[1] >= min(factors.up.shape[0], factors.down.shape[1]):
+            # not thin: the factors would save nothing
             return torch.linalg.svd(self.weight_change().flatten(1), full_matrices=False)
         row_basis, upper = torch.linalg.qr(factors.up)  # (out, r), (r, r)
         column_basis, lower = torch.linalg.qr(factors.down.T)  # (fan_in, r), (r, r)
-        left, values, right = torch.linalg.svd(upper @ lower.T)
-        return row_basis @ left, values, right @ column_basis.T
+        u, values, vh = torch.linalg.svd(upper @ lower.T)  # (r, r), (r,), (r, r)
+        return row_basis @ u, values, vh @ column_basis.T
 
 
 def layer_change(adapters: Sequence[Adapter], site: Site) -> LayerChange:
@@ -110,7 +112,7 @@ def bias_difference(base: Tensor | None, changed: Tensor | None) -> Tensor | Non
     """`changed - base` in float64, where a layer without a bias counts as zeros; None for no change."""
     if changed is None:
         return None
-    difference = changed.double() if base is None else changed.double() - base
+    difference = changed.double() if base is None else changed.double() - base  # (out,)
     return difference if difference.any() else None
 
 

@@ -38,22 +38,30 @@ def sgm_path(path: str, resnets: int, *, attended: Container[int] = ()) -> str |
     """
     if path in _OUTSIDE:
         return _OUTSIDE[path]
+    # blocks are counted in one row: a resnet and the attention behind it are layers 0 and 1 of one block
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path):
-        kind, number, inner = match[1], int(match[2]), match[3]
-        place = 2 * number + (kind == "attentions")
-        return f"middle_block.{place}.{_inside(kind, inner)}"
+        kind = match[1]
+        number = int(match[2])
+        place = 2 * number + (kind == "attentions")  # resnet, attention, resnet
+        return f"middle_block.{place}.{_inside(kind, match[3])}"
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", path)
     if match is None:
         return None
-    down, block, kind, number, inner = match[1] == "down", int(match[2]), match[3], int(match[4]), match[5]
+    is_down = match[1] == "down"
+    block = int(match[2])
+    kind = match[3]
+    number = int(match[4])
+    first = block * (resnets + 1)  # each block has a downsampler, or one resnet more on the way up
     if kind in ("resnets", "attentions"):
-        place = block * (resnets + 1) + number + down
-        side, slot = "input" if down else "output", int(kind == "attentions")
-        return f"{side}_blocks.{place}.{slot}.{_inside(kind, inner)}"
+        side = "input" if is_down else "output"
+        place = first + number + is_down  # input block 0 is conv_in
+        slot = int(kind == "attentions")
+        return f"{side}_blocks.{place}.{slot}.{_inside(kind, match[5])}"
     if kind == "downsamplers":
-        return f"input_blocks.{(block + 1) * (resnets + 1)}.0.op"
+        return f"input_blocks.{first + resnets + 1}.0.op"
     if kind == "upsamplers":
-        return f"output_blocks.{block * (resnets + 1) + resnets}.{2 if block in attended else 1}.conv"
+        slot = 2 if block in attended else 1
+        return f"output_blocks.{first + resnets}.{slot}.conv"
     return None
 
 

@@ -105,20 +105,24 @@ class NativeFiles:
         self, changes: Mapping[str, StoredChange], path: str | Path, metadata: Mapping[str, str]
     ) -> Path:
         method = imported_method(changes)
-        sites = [self.changes[name].site for name in changes]
+        stored_sites = {site.name: site._replace(rank=None) for site in self.configuration.sites}
+        sites = []
+        changed_sites = []
+        for name in changes:
+            sites.append(self.changes[name].site)
+            changed_sites.append(stored_sites[name])
         tensors = {}
         for plan in plan_methods(method, sites):
             for site in plan.sites:
                 for key, tensor in changes[site.name].tensors.items():
                     tensors[f"{plan.label}/{site.name}/{key}"] = tensor.float().contiguous()
-        stored_sites = {site.name: site._replace(rank=None) for site in self.configuration.sites}
         write_adapter_file(
             path,
             tensors,
             name="default",
             seed=0,
             method=method,
-            sites=[stored_sites[name] for name in changes],
+            sites=changed_sites,
             base=self.configuration.json["base"],
             metadata=metadata,
         )
@@ -139,13 +143,12 @@ class ForeignFiles:
 
     @property
     def num_parameters(self) -> int:
-        tensors = [
-            tensor
-            for file in self.files
-            for change in file.changes.values()
-            for tensor in change.tensors.values()
-        ]
-        return sum(tensor.numel() for tensor in tensors)
+        count = 0
+        for file in self.files:
+            for change in file.changes.values():
+                for tensor in change.tensors.values():
+                    count += tensor.numel()
+        return count
 
     def layers(self) -> Iterator[LayerChange]:
         return iter(self.changes.values())
@@ -153,9 +156,9 @@ class ForeignFiles:
     def write(
         self, changes: Mapping[str, StoredChange], path: str | Path, metadata: Mapping[str, str]
     ) -> Path:
-        layers = [
-            OutputLayer(name, self.changes[name].site.shape, change) for name, change in changes.items()
-        ]
+        layers = []
+        for name, change in changes.items():
+            layers.append(OutputLayer(name, self.changes[name].site.shape, change))
         return write_changes(layers, path, self.files, metadata)
 
 
@@ -174,14 +177,21 @@ def open_without_base(files: Sequence[tuple[str, float]]) -> NativeFiles | Forei
         BaseNeeded: naming the file, the layer and its kind of change.
         FileNotFoundError, ValueError: as `load` does.
     """
+    # the strength goes into the tensors of the result
     for _, strength in files:
         if not math.isfinite(strength):
             raise ValueError(f"strength must be a finite number, got {strength!r}")
-    foreign = [open_foreign(path) for path, _ in files if not is_own(path)]
+    foreign = []
+    formats: dict[str, str] = {}
+    for path, _ in files:
+        if is_own(path):
+            formats[path] = "diffadapt"
+        else:
+            adapter = open_foreign(path)
+            foreign.append(adapter)
+            formats[str(adapter.path)] = adapter.format
     if not foreign:
         return _open_native(files)
-    formats = {path: "diffadapt" for path, _ in files if is_own(path)}
-    formats |= {str(file.path): file.format for file in foreign}
     if len(set(formats.values())) > 1:
         listed = ", ".join(f"{path}: {name}" for path, name in formats.items())
         raise BaseNeeded(f"files of several formats ({listed}) name the same layers differently")
@@ -190,21 +200,26 @@ def open_without_base(files: Sequence[tuple[str, float]]) -> NativeFiles | Forei
 
 def replaced(adapters: Sequence[Adapter], changes: Changes, *, name: str = "default") -> Adapter:
     """A new adapter with these changes, by site name, on the layers of adapters that are taken off."""
-    roots, targets = {}, {}
+    roots = {}
+    target_by_name = {}
     for adapter in adapters:
         roots |= adapter.roots
         for site in adapter.sites:
-            targets[site.name] = TargetSite(site, tuple(adapter.layer_states[site.name].layers), True)
+            layers = tuple(adapter.layer_states[site.name].layers)
+            target_by_name[site.name] = TargetSite(site, layers, True)
+    # last, since a detached adapter no longer knows its layers
     for adapter in adapters:
         detach(adapter)
-    return attach_changes(roots, changes, [targets[site] for site in changes], name=name)
+    targets = [target_by_name[site] for site in changes]
+    return attach_changes(roots, changes, targets, name=name)
 
 
 @torch.no_grad()
 def _open_native(files: Sequence[tuple[str, float]]) -> NativeFiles:
     updates: dict[str, list[tuple[float, Update]]] = {}
     num_parameters = 0
-    first = sites = None
+    first: Configuration | None = None
+    sites: list[Site] = []
     for path, strength in files:
         configuration, tensors = read_adapter_file(path)
         method = read_method(configuration.method)
@@ -221,18 +236,23 @@ def _open_native(files: Sequence[tuple[str, float]]) -> NativeFiles:
             plans = plan_methods(method, sites, ranks)
             check_tensors(tensor_shapes(plans), tensors, path)
         except ValueError as error:  # e.g. a table of embeddings, which its shape does not tell from a matrix
-            raise BaseNeeded(f"{path}: {error}") from error
+            message = str(error)
+            raise BaseNeeded(message if str(path) in message else f"{path}: {message}") from error
         for plan in plans:
             num_parameters += plan.num_parameters
-            zeros = [torch.zeros(()).expand(site.shape) for site in plan.sites]
-            state = MethodState(plan, zeros, configuration.seed)
+            # one zero, seen in the shape of each weight: a base takes no memory
+            zero_weights = [torch.zeros(()).expand(site.shape) for site in plan.sites]
+            state = MethodState(plan, zero_weights, configuration.seed)
             for key, tensor in state.named_tensors().items():
                 tensor.data.copy_(tensors[key])
             for index, site in enumerate(plan.sites):
-                update = state.update(index, zeros[index])
+                update = state.update(index, zero_weights[index])
                 _check_independent(update, site, method, path)
                 updates.setdefault(site.name, []).append((strength, update))
-    changes = {site.name: _without_base(site, updates[site.name]) for site in sites if site.name in updates}
+    changes = {}
+    for site in sites:
+        if site.name in updates:
+            changes[site.name] = _without_base(site, updates[site.name])
     return NativeFiles(first, changes, num_parameters)
 
 
@@ -246,12 +266,14 @@ def _open_foreign(files: Sequence[ForeignAdapter], strengths: Sequence[float]) -
                 raise BaseNeeded(
                     f"{name} has shape {other.shape} in one file and {site.shape} in {file.path}"
                 )
-    updates: dict[str, list[tuple[float, Update]]] = {name: [] for name in sites}
+    updates: dict[str, list[tuple[float, Update]]] = {}
     for file, strength in zip(files, strengths, strict=True):
         for name, change in file.changes.items():
             update = _imported_update(sites[name], change, file.path)
-            updates[name].append((strength, update))
-    changes = {name: _without_base(site, updates[name]) for name, site in sites.items()}
+            updates.setdefault(name, []).append((strength, update))
+    changes = {}
+    for name, site in sites.items():
+        changes[name] = _without_base(site, updates[name])
     return ForeignFiles(list(files), changes)
 
 
@@ -263,7 +285,8 @@ def _imported_update(site: Site, change: StoredChange, path: Path) -> Update:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     tensors = {key: tensor.float() for key, tensor in change.tensors.items()}  # as adapters hold them
-    return method.update(site, tensors, torch.zeros(()).expand(site.shape))
+    zero_weight = torch.zeros(()).expand(site.shape)
+    return method.update(site, tensors, zero_weight)
 
 
 def _weight_shape(name: str, change: StoredChange, file: ForeignAdapter) -> tuple[int, ...]:
@@ -273,14 +296,17 @@ def _weight_shape(name: str, change: StoredChange, file: ForeignAdapter) -> tupl
         BaseNeeded: they do not, or the change depends on the base.
     """
     tensors = change.tensors
-    has_magnitudes = any(key in tensors for key in MAGNITUDES)
+    has_magnitudes = not tensors.keys().isdisjoint(MAGNITUDES)
+    # a magnitude divides by the norm of the base, a replacement subtracts it, VeRA's `down` is cut to it
     if not (has_magnitudes or change.replacements or change.down_is_shared):
         if change.form == "lora":
+            # down (r, in / groups * kernel)
             channels, remainder = divmod(tensors["down"].shape[1], math.prod(change.kernel))
             if remainder == 0:
                 return len(tensors["up"]), channels, *change.kernel
-        if change.form == "tucker":
+        if change.form == "tucker":  # core (r, r, *kernel)
             return len(tensors["up"]), tensors["down"].shape[1], *change.kernel
+        # of more dimensions it may be a table of embeddings
         if change.form == "dense" and tensors["weight"].dim() == 1:
             return tuple(tensors["weight"].shape)
     kind = ""
@@ -293,6 +319,7 @@ def _weight_shape(name: str, change: StoredChange, file: ForeignAdapter) -> tupl
 
 def _site(name: str, shape: tuple[int, ...]) -> Site:
     """A layer of which only the shape of the weight is known."""
+    # `type` and not `isinstance`: JSON's true is an int to the latter
     are_sizes = all(type(size) is int and size > 0 for size in shape)
     if not are_sizes or math.prod(shape) > _LARGEST or len(shape) not in _KINDS:
         raise BaseNeeded(
@@ -320,5 +347,9 @@ def _check_independent(update: Update, site: Site, method: object, path: str) ->
 
 def _same_layers(first: Configuration, second: Configuration) -> bool:
     """Whether two files change layers of the same names and shapes, on the same base."""
-    layers = [[(site.component, site.path, site.shape) for site in file.sites] for file in (first, second)]
-    return layers[0] == layers[1] and first.base_values == second.base_values
+    if first.base_values != second.base_values or len(first.sites) != len(second.sites):
+        return False
+    for site, other in zip(first.sites, second.sites, strict=True):
+        if (site.component, site.path, site.shape) != (other.component, other.path, other.shape):
+            return False
+    return True

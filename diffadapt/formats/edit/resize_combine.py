@@ -44,15 +44,16 @@ def resized(
             layer_squares = difference.square().sum().item()
             squares_kept += layer_squares
         else:
-            left, values, right = layer.singular_vectors()
-            layer_squares = values.square().sum().item()
+            u, values, vh = layer.singular_vectors()  # (out, n), (n,), (n, fan_in)
+            layer_squares = values.square().sum().item()  # of the change: |U S Vh|^2 = |S|^2
             count = rank_for_energy(values, energy) if rank is None else min(rank, len(values))
             squares_kept += values[:count].square().sum().item()
-            if layer_squares == 0 and bias is not None:
+            if layer_squares == 0 and bias is not None:  # factors of zeros would only take space
                 changes[layer.site.name] = StoredChange("bias", {"bias": bias})
             else:
-                root = values[:count].sqrt()
-                changes[layer.site.name] = _lora(left[:, :count] * root, root[:, None] * right[:count], bias)
+                # U_r S_r Vh_r; half of S_r goes to each factor, so that neither is small in half precision
+                root = values[:count].sqrt()  # (r,)
+                changes[layer.site.name] = _lora(u[:, :count] * root, root[:, None] * vh[:count], bias)
         squares += layer_squares
     return changes, squares_kept / squares if squares else 1.0
 
@@ -70,10 +71,11 @@ def combined(layers: Iterable[LayerChange]) -> tuple[dict[str, StoredChange], fl
         site = layer.site
         difference = layer.weight_change()
         factors = layer.factors()
+        # joined factors of full rank would be larger than the difference, and less exact
         is_thin = factors is not None and factors.up.shape[1] < min(site.out, site.fan_in)
         if is_thin and site.kind in ("linear", "conv"):
             changes[site.name] = _lora(factors.up, factors.down, layer.bias_change())
-            stored = factors.up.float() @ factors.down.float()
+            stored = factors.up.float() @ factors.down.float()  # (out, fan_in)
         else:
             changes[site.name] = _dense(difference, layer.bias_change())
             stored = difference.float()
@@ -87,7 +89,8 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
     squares = values.square()
     if squares.sum() == 0:
         return 1
-    shares = squares.cumsum(0) / squares.sum()
+    shares = squares.cumsum(0) / squares.sum()  # (n,), rising to 1
+    # energy 1 would else ask for ranks that only the rounding of the sum tells from nothing
     return min(int((shares < energy - 1e-12).sum()) + 1, len(values))
 
 

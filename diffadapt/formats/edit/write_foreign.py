@@ -77,7 +77,7 @@ def write_changes(
     if file_format == "kohya":
         return _save(_kohya_tensors(layers), path, header, dtype)
     for layer in layers:
-        if len(layer.shape) == 1:
+        if len(layer.shape) == 1:  # the weight of a norm is a vector
             raise ValueError(f"{layer.name} is a norm, for which {file_format} files have no place")
     if file_format == "diffusers":
         header[diffusers.METADATA] = _diffusers_config(layers)
@@ -99,6 +99,7 @@ def _common_dtype(sources: Sequence[ForeignAdapter]) -> torch.dtype:
 
 
 def _common_header(sources: Sequence[ForeignAdapter]) -> dict[str, str]:
+    # two files that were trained differently have no common number of steps
     entries = set(sources[0].header.items())
     for source in sources[1:]:
         entries &= set(source.header.items())
@@ -132,6 +133,7 @@ def _kohya_layer(layer: OutputLayer) -> dict[str, Tensor]:
         }
     keys = {}
     if layer.change.form == "lora":
+        # alpha is the rank: multipliers are in the factors
         down, up = factor_weights(layer.low_rank(), layer.shape)
         keys |= {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(len(down)))}
     elif layer.change.form == "dense":
@@ -144,6 +146,7 @@ def _kohya_layer(layer: OutputLayer) -> dict[str, Tensor]:
 def _diffusers_tensors(layers: Sequence[OutputLayer]) -> Iterator[tuple[str, Tensor]]:
     components_with_bias = {_component(layer) for layer in layers if layer.bias is not None}
     for layer in layers:
+        # an older file's names become today's: the configuration in the header lists these
         component = _component(layer)
         down_key, up_key = factor_keys(component)
         name = current_name(layer.name)
@@ -174,12 +177,13 @@ def _diffusers_config(layers: Sequence[OutputLayer]) -> str:
     for layer in layers:
         by_component.setdefault(_component(layer), []).append(layer)
     config: dict[str, object] = {}
-    for component, in_component in by_component.items():
+    for component, component_layers in by_component.items():
         ranks = {}
-        for layer in in_component:
+        for layer in component_layers:
             path = current_name(layer.name).removeprefix(f"{component}.")
+            # PEFT looks for the names of modules, which in transformers 5 lack this level
             ranks[path.removeprefix("text_model.")] = layer.rank
-        with_bias = any(layer.bias is not None for layer in in_component)
+        with_bias = any(layer.bias is not None for layer in component_layers)
         config |= component_config(component, ranks, dora=False, bias=with_bias)
     return json.dumps(config, sort_keys=True)
 

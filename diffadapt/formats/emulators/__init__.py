@@ -1,7 +1,7 @@
-"""The programs adapter files are meant for: what each computes from a file, re-stated from its formulas.
+"""The programs that exported files are for: what each computes from a file, restated from its source.
 
 Written apart from the writers on purpose: a mistake in one is seen by the other. Each module names the
-version it restates. ``apply`` takes one layer and the file's tensors for it, without the layer's name.
+version it restates. `apply` takes one layer and the file's tensors for it, without the layer's name.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Result:
     ignored: frozenset[str] = frozenset()
 
 
+# from a layer and the file's tensors for it, by the rest of their keys
 Apply = Callable[[Layer, Mapping[str, Tensor]], Result]
 
 
@@ -60,9 +61,9 @@ class Program:
     apply: Apply
 
 
-def unused(keys: Mapping[str, Tensor], used: set[str]) -> frozenset[str]:
-    """The keys of a layer that a program passed by."""
-    return frozenset(keys) - used
+def unused(keys: Mapping[str, Tensor], read: set[str]) -> frozenset[str]:
+    """The keys of a layer that a program ignores."""
+    return frozenset(keys) - read
 
 
 def with_bias(bias: Tensor | None, change: Tensor | None) -> Tensor | None:

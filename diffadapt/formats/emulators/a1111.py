@@ -9,53 +9,71 @@ from torch import Tensor
 
 from diffadapt.formats.emulators import Layer, Program, Refused, Result, unused, with_bias
 
+_LORA_KEYS = {"lora_up.weight", "lora_down.weight"}
+_LOHA_KEYS = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_LOKR_SECOND_KEYS = {"lokr_w2_a", "lokr_w2_b"}
+_NORM_KEYS = {"w_norm", "b_norm"}
+
 
 def apply(layer: Layer, keys: Mapping[str, Tensor]) -> Result:
     """load_network: the first module type that accepts a layer's keys takes the layer, in this order."""
-    if all(key in keys for key in ("lora_up.weight", "lora_down.weight")):
+    present = set(keys)
+    bias_change = None
+    rank = None  # of the factors that alpha is divided by
+    if present >= _LORA_KEYS:
         if layer.kind == "norm":
             raise Refused("A1111 has no LoRA for norms (AssertionError)")
-        used = {"lora_up.weight", "lora_down.weight", "lora_mid.weight"}
-        change, rank = _lora(layer, keys), keys["lora_down.weight"].shape[0]
-    elif all(key in keys for key in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")):
-        used = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+        read = _LORA_KEYS | {"lora_mid.weight"}
+        change = _lora(layer, keys)
+        rank = keys["lora_down.weight"].shape[0]
+    elif present >= _LOHA_KEYS:
+        read = _LOHA_KEYS
         change = (keys["hada_w1_a"] @ keys["hada_w1_b"]) * (keys["hada_w2_a"] @ keys["hada_w2_b"])
         rank = keys["hada_w1_b"].shape[0]
-    elif "lokr_w1" in keys and ("lokr_w2" in keys or all(f"lokr_w2_{key}" in keys for key in "ab")):
-        used = {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
+    elif "lokr_w1" in keys and ("lokr_w2" in keys or present >= _LOKR_SECOND_KEYS):
+        read = {"lokr_w1", "lokr_w2"} | _LOKR_SECOND_KEYS
         change, rank = _lokr(keys)
     elif "diff" in keys:
-        used = {"diff", "diff_b"}
-        change, rank = keys["diff"], None
-    elif all(key in keys for key in ("w_norm", "b_norm")):
-        used = {"w_norm", "b_norm"}
-        change, rank = keys["w_norm"], None
+        read = {"diff", "diff_b"}
+        change = keys["diff"]
+        bias_change = keys.get("diff_b")
+    elif present >= _NORM_KEYS:
+        read = _NORM_KEYS
+        change = keys["w_norm"]
+        bias_change = keys["b_norm"]
     else:
         listed = ", ".join(sorted(keys))
         raise Refused(f"A1111 has no module type for {layer.name} with {listed} alone (AssertionError)")
-    scale = keys["alpha"].item() / rank if rank is not None and "alpha" in keys else 1.0
-    weight = layer.weight + _finalized(layer.weight, scale * change.reshape(layer.weight.shape), keys)
-    bias_change = keys.get("diff_b") if "diff" in used else keys.get("b_norm") if "b_norm" in used else None
-    return Result(weight, with_bias(layer.bias, bias_change), unused(keys, used | {"alpha", "dora_scale"}))
+    scale = 1.0
+    if rank is not None and "alpha" in keys:
+        scale = keys["alpha"].item() / rank
+    change = scale * change.reshape(layer.weight.shape)
+    weight = layer.weight + _finalized(layer.weight, change, keys)
+    bias = with_bias(layer.bias, bias_change)
+    return Result(weight, bias, unused(keys, read | {"alpha", "dora_scale"}))
 
 
 def _lora(layer: Layer, keys: Mapping[str, Tensor]) -> Tensor:
-    up, down = keys["lora_up.weight"], keys["lora_down.weight"]
-    mid = keys.get("lora_mid.weight")
-    if mid is None:
-        return up.flatten(1) @ down.flatten(1)
+    up = keys["lora_up.weight"].flatten(1)
+    down = keys["lora_down.weight"].flatten(1)
+    core = keys.get("lora_mid.weight")
+    if core is None:
+        return up @ down
     # rebuild_cp_decomposition
-    return torch.einsum("nmkl,in,mj->ijkl", mid, up.flatten(1), down.flatten(1))
+    return torch.einsum("nmkl,in,mj->ijkl", core, up, down)
 
 
 def _lokr(keys: Mapping[str, Tensor]) -> tuple[Tensor, int | None]:
-    w1, w2 = keys["lokr_w1"], keys.get("lokr_w2")
+    """The Kronecker product, and the rank of its second factor; None where that is whole."""
+    first = keys["lokr_w1"]
+    second = keys.get("lokr_w2")
     rank = None
-    if w2 is None:
-        w2, rank = keys["lokr_w2_a"] @ keys["lokr_w2_b"], keys["lokr_w2_b"].shape[0]
-    if w2.dim() == 4:
-        w1 = w1[:, :, None, None]
-    return torch.kron(w1, w2), rank
+    if second is None:
+        second = keys["lokr_w2_a"] @ keys["lokr_w2_b"]
+        rank = keys["lokr_w2_b"].shape[0]
+    if second.dim() == 4:
+        first = first[:, :, None, None]
+    return torch.kron(first, second), rank
 
 
 def _finalized(weight: Tensor, change: Tensor, keys: Mapping[str, Tensor]) -> Tensor:
@@ -63,8 +81,8 @@ def _finalized(weight: Tensor, change: Tensor, keys: Mapping[str, Tensor]) -> Te
     if "dora_scale" not in keys:
         return change
     merged = weight + change
-    norm = merged.transpose(0, 1).flatten(1).norm(dim=1)
-    norm = norm.reshape(-1, *(1,) * (weight.dim() - 1)).transpose(0, 1)
+    norm = merged.transpose(0, 1).flatten(1).norm(dim=1)  # (in,)
+    norm = norm.reshape(-1, *(1,) * (weight.dim() - 1)).transpose(0, 1)  # (1, in, 1, ...)
     return merged * (keys["dora_scale"] / norm) - weight
 
 

@@ -10,11 +10,12 @@ from diffadapt.formats.emulators import Layer, Program, Result, unused
 
 
 def apply(layer: Layer, keys: Mapping[str, Tensor]) -> Result:
-    """``alpha / rank * up @ down`` on Linear layers and convolutions; what else a file holds is passed by."""
+    """`alpha / rank * up @ down` on Linear layers and convolutions; all other keys are ignored."""
     names = {"lora_up.weight", "lora_down.weight"}
     if not names <= set(keys) or layer.kind not in ("linear", "conv") or "lora_mid.weight" in keys:
         return Result(layer.weight, layer.bias, frozenset(keys))
-    up, down = keys["lora_up.weight"], keys["lora_down.weight"]
+    up = keys["lora_up.weight"]
+    down = keys["lora_down.weight"]
     scale = keys["alpha"].item() / down.shape[0] if "alpha" in keys else 1.0
     change = scale * (up.flatten(1) @ down.flatten(1))
     weight = layer.weight + change.reshape(layer.weight.shape)

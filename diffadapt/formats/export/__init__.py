@@ -66,7 +66,7 @@ def export(
         raise ValueError(f"cannot export to {to!r}{did_you_mean(to, TARGETS)}")
     target = TARGETS[to]
     check_dtype(dtype)
-    check_rank(rank, to, takes_rank=target.takes_rank)
+    check_rank(rank, to, [name for name, other in TARGETS.items() if other.takes_rank])
     job = ExportJob(adapter, exported_layers(adapter), DTYPES[dtype], rank, dense, force)
     job = replace(job, layers=target.fit(job))
     path = Path(path)

@@ -19,14 +19,15 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
 
 
-def check_rank(rank: int | None, target: str, *, takes_rank: bool) -> None:
+def check_rank(rank: int | None, target: str, targets_with_rank: Sequence[str]) -> None:
     """Raises ValueError for a rank that is no rank, or for a target that cuts nothing."""
     if rank is None:
         return
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
-    if not takes_rank:
-        raise ValueError(f"rank is for diffusers alone: a {target} file holds every change exactly")
+    if target not in targets_with_rank:
+        listed = " and ".join(targets_with_rank)
+        raise ValueError(f"rank is for {listed} alone: a {target} file holds every change exactly")
 
 
 def check_no_new_biases(layers: Sequence[ExportedLayer], target: str) -> None:

@@ -60,7 +60,7 @@ def low_rank_layers(layers: Sequence[ExportedLayer], rank: int | None) -> list[E
         ValueError: naming the layers that cannot be held, and the reason.
     """
     _check_layers(layers)
-    components_with_bias = {layer.component for layer in layers if layer.bias is not None}
+    components_with_bias = _components_with_bias(layers)
     without_scales = []
     for layer in layers:
         if layer.scale is not None and layer.component in components_with_bias:
@@ -68,15 +68,16 @@ def low_rank_layers(layers: Sequence[ExportedLayer], rank: int | None) -> list[E
         without_scales.append(layer)
     dense = [layer for layer in without_scales if layer.is_dense]
     if rank is None:
-        num_dense = sum(layer.shape.numel() for layer in dense)
-        num_values = sum(layer.shape.numel() for layer in layers)
-        if num_dense > _FULL_RANK_SHARE * num_values:
+        if _num_values(dense) > _FULL_RANK_SHARE * _num_values(layers):
             raise ValueError(
                 f"{_names(dense)}: the change is no product of thin matrices, all that diffusers loads; "
                 "give --rank N for its nearest one of rank N, whose error is printed, or use --to merged"
             )
-        rank = max((min(layer.matrix_shape) for layer in dense), default=1)
-    return [_cut_to_rank(layer, rank) if layer.is_dense else layer for layer in without_scales]
+        rank = max((min(layer.matrix_shape) for layer in dense), default=1)  # full, whatever the layer
+    low_rank = []
+    for layer in without_scales:
+        low_rank.append(_cut_to_rank(layer, rank) if layer.is_dense else layer)
+    return low_rank
 
 
 def diffusers_tensors(layers: Sequence[ExportedLayer]) -> Iterator[tuple[str, Tensor]]:
@@ -86,8 +87,8 @@ def diffusers_tensors(layers: Sequence[ExportedLayer]) -> Iterator[tuple[str, Te
         layers: as `low_rank_layers` returns them.
     """
     # PEFT's options hold for a whole model: all its layers have a bias and a magnitude, or none has
+    components_with_bias = _components_with_bias(layers)
     components_with_scale = {layer.component for layer in layers if layer.scale is not None}
-    components_with_bias = {layer.component for layer in layers if layer.bias is not None}
     for layer in layers:
         name = f"{layer.component}.{clip_path(layer.component, layer.path)}"
         down_key, up_key = factor_keys(layer.component)
@@ -110,11 +111,14 @@ def adapter_config(layers: Sequence[ExportedLayer]) -> str:
     for layer in layers:
         by_component.setdefault(layer.component, []).append(layer)
     config: dict[str, object] = {}
-    for component, in_component in by_component.items():
-        ranks = {layer.path.removeprefix("text_model."): _rank(layer) for layer in in_component}
-        dora = any(layer.scale is not None for layer in in_component)
-        bias = any(layer.bias is not None for layer in in_component)
-        config |= component_config(component, ranks, dora=dora, bias=bias)
+    for component, component_layers in by_component.items():
+        ranks = {}
+        has_scale = has_bias = False
+        for layer in component_layers:
+            ranks[layer.path.removeprefix("text_model.")] = _rank(layer)
+            has_scale |= layer.scale is not None
+            has_bias |= layer.bias is not None
+        config |= component_config(component, ranks, dora=has_scale, bias=has_bias)
     return json.dumps(config, sort_keys=True)
 
 
@@ -122,7 +126,7 @@ def component_config(
     component: str, ranks: Mapping[str, int], *, dora: bool, bias: bool
 ) -> dict[str, object]:
     """PEFT's configuration of one model, given the rank of every layer by its path; alpha is the rank."""
-    common_rank = Counter(ranks.values()).most_common(1)[0][0]
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]  # keeps the patterns short
     other_ranks = {path: rank for path, rank in ranks.items() if rank != common_rank}
     return {
         f"{component}.r": common_rank,
@@ -143,10 +147,19 @@ def factor_keys(component: str) -> tuple[str, str]:
     return "lora_A", "lora_B"
 
 
+def _components_with_bias(layers: Sequence[ExportedLayer]) -> set[str]:
+    """The models of which a layer's bias changes."""
+    return {layer.component for layer in layers if layer.bias is not None}
+
+
+def _num_values(layers: Sequence[ExportedLayer]) -> int:
+    return sum(layer.shape.numel() for layer in layers)
+
+
 def _check_components(adapter: Adapter, pipeline: object) -> None:
     """Raises ValueError for an adapted component that the pipeline's `load_lora_weights` passes over."""
     loadable = getattr(pipeline, "_lora_loadable_modules", None)
-    if loadable is None:
+    if loadable is None:  # a pipeline from outside of diffusers
         return
     for site in adapter.sites:
         component = site.name.partition(".")[0]
@@ -180,7 +193,7 @@ def _rank(layer: ExportedLayer) -> int:
 
 def _magnitude(layer: ExportedLayer) -> Tensor:
     """PEFT computes `magnitude * V / |V|` by rows, `V = W + up down`: for `scale * V` it is `scale * |V|`."""
-    changed = layer.weight.flatten(1)
+    changed = layer.weight.flatten(1)  # V (out, fan_in)
     if layer.factors is not None:
         changed = changed + layer.factors.matrix()
     magnitude = changed.norm(dim=1)  # (out,)
@@ -188,7 +201,8 @@ def _magnitude(layer: ExportedLayer) -> Tensor:
         magnitude = layer.scale * magnitude
     if layer.kind == "linear":
         return magnitude
-    return magnitude.reshape(1, -1, *(1,) * (len(layer.shape) - 2))
+    # PEFT's magnitude of a convolution has the channels second, as its output has
+    return magnitude.reshape(1, -1, *(1,) * (len(layer.shape) - 2))  # (1, out, 1, ...)
 
 
 def _check_layers(layers: Sequence[ExportedLayer]) -> None:
@@ -201,10 +215,17 @@ def _check_layers(layers: Sequence[ExportedLayer]) -> None:
         reason = geometry_refusal(layer.layer)
         if reason:
             raise ValueError(f"{layer.name}: {reason}; use --to merged")
-    unsupported = [layer for layer in layers if layer.kind not in ("linear", "conv")]
+    unsupported = []
+    kinds = set()
+    for layer in layers:
+        if layer.kind not in ("linear", "conv"):
+            unsupported.append(layer)
+            kinds.add(f"{layer.kind}s")
     if unsupported:
-        kinds = " and ".join(sorted({f"{layer.kind}s" for layer in unsupported}))
-        raise ValueError(f"{_names(unsupported)}: diffusers has no file for changed {kinds}; use --to merged")
+        listed = " and ".join(sorted(kinds))
+        raise ValueError(
+            f"{_names(unsupported)}: diffusers has no file for changed {listed}; use --to merged"
+        )
 
 
 def _names(layers: Sequence[ExportedLayer]) -> str:

@@ -101,6 +101,7 @@ class ExportedLayer:
         """The change of the matrix `(out, fan_in)`; None where only rows are scaled."""
         if not self.is_dense:
             return self.factors
+        # form = W' / scale - W
         unscaled = self.adapted
         if self.scale is not None:
             unscaled = unscaled / per_row(self.scale, unscaled)
@@ -219,12 +220,13 @@ def _form_and_scale(layer_state: LayerState, entries: list[Entry]) -> tuple[Expo
         return Dense(weight_change(base.double(), updates).flatten(1)), None
     row_changes = [t * (update.scale.double() - 1) for t, update in updates if update.scale is not None]
     scale = 1 + sum(row_changes) if row_changes else None
+    # for a row that a scale of 0 erases, `form / scale` does not exist
     if scale is not None and (scale == 0).any():
         adapted = adapted_weight(layer_state, entries).double()
         return Dense((adapted - base.double()).flatten(1)), None
     form = None
     for strength, update in updates:
-        if update.delta is None or strength == 0:
+        if update.delta is None or strength == 0:  # a scale alone, or a change that is turned off
             continue
         added = update.delta.in_float64().export_form(strength * update.multiplier)
         if update.scale is not None:

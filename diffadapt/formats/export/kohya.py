@@ -47,12 +47,13 @@ def kohya_tensors(
 
 
 def _layer_tensors(layer: ExportedLayer, dense: bool) -> dict[str, Tensor]:
-    if layer.kind == "norm":
+    if layer.kind == "norm":  # A1111 takes both keys or none
         difference = layer.adapted - layer.weight
         bias = torch.zeros_like(difference) if layer.bias is None else layer.bias
         return {"w_norm": difference, "b_norm": bias}
     has_scale = layer.scale is not None
     has_bias = layer.bias is not None
+    # whole differences are what every program reads in the same way
     if (dense and (has_scale or has_bias)) or (has_scale and has_bias):
         tensors = {"diff": layer.expected_weight() - layer.weight}
     else:
@@ -113,8 +114,8 @@ def _tucker_tensors(form: Tucker, layer: ExportedLayer) -> dict[str, Tensor]:
 
 def _loha_tensors(form: LowRankHadamard, layer: ExportedLayer) -> dict[str, Tensor]:
     return {
-        "hada_w1_a": form.first.up,
-        "hada_w1_b": form.first.down,
+        "hada_w1_a": form.first.up,  # (out, r)
+        "hada_w1_b": form.first.down,  # (r, fan_in)
         "hada_w2_a": form.second.up,
         "hada_w2_b": form.second.down,
         "alpha": _alpha(form.first.up.shape[1]),
@@ -125,9 +126,9 @@ def _lokr_tensors(form: Kron, layer: ExportedLayer) -> dict[str, Tensor]:
     """LoKr keys, where LyCORIS guesses the split they were made with from their shapes; else plain ones."""
     rows, columns = form.first.shape
     out, channels, *kernel = layer.shape
-    block = (out // rows, channels // columns)
+    block = (out // rows, channels // columns)  # the second factor without its kernel
     kernel_size = math.prod(kernel)
-    if rows * block[0] == out and columns * block[1] == channels:
+    if rows * block[0] == out and columns * block[1] == channels:  # no split goes through the kernel
         if not form.second.is_dense:
             rank = form.second.up.shape[1]
             if split_read_from((rows, columns), block, rank, kernel_size):
@@ -140,6 +141,7 @@ def _lokr_tensors(form: Kron, layer: ExportedLayer) -> dict[str, Tensor]:
         if split_read_from((rows, columns), block, None, kernel_size):
             second = form.second.matrix().reshape(*block, *kernel)
             return {"lokr_w1": form.first, "lokr_w2": second, "alpha": _alpha(1)}
+    # the rank of a Kronecker product is the product of its factors' ranks
     product = form.as_product()
     if product.up.shape[1] < min(layer.matrix_shape) or layer.scale is not None:
         return _lora_tensors(product, layer)

@@ -32,6 +32,7 @@ _UNKNOWN_TO_A1111 = re.compile(r"conv_norm_out|add_embedding\.\w+")
 
 def base_architecture(adapter: Adapter) -> Architecture:
     """The architecture of the base; of a lone text encoder, that of its pipeline."""
+    # the adapter's denoiser, else that of the pipeline of an adapted text encoder, else a bare model
     models = [adapter.roots.get(name) for name in DENOISERS]
     pipeline = pipeline_of(adapter)
     models += [getattr(pipeline, name, None) for name in DENOISERS]
@@ -59,6 +60,7 @@ def kohya_name(component: str, path: str, base: Architecture) -> str:
     if is_denoiser:
         original_path = None if names.original_path is None else names.original_path(path)
         return "lora_unet_" + (original_path or path).replace(".", "_")
+    # text_encoder, text_encoder_2, ... -> te, te2, ...; te1 where the pipeline has two
     number = component.removeprefix("text_encoder").removeprefix("_")
     if not number and names.numbers_first_encoder:
         number = "1"

@@ -33,7 +33,7 @@ def _write(job: ExportJob, folder: Path) -> None:
     """
     pipeline = pipeline_of(job.adapter)
     model = pipeline or _only_root(job.adapter)
-    with disabled(model):
+    with disabled(model):  # the weights of the base, under the names that stock diffusers reads
         model.save_pretrained(folder, safe_serialization=True)
     new_values: dict[Path, dict[str, Callable[[], Tensor]]] = {}  # by the folder of their component
     for layer in job.layers:
@@ -48,21 +48,22 @@ def _write(job: ExportJob, folder: Path) -> None:
 def _verify(job: ExportJob, folder: Path) -> list[Verdict]:
     """Reads the folder's weights back as `from_pretrained` does and compares them with the live adapter's."""
     stored: dict[Path, dict[str, Tensor]] = {}  # by the folder of their component
+    # the rounding to `job.dtype` is in the expected values, so it needs no tolerance
     errors = ErrorSum(torch.float32)
     for layer in job.layers:
         component_folder = folder / layer.component
-        if not component_folder.is_dir():
+        if not component_folder.is_dir():  # a bare model, saved without a pipeline around it
             component_folder = folder
         if component_folder not in stored:
             stored[component_folder] = _load_folder(component_folder)
         tensors = stored[component_folder]
-        live = layer.adapted
+        adapted = layer.adapted
         weight = tensors[_stored_name(f"{layer.path}.weight", tensors)].double()
-        errors.add(weight, live, layer.weight, live.to(job.dtype).double())
-        live_bias = with_bias(layer.base_bias, layer.bias)
-        if live_bias is not None:
+        errors.add(weight, adapted, layer.weight, adapted.to(job.dtype).double())
+        adapted_bias = with_bias(layer.base_bias, layer.bias)
+        if adapted_bias is not None:
             bias = tensors[_stored_name(f"{layer.path}.bias", tensors)].double()
-            errors.add(bias, live_bias, layer.base_bias, live_bias.to(job.dtype).double())
+            errors.add(bias, adapted_bias, layer.base_bias, adapted_bias.to(job.dtype).double())
     verdict = errors.verdict(
         "diffusers",
         "0.42.1",
@@ -83,6 +84,7 @@ def _only_root(adapter: Adapter) -> nn.Module:
 
 def _new_values(layer: ExportedLayer) -> dict[str, Callable[[], Tensor]]:
     """What computes a layer's changed parameters, by their names in the model."""
+    # functions: only one changed weight of a large model is in memory at a time
     values: dict[str, Callable[[], Tensor]] = {f"{layer.path}.weight": lambda: layer.adapted}
     if layer.bias is not None:
         values[f"{layer.path}.bias"] = lambda: layer.base_bias + layer.bias
@@ -100,6 +102,7 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
 def _rewrite(folder: Path, new_values: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
     """Puts new values in the place of a model's tensors, and brings all of them to the file's precision."""
     unplaced = dict(new_values)
+    # a large model is split over several files
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         for key in list(unplaced):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from diffadapt.formats.export.exported_layer import ExportedLayer
 
 # keys of our own files that say something of the file, not of the training
 _FILE_KEYS = ("format", "format_version", "adapter", "sha256")
+# ends of the keys of factors (r, ...), of which the number of rows is the rank
+_DOWN_KEYS = ("lora_down.weight", "lora_A.weight", "lora_linear_layer.down.weight", "hada_w1_b")
 
 
 def metadata_of(
@@ -36,7 +37,9 @@ def metadata_of(
         base_name: name or path of the base, where known.
         extra: further entries, which the others override.
     """
-    method = [{"name": member.name, "options": member.config} for member in adapter.method.members]
+    method = []
+    for member in adapter.method.members:
+        method.append({"name": member.name, "options": member.config})
     header = dict(extra or {})
     header |= {
         "format": "pt",
@@ -55,6 +58,7 @@ def metadata_of(
         header["diffadapt.base_quantisation"] = stored_as
     if base_name:
         header |= {"diffadapt.base": base_name, "ss_sd_model_name": base_name}
+    # CivitAI and image programs read modelspec.*, kohya's programs ss_*
     if base.published_names is not None:
         header |= _architecture(base.published_names)
         header |= _prediction(adapter)
@@ -111,16 +115,21 @@ def _prediction(adapter: Adapter) -> dict[str, str]:
 
 def network_of(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str]:
     """kohya's words for what kind of network a file holds."""
-    ends = {key.rsplit(".", 1)[-1] if "lora_" not in key else key.split(".", 1)[1] for key in tensors}
-    plain = all(("lora_" in end and "mid" not in end) or end == "alpha" for end in ends)
-    ranks = Counter(
-        tensor.shape[0]
-        for key, tensor in tensors.items()
-        if key.endswith(("lora_down.weight", "lora_A.weight", "lora_linear_layer.down.weight", "hada_w1_b"))
-    )
-    rank = str(ranks.most_common(1)[0][0]) if len(ranks) == 1 else "Dynamic" if ranks else "None"
+    is_plain_lora = True
+    ranks = set()
+    for key, tensor in tensors.items():
+        # layers' names begin with lora_ too
+        end = key.split(".", 1)[1] if "lora_" in key else key.rsplit(".", 1)[-1]
+        is_factor = "lora_" in end and "mid" not in end
+        if not is_factor and end != "alpha":
+            is_plain_lora = False
+        if key.endswith(_DOWN_KEYS):
+            ranks.add(tensor.shape[0])
+    rank = "None"
+    if ranks:
+        rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     return {
-        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_module": "networks.lora" if is_plain_lora else "lycoris.kohya",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
         "ss_network_args": json.dumps({"algo": str(adapter.method)}),
@@ -137,9 +146,10 @@ def additional_hashes(path: Path) -> dict[str, str]:
     Source: sd-scripts 48d368f, library/train_util.py, precalculate_safetensors_hashes.
     """
     with path.open("rb") as file:
-        file.seek(0x100000)
+        file.seek(0x100000)  # A1111's first hash, of 64 KiB behind the first MiB
         legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
         file.seek(0)
+        # safetensors: 8 bytes with the length of the header, the header, the tensors
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         hasher = hashlib.sha256()
         while block := file.read(1 << 20):

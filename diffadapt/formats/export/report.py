@@ -43,12 +43,13 @@ class ExportReport:
     @property
     def max_error(self) -> float:
         """The largest difference from the live adapter's weights in a program that accepts the file."""
-        return max((verdict.max_error for verdict in self.verdicts if verdict.accepted), default=math.inf)
+        errors = [verdict.max_error for verdict in self.verdicts if verdict.accepted]
+        return max(errors, default=math.inf)
 
     @property
     def good(self) -> bool:
         """Whether every program the file is meant for gives what it should."""
-        return set(self.meant_for) <= set(self.accepted_by)
+        return set(self.meant_for).issubset(self.accepted_by)
 
     def verdict(self, program: str) -> Verdict:
         """The verdict of one program, by name."""
@@ -58,9 +59,8 @@ class ExportReport:
     def line(self) -> str:
         """The report in one line."""
         accepted = ", ".join(self.accepted_by) or "no program"
-        return f"{self.path}: right in {accepted} (maximum error {self.max_error:.1e})" + (
-            f"; {self.note}" if self.note else ""
-        )
+        text = f"{self.path}: right in {accepted} (maximum error {self.max_error:.1e})"
+        return f"{text}; {self.note}" if self.note else text
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.layers} layers, for {', '.join(self.meant_for)}"]

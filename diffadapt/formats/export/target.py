@@ -81,7 +81,7 @@ def save_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path, dtype: torch
     Raises:
         ValueError: a value does not fit into the precision.
     """
-    rounded: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}  # one tensor in float64 at a time: `tensors` may be a generator
     for key, tensor in tensors:
         # rounding a magnitude would change the weight, not the change of it
         is_magnitude = "dora_scale" in key or "lora_magnitude_vector" in key

@@ -126,22 +126,23 @@ class ErrorSum:
     is_as_written: bool = True
 
     def add(
-        self, read: Tensor | None, live: Tensor | None, start: Tensor | None, expected: Tensor | None
+        self, read: Tensor | None, adapted: Tensor | None, start: Tensor | None, expected: Tensor | None
     ) -> None:
         """Adds one weight or bias; None where there is no such bias.
 
         Args:
             read: as the program has it.
-            live: as the live adapter has it.
+            adapted: as the live adapter has it.
             start: as the base has it.
-            expected: as the file should give it; `live` unless it was cut to a rank or rounded.
+            expected: as the file should give it; `adapted` unless it was cut to a rank or rounded.
         """
-        if live is not None:
-            change = live if start is None else live - start
+        if adapted is not None:
+            change = adapted if start is None else adapted - start
             self.squared_change += change.square().sum().item()
-        error = _difference(read, live)
+        error = _difference(read, adapted)
         self.largest = max(self.largest, _largest(error))
         self.squared_error += error.square().sum().item()
+        # `not <=` and not `>`: a difference that is not a number is wrong too
         if not _largest(_difference(read, expected)) <= _tolerance(expected, start, self.dtype):
             self.is_as_written = False
 
@@ -176,16 +177,21 @@ def _verdicts(
     dtype: torch.dtype,
 ) -> list[Verdict]:
     """Every program on one layer after the other: what is as large as a weight lives for one layer."""
-    errors = {program: ErrorSum(dtype) for program in programs}
-    ignored_keys: dict[Program, list[str]] = {program: [] for program in programs}
+    errors: dict[Program, ErrorSum] = {}
+    ignored_keys: dict[Program, list[str]] = {}
     refusals: dict[Program, str] = {}
+    for program in programs:
+        errors[program] = ErrorSum(dtype)
+        ignored_keys[program] = []
     for exported, name in zip(layers, names, strict=True):
-        live = exported.adapted
+        adapted = exported.adapted
         expected = exported.expected_weight()
         bias = with_bias(exported.base_bias, exported.bias)
         layer = Layer(name, exported.kind, exported.weight, exported.base_bias, exported.layer)
         keys = {key: tensor.double() for key, tensor in file_keys.get(name, {}).items()}
+        # all programs see the same float64 values: what they round differently is not judged
         for program, finds_layer in programs.items():
+            # a program that does not find the layer, or refuses the file, leaves the layer as it is
             result = Result(layer.weight, layer.bias, frozenset(keys))
             try:
                 if keys and finds_layer(exported):
@@ -193,7 +199,7 @@ def _verdicts(
             except Refused as refusal:
                 refusals.setdefault(program, str(refusal))
             ignored_keys[program] += [f"{name}.{key}" for key in sorted(result.ignored)]
-            errors[program].add(result.weight, live, layer.weight, expected)
+            errors[program].add(result.weight, adapted, layer.weight, expected)
             errors[program].add(result.bias, bias, layer.bias, bias)
     is_approximate = dtype != torch.float32 or any(layer.is_approximated for layer in layers)
     verdicts = []

@@ -36,6 +36,7 @@ def write_file(target: ExportTarget, job: ExportJob, path: Path, header: dict[st
     def write(temporary: Path) -> None:
         target.write(job, temporary)
         verdicts = target.verify(job, temporary)
+        # the header says what verification found, so it is written last, around the same tensors
         tensors = load_file(temporary)
         note = quantised_base_note(job.layers)
         holds_differences = any(key.endswith(".diff") for key in tensors)
@@ -76,6 +77,7 @@ def write_folder(target: ExportTarget, job: ExportJob, folder: Path, header: dic
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not job.force:
         raise ValueError(f"{folder} already exists; choose another name, or replace it with --force")
+    # beside its place: a folder can be renamed within a file system only
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -56,11 +56,10 @@ def attach_changes(
         name: of the adapter.
     """
     changed_components = {site.partition(".")[0] for site in changes}
-    changed_roots = {
-        component: module
-        for component, module in roots.items()
-        if component == "" or component in changed_components
-    }
+    changed_roots = {}
+    for component, module in roots.items():
+        if component == "" or component in changed_components:  # "" is a bare model
+            changed_roots[component] = module
     method = imported_method(changes)
     fill = _filling(changes)
     return attach_sites(changed_roots, method, targets, name=name, seed=0, ranks={}, fill=fill)
@@ -74,6 +73,7 @@ def imported_method(changes: Mapping[str, StoredChange]) -> Imported:
     """
     forms = {}
     for site, change in changes.items():
+        # "unet." is left out, so that the method fits the bare model as well as its pipeline
         forms[without_denoiser(site)] = {
             "form": change.form,
             "multiplier": change.multiplier,
@@ -89,6 +89,7 @@ def _locate(foreign: ForeignAdapter, roots: Mapping[str, nn.Module]) -> dict[Lay
     missing: list[str] = []
     for layer, change in foreign.changes.items():
         layer_path = names.find(layer)
+        # a second name for one layer counts as missing: its change would have no place
         if layer_path is None or layer_path in by_path:
             missing.append(layer)
         else:
@@ -111,7 +112,7 @@ def _fit_to_layers(
     changes: dict[str, StoredChange] = {}
     for target in targets:
         site = target.site
-        if site.name not in by_name:
+        if site.name not in by_name:  # layers with one weight are one site, under the first one's name
             raise ValueError(f"{site.name} shares its weight with another layer the file changes")
         state = layer_state_of(target.layers)
         changes[site.name] = fit_to_layer(by_name[site.name], site, state.base(), state.base_bias())
@@ -122,7 +123,7 @@ def _filling(changes: Mapping[str, StoredChange]) -> Callable[[Adapter], None]:
     """A function that copies the tensors of changes into those of an adapter."""
 
     def fill(adapter: Adapter) -> None:
-        part = adapter.parts[0]
+        part = adapter.parts[0]  # of `imported`, the adapter's only method
         for site, parameters in zip(part.sites, part.tensors, strict=True):
             for key, parameter in parameters.items():
                 parameter.data.copy_(changes[site.name].tensors[key])

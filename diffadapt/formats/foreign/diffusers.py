@@ -38,10 +38,12 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
         ValueError: naming keys that belong to no known kind of adapter.
     """
     configs = _read_configs(header, path)
+    # files of PEFT without its folder have this level
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     layers, unknown_keys = tensors_by_layer(tensors)
     changes: dict[str, StoredChange] = {}
     for layer, by_role in layers.items():
+        # the configuration is by component: unet.r, text_encoder.r
         component, _, path_inside = layer.partition(".")
         scaling = kohya_scaling
         if component in configs:

@@ -93,6 +93,7 @@ def tensors_by_layer(
     layers: dict[str, dict[str, KeyedTensor]] = {}
     unknown_keys: list[str] = []
     for key, tensor in tensors.items():
+        # the longest first: `.lora_B.bias` ends in `.bias` too
         end = next((end for end in ends if key.endswith(end) and len(key) > len(end)), None)
         if end is None:
             unknown_keys.append(key)

@@ -26,6 +26,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     layers, unknown_keys = tensors_by_layer(tensors)
     changes: dict[str, StoredChange] = {}
     for layer, by_role in layers.items():
+        # ComfyUI divides by the norm of the base weight, LyCORIS by that of the changed one
         if EXPORTED_BY_US in header and "dora_scale" in by_role:
             by_role["base_magnitude"] = by_role.pop("dora_scale")
         changes[layer], unused_keys = read_change(layer, by_role, kohya_scaling)

@@ -42,10 +42,10 @@ class LayerNames:
         self.by_name: dict[str, LayerPath] = {}
         for component, module in roots.items():
             paths = [path for path, _ in layers_with_weight(module)]
-            first_resnets = [path for path in paths if path.startswith("down_blocks.0.resnets.")]
-            num_resnets = len({path.split(".")[3] for path in first_resnets})
+            num_resnets = _resnets_per_block(paths)
             for path in paths:
                 for name in _names(component, path, num_resnets):
+                    # two components can have a name in common; the first one keeps it
                     self.by_name.setdefault(name, (component, path))
 
     def find(self, name: str) -> LayerPath | None:
@@ -74,6 +74,15 @@ def current_name(layer: str) -> str:
     return name
 
 
+def _resnets_per_block(paths: Iterable[str]) -> int:
+    """Resnets of a U-Net's first block, which sgm's numbers depend on; 0 of other models."""
+    numbers = set()
+    for path in paths:
+        if path.startswith("down_blocks.0.resnets."):
+            numbers.add(path.split(".")[3])
+    return len(numbers)
+
+
 def _names(component: str, path: str, num_resnets: int) -> Iterator[str]:
     """Every name of one layer."""
     paths = [path]
@@ -86,8 +95,11 @@ def _names(component: str, path: str, num_resnets: int) -> Iterator[str]:
     if component == "":  # a bare model can be a text encoder
         prefix_sets.append(_encoder_prefixes("text_encoder"))
     paths.append(_other_text_model_level(path))
+    spellings = []
+    for spelled_path in paths:
+        spellings += _spellings(spelled_path)
     for prefixes in prefix_sets:
-        for spelling in (spelling for path in paths for spelling in _spellings(path)):
+        for spelling in spellings:
             for prefix in prefixes["dotted"]:
                 yield prefix + spelling
             for prefix in prefixes["flat"]:
@@ -113,8 +125,13 @@ def _spellings(path: str) -> Iterator[str]:
 
 def _sgm_paths(path: str, num_resnets: int) -> list[str]:
     """The layer's paths in the original code; which block an upsampler belongs to is not told by its name."""
-    paths = {sgm_path(path, num_resnets, attended=ALL_BLOCKS), sgm_path(path, num_resnets, attended=())}
-    return [prefix + name for name in sorted(paths - {None}) for prefix in ("", "diffusion_model.")]
+    sgm_paths = set()
+    for attended in (ALL_BLOCKS, ()):
+        sgm_paths.add(sgm_path(path, num_resnets, attended=attended))
+    names = []
+    for name in sorted(sgm_paths - {None}):
+        names += [name, f"diffusion_model.{name}"]
+    return names
 
 
 def _other_text_model_level(path: str) -> str:

@@ -72,6 +72,7 @@ def peft_scaling(config: Mapping[str, object], layer: str) -> ScalingRule:
     peft_type = str(config.get("peft_type") or "LORA")
 
     def scaling(_: str, rank: int | None, stored_alpha: float | None) -> float:
+        # factors show their rank; a LoKr of two whole factors has the option's
         layer_rank = rank or _by_pattern(config, "rank_pattern", layer, config.get("r", 8))
         alpha = stored_alpha
         if alpha is None:
@@ -79,6 +80,7 @@ def peft_scaling(config: Mapping[str, object], layer: str) -> ScalingRule:
             alpha = _by_pattern(config, "alpha_pattern", layer, default)
         _check_number("rank", layer_rank, layer, above=0)
         _check_number("alpha", alpha, layer, above=-math.inf)
+        # rank-stabilised: alpha / sqrt(r), Kalajdzievski 2023, arXiv 2312.03732
         return float(alpha) / (math.sqrt(layer_rank) if config.get("use_rslora") else layer_rank)
 
     return scaling
@@ -123,6 +125,7 @@ def _read_config(path: Path) -> dict:
     for option in _UNSUPPORTED_OPTIONS:
         if config.get(option):
             raise ValueError(f"{path} uses {option}={config[option]!r}, which is not supported")
+    # these take something out of the base weights, which the file does not hold
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_BASE_CHANGING_INITS):
         raise ValueError(

@@ -94,6 +94,7 @@ def read_change(
     except (IndexError, RuntimeError) as error:
         shapes = ", ".join(f"{keyed.key}: {tuple(keyed.tensor.shape)}" for keyed in by_role.values())
         raise ValueError(f"{layer} has tensors of shapes that no adapter has: {shapes}") from error
+    # what a form has only at times, such as Tucker's core
     factors = {key: tensor for key, tensor in factors.items() if tensor is not None}
     change = StoredChange(form, factors, kernel=_kernel_of(by_role))
     if change.rank == 0:
@@ -119,6 +120,7 @@ def fit_to_layer(change: StoredChange, site: Site, base: Tensor, bias: Tensor | 
     """
     form = change.form
     tensors = dict(change.tensors)
+    # files of 1x1 convolutions may hold a Linear layer's shapes, and the other way round
     for key in ("core", "core_1", "core_2"):
         if key in tensors and tensors[key].shape[2:].numel() == base.shape[2:].numel():
             tensors[key] = tensors[key].reshape(*tensors[key].shape[:2], *site.kernel)
@@ -129,7 +131,7 @@ def fit_to_layer(change: StoredChange, site: Site, base: Tensor, bias: Tensor | 
     for key, new in change.replacements.items():
         if key == "new_weight" and new.shape == base.shape:
             form = "dense"
-            tensors["weight"] = new.double() - base.double().cpu()
+            tensors["weight"] = new.double() - base.double().cpu()  # a difference, as all methods are
         elif key == "new_bias" and bias is not None:
             tensors["bias"] = new.double() - bias.double().cpu()
         elif key.removeprefix("new_") not in tensors:
@@ -151,8 +153,8 @@ def _form_of(by_role: Mapping[str, KeyedTensor]) -> tuple[str, Reader]:
 
 
 def _read_low_rank(layer: LayerTensors) -> dict[str, Tensor | None]:
-    up = layer.take("up")
-    down = layer.take("down")
+    up = layer.take("up")  # (out, r, 1, ...)
+    down = layer.take("down")  # (r, in / groups, *kernel), of Tucker files (r, in / groups, 1, ...)
     return {"up": up.flatten(1), "core": layer.take("mid"), "down": down.flatten(1)}
 
 
@@ -168,14 +170,18 @@ def _read_loha(layer: LayerTensors) -> dict[str, Tensor | None]:
 
 
 def _read_lokr(layer: LayerTensors) -> dict[str, Tensor | None]:
-    left = layer.take("lokr_w1")
-    right = layer.take("lokr_w2")
-    core = layer.take("lokr_t2")
-    tensors: dict[str, Tensor | None] = {"left": left, "right": None if right is None else right.flatten(1)}
-    if left is None:
+    """`kron(w1, w2)`, where either is whole or a product of two factors."""
+    first = layer.take("lokr_w1")  # (a, b)
+    second = layer.take("lokr_w2")  # (c, d, *kernel)
+    core = layer.take("lokr_t2")  # (r, r, *kernel)
+    tensors: dict[str, Tensor | None] = {
+        "left": first,
+        "right": None if second is None else second.flatten(1),
+    }
+    if first is None:
         tensors["left_up"] = layer.take("lokr_w1_a").flatten(1)
         tensors["left_down"] = layer.take("lokr_w1_b").flatten(1)
-    if right is None:
+    if second is None:
         up = layer.take("lokr_w2_a")
         tensors["up"] = up.flatten(1) if core is None else up.T  # Tucker files have (r, rows)
         tensors["core"] = core
