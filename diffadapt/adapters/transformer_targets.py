@@ -72,7 +72,7 @@ _FLUX = TransformerTargets(
 _CHROMA = replace(_FLUX, name="chroma")  # FLUX.1 whose modulations come from one small network
 _FLUX2_FUSED = _below([f"{_SINGLE}.attn"], ("to_qkv_mlp_proj", "to_out"))
 _FLUX2 = TransformerTargets(
-    "flux2",
+    "flux2_klein",
     attention=_below([f"{_DOUBLE}.attn"], _IMAGE_STREAM + _TEXT_STREAM) + _FLUX2_FUSED,
     query_value=(*_below([f"{_DOUBLE}.attn"], _JOINT_QUERY_VALUE), f"{_SINGLE}.attn.to_qkv_mlp_proj"),
     mlp=_below([f"{_DOUBLE}.ff", f"{_DOUBLE}.ff_context"], ("linear_in", "linear_out")) + _FLUX2_FUSED,
@@ -105,7 +105,7 @@ _KREA2 = TransformerTargets(
     mlp=_below([f"{blocks}.ff" for blocks in _KREA2_BLOCKS], ("gate", "up", "down")),
 )
 _PIXART = TransformerTargets(
-    "pixart",
+    "pixart_sigma",
     attention=_below([f"{_DOUBLE}.attn1", f"{_DOUBLE}.attn2"], _IMAGE_STREAM),
     query_value=_below([f"{_DOUBLE}.attn1", f"{_DOUBLE}.attn2"], ("to_q", "to_v")),
     mlp=_below([f"{_DOUBLE}.ff"], _MLP),

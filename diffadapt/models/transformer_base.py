@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diffadapt.adapters.architectures import Architecture, PublishedNames
+from diffadapt.adapters.architectures import Architecture, PublishedNames, transformer_architecture
 from diffadapt.models import prompts
 from diffadapt.models.base import BaseProfile
 from diffadapt.models.caption_limits import CaptionLimit
@@ -53,8 +54,8 @@ class TransformerBase(LatentDiffusionBase):
     ) -> Architecture | None:
         if type(denoiser).__name__ != cls.transformer_class:
             return None
-        names = cls.published_names(denoiser.config)
-        return Architecture(cls.family, "transformer", published_names=names)
+        layers = transformer_architecture(denoiser) or Architecture(cls.family, "transformer")
+        return replace(layers, name=cls.family, published_names=cls.published_names(denoiser.config))
 
     # Images
 
