@@ -104,7 +104,8 @@ def encode_data(setup: Setup[Options], report: SubjectReport) -> Batches:
         follow_links=options.follow_links,
     )
     classes = class_images(setup, report) if options.with_prior_preservation else []
-    return make_batches(setup, instances, classes=classes)
+    prompts = [request.prompt for request in report.all_requests()]
+    return make_batches(setup, instances, prompts=prompts, classes=classes)
 
 
 def class_images(setup: Setup[Options], report: SubjectReport) -> list[Example]:
@@ -117,7 +118,7 @@ def class_images(setup: Setup[Options], report: SubjectReport) -> list[Example]:
     if options.dry_run:
         return planned_class_examples(folder, recipe, side=setup.model.resolution, **settings)
     with setup.accelerator.main_process_first():
-        return class_examples(setup.model.pipe, folder, recipe, seed=options.seed, **settings)
+        return class_examples(setup.model, folder, recipe, seed=options.seed, **settings)
 
 
 if __name__ == "__main__":

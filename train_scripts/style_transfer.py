@@ -25,6 +25,7 @@ from diffadapt.data.examples import Example
 from diffadapt.data.folders import read_captioned_folder
 from diffadapt.data.hub_tables import open_table, read_captioned_table
 from diffadapt.data.stream import Stream
+from diffadapt.data.trigger_words import add_trigger_word
 from diffadapt.models.base_names import resolve
 from diffadapt.training.base_defaults import complete_options
 from diffadapt.training.options import TrainOptions, option
@@ -98,6 +99,7 @@ def main() -> int:
     batches = make_batches(
         setup,
         examples,
+        prompts=prompts_besides_training(options, held_out),
         trigger_word=options.trigger_word,
         caption_dropout=options.caption_dropout,
         buckets=make_buckets(setup),
@@ -154,6 +156,14 @@ def held_out_examples(options: Options) -> list[Example]:
         follow_links=options.follow_links,
         with_other_columns=True,
     )
+
+
+def prompts_besides_training(options: Options, held_out: Sequence[Example]) -> list[str]:
+    """The captions that the run reads besides those of the training images."""
+    prompts = [add_trigger_word(example.caption, options.trigger_word) for example in held_out]
+    if options.validation_prompt:
+        prompts.append(options.validation_prompt)
+    return prompts
 
 
 def make_buckets(setup: Setup[Options]) -> Buckets | None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from diffadapt.common.images import CropGeometry, ImageSource, check_images
 from diffadapt.common.keyed_random import normal, uniform
 from diffadapt.common.messages import indented_list
+from diffadapt.common.pipeline_components import AUTOENCODER
 from diffadapt.data.buckets import BucketOrder, Buckets, Size
 from diffadapt.data.cache import open_cache
 from diffadapt.data.encoding import (
@@ -82,6 +83,8 @@ class Batches:
         buckets: Sizes to use in place of the square, with center crops.
         is_streaming: Neither check nor encode images before the first step; skip unreadable ones.
         is_dry_run: Encode nothing beforehand and cache nothing, to describe a run without starting it.
+        prompts: More captions to encode, those of images that the run will sample.
+        encoded_captions: Encoded captions of other batches of the same base, to use and to add to.
 
     Raises:
         ValueError: Options exclude each other, or images cannot be read or have no caption.
@@ -106,6 +109,8 @@ class Batches:
         buckets: Buckets | None = None,
         is_streaming: bool = False,
         is_dry_run: bool = False,
+        prompts: Sequence[str] = (),
+        encoded_captions: EncodedCaptions | None = None,
     ):
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"--caption_dropout is a share between 0 and 1, got {caption_dropout}")
@@ -137,10 +142,14 @@ class Batches:
         image_memory = 0 if self.is_streaming else IMAGE_MEMORY
         recent = RECENT_CAPTIONS if self.is_streaming else None
         self.encoded_images = EncodedImages(model, cache, image_memory=image_memory)
-        self.encoded_captions = EncodedCaptions(model, cache, recent=recent)
+        self.encoded_captions = encoded_captions or EncodedCaptions(model, cache, recent=recent)
         self.truncated_captions: list[TruncatedCaption] = []
+        # Whether steps need no autoencoder and no text encoder, as everything is encoded beforehand.
+        is_encoded_beforehand = not self.is_streaming and not is_dry_run
+        self.are_images_encoded = is_encoded_beforehand and self.cache is not None
+        self.are_captions_encoded = is_encoded_beforehand and not model.train_text_encoder
         if not self.is_streaming:
-            self._prepare([*examples, *classes], encode=not is_dry_run)
+            self._prepare([*examples, *classes], prompts, encode=not is_dry_run)
 
     @property
     def description(self) -> str:
@@ -327,15 +336,8 @@ class Batches:
                 f"({caption.length} tokens); later captions are truncated without notice"
             )
 
-    def _prepare(self, examples: Sequence[Example], *, encode: bool) -> None:
+    def _prepare(self, examples: Sequence[Example], prompts: Sequence[str], *, encode: bool) -> None:
         """Checks the captions and encodes everything once, so that a fault shows before the first step."""
-        if encode and self.cache is not None:
-            crops = []
-            for example in examples:
-                # Both variants are encoded: mirrored pixels do not give mirrored latents.
-                for flip in (False, True) if self.random_flip else (False,):
-                    crops.append((example.source, Crop(self._crop_size(example), CENTER, flip)))
-            self.encoded_images.prepare(crops)
         missing = [example.source for example in examples if example.caption == ""]
         if missing:
             raise ValueError(
@@ -344,10 +346,24 @@ class Batches:
         captions = [add_trigger_word(example.caption, self.trigger_word) for example in examples]
         if any(isinstance(caption, str) for caption in captions):
             self.truncated_captions = self.model.truncated_captions(captions)
-        if encode:
-            if self.caption_dropout:
-                captions.append(self.model.empty_caption)
-            self.encoded_captions.prepare(captions)
+        if not encode:
+            return
+        placement = self.model.placement
+        if self.caption_dropout:
+            captions.append(self.model.empty_caption)
+        with placement.on_device(self.model.text_encoders):
+            self.encoded_captions.prepare([*captions, *prompts])
+        if self.cache is not None:
+            with placement.on_device([AUTOENCODER]):
+                self.encoded_images.prepare(self._crops_to_encode(examples))
+
+    def _crops_to_encode(self, examples: Sequence[Example]) -> list[tuple[ImageSource, Crop]]:
+        """The crops of all images; both variants, as mirrored pixels do not give mirrored latents."""
+        crops = []
+        for example in examples:
+            for flip in (False, True) if self.random_flip else (False,):
+                crops.append((example.source, Crop(self._crop_size(example), CENTER, flip)))
+        return crops
 
 
 def _image_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffadapt.common.atomic_files import check_writable_folder, write_atomically
@@ -22,7 +21,8 @@ from diffadapt.common.messages import notify
 from diffadapt.common.symlinks import list_subfolders, visible_files
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.data.folders import notify_unused
-from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate
+from diffadapt.models.base import BaseModel
+from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_in_stages
 
 RECORD = "class_images.json"
 
@@ -45,7 +45,7 @@ class ClassRecipe:
 
 
 def class_examples(
-    pipe: DiffusionPipeline,
+    model: BaseModel,
     folder: str | Path,
     recipe: ClassRecipe,
     *,
@@ -58,7 +58,7 @@ def class_examples(
     Files in the folder that are not used are reported.
 
     Args:
-        pipe: The pipeline of the base.
+        model: The base.
         folder: The folder of class images.
         recipe: What missing images are generated from.
         count: The number of images.
@@ -79,7 +79,7 @@ def class_examples(
     # The seed follows from the number, so a run that was interrupted continues with the same images.
     requests = [ImageRequest(recipe.prompt, seed + number) for number in missing_numbers]
     numbers = iter(missing_numbers)
-    for batch in generate(pipe, requests, recipe.sampler):
+    for batch in generate_in_stages(model, requests, recipe.sampler):
         for image in to_pil_images(batch):
             path = folder / f"{_image_name(next(numbers))}.png"
             write_atomically(path, partial(image.save, format="png"))

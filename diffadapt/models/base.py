@@ -23,6 +23,7 @@ from diffadapt.common.pipeline_components import (
 )
 from diffadapt.models.caption_limits import CaptionLimit, TruncatedCaption, truncated_captions
 from diffadapt.models.noise_schedule import TimestepSampling
+from diffadapt.models.placement import Placement
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -84,6 +85,7 @@ class BaseModel(ABC):
         source: as named by the user: a folder, a hub name, a file or embedded:NAME.
         profile: what suits this base.
         train_text_encoder: whether text encoders are trained, so that captions stay token ids.
+        placement: which components are on the device that computes.
     """
 
     family: ClassVar[str]
@@ -102,6 +104,7 @@ class BaseModel(ABC):
         self.source = source
         self.profile = profile
         self.train_text_encoder = False
+        self.placement = Placement(pipe)
 
     @classmethod
     def pipeline_type(cls, class_name: str) -> type[DiffusionPipeline]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from diffadapt.adapters.architectures import register_architecture
 from diffadapt.models.base import BaseModel, BaseProfile
-from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class
+from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class, resolve
 from diffadapt.models.chroma import Chroma
 from diffadapt.models.dit import DiT
 from diffadapt.models.flux import Flux
 from diffadapt.models.flux2 import Flux2Klein
+from diffadapt.models.from_config import denoiser_from_config
 from diffadapt.models.krea2 import Krea2
 from diffadapt.models.pixart import PixArtSigma
+from diffadapt.models.placement import Placement
 from diffadapt.models.qwen_image import QwenImage
 from diffadapt.models.sd import StableDiffusion
 from diffadapt.models.sd3 import StableDiffusion3
 from diffadapt.models.sdxl import StableDiffusionXL
+from diffadapt.models.single_file import is_single_file
 from diffadapt.models.unet2d import UNet2D
 from diffadapt.models.z_image import ZImage
 
@@ -94,18 +98,23 @@ def load_base(
     vae: str | None = None,
     prediction_type: str | None = None,
     safety_checker: bool = False,
+    is_staged: bool = False,
+    text_encoder_device: torch.device | str | None = None,
 ) -> BaseModel:
     """Loads a base, frozen: denoiser and text encoders in `dtype`, the autoencoder always in float32.
 
     Args:
         name: a diffusers folder, a hub name, a single `.safetensors` checkpoint or `embedded:NAME`.
-        device: of every component.
+        device: of every component; with `is_staged` the one to which `BaseModel.placement` brings them.
         dtype: of denoiser and text encoders.
         revision: branch, tag or commit on the hub.
         variant: of the base's files, such as fp16.
         vae: another autoencoder in place of the base's own: folder, hub name or `.safetensors` file.
         prediction_type: epsilon, v_prediction or sample, in place of what the base's scheduler says.
         safety_checker: keep the one of a Stable Diffusion pipeline.
+        is_staged: leave everything in main memory for now. The denoiser of a base that samples from encoded
+            captions has only shapes until `Placement.load_denoiser`.
+        text_encoder_device: with `is_staged`, the one on which text encoders compute; None for `device`.
 
     Raises:
         OSError or ValueError that says what was expected at `name`.
@@ -113,22 +122,38 @@ def load_base(
     from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
 
     family = _family_of(name, revision)
-    pipe = open_pipeline(
-        name,
-        dtype=dtype,
-        revision=revision,
-        variant=variant,
-        vae=vae,
-        prediction_type=prediction_type,
-        safety_checker=safety_checker,
+    open_base = partial(open_pipeline, name, dtype=dtype, revision=revision, variant=variant)
+    is_denoiser_later = is_staged and family.samples_from_states and not is_single_file(resolve(name))
+    shapes = {}
+    if is_denoiser_later:
+        denoiser_name, denoiser = denoiser_from_config(name, revision=revision)
+        shapes[denoiser_name] = denoiser.to(dtype)
+    pipe = open_base(
+        vae=vae, prediction_type=prediction_type, safety_checker=safety_checker, components=shapes
     )
-    pipe.to(device)
+    if not is_staged:
+        pipe.to(device)
     freeze(pipe.components)
     absent = [component for component, value in pipe.components.items() if value is None]
     required = [component for component in absent if component not in family.optional_components]
     if required:
         raise ValueError(f"{name} has no {', '.join(required)}; give the folder of a whole pipeline")
-    return family(pipe, name, profile_of(name, revision=revision))
+    model = family(pipe, name, profile_of(name, revision=revision))
+
+    def load_denoiser() -> nn.Module:
+        others = {component: value for component, value in pipe.components.items() if component not in shapes}
+        loaded = open_base(components=others)
+        freeze(loaded.components)
+        return getattr(loaded, denoiser_name)
+
+    model.placement = Placement(
+        pipe,
+        torch.device(device),
+        text_encoder_device=None if text_encoder_device is None else torch.device(text_encoder_device),
+        load_denoiser=load_denoiser if is_denoiser_later else None,
+        is_staged=is_staged,
+    )
+    return model
 
 
 def freeze(components: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
-from diffadapt.models.base_names import resolve
+from diffadapt.models.base_names import pipeline_index, resolve
 
 
 def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module | SimpleNamespace:
@@ -42,6 +42,24 @@ def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module 
     for folder in denoisers + _component_folders(path, names or ["text_encoder"]):
         setattr(model, folder.name, _build(folder / "config.json"))
     return model
+
+
+def denoiser_from_config(source: str, *, revision: str | None = None) -> tuple[str, nn.Module]:
+    """The component name of a pipeline's denoiser, and the denoiser on the meta device.
+
+    Args:
+        source: a folder, a hub name or `embedded:NAME`.
+        revision: branch, tag or commit on the hub.
+    """
+    import diffusers
+
+    index = pipeline_index(source, revision=revision)
+    (component,) = (name for name in DENOISERS if index.get(name) not in (None, [None, None]))
+    cls = getattr(diffusers, index[component][1])
+    config = cls.load_config(resolve(source), subfolder=component, revision=revision)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the model's use: only its shapes are read
+        return component, cls.from_config(config)
 
 
 def _local(source: str) -> Path:

@@ -25,10 +25,14 @@ def open_pipeline(
     vae: str | None = None,
     prediction_type: str | None = None,
     safety_checker: bool = True,
+    components: Mapping[str, object] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline on the CPU: its autoencoder in float32, since some overflow in half, all else in `dtype`.
 
-    The arguments are those of `families.load_base`.
+    The arguments are those of `families.load_base`, and
+
+    Args:
+        components: by name, to use instead of loading them from a folder or from the hub.
 
     Raises:
         OSError or ValueError with the remedy when there is no pipeline of that name.
@@ -52,7 +56,7 @@ def open_pipeline(
             revision=revision,
             variant=variant,
             use_safetensors=True,  # no pickled weights
-            **left_out,
+            **left_out | dict(components or {}),
         )
     if vae is not None:
         replacement = open_autoencoder(vae)

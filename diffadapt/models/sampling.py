@@ -112,20 +112,47 @@ def generate_all(
     return torch.cat(list(generate(pipe, requests, config, prompt_states=prompt_states)))
 
 
+def generate_in_stages(
+    model: BaseModel, requests: Sequence[ImageRequest], config: SamplingConfig
+) -> Iterator[Tensor]:
+    """As `generate`, with a base whose components are on the device only while they are needed.
+
+    Text encoders and denoiser are on it together only where images cannot be sampled from encoded captions.
+    """
+    placement = model.placement
+    prompt_states = None
+    unneeded: set[str] = set()
+    if model.samples_from_states:
+        unneeded = set(model.text_encoders)
+        with placement.on_device(model.text_encoders):
+            prompts = [request.prompt for request in requests]
+            prompt_states = _encode(model, captions_to_encode(type(model), prompts, config))
+    placement.load_denoiser()
+    with placement.on_device(model.pipe.components.keys() - unneeded):
+        yield from generate(model.pipe, requests, config, prompt_states=prompt_states)
+
+
+def _encode(model: BaseModel, captions: Sequence[str]) -> PromptStates:
+    """Encodes captions; the result gives the conditions of any of them."""
+    rows = {}
+    for caption in captions:
+        conditions = model.encode_captions([caption])
+        rows[caption] = {name: value[0].cpu() for name, value in conditions.items()}
+    return lambda texts: model.collate_conditions([rows[text] for text in texts])
+
+
 def truncated_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[TruncatedCaption]:
     """The distinct prompts of which a pipeline does not read the end; none where it has no tokenizers."""
     family = _family_to_call(pipe, has_labels=False)
     return truncated_captions(family.caption_limits(pipe), prompts)
 
 
-def captions_to_encode(
-    family: type[BaseModel], requests: Sequence[ImageRequest], config: SamplingConfig
-) -> list[str]:
-    """The distinct captions that `generate` reads for these requests: prompts, and the negative one."""
-    captions = [request.prompt for request in requests]
-    negative = family.negative_caption(config)
-    if captions and negative is not None:
-        captions.append(negative)
+def captions_to_encode(family: type[BaseModel], prompts: Sequence[str], config: SamplingConfig) -> list[str]:
+    """The distinct captions that `generate` reads for these prompts: they, and the negative one."""
+    captions = list(prompts)
+    negative_caption = family.negative_caption(config)
+    if negative_caption is not None:
+        captions.append(negative_caption)
     return list(dict.fromkeys(captions))
 
 

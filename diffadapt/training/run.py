@@ -24,7 +24,7 @@ from diffadapt.training import output_folder
 from diffadapt.training.checkpoint import checkpoint_io
 from diffadapt.training.checkpoint.checkpoint_files import find_checkpoint
 from diffadapt.training.checkpoint.data_record import data_record
-from diffadapt.training.encoder_offload import offloaded, onloaded, unused_encoders
+from diffadapt.training.encoder_offload import unused_components
 from diffadapt.training.loop import Step, TrainState, train
 from diffadapt.training.output_folder import RESULTS
 from diffadapt.training.push_to_hub import push
@@ -55,7 +55,11 @@ class Run:
         self.options = train_state.options
         self.accelerator = train_state.accelerator
         self.denoiser = report.model.denoiser
-        self.unused_encoders = unused_encoders(report.model, batches)
+        self.placement = report.model.placement
+        self.unused_components = unused_components(report.model, batches)
+        self.placement.to_device(report.model.pipe.components.keys() - set(self.unused_components))
+        if report.model.samples_from_states and batches.are_captions_encoded:
+            report.prompt_states = batches.encoded_captions.rows
         self.trackers: Trackers | None = None  # opened before the first images
         self.exit_code = 0
         self._restore()
@@ -88,7 +92,7 @@ class Run:
             return
         if not self.report.validation_requests():
             return
-        with onloaded(self.unused_encoders, self.accelerator.device), gathered(self.denoiser):
+        with self.placement.on_device(self.unused_components), gathered(self.denoiser):
             if self.accelerator.is_main_process:
                 self._generate_validation_images(step)
             self.accelerator.wait_for_everyone()
@@ -117,8 +121,7 @@ class Run:
         self._start_output()
         self.progress = Progress(self.train_state, self.trackers)
         stop_request = StopRequest(announce=self.accelerator.is_main_process)
-        without_encoders = offloaded(self.unused_encoders, self.accelerator.device)
-        with stop_request, self.progress, without_encoders:
+        with stop_request, self.progress:
             for step in train(self.train_state, self.batches):
                 signal = stop_request.agreed(self.accelerator)
                 self.exit_code = 128 + signal if signal else 0
@@ -147,7 +150,7 @@ class Run:
     def _start_output(self) -> None:
         """Takes the output folder, opens the trackers, and generates the images of the untrained base."""
         is_resumed = self.options.resume_from_checkpoint is not None
-        with gathered(self.denoiser):
+        with self.placement.on_device(self.unused_components), gathered(self.denoiser):
             if self.accelerator.is_main_process:
                 output_folder.initialize(self.options, self.train_state.run_id, is_resumed=is_resumed)
             self.trackers = Trackers(
@@ -172,7 +175,7 @@ class Run:
 
     def _finish(self) -> None:
         """Writes the adapter's file first; then exports, images and metrics, which may fail without harm."""
-        with gathered(self.denoiser):
+        with self.placement.on_device(self.unused_components), gathered(self.denoiser):
             if self.accelerator.is_main_process:
                 # Results of an earlier ending must not be taken for those of this one.
                 output_folder.remove(Path(self.options.output_dir), RESULTS)
@@ -192,7 +195,7 @@ class Run:
         adapter = da.load(report.model.pipe, path)  # as `diffadapt sample` does
         report.write_record(adapter, {})  # whatever fails after this, the adapter has its record
         exported = []
-        with report.attempt("export"):
+        with report.attempt("export"), self.placement.restored():
             exported = write_formats(adapter, path, self.options.export_formats)
         print(report.after_training(adapter))
         for line in exported:

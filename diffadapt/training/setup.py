@@ -25,6 +25,7 @@ from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
 from diffadapt.models.families import load_base
 from diffadapt.models.noise_schedule import TimestepSampling, parse_timestep_shift
+from diffadapt.models.sampling import SamplingConfig, captions_to_encode
 from diffadapt.training import output_folder
 from diffadapt.training.adapter_options import (
     budget_notices,
@@ -34,6 +35,7 @@ from diffadapt.training.adapter_options import (
     text_encoder_targets,
 )
 from diffadapt.training.base_defaults import base_profile, fill_missing
+from diffadapt.training.encoder_offload import release_text_encoders
 from diffadapt.training.loop import TrainState, initial_state
 from diffadapt.training.objective import Objective
 from diffadapt.training.option_checks import check_effects, check_ranges, check_text_encoder_lr
@@ -93,16 +95,29 @@ def prepare_run(options: OptionsT, *, adjust_options: AdjustOptions | None = Non
     return Setup(options, accelerator, model, method, started, precision)
 
 
-def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **arguments: object) -> Batches:
+def make_batches(
+    setup: Setup,
+    examples: Sequence[Example] | Stream,
+    *,
+    prompts: Sequence[str] = (),
+    **arguments: object,
+) -> Batches:
     """Encodes the data and makes batches, by the options that all scripts share.
 
+    The text encoders are freed where the run does not need them after that.
+
     Args:
+        prompts: of the images that the run will sample, as far as they are no training captions.
         arguments: what a script adds to the arguments of `Batches`.
     """
     options = setup.options
+    if setup.model.samples_from_states:
+        prompts = captions_to_encode(type(setup.model), prompts, sampling_config(setup))
+    else:
+        prompts = ()  # the pipeline encodes them whenever it samples
     is_shared_cache = options.cache_latents == "disk"  # is filled by one process
     with setup.accelerator.main_process_first() if is_shared_cache else nullcontext():
-        return Batches(
+        batches = Batches(
             setup.model,
             examples,
             resolution=options.resolution,
@@ -114,8 +129,11 @@ def make_batches(setup: Setup, examples: Sequence[Example] | Stream, **arguments
             cache_dir=options.cache_dir,
             seed=options.seed,
             is_dry_run=options.dry_run,
+            prompts=prompts,
             **arguments,
         )
+    release_text_encoders(setup.model, batches, options)
+    return batches
 
 
 def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> TrainState:
@@ -126,6 +144,11 @@ def make_train_state(setup: Setup, *, prior_weight: float | None = None) -> Trai
     """
     options = setup.options
     model = setup.model
+    model.placement.load_denoiser()
+    trained = [model.denoiser_name]
+    if options.train_text_encoder:
+        trained += model.text_encoders
+    model.placement.to_device(trained)
     if options.assistant_adapter is not None:
         attach_assistant(model, options)
     adapter = da.attach(
@@ -170,6 +193,19 @@ def distillation_notices(model: BaseModel, options: TrainOptions) -> list[str]:
         f"train on {model.undistilled_base} and sample with `diffadapt sample --base {model.source}`, or "
         "name an --assistant_adapter made for this base"
     ]
+
+
+def sampling_config(setup: Setup) -> SamplingConfig:
+    """How the run samples images."""
+    options = setup.options
+    return SamplingConfig(
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        batch_size=options.sample_batch_size,
+        height=options.resolution,
+        width=options.resolution,
+        autocast=runtime.autocast_dtype(setup.accelerator),
+    )
 
 
 def timestep_sampling(options: TrainOptions) -> TimestepSampling:
@@ -230,7 +266,7 @@ def _start_accelerator(options: TrainOptions) -> Accelerator:
 
 
 def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
-    """The frozen base on its device.
+    """The frozen base, in main memory; `BaseModel.placement` brings it to its device part by part.
 
     Raises:
         ValueError: for a class-conditional base in a script of captions.
@@ -243,6 +279,7 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
         variant=options.variant,
         vae=options.pretrained_vae_model_name_or_path,
         prediction_type=options.prediction_type,
+        is_staged=True,
     )
     if isinstance(model, ClassConditionedBase) and not hasattr(options, "class_labels"):
         raise ValueError(

@@ -78,11 +78,11 @@ def test_latents_follow_the_posterior_and_the_scale_of_the_autoencoder(tmp_path,
 def test_missing_class_pictures_are_drawn_and_present_ones_kept(tmp_path, model):
     write_pictures(tmp_path, 2)
     recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=2, batch_size=2))
-    examples = class_examples(model.pipe, tmp_path, recipe, count=5, seed=0)
+    examples = class_examples(model, tmp_path, recipe, count=5, seed=0)
     assert [e.source.name for e in examples][:3] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert len(examples) == 5
     before = examples[0].source.stat().st_mtime_ns
-    assert len(class_examples(model.pipe, tmp_path, recipe, count=6, seed=0)) == 6
+    assert len(class_examples(model, tmp_path, recipe, count=6, seed=0)) == 6
     assert examples[0].source.stat().st_mtime_ns == before
 
 
@@ -114,11 +114,11 @@ def test_links_folders_and_other_files_among_class_images_are_told(tmp_path, mod
     (folder / "b.png").symlink_to(elsewhere / "picture-0.png")
     recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=1, batch_size=2))
     with pytest.raises(ValueError, match="--follow_links"):
-        class_examples(model.pipe, folder, recipe, count=3, seed=0)
+        class_examples(model, folder, recipe, count=3, seed=0)
     planned = planned_class_examples(folder, recipe, count=3, side=32, follow_links=True)
     assert [str(e.source).rpartition("/")[2] for e in planned[:2]] == ["b.png", "picture-0.png"]
     capsys.readouterr()
-    examples = class_examples(model.pipe, folder, recipe, count=3, seed=0, follow_links=True)
+    examples = class_examples(model, folder, recipe, count=3, seed=0, follow_links=True)
     assert [e.source.name for e in examples] == ["b.png", "class-00000.png", "picture-0.png"]
     assert "1 .psd, 1 folder in it (1_dog)" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_a_file_as_the_folder_of_class_images_is_refused(tmp_path, model):
     file = write_pictures(tmp_path, 1) / "picture-0.png"
     recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=1, batch_size=2))
     with pytest.raises(ValueError, match=r"picture-0\.png' is a file; give a folder"):
-        class_examples(model.pipe, file, recipe, count=1, seed=0)
+        class_examples(model, file, recipe, count=1, seed=0)
     with pytest.raises(ValueError, match=r"picture-0\.png' is a file; give a folder"):
         planned_class_examples(file, recipe, count=1, side=32)
 
@@ -149,7 +149,7 @@ def test_a_class_picture_is_whole_or_not_there(tmp_path, model, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", killed)
     recipe = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=1, batch_size=1))
     with pytest.raises(KeyboardInterrupt):
-        class_examples(model.pipe, tmp_path / "class", recipe, count=1, seed=0)
+        class_examples(model, tmp_path / "class", recipe, count=1, seed=0)
     assert [path.name for path in (tmp_path / "class").iterdir()] == [RECORD]
 
 
@@ -370,23 +370,21 @@ def test_the_trigger_word_counts_only_as_a_word(text, word, is_held):
 def test_class_images_of_another_prompt_or_base_are_refused(tmp_path, model, capsys):
     sampler = SamplingConfig(num_inference_steps=1, batch_size=2)
     recipe = ClassRecipe("a dog", "a base", sampler)
-    class_examples(model.pipe, tmp_path, recipe, count=2, seed=0)
+    class_examples(model, tmp_path, recipe, count=2, seed=0)
     for other, message in (
         (ClassRecipe("a teapot", "a base", sampler), "--class_prompt 'a dog', this run has 'a teapot'"),
         (ClassRecipe("a dog", "another", sampler), "--pretrained_model_name_or_path 'a base'"),
     ):
         with pytest.raises(ValueError, match=message):
-            class_examples(model.pipe, tmp_path, other, count=2, seed=0)
+            class_examples(model, tmp_path, other, count=2, seed=0)
         with pytest.raises(ValueError, match=message):
             planned_class_examples(tmp_path, other, count=2, side=32)
     settings = ClassRecipe("a dog", "a base", SamplingConfig(num_inference_steps=2))
-    assert len(class_examples(model.pipe, tmp_path, settings, count=2, seed=0)) == 2
+    assert len(class_examples(model, tmp_path, settings, count=2, seed=0)) == 2
     assert "with other settings" in capsys.readouterr().out
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    assert (
-        len(class_examples(model.pipe, tmp_path, ClassRecipe("a teapot", "b", sampler), count=1, seed=0)) == 1
-    )
+    assert len(class_examples(model, tmp_path, ClassRecipe("a teapot", "b", sampler), count=1, seed=0)) == 1
 
 
 def test_a_repeated_image_is_drawn_more_often_and_read_once(tmp_path, model):

@@ -28,7 +28,8 @@ def config_of(family, batch_size):
 def without_text_encoders(model, requests, config):
     """Encodes what the requests need and takes the text encoders out of the pipeline."""
     captions = EncodedCaptions(model, None, recent=None)
-    captions.prepare(captions_to_encode(type(model), requests, config))
+    prompts = [request.prompt for request in requests]
+    captions.prepare(captions_to_encode(type(model), prompts, config))
     for name in model.text_encoders:
         setattr(model.pipe, name, None)
     assert not model.text_encoders

@@ -1,111 +1,210 @@
-"""Encoders leave the GPU between encoding and drawing. There is none here: moves are recorded."""
+"""Encoders are on the device to encode, the denoiser after them. Moves are recorded: there is no GPU."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.family_pipelines import tiny_folder
 from helpers.pipelines import tiny_sd_pipeline, write_pictures
 from helpers.scripts import runner
+from safetensors.torch import load_file
 from torch import nn
 
-from diffadapt.training import encoder_offload
+from diffadapt.models import placement
+from diffadapt.models.families import load_base
+from diffadapt.training import encoder_offload, setup
+from diffadapt.training.report.base import Report
+from diffadapt.training.run import Run
+
+TEXTS = {"text_encoder", "text_encoder_2"}
 
 
-class Mover(nn.Module):
-    """A part of a pipeline that notes where it is sent."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def to(self, device):
-        self.seen.append(torch.device(device).type)
-        return self
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A device that is not there, whose memory can be told to be emptied."""
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    return torch.device("cuda", 0)
-
-
-def idle_of(*, cached=True, streaming=False, train_text_encoder=False):
+def unused_of(*, are_images_encoded=True, are_captions_encoded=True):
     names = ("vae", "text_encoder", "text_encoder_2", "unet", "safety_checker")
-    parts = {name: nn.Linear(1, 1) for name in names} | {"tokenizer": object()}
-    pipe = SimpleNamespace(components=parts)
+    components = {name: nn.Linear(1, 1) for name in names} | {"tokenizer": object()}
     model = SimpleNamespace(
-        pipe=pipe,
+        pipe=SimpleNamespace(components=components),
         denoiser_name="unet",
-        text_encoders={name: parts[name] for name in names if name.startswith("text_encoder")},
-        train_text_encoder=train_text_encoder,
+        text_encoders={name: components[name] for name in TEXTS},
     )
-    batches = SimpleNamespace(cache={} if cached else None, is_streaming=streaming)
-    found = encoder_offload.unused_encoders(model, batches)
-    return {name for name, part in parts.items() if any(part is one for one in found)}
+    batches = SimpleNamespace(
+        are_images_encoded=are_images_encoded, are_captions_encoded=are_captions_encoded
+    )
+    return set(encoder_offload.unused_components(model, batches))
 
 
 def test_what_steps_use_stays():
-    texts = {"text_encoder", "text_encoder_2"}
-    assert idle_of() == {"vae", "safety_checker"} | texts
-    assert idle_of(cached=False) == {"safety_checker"} | texts
-    assert idle_of(train_text_encoder=True) == {"vae", "safety_checker"}
-    assert idle_of(streaming=True) == {"safety_checker"}
+    assert unused_of() == {"vae", "safety_checker"} | TEXTS
+    assert unused_of(are_images_encoded=False) == {"safety_checker"} | TEXTS
+    assert unused_of(are_captions_encoded=False) == {"vae", "safety_checker"}
 
 
-def test_parts_rest_wake_to_draw_and_come_back_after_a_failure(gpu):
-    part = Mover()
+class Watch:
+    """What a run has on the device, and what of its text encoders is alive.
 
-    def fail_in_a_step():
-        with encoder_offload.offloaded([part], gpu):
-            with encoder_offload.onloaded([part], gpu):
-                assert part.seen == ["cpu", "cuda"]
-            assert part.seen == ["cpu", "cuda", "cpu"]
-            raise FloatingPointError
+    Attributes:
+        events: "+NAME" and "-NAME" for components that come to the device and leave it, "sample" and "step".
+        text_encoders: weak references.
+    """
 
-    with pytest.raises(FloatingPointError):
-        fail_in_a_step()
-    assert part.seen[-1] == "cuda"
+    def __init__(self, monkeypatch):
+        self.events = []
+        self.text_encoders = []
+        self.on_device = set()
+        self.together = False
+        self._model = None
+        memory = torch.device("meta")  # another name for main memory, to tell it from the CPU that computes
+        monkeypatch.setattr(placement, "MAIN_MEMORY", memory)
+        monkeypatch.setattr(placement, "move", self._note)
+        monkeypatch.setattr(setup, "load_base", self._load)
+        generate = Report._generate
+        log = Run.log
+
+        def watch_samples(report, requests, label):
+            self.events.append("sample")
+            return generate(report, requests, label)
+
+        def watch_steps(run, step):
+            gc.collect()
+            self.events.append("step")
+            self.alive = [reference() for reference in self.text_encoders if reference() is not None]
+            log(run, step)
+
+        monkeypatch.setattr(Report, "_generate", watch_samples)
+        monkeypatch.setattr(Run, "log", watch_steps)
+
+    def _load(self, *arguments, **options):
+        self._model = load_base(*arguments, **options)
+        self.text_encoders = [weakref.ref(encoder) for encoder in self._model.text_encoders.values()]
+        return self._model
+
+    def _note(self, module, device):
+        components = self._model.pipe.components
+        (name,) = (name for name, component in components.items() if component is module)
+        if device.type == "meta":
+            self.on_device.discard(name)
+            self.events.append(f"-{name}")
+        else:
+            assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}  # not just shapes
+            self.on_device.add(name)
+            self.events.append(f"+{name}")
+        has_text_encoder = any(name.startswith("text_encoder") for name in self.on_device)
+        self.together |= has_text_encoder and bool(self.on_device & {"transformer", "unet"})
 
 
-def test_on_a_cpu_nothing_is_moved():
-    part = Mover()
-    cpu = torch.device("cpu")
-    with encoder_offload.offloaded([part], cpu), encoder_offload.onloaded([part], cpu):
-        pass
-    assert part.seen == []
+@pytest.fixture
+def watch(monkeypatch):
+    return Watch(monkeypatch)
 
 
-def test_a_run_draws_only_with_what_is_awake(monkeypatch, tmp_path):
-    """Moves and drawings in their order: rest at the first step, wake for every validation and at the end."""
-    seen = []
-    monkeypatch.setattr(encoder_offload, "_move", lambda parts, to, device: seen.append((len(parts), to)))
-    monkeypatch.setattr(
-        "diffadapt.training.report.base.Report._generate",
-        lambda self, wanted, label: seen.append("draw") or torch.zeros(len(wanted), 3, 8, 8),
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Trains two steps with one image before, between and after them."""
+
+    def run(base, *more, output="out"):
+        write_pictures(tmp_path / "mine", 2)
+        options = {
+            "pretrained_model_name_or_path": base,
+            "instance_data_dir": tmp_path / "mine",
+            "instance_prompt": "a sks dog",
+            "output_dir": tmp_path / output,
+            "num_validation_images": 1,
+            "num_inference_steps": 1,
+            "train_batch_size": 1,
+            "max_train_steps": 2,
+            "validation_steps": 1,
+            "num_threads": 1,
+            "rank": 2,
+            "targets": "*attn*.to_q",
+        }
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        assert runner("dreambooth", monkeypatch)(*arguments, "--center_crop", *more) == 0
+        return tmp_path / output
+
+    return run
+
+
+def family_folder(family, tmp_path, tmp_path_factory):
+    if family == "sd":
+        return tiny_sd_pipeline(tmp_path / "base")
+    return tiny_folder(family, tmp_path_factory)
+
+
+def test_text_encoders_that_sample_are_on_the_device_to_encode_and_to_sample(watch, run, tmp_path):
+    run(tiny_sd_pipeline(tmp_path / "base"))
+    encoded = ["+text_encoder", "-text_encoder", "+vae", "-vae", "+unet"]
+    sampled = ["+text_encoder", "+vae", "sample", "-text_encoder", "-vae"]
+    events = [*encoded, *sampled, "step", *sampled, "step", *sampled, *sampled]
+    assert [event.lstrip("+-") for event in watch.events] == [event.lstrip("+-") for event in events]
+    assert len(watch.alive) == 1
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_text_encoders_that_do_not_sample_are_gone_before_the_denoiser_comes(
+    watch, run, family, tmp_path, tmp_path_factory
+):
+    run(family_folder(family, tmp_path, tmp_path_factory), "--resolution", 64)
+    assert not watch.together
+    assert watch.alive == []
+    first_step = watch.events.index("step")
+    texts = [index for index, event in enumerate(watch.events) if event.startswith("-text_encoder")]
+    assert len(texts) == len(watch.text_encoders) >= 2
+    assert max(texts) < watch.events.index("+transformer") < watch.events.index("sample") < first_step
+    # The autoencoder is back for every image, and for nothing else.
+    assert watch.events[watch.events.index("+transformer") + 1 :] == [
+        *("+vae", "sample", "-vae", "step", "+vae", "sample", "-vae"),
+        *("step", "+vae", "sample", "-vae", "+vae", "sample", "-vae"),
+    ]
+
+
+def test_class_images_are_sampled_in_stages_too(watch, run, tmp_path_factory, tmp_path):
+    more = (
+        "--resolution",
+        64,
+        "--with_prior_preservation",
+        "--class_prompt",
+        "a dog",
+        "--num_class_images",
+        2,
     )
-    away, home = (2, torch.device("cpu")), (2, "home")
-    monkeypatch.setattr(
-        "diffadapt.training.run.offloaded", lambda parts, device: encoder_offload.offloaded(parts, "home")
-    )
-    monkeypatch.setattr(
-        "diffadapt.training.run.onloaded", lambda parts, device: encoder_offload.onloaded(parts, "home")
-    )
-    tiny_sd_pipeline(tmp_path / "base")
-    write_pictures(tmp_path / "mine", 2)
-    run = runner("dreambooth", monkeypatch)
-    told = {
-        "pretrained_model_name_or_path": tmp_path / "base",
-        "instance_data_dir": tmp_path / "mine",
-        "instance_prompt": "a sks dog",
-        "output_dir": tmp_path / "out",
-        "num_validation_images": 1,
-        "train_batch_size": 1,
-        "max_train_steps": 2,
-        "validation_steps": 1,
-        "num_threads": 1,
-    }
-    given = [part for name, value in told.items() for part in (f"--{name}", value)]
-    assert run(*given, "--center_crop") == 0
-    one = [home, "draw", away]
-    assert seen == ["draw", away, *one, *one, home, "draw"]
+    output = run(tiny_folder("sd3", tmp_path_factory), *more)
+    assert not watch.together
+    assert watch.alive == []
+    assert len(list((output / "class_images").glob("*.png"))) == 2
+
+
+def test_text_encoders_stay_for_steps_that_need_them(watch, run, tmp_path_factory):
+    run(tiny_folder("sd3_without_t5", tmp_path_factory), "--resolution", 64, "--train_text_encoder")
+    assert watch.together
+    assert len(watch.alive) == 2
+
+
+def test_a_merged_pipeline_is_written_with_the_text_encoders(run, tmp_path_factory):
+    output = run(tiny_folder("flux", tmp_path_factory), "--resolution", 64, "--export_formats", "merged")
+    merged = output / "adapter_merged"
+    base = load_base(str(tiny_folder("flux", tmp_path_factory)))
+    for name, encoder in load_base(str(merged)).text_encoders.items():
+        expected = base.text_encoders[name].state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_stages_change_no_bit(run, monkeypatch, family, tmp_path, tmp_path_factory):
+    folder = family_folder(family, tmp_path, tmp_path_factory)
+    size = () if family == "sd" else ("--resolution", 64)
+    staged = run(folder, *size, output="staged")
+
+    def load_at_once(*arguments, is_staged, **options):
+        return load_base(*arguments, **options)
+
+    monkeypatch.setattr(setup, "load_base", load_at_once)
+    monkeypatch.setattr(setup, "release_text_encoders", lambda *arguments: None)
+    at_once = run(folder, *size, output="at_once")
+    first = load_file(staged / "adapter.safetensors")
+    second = load_file(at_once / "adapter.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for image in (staged / "samples").rglob("*.png"):
+        assert image.read_bytes() == (at_once / image.relative_to(staged)).read_bytes()

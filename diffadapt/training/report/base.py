@@ -20,20 +20,19 @@ from tqdm import tqdm
 import diffadapt as da
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.attach import disabled
-from diffadapt.common import runtime
 from diffadapt.common.contact_sheet import Panel, make_contact_sheet, to_pil_images
 from diffadapt.data.summary import describe_truncated_captions
 from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
-from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate, truncated_prompts
+from diffadapt.models.sampling import ImageRequest, PromptStates, generate, truncated_prompts
 from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import TrainState
 from diffadapt.training.parsing import write_config
 from diffadapt.training.report.model_card import write_card
 from diffadapt.training.report.summary import MetricValues, closing_message
 from diffadapt.training.run_log import write_run
-from diffadapt.training.setup import Setup
+from diffadapt.training.setup import Setup, sampling_config
 
 MAX_TRIED_PARAMETERS = 50_000_000  # larger adapters are not written to a temporary file before a run
 SHEET_COLUMNS = 4  # of a validation's contact sheet
@@ -47,6 +46,7 @@ class Report(ABC):
         requests: kind of image -> what to generate, the same before and after training.
         images: "before" and "after" -> kind of image -> images.
         failures: a line for each thing that went wrong beside the adapter itself.
+        prompt_states: conditions of encoded prompts, where the text encoders are gone.
         export_note: why the default export format will not be written, if so.
     """
 
@@ -54,14 +54,8 @@ class Report(ABC):
         options = setup.options
         self.model = setup.model
         self.options = options
-        self.sampler = SamplingConfig(
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.sample_batch_size,
-            height=options.resolution,
-            width=options.resolution,
-            autocast=runtime.autocast_dtype(setup.accelerator),
-        )
+        self.sampler = sampling_config(setup)
+        self.prompt_states: PromptStates | None = None
         self.requests: dict[str, list[ImageRequest]] = {}
         self.images: dict[str, ImagesByKind] = {}
         self.failures: list[str] = []
@@ -114,6 +108,10 @@ class Report(ABC):
         """Loads the model of `--extractor`."""
         return load_clip(self.options.extractor)
 
+    def all_requests(self) -> list[ImageRequest]:
+        """The images of all kinds, in order."""
+        return [request for requests in self.requests.values() for request in requests]
+
     # Before the first step
 
     def try_outputs(self, train_state: TrainState) -> None:
@@ -162,7 +160,7 @@ class Report(ABC):
         """A row of the summary about prompts that are longer than the text encoders read; or none."""
         if not self.options.num_validation_images:
             return {}
-        prompts = [request.prompt for request in self._all_requests() if request.label is None]
+        prompts = [request.prompt for request in self.all_requests() if request.label is None]
         truncated = truncated_prompts(self.model.pipe, prompts)
         return {"prompts": describe_truncated_captions(truncated)} if truncated else {}
 
@@ -255,12 +253,9 @@ class Report(ABC):
         except Exception as error:  # models, trackers and the hub raise kinds of their own
             self.failures.append(f"{step}: {str(error) or type(error).__name__}")
 
-    def _all_requests(self) -> list[ImageRequest]:
-        return [request for requests in self.requests.values() for request in requests]
-
     def _generate_all(self, when: str) -> None:
         """Generates every request into `self.images[when]` and samples/`when`/KIND-00.png, ..."""
-        images = self._generate(self._all_requests(), f"images {when}")
+        images = self._generate(self.all_requests(), f"images {when}")
         sizes = [len(requests) for requests in self.requests.values()]
         self.images[when] = dict(zip(self.requests, images.split(sizes), strict=True))
         folder = Path(self.options.output_dir) / "samples" / when
@@ -273,7 +268,7 @@ class Report(ABC):
         """Images of the requests with a progress bar, (N, 3, H, W) in [0, 1]."""
         batches = []
         with tqdm(desc=label, total=len(requests), leave=False) as bar:
-            for batch in generate(self.model.pipe, requests, self.sampler):
+            for batch in generate(self.model.pipe, requests, self.sampler, prompt_states=self.prompt_states):
                 batches.append(batch)
                 bar.update(len(batch))
         return torch.cat(batches)

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffadapt.data.batches import Batches
+from diffadapt.data.encoding import EncodedCaptions
 from diffadapt.data.examples import Example
 from diffadapt.data.scaled_images import training_pixels
 from diffadapt.models.base import BaseModel
@@ -22,6 +23,7 @@ class HeldOutLoss:
     Args:
         resolution: side of the center crop in pixels.
         rounds: noises and timesteps per example.
+        encoded_captions: of the run, where the text encoders may be gone.
     """
 
     def __init__(
@@ -33,11 +35,18 @@ class HeldOutLoss:
         resolution: int,
         trigger_word: str | None = None,
         rounds: int = 1,
+        encoded_captions: EncodedCaptions | None = None,
     ):
         self._sample_count = rounds * len(examples)
         self._device = accelerator.device
         self._batches = Batches(
-            model, examples, seed=0, resolution=resolution, center_crop=True, trigger_word=trigger_word
+            model,
+            examples,
+            seed=0,
+            resolution=resolution,
+            center_crop=True,
+            trigger_word=trigger_word,
+            encoded_captions=encoded_captions,
         )
         # The adapter, if one is attached, works inside the denoiser.
         self._objective = Objective(

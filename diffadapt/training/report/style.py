@@ -58,6 +58,7 @@ class StyleReport(Report):
                 self._accelerator,
                 resolution=self.options.resolution,
                 trigger_word=self.options.trigger_word,
+                encoded_captions=self.batches.encoded_captions,
             )
             self._loss_before = self._loss.measure()
         super().before_training()
