@@ -16,7 +16,7 @@ from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import CHROMA, original_layer
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
-from diffadapt.models.masked_captions import MASK, STATES
+from diffadapt.models.masked_captions import MASK, STATES, masked_embedding_arguments
 from diffadapt.models.sampling_size import image_size
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ class Chroma(FlowMatchingBase):
         )[0]  # (B, N, 4C)
         factor = self.pipe.vae_scale_factor
         return pipeline._unpack_latents(output, height * factor, width * factor, factor)
+
+    @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        return masked_embedding_arguments("prompt_attention_mask", positive, negative)
 
     @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:

@@ -39,7 +39,6 @@ class Flux(ClipWithT5Base):
     clip_encoders: ClassVar = ("text_encoder",)
     clip_tokenizers: ClassVar = ("tokenizer",)
     caption_tokenizer = "tokenizer_2"
-    samples_from_states = True
 
     @property
     def undistilled_base(self) -> str | None:

@@ -103,6 +103,15 @@ class Flux2Klein(FlowMatchingBase):
         return {"guidance_scale": config.guidance_scale}
 
     @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        return {
+            "prompt_embeds": positive["encoder_hidden_states"],
+            "negative_prompt_embeds": negative["encoder_hidden_states"],
+        }
+
+    @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
         # The pipeline's latents are at the autoencoder's scale and size already.
         pixels = pipe.vae.decode(output.to(pipe.vae.dtype), return_dict=False)[0]

@@ -31,6 +31,7 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
     family = "krea2"
     pipeline_classes = ("Krea2Pipeline",)
     transformer_class = "Krea2Transformer2DModel"
+    mask_argument = "prompt_embeds_mask"
     profile_of_family = flow_profile("krea2", guidance_scale=4.5, num_inference_steps=28)  # of the pipeline
 
     @property

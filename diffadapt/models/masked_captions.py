@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ class MaskedCaptionsBase(TransformerBase):
 
     Its conditions are `STATES` (B, L, ...), L the longest length of the batch, and `MASK` (B, L), True for
     what is not padding.
+
+    Class attributes:
+        mask_argument: name of the mask of the prompts among the arguments of the pipeline's call.
     """
+
+    mask_argument: ClassVar[str]
 
     @abstractmethod
     def caption_states(self, caption: str) -> Tensor:
@@ -34,10 +40,33 @@ class MaskedCaptionsBase(TransformerBase):
         states, mask = pad_states([row[STATES] for row in rows])
         return {STATES: states, MASK: mask}
 
+    @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        return masked_embedding_arguments(cls.mask_argument, positive, negative)
+
+
+def masked_embedding_arguments(
+    mask_argument: str, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]
+) -> dict[str, object]:
+    """`BaseModel.embedding_arguments` of a pipeline that takes a mask under the name `mask_argument`."""
+    return {
+        "prompt_embeds": positive[STATES],
+        mask_argument: positive[MASK],
+        "negative_prompt_embeds": negative[STATES],
+        f"negative_{mask_argument}": negative[MASK],
+    }
+
 
 def mask_or_none(mask: Tensor) -> Tensor | None:
     """The mask (B, L); None where nothing is padding, since attention without a mask is faster."""
     return None if mask.all() else mask
+
+
+def without_padding(states: Tensor, mask: Tensor) -> list[Tensor]:
+    """The rows (length, ...) of a batch of text states (B, L, ...) with its mask (B, L)."""
+    return [row[row_mask] for row, row_mask in zip(states, mask, strict=True)]
 
 
 def pad_states(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

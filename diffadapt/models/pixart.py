@@ -27,6 +27,7 @@ class PixArtSigma(MaskedCaptionsBase):
     family = "pixart_sigma"
     pipeline_classes = ("PixArtSigmaPipeline",)
     transformer_class = "PixArtTransformer2DModel"
+    mask_argument = "prompt_attention_mask"
     profile_of_family = transformer_profile(
         "pixart_sigma",
         guidance_scale=4.5,  # of the pipeline, as are the steps
@@ -75,6 +76,13 @@ class PixArtSigma(MaskedCaptionsBase):
     @classmethod
     def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
         return {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt or ""}
+
+    @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        # The pipeline's default of the negative prompt is a text, which it refuses beside states.
+        return {**super().embedding_arguments(positive, negative), "negative_prompt": None}
 
     @classmethod
     def pipeline_arguments(

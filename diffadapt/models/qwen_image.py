@@ -32,6 +32,7 @@ class QwenImage(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
     family = "qwen_image"
     pipeline_classes = ("QwenImagePipeline",)
     transformer_class = "QwenImageTransformer2DModel"
+    mask_argument = "prompt_embeds_mask"
     profile_of_family = flow_profile("qwen_image", guidance_scale=4.0, num_inference_steps=50)  # model card
 
     @classmethod
@@ -80,10 +81,14 @@ class QwenImage(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
         return latents.squeeze(2)
 
     @classmethod
-    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
+    def negative_caption(cls, config: SamplingConfig) -> str | None:
         # Without a negative prompt the pipeline would sample without guidance.
-        negative_prompt = EMPTY_CAPTION if config.negative_prompt is None else config.negative_prompt
-        return {"true_cfg_scale": config.guidance_scale, "negative_prompt": [negative_prompt] * count}
+        return EMPTY_CAPTION if config.negative_prompt is None else config.negative_prompt
+
+    @classmethod
+    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
+        negative_prompts = [cls.negative_caption(config)] * count
+        return {"true_cfg_scale": config.guidance_scale, "negative_prompt": negative_prompts}
 
     @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:

@@ -36,7 +36,6 @@ class StableDiffusion3(ClipWithT5Base):
     clip_encoders: ClassVar = ("text_encoder", "text_encoder_2")
     clip_tokenizers: ClassVar = ("tokenizer", "tokenizer_2")
     caption_tokenizer = "tokenizer_3"
-    samples_from_states = True
     max_sequence_length = 256  # the pipeline's default: with fewer, images lose quality
 
     @classmethod

@@ -35,6 +35,7 @@ class TransformerBase(LatentDiffusionBase):
     """
 
     transformer_class: ClassVar[str]
+    samples_from_states = True
     patch_size: ClassVar[int] = 2
     max_sequence_length: ClassVar[int] = 512
     caption_tokenizer: ClassVar[str] = "tokenizer"

@@ -17,7 +17,7 @@ from diffadapt.formats.transformer_names import Z_IMAGE, original_layer
 from diffadapt.models.chat_template import tokens_before_caption
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import to_denoiser
-from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase
+from diffadapt.models.masked_captions import MASK, STATES, MaskedCaptionsBase, without_padding
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -68,6 +68,15 @@ class ZImage(MaskedCaptionsBase, FlowMatchingBase):
         return rows[0]
 
     @classmethod
+    def embedding_arguments(
+        cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, object]:
+        return {
+            "prompt_embeds": without_padding(positive[STATES], positive[MASK]),
+            "negative_prompt_embeds": without_padding(negative[STATES], negative[MASK]),
+        }
+
+    @classmethod
     def template_length(cls, pipe: DiffusionPipeline) -> int:
         return tokens_before_caption(pipe.tokenizer)
 
@@ -75,9 +84,7 @@ class ZImage(MaskedCaptionsBase, FlowMatchingBase):
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
         dtype = denoiser.dtype
-        states = []
-        for row, mask in zip(conditions[STATES], conditions[MASK], strict=True):
-            states.append(row[mask].to(dtype))  # (length, 2560)
+        states = without_padding(conditions[STATES].to(dtype), conditions[MASK])
         images = list(noisy.to(dtype).unsqueeze(2))  # (C, 1, h, w) each: videos of one frame
         # The transformer's time is 0 for noise and 1 for images, so its velocity has the other sign.
         outputs = denoiser(images, 1 - timesteps, states, return_dict=False)[0]

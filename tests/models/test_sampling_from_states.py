@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers.family_pipelines import tiny_folder
+from helpers.family_pipelines import FAMILIES, tiny_folder
 
 from diffadapt.data.encoding import EncodedCaptions
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, captions_to_encode, generate_all
 
-FAMILIES = ["sd3", "sd35_medium", "sd3_without_t5", "flux", "flux_schnell"]
 REQUESTS = [ImageRequest("a dog", 0), ImageRequest("a much longer caption of a cat", 1)]
 WITHOUT_NEGATIVE_PROMPT = ("flux", "flux_schnell", "flux2_klein")
 
