@@ -100,6 +100,7 @@ def load_base(
     safety_checker: bool = False,
     is_staged: bool = False,
     text_encoder_device: torch.device | str | None = None,
+    resident_blocks: int | None = None,
 ) -> BaseModel:
     """Loads a base, frozen: denoiser and text encoders in `dtype`, the autoencoder always in float32.
 
@@ -115,6 +116,8 @@ def load_base(
         is_staged: leave everything in main memory for now. The denoiser of a base that samples from encoded
             captions has only shapes until `Placement.load_denoiser`.
         text_encoder_device: with `is_staged`, the one on which text encoders compute; None for `device`.
+        resident_blocks: with `is_staged`, how many of the denoiser's blocks are on `device` at a time; None
+            for all.
 
     Raises:
         OSError or ValueError that says what was expected at `name`.
@@ -150,6 +153,7 @@ def load_base(
         pipe,
         torch.device(device),
         text_encoder_device=None if text_encoder_device is None else torch.device(text_encoder_device),
+        resident_blocks=resident_blocks,
         load_denoiser=load_denoiser if is_denoiser_later else None,
         is_staged=is_staged,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
+from diffadapt.models.block_offload import BlockOffload
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,6 +29,7 @@ class Placement:
         pipe: the pipeline.
         device: the device that computes; None to leave everything where it is.
         text_encoder_device: the device that the text encoders compute on; None for `device`.
+        resident_blocks: how many of the denoiser's blocks are on `device` at a time; None for all.
         load_denoiser: gives the denoiser with its weights, where the pipeline's has only shapes yet.
         is_staged: whether everything is in main memory now, and on the device only while it is needed.
     """
@@ -38,6 +40,7 @@ class Placement:
         device: torch.device | None = None,
         *,
         text_encoder_device: torch.device | None = None,
+        resident_blocks: int | None = None,
         load_denoiser: Callable[[], nn.Module] | None = None,
         is_staged: bool = False,
     ):
@@ -45,7 +48,9 @@ class Placement:
         self.device = device
         self.text_encoder_device = text_encoder_device or device
         self.is_staged = is_staged and device is not None
+        self.resident_blocks = resident_blocks
         self._load_denoiser = load_denoiser
+        self._block_offload: BlockOffload | None = None
         self._on_device: set[str] = set()
         self._removed: dict[str, nn.Module] = {}
 
@@ -55,9 +60,13 @@ class Placement:
             return
         for name in sorted(set(names) - self._on_device):
             component = getattr(self.pipe, name, None)
-            if isinstance(component, nn.Module):
+            if not isinstance(component, nn.Module):
+                continue
+            if name in DENOISERS and self.resident_blocks is not None:
+                self._block_offload = BlockOffload(component, self.device, self.resident_blocks)
+            else:
                 move(component, self.text_encoder_device if is_text_encoder(name) else self.device)
-                self._on_device.add(name)
+            self._on_device.add(name)
 
     @contextmanager
     def on_device(self, names: Iterable[str]) -> Iterator[None]:
@@ -69,6 +78,8 @@ class Placement:
             yield
         finally:
             for name in sorted(visiting):
+                if name in DENOISERS and self._block_offload is not None:
+                    self._block_offload.remove()
                 move(getattr(self.pipe, name), MAIN_MEMORY)
             self._on_device -= visiting
 

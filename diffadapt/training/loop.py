@@ -101,6 +101,11 @@ def initial_state(accelerator: Accelerator, objective: Objective, options: Train
         shard(objective.denoiser, adapter)
         wrapped = accelerator.prepare_model(objective, evaluation_mode=True)  # for its precision; no wrapper
         optimizer = accelerator.prepare(optimizer)
+    elif options.offload_blocks is not None:
+        adapter.to(accelerator.device)
+        # The denoiser is where its blocks are; no wrapper, which would want it on one device.
+        wrapped = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)
+        optimizer = accelerator.prepare(optimizer)
     else:
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
     wrapped.train()  # for the adapter's dropout
@@ -204,7 +209,7 @@ def _accumulate_gradients(train_state: TrainState, batches: Batches) -> torch.Te
             loss = train_state.objective(batch)
             accelerator.backward(loss / microsteps)
         losses.append(loss.detach())
-    if options.shard_base:
+    if options.shard_base or options.offload_blocks is not None:
         average_gradients(accelerator, train_state.adapter)
     return torch.stack(losses)
 

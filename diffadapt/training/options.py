@@ -158,6 +158,11 @@ class OptimizationOptions:
     shard_base: bool = option(
         False, "shard the frozen base model over all processes (FSDP2) to save memory on each"
     )
+    offload_blocks: int | None = option(
+        None,
+        "keep only N blocks of the frozen base model on the GPU at a time, while the others wait in main "
+        "memory: less GPU memory, but slower (default: all on the GPU)",
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, but slower"
     )
@@ -232,6 +237,11 @@ class HardwareOptions:
         None,
         "precision of the frozen base model (default: that of --mixed_precision on a GPU, fp32 on a CPU)",
         choices=("fp32", "fp16", "bf16"),
+    )
+    text_encoder_device: str | None = option(
+        None,
+        "where captions are encoded: cpu, if the text encoders do not fit on the GPU (default: on the GPU)",
+        choices=("cpu",),
     )
     num_threads: int | None = option(None, "number of CPU threads (default: one per idle core)")
 

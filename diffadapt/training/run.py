@@ -167,7 +167,8 @@ class Run:
         earlier_failures = len(report.failures)
         with report.attempt(f"validation at step {step.index}"):
             path = checkpoint_io.save_adapter(self.train_state, folder)
-            with checkpoint_io.reloaded_from_file(report.model.pipe, path):
+            with checkpoint_io.reloaded_from_file(report.model.pipe, path) as adapter:
+                adapter.to(self.accelerator.device)  # layers of blocks in main memory are elsewhere
                 images = report.validate(folder)
             self.progress.log_images("validation", images, step.index)
         for failure in report.failures[earlier_failures:]:
@@ -193,6 +194,7 @@ class Run:
         for attached in da.attached(report.model.pipe).values():  # the trained one, and an assistant
             da.detach(attached)
         adapter = da.load(report.model.pipe, path)  # as `diffadapt sample` does
+        adapter.to(self.accelerator.device)
         report.write_record(adapter, {})  # whatever fails after this, the adapter has its record
         exported = []
         with report.attempt("export"), self.placement.restored():

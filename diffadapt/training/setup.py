@@ -180,7 +180,7 @@ def attach_assistant(model: BaseModel, options: TrainOptions) -> Adapter:
     if options.shard_base:
         raise ValueError("--assistant_adapter is not sharded: leave it or --shard_base out")
     assistant = da.load(model.pipe, options.assistant_adapter, name="assistant")
-    assistant.requires_grad_(False).eval()
+    assistant.to(model.placement.device).requires_grad_(False).eval()
     return assistant
 
 
@@ -269,7 +269,7 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
     """The frozen base, in main memory; `BaseModel.placement` brings it to its device part by part.
 
     Raises:
-        ValueError: for a class-conditional base in a script of captions.
+        ValueError: for a class-conditional base in a script of captions, and options that the base excludes.
     """
     model = load_base(
         options.pretrained_model_name_or_path,
@@ -280,7 +280,14 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
         vae=options.pretrained_vae_model_name_or_path,
         prediction_type=options.prediction_type,
         is_staged=True,
+        text_encoder_device=options.text_encoder_device,
+        resident_blocks=options.offload_blocks,
     )
+    if options.text_encoder_device is not None and not model.samples_from_states:
+        raise ValueError(
+            f"--text_encoder_device {options.text_encoder_device}: {model.source} needs its text encoders "
+            "beside the denoiser to generate images; leave the option out"
+        )
     if isinstance(model, ClassConditionedBase) and not hasattr(options, "class_labels"):
         raise ValueError(
             f"{model.source} is conditioned on classes, not captions; use train_scripts/class_conditional.py"

@@ -103,7 +103,7 @@ def watch(monkeypatch):
 def run(monkeypatch, tmp_path):
     """Trains two steps with one image before, between and after them."""
 
-    def run(base, *more, output="out"):
+    def run(base, *more, output="out", exit_code=0):
         write_pictures(tmp_path / "mine", 2)
         options = {
             "pretrained_model_name_or_path": base,
@@ -120,7 +120,7 @@ def run(monkeypatch, tmp_path):
             "targets": "*attn*.to_q",
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        assert runner("dreambooth", monkeypatch)(*arguments, "--center_crop", *more) == 0
+        assert runner("dreambooth", monkeypatch)(*arguments, "--center_crop", *more) == exit_code
         return tmp_path / output
 
     return run
@@ -130,6 +130,17 @@ def family_folder(family, tmp_path, tmp_path_factory):
     if family == "sd":
         return tiny_sd_pipeline(tmp_path / "base")
     return tiny_folder(family, tmp_path_factory)
+
+
+def assert_same_results(first, second):
+    """The adapters and the images of two runs have the same bits."""
+    adapters = [load_file(folder / "adapter.safetensors") for folder in (first, second)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    images = list((first / "samples").rglob("*.png"))
+    assert images
+    for image in images:
+        assert image.read_bytes() == (second / image.relative_to(first)).read_bytes()
 
 
 def test_text_encoders_that_sample_are_on_the_device_to_encode_and_to_sample(watch, run, tmp_path):
@@ -181,6 +192,40 @@ def test_text_encoders_stay_for_steps_that_need_them(watch, run, tmp_path_factor
     assert len(watch.alive) == 2
 
 
+@pytest.fixture
+def load_options(monkeypatch):
+    """What a run gives to `load_base` besides the name."""
+    given = {}
+
+    def load(name, **options):
+        given.update(options)
+        return load_base(name, **options)
+
+    monkeypatch.setattr(setup, "load_base", load)
+    return given
+
+
+def test_text_encoders_can_compute_on_the_cpu(run, load_options, tmp_path_factory):
+    run(tiny_folder("sd3", tmp_path_factory), "--resolution", 64, "--text_encoder_device", "cpu")
+    assert load_options["text_encoder_device"] == "cpu"
+
+
+def test_a_base_that_samples_with_its_text_encoders_keeps_them_on_the_device(run, tmp_path, capsys):
+    run(tiny_sd_pipeline(tmp_path / "base"), "--text_encoder_device", "cpu", exit_code=2)
+    assert "needs its text encoders beside the denoiser" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_blocks_in_main_memory_change_no_bit(run, load_options, family, tmp_path, tmp_path_factory):
+    folder = family_folder(family, tmp_path, tmp_path_factory)
+    size = () if family == "sd" else ("--resolution", 64)
+    everything = run(folder, *size, output="everything")
+    assert load_options["resident_blocks"] is None
+    blocks = run(folder, *size, "--offload_blocks", 1, "--gradient_checkpointing", output="blocks")
+    assert load_options["resident_blocks"] == 1
+    assert_same_results(everything, blocks)
+
+
 def test_a_merged_pipeline_is_written_with_the_text_encoders(run, tmp_path_factory):
     output = run(tiny_folder("flux", tmp_path_factory), "--resolution", 64, "--export_formats", "merged")
     merged = output / "adapter_merged"
@@ -202,9 +247,4 @@ def test_stages_change_no_bit(run, monkeypatch, family, tmp_path, tmp_path_facto
     monkeypatch.setattr(setup, "load_base", load_at_once)
     monkeypatch.setattr(setup, "release_text_encoders", lambda *arguments: None)
     at_once = run(folder, *size, output="at_once")
-    first = load_file(staged / "adapter.safetensors")
-    second = load_file(at_once / "adapter.safetensors")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    for image in (staged / "samples").rglob("*.png"):
-        assert image.read_bytes() == (at_once / image.relative_to(staged)).read_bytes()
+    assert_same_results(staged, at_once)
