@@ -33,6 +33,8 @@ CASES = {
     "logging_dir": ("logs", {}, {"report_to": "tensorboard"}),
     "hub_model_id": ("me/it", {}, {"push_to_hub": True}),
     "hub_private": (True, {}, {"push_to_hub": True}),
+    "offload_blocks": (2, {"shard_base": True}, {}),
+    "text_encoder_device": ("cpu", {"train_text_encoder": True}, {}),
     "class_data_dir": ("dogs", {}, {"with_prior_preservation": True}),
     "prior_loss_weight": (0.5, {}, {"with_prior_preservation": True}),
     "num_class_images": (7, {}, {"with_prior_preservation": True}),

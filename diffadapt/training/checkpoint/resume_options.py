@@ -16,6 +16,7 @@ RESUMABLE_OPTIONS = frozenset(  # may differ between the run and its continuatio
         "config",
         "num_threads",
         "gradient_checkpointing",
+        "offload_blocks",
         "validation_prompt",
         "num_validation_images",
         "num_inference_steps",
