@@ -1,4 +1,4 @@
-"""DreamBooth: teach a Stable Diffusion model one subject from a few images, with any adapter.
+"""DreamBooth: teach a text-to-image model one subject from a few images, with any adapter.
 
 The demonstration on the embedded 64-pixel base (no downloads):
 

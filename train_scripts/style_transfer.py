@@ -1,4 +1,4 @@
-"""Text-to-image fine-tuning: teach a Stable Diffusion model the style of captioned images, with any adapter.
+"""Text-to-image fine-tuning: teach a model the style of captioned images, with any adapter.
 
 The demonstration on the embedded 64-pixel base, which learns the Fluent 3D style (no downloads):
 

@@ -30,6 +30,7 @@ TOKENIZER_SETTINGS = (  # in addition to the rules of the tokenizer's backend
     "bos_token_id",
     "eos_token_id",
     "unk_token_id",
+    "chat_template",
 )
 PER_CALL_RULES = ("padding", "truncation")  # rules of a backend that the latest call has set
 

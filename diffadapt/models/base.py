@@ -314,6 +314,11 @@ class BaseModel(ABC):
     # Sampling: class methods, since `diffadapt sample` has a pipeline only
 
     @classmethod
+    def sampling_size_multiple(cls, pipe: DiffusionPipeline) -> int:
+        """The sides of generated images are multiples of this, in pixels; 1 where the pipeline checks it."""
+        return 1
+
+    @classmethod
     @abstractmethod
     def pipeline_arguments(
         cls, requests: Sequence[ImageRequest], config: SamplingConfig

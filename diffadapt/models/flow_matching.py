@@ -19,11 +19,14 @@ class FlowMatchingBase(TransformerBase):
         return flow_schedule(self.pipe.scheduler.config, sampling, patch_size=self.patch_size)
 
 
-def flow_profile(name: str, *, guidance_scale: float, num_inference_steps: int) -> BaseProfile:
+def flow_profile(
+    name: str, *, guidance_scale: float, num_inference_steps: int, has_clip: bool = False
+) -> BaseProfile:
     """The profile of a flow-matching family; the arguments are those of `transformer_profile`."""
     return transformer_profile(
         name,
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
         inapplicable_options=INAPPLICABLE_OPTIONS,
+        has_clip=has_clip,
     )

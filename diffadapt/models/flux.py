@@ -35,7 +35,8 @@ class Flux(ClipWithT5Base):
     family = "flux"
     pipeline_classes = ("FluxPipeline",)
     transformer_class = "FluxTransformer2DModel"
-    profile_of_family = flow_profile("flux", guidance_scale=3.5, num_inference_steps=28)  # of the pipeline
+    # Guidance and steps are those of the pipeline.
+    profile_of_family = flow_profile("flux", guidance_scale=3.5, num_inference_steps=28, has_clip=True)
     clip_encoders: ClassVar = ("text_encoder",)
     clip_tokenizers: ClassVar = ("tokenizer",)
     caption_tokenizer = "tokenizer_2"

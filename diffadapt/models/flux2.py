@@ -47,10 +47,6 @@ class Flux2Klein(FlowMatchingBase):
             original_layer=partial(original_layer, names=FLUX2, width=width),
         )
 
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor  # a patch of the autoencoder's latents is one position
-
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Patches (B, 4C, h/2, w/2) of the autoencoder's latents (B, C, h, w)."""
@@ -93,6 +89,10 @@ class Flux2Klein(FlowMatchingBase):
             return_dict=False,
         )[0]  # (B, N, C)
         return output.permute(0, 2, 1).reshape(noisy.shape)
+
+    @classmethod
+    def sampling_size_multiple(cls, pipe: DiffusionPipeline) -> int:
+        return 2 * pipe.vae_scale_factor  # a patch of the autoencoder's latents is one position
 
     @classmethod
     def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:

@@ -54,6 +54,10 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
         states, mask = self.pipe.encode_prompt([caption], max_sequence_length=self.max_sequence_length)
         return states[0][mask[0]]
 
+    def caption_settings(self) -> dict[str, object]:
+        layers = list(self.pipe.text_encoder_select_layers)
+        return {**super().caption_settings(), "layers": layers}
+
     @classmethod
     def template_length(cls, pipe: DiffusionPipeline) -> int:
         # The states of the template before the caption are cut off, if it has the length it is known by.

@@ -89,7 +89,11 @@ def generate(
     Args:
         prompt_states: gives the conditions of captions, so that the pipeline needs no text encoder; None to
             let the pipeline encode the prompts. It is asked for the captions of `captions_to_encode` only.
+
+    Raises:
+        ValueError: The pipeline does not take this size, scheduler or negative prompt.
     """
+    _check_size(pipe, config)
     base_scheduler = pipe.scheduler
     if config.scheduler is not None:
         pipe.scheduler = _make_scheduler(pipe, config.scheduler)
@@ -199,6 +203,20 @@ def _embeddings(
         positive[name] = states[:count]
         negative[name] = states[count:]
     return family.embedding_arguments(positive, None if negative_caption is None else negative)
+
+
+def _check_size(pipe: DiffusionPipeline, config: SamplingConfig) -> None:
+    """Raises ValueError for a side that would be rounded, or cannot be cut into patches."""
+    family = family_of_pipeline(type(pipe).__name__)
+    multiple = 1 if family is None else family.sampling_size_multiple(pipe)
+    for name in ("height", "width"):
+        side = getattr(config, name)
+        if side is not None and side % multiple:
+            nearest = max(1, round(side / multiple)) * multiple
+            raise ValueError(
+                f"--{name} {side}: {type(pipe).__name__} generates images whose sides are multiples of "
+                f"{multiple}, such as {nearest}"
+            )
 
 
 def _family_to_call(pipe: DiffusionPipeline, *, has_labels: bool) -> type[BaseModel]:

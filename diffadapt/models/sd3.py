@@ -29,7 +29,7 @@ class StableDiffusion3(ClipWithT5Base):
     pipeline_classes = ("StableDiffusion3Pipeline",)
     transformer_class = "SD3Transformer2DModel"
     # Model cards of SD 3.5: 28 steps (large), a guidance scale of 4.5 (medium).
-    profile_of_family = flow_profile("sd3", guidance_scale=4.5, num_inference_steps=28)
+    profile_of_family = flow_profile("sd3", guidance_scale=4.5, num_inference_steps=28, has_clip=True)
     # T5 is the largest part of SD3 and can be left out; the pipeline puts zeros in place of its states.
     optional_components = BaseModel.optional_components | {"text_encoder_3", "tokenizer_3"}
     left_out_where_absent = ("text_encoder_3", "tokenizer_3")

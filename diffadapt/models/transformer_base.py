@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from diffadapt.models.sampling import ImageRequest, SamplingConfig
 
+LANGUAGE_MODEL = "this base reads captions with a language model, which cannot be adapted; leave it out"
 RESOLUTION = 1024  # pixels; transformers without a table of positions do not say what they were trained on
 
 
@@ -66,7 +67,7 @@ class TransformerBase(LatentDiffusionBase):
 
     @property
     def size_multiple(self) -> int:
-        return self.pipe.vae_scale_factor * self.patch_size
+        return self.sampling_size_multiple(self.pipe)
 
     @property
     def square_limits(self) -> tuple[int, int]:
@@ -100,13 +101,13 @@ class TransformerBase(LatentDiffusionBase):
         return getattr(pipe, cls.caption_tokenizer).num_special_tokens_to_add()
 
     def enable_text_encoder_training(self) -> None:
-        names = ", ".join(type(encoder).__name__ for encoder in self.text_encoders.values())
-        raise ValueError(
-            f"--train_text_encoder: {self.source} reads captions with a language model ({names}), which "
-            "cannot be adapted; leave the option out"
-        )
+        raise ValueError(f"--train_text_encoder: {LANGUAGE_MODEL}")
 
     # Sampling
+
+    @classmethod
+    def sampling_size_multiple(cls, pipe: DiffusionPipeline) -> int:
+        return pipe.vae_scale_factor * cls.patch_size
 
     @classmethod
     def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
@@ -138,7 +139,12 @@ class TransformerBase(LatentDiffusionBase):
 
 
 def transformer_profile(
-    name: str, *, guidance_scale: float, num_inference_steps: int, inapplicable_options: Mapping[str, str]
+    name: str,
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    inapplicable_options: Mapping[str, str],
+    has_clip: bool = False,
 ) -> BaseProfile:
     """A profile with the values that the bases with transformers have in common.
 
@@ -146,7 +152,10 @@ def transformer_profile(
         name: of the family.
         guidance_scale, num_inference_steps: the defaults of its pipeline, or of its model card.
         inapplicable_options: training option -> why it cannot have an effect.
+        has_clip: whether CLIP is among the text encoders, which can be trained.
     """
+    if not has_clip:
+        inapplicable_options = {**inapplicable_options, "train_text_encoder": LANGUAGE_MODEL}
     return BaseProfile(
         name=name,
         defaults={

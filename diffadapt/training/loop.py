@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.common.keyed_random import seed_from
 from diffadapt.common.precision import Precision
-from diffadapt.data.batches import Batches
+from diffadapt.data.batches import Batch, Batches
 from diffadapt.training.ema import AdapterAverage
 from diffadapt.training.gradient_checks import GradientFlowCheck, check_precision, nonfinite_message
 from diffadapt.training.objective import Objective
@@ -28,7 +28,7 @@ from diffadapt.training.options import TrainOptions
 from diffadapt.training.param_groups import rate_groups
 from diffadapt.training.sharding import average_gradients, check_processes, shard
 
-SMALL_ATTENTION = 256  # latent positions up to which plain attention beats the fused kernel on a CPU
+SMALL_ATTENTION = 256  # positions or tokens up to which plain attention beats the fused kernel on a CPU
 MAX_WARMUP_FRACTION = 0.1  # of the run
 
 
@@ -173,14 +173,17 @@ def positions(train_state: TrainState, microstep: int) -> Sequence[int]:
     return range(start, start + size)
 
 
-def attention_kernel(latents: torch.Tensor) -> AbstractContextManager:
-    """Plain attention for few tokens on a CPU, where the fused kernel's backward is slower.
+def attention_kernel(batch: Batch) -> AbstractContextManager:
+    """Plain attention over short sequences on a CPU, where the fused kernel's backward is slower.
 
-    Args:
-        latents: (B, C, h, w).
+    The text counts too: joint transformers attend to image and text at once, and most pad it to 512 tokens.
     """
-    is_small = latents.shape[-2] * latents.shape[-1] <= SMALL_ATTENTION
-    if latents.device.type == "cpu" and is_small:
+    height, width = batch.latents.shape[-2:]
+    lengths = [height * width]
+    for value in batch.conditions.values():
+        if value.dim() > 2:  # text states (B, L, D), not pooled text (B, D) or token ids (B, L)
+            lengths.append(value.shape[1])
+    if batch.latents.device.type == "cpu" and max(lengths) <= SMALL_ATTENTION:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
@@ -205,7 +208,7 @@ def _accumulate_gradients(train_state: TrainState, batches: Batches) -> torch.Te
             batches.read_ahead(positions(train_state, microstep + 1))
         # Processes exchange gradients in the last microstep only.
         synchronization = nullcontext() if is_last else accelerator.no_sync(train_state.objective)
-        with synchronization, attention_kernel(batch.latents):
+        with synchronization, attention_kernel(batch):
             loss = train_state.objective(batch)
             accelerator.backward(loss / microsteps)
         losses.append(loss.detach())

@@ -93,7 +93,7 @@ def _bytes_kept_by_forward(train_state: TrainState, batches: Batches, base_tenso
     batch = batches.batch(positions(train_state, 0)).to(accelerator.device)
     train_state.adapter.set_dropout_seed(0)
     weights = [*base_tensors, *train_state.adapter.parameters()]
-    with kept_storages(weights) as storages, accelerator.autocast(), attention_kernel(batch.latents):
+    with kept_storages(weights) as storages, accelerator.autocast(), attention_kernel(batch):
         objective.forward(batch)
     return sum(storage.nbytes() for storage in storages.values())
 

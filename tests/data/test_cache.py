@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.family_pipelines import FAMILIES, tiny_folder
 from helpers.pipelines import clip_tokenizer, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 from tokenizers import Tokenizer
 
@@ -95,6 +96,55 @@ def test_whatever_changes_text_states_never_finds_old_ones(tmp_path):
             assert all(torch.equal(value, two[key]) for key, value in one.items()), name
         seen.append(torch.cat([value.flatten() for row in kept_rows for value in row.values()]))
     assert not any(torch.equal(one, two) for one, two in pairwise(seen))  # every change had an effect
+
+
+def without_thinking(pipe):
+    pipe.tokenizer.chat_template = pipe.tokenizer.chat_template.replace("<think>", "<thought>")
+
+
+def fewer_layers(pipe):
+    object.__setattr__(pipe, "text_encoder_select_layers", (0, 1))  # pipelines take models alone
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("flux2_klein", without_thinking),
+        ("krea2", fewer_layers),
+        ("sd3", lambda pipe: pipe.text_encoder_3.shared.weight.data.mul_(2)),
+        ("chroma", lambda pipe: setattr(pipe.tokenizer, "pad_token", "a")),
+    ],
+)
+def test_states_of_other_settings_of_a_transformer_family_are_not_found(
+    tmp_path, tmp_path_factory, family, change
+):
+    model = load_base(str(tiny_folder(family, tmp_path_factory)))
+    examples = folder_examples(write_pictures(tmp_path / "a", 1), "a disc")
+    settings = {"resolution": 64, **disk(tmp_path)}
+    first = make(model, examples, **settings).batch([0])
+    change(model.pipe)
+    second = make(model, examples, **settings).batch([0])
+    assert torch.equal(first.latents, second.latents)
+    assert not same(first, second)
+    assert same(second, make(model, examples, resolution=64).batch([0]))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "_t5" not in family])
+def test_a_second_run_of_a_transformer_family_encodes_nothing(
+    tmp_path, tmp_path_factory, family, monkeypatch
+):
+    model = load_base(str(tiny_folder(family, tmp_path_factory)))
+    captions = ["a disc", "a disc of many colours"]
+    paths = list_images(write_pictures(tmp_path / "a", 2))
+    examples = [Example(path, caption) for path, caption in zip(paths, captions, strict=True)]
+    settings = {"resolution": 64, "caption_dropout": 0.5}
+    plain = make(model, examples, **settings).batch(range(6))
+    first = make(model, examples, **settings, **disk(tmp_path)).batch(range(6))
+    calls = counted(monkeypatch, model)
+    second = make(model, examples, **settings, **disk(tmp_path)).batch(range(6))
+    assert calls == []
+    assert same(plain, first)
+    assert same(plain, second)
 
 
 def test_a_tokenizer_is_known_by_its_rules_not_by_who_used_it_last(tmp_path):

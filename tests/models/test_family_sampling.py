@@ -58,6 +58,15 @@ def test_without_a_size_the_pipeline_takes_its_own():
     assert "width" not in arguments
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "_t5" not in family])
+def test_a_size_that_the_pipeline_would_round_is_refused(family, tmp_path_factory):
+    pipe = load_base(str(tiny_folder(family, tmp_path_factory))).pipe
+    for size in ({"height": 72, "width": 64}, {"height": 64, "width": 72}):
+        config = SamplingConfig(num_inference_steps=1, **size)
+        with pytest.raises(ValueError, match=r"72: .*Pipeline generates .* multiples of 16, such as 64"):
+            next(generate(pipe, [ImageRequest("a dog", 0)], config))
+
+
 @pytest.mark.parametrize("family", ["flux", "flux2_klein"])
 def test_a_negative_prompt_is_refused_where_the_pipeline_has_none(family, tmp_path_factory):
     pipe = load_base(str(tiny_folder(family, tmp_path_factory))).pipe

@@ -145,6 +145,7 @@ def test_epochs_are_answered_with_how_to_count_steps():
         ("flux", "noise_offset", 0.1),
         ("sd", "timestep_density", "uniform"),
         ("sdxl", "timestep_shift", "3"),
+        ("pixart_sigma", "timestep_density", "uniform"),
     ],
 )
 def test_options_of_the_other_kind_of_schedule_say_why_they_do_not_apply(family, option, value):
@@ -152,3 +153,16 @@ def test_options_of_the_other_kind_of_schedule_say_why_they_do_not_apply(family,
     check_effects(TrainOptions(**BASE), profile)
     with pytest.raises(ValueError, match=f"--{option} {value}: .*flow|--{option} {value}: .*betas"):
         check_effects(TrainOptions(**BASE, **{option: value}), profile)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_clip_can_be_trained(family):
+    check_effects(TrainOptions(**BASE, train_text_encoder=True), profiles()[family])
+
+
+@pytest.mark.parametrize(
+    "family", ["flux2_klein", "qwen_image", "z_image", "krea2", "chroma", "pixart_sigma"]
+)
+def test_a_language_model_cannot_be_trained(family):
+    with pytest.raises(ValueError, match=r"--train_text_encoder True: .* with a language model"):
+        check_effects(TrainOptions(**BASE, train_text_encoder=True), profiles()[family])

@@ -60,7 +60,7 @@ class HeldOutLoss:
         for start in range(0, self._sample_count, BATCH_SIZE):
             positions = range(start, min(self._sample_count, start + BATCH_SIZE))
             batch = self._batches.batch(positions).to(self._device)
-            with attention_kernel(batch.latents):
+            with attention_kernel(batch):
                 total += float(self._objective(batch)) * len(positions)
         return total / self._sample_count
 
