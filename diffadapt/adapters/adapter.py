@@ -60,7 +60,8 @@ class Adapter(nn.Module):
         self._strength = 1.0
 
     def add_method_state(self, part: MethodState) -> None:
-        object.__setattr__(part, "adapter", self)  # a reference, not a submodule
+        # past nn.Module's own __setattr__: a reference, not a submodule that holds its owner
+        object.__setattr__(part, "adapter", self)
         self.parts.append(part)
 
     @property
@@ -75,12 +76,13 @@ class Adapter(nn.Module):
 
     @strength.setter
     def strength(self, value: float) -> None:
+        # bool is a subclass of int, but `strength=True` is more likely a mistake than a 1
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"strength must be a finite number, got {value!r}")
         self._strength = float(value)
         for part in self.parts:
             part.strength = self._strength
-        if self.merged:
+        if self.merged:  # the weights hold the change at the old strength
             fold_merged(self.layer_states.values(), self.roots.values())
 
     @property

@@ -80,7 +80,7 @@ class Architecture:
     published_names: PublishedNames | None = None
 
 
-UNKNOWN = Architecture("other")
+UNKNOWN = Architecture("other")  # for which the general rules hold
 
 # Each takes a pipeline's components by name and its denoiser.
 Describe = Callable[[nn.Module, Mapping[str, nn.Module]], "Architecture | None"]
@@ -118,6 +118,7 @@ def transformer_architecture(denoiser: nn.Module) -> Architecture | None:
         return None
     component = "transformer"
     unread_layers = {}
+    # blocks of two streams, image and text: nothing reads the text stream of the last one
     if targets.last_block_unread:
         last_block = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
         unread_layers[component] = tuple(f"{last_block}.{name}" for name in targets.last_block_unread)

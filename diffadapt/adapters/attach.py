@@ -32,7 +32,8 @@ Targets = str | Sequence[str]
 # classes of text encoders begin with these names: T5 and language models
 _REFUSED_TEXT_ENCODERS = ("T5", "UMT5", "MT5", "Qwen", "Llama", "Mistral", "Gemma", "Phi", "ChatGLM", "Glm")
 
-_pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # model -> the pipeline it is part of
+# Model -> the pipeline it is part of. Weak on both sides, so that an entry keeps neither of them in memory.
+_pipelines: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()
 
 
 def attach(
@@ -140,7 +141,7 @@ def adaptable_components(model: object, with_text_encoders: bool) -> dict[str, n
     """`components` without the text encoders that cannot be adapted: T5 and language models.
 
     Raises:
-        ValueError: Text encoders are asked for, and the pipeline has none that can be adapted.
+        ValueError: text encoders are asked for, and the pipeline has none that can be adapted.
     """
     modules = {}
     refused = []
@@ -192,7 +193,8 @@ def _attach_methods(
     adapter: Adapter, target_sites: Sequence[TargetSite], fill: Callable[[Adapter], None] | None
 ) -> None:
     """Attaches an adapter of diffadapt's own methods."""
-    plans = plan_methods(adapter.method, [target.site for target in target_sites], adapter.ranks)
+    sites = [target.site for target in target_sites]
+    plans = plan_methods(adapter.method, sites, adapter.ranks)
     _check_all_supported(adapter.method, target_sites, plans)
     _check_quantised(plans, target_sites)
     for plan in plans:
@@ -208,7 +210,7 @@ def _attach_methods(
         adapter.add_method_state(method_state)
         if fill is None:
             method_state.start(bases)
-    if fill is not None:
+    if fill is not None:  # once for the whole adapter, since a file holds all of its methods
         fill(adapter)
     # nothing of the model was changed up to here, so an error left it as it was
     _adapt_layers(adapter, plans, target_sites, layer_states)
@@ -258,17 +260,19 @@ def _adapt_layers(
     """Gives the layers their adapted class, and their states the entries of the adapter."""
     entries: list[list[Entry]] = [[] for _ in target_sites]
     for plan, part in zip(plans, adapter.parts, strict=True):
+        # `index` counts the sites of the adapter, `number` those that this method changes
         for number, index in enumerate(plan.indices):
             entries[index].append(Entry(part, number))
+    changed_sites = []
     for target, layer_state, new_entries in zip(target_sites, layer_states, entries, strict=True):
-        if not new_entries:
+        if not new_entries:  # a preset chose a layer of a kind that no method changes
             continue
         for layer in layer_state.layers:
             layer.__class__ = adapted_class(layer)
             layer._diffadapt = layer_state
         layer_state.entries += new_entries
         adapter.layer_states[target.site.name] = layer_state
-    changed_sites = [target.site for target in target_sites if target.site.name in adapter.layer_states]
+        changed_sites.append(target.site)
     adapter.sites = tuple(changed_sites)
 
 
@@ -302,6 +306,7 @@ def detach(adapter: Adapter) -> None:
             for layer in layer_state.layers:
                 layer.__class__ = original_class(layer)
                 del layer._diffadapt
+    # the remaining adapters need the parameters frozen; the last one to go thaws them
     if other_adapters:
         other_adapters[0].frozen += adapter.frozen
     else:
@@ -330,9 +335,10 @@ def attached(model: object) -> dict[str, Adapter]:
 def disabled(model: object) -> Iterator[None]:
     """Within the context the model (or pipeline) is the bare one, whatever is attached or merged."""
     adapters = list(attached(model).values())
-    before = [(adapter, adapter.strength, adapter.merged) for adapter in adapters]
-    for adapter, _, was_merged in before:
-        if was_merged:
+    before = []
+    for adapter in adapters:
+        before.append((adapter, adapter.strength, adapter.merged))
+        if adapter.merged:
             unmerge(adapter)
         adapter.strength = 0.0
     try:
@@ -364,7 +370,7 @@ def components(model: object, with_text_encoders: bool = False) -> dict[str, nn.
         raise TypeError(
             f"expected an nn.Module or a pipeline with a unet or transformer, got {type(model).__name__}"
         )
-    if hasattr(model, "__weakref__"):
+    if hasattr(model, "__weakref__"):  # not of an object with __slots__, which cannot be referred to weakly
         for module in modules.values():
             _pipelines[module] = ref(model)
     return modules

@@ -26,7 +26,7 @@ class ParameterTable:
     Attributes:
         blocks: (name of the block, number of sites, trained parameters), in the model's order; tensors that
             several blocks share come last under `shared`.
-        base: Parameters of the adapted models.
+        base: parameters of the adapted models.
     """
 
     blocks: tuple[tuple[str, int, int], ...]
@@ -60,12 +60,12 @@ def count_parameters(
     """Counts what `attach` with the same arguments would train, from shapes alone: the meta device will do.
 
     Args:
-        model: As for `attach`.
-        method: As for `attach`.
-        targets: As for `attach`.
-        text_encoder_targets: As for `attach`.
-        rank_patterns: As for `attach`.
-        depth: The number of pieces of a site's name that make a block.
+        model: as for `attach`.
+        method: as for `attach`.
+        targets: as for `attach`.
+        text_encoder_targets: as for `attach`.
+        rank_patterns: as for `attach`.
+        depth: the number of pieces of a site's name that make a block.
     """
     roots, target_sites = choose_sites(model, method, targets, text_encoder_targets)
     sites = [target.site for target in target_sites]
@@ -78,11 +78,13 @@ def count_parameters(
             num_sites[block] = num_sites.get(block, 0) + 1
             num_parameters.setdefault(block, 0)
         for tensor_name, count in plan.counts().items():
-            site_name = tensor_name.split("/")[1]
+            site_name = tensor_name.split("/")[1]  # of "label/site/tensor"; empty in "label//tensor"
             block = _block(site_name, depth) if site_name else "shared"
             num_parameters[block] = num_parameters.get(block, 0) + count
-    blocks = tuple((block, num_sites.get(block, 0), count) for block, count in num_parameters.items())
-    return ParameterTable(blocks, _count_base(roots.values()))
+    blocks = []
+    for block, count in num_parameters.items():
+        blocks.append((block, num_sites.get(block, 0), count))  # no sites for "shared"
+    return ParameterTable(tuple(blocks), _count_base(roots.values()))
 
 
 def fit_budget(
@@ -97,15 +99,15 @@ def fit_budget(
     """The method with the largest rank whose trained parameters do not exceed a budget.
 
     Args:
-        model: As for `attach`.
-        method: A registered name or combination.
-        targets: As for `attach`.
-        budget: Trained parameters.
-        text_encoder_targets: As for `attach`.
-        **options: As for `make_method`, without `rank`.
+        model: as for `attach`.
+        method: a registered name or combination.
+        targets: as for `attach`.
+        budget: trained parameters.
+        text_encoder_targets: as for `attach`.
+        **options: as for `make_method`, without `rank`.
 
     Raises:
-        ValueError: When the method has no rank, or when rank 1 does not fit.
+        ValueError: the method has no rank, or rank 1 does not fit.
     """
     if method.startswith(PEFT) or "rank" not in option_names(method):
         raise ValueError(f"{method} has no rank to choose, so a budget does not apply to it")
@@ -117,7 +119,7 @@ def fit_budget(
         try:
             return _count_trained(plan_methods(make_method(method, rank=rank, **options), sites))
         except ValueError:
-            if rank == 1:
+            if rank == 1:  # then it is not the rank that the method refuses
                 raise
             return None
 
@@ -126,6 +128,7 @@ def fit_budget(
         raise ValueError(
             f"{method} needs {smallest:,} parameters at rank 1, more than the budget of {budget:,}"
         )
+    # the rank changes nothing where an option such as `lora(rank=3)` fixes it
     if count(2) == smallest == count(_LARGEST_RANK):
         raise ValueError(
             f"{method} has {smallest:,} parameters at every rank; leave out the budget or its own rank"
@@ -151,10 +154,10 @@ def size_notices(
     its trained parameters may be more than the weights of the layers.
 
     Args:
-        model: As for `attach`.
-        method: As for `attach`.
-        targets: As for `attach`.
-        text_encoder_targets: As for `attach`.
+        model: as for `attach`.
+        method: as for `attach`.
+        targets: as for `attach`.
+        text_encoder_targets: as for `attach`.
 
     Returns:
         Lines to print; none where all is well.
@@ -168,7 +171,7 @@ def size_notices(
     trained = _count_trained(plans)
     adapted = sum(math.prod(site.shape) for site in sites)
     base = _count_base(roots.values())
-    if trained > adapted:
+    if trained > adapted:  # as small layers have it at high ranks: r (n + m) > n m
         share = f", {trained / base:.0%} of the base" if trained > base else ""
         notices.append(
             f"{method} has {trained:,} trained parameters{share}; the layers it adapts have {adapted:,} "
@@ -181,14 +184,14 @@ def parse_budget(text: str) -> int:
     """Reads `500000`, `500k` or `1.5M` as a number.
 
     Raises:
-        ValueError: For anything else.
+        ValueError: the text has another form.
     """
     unit = _UNITS.get(text[-1:].lower())
     number = text if unit is None else text[:-1]
     try:
         value = float(number) * (unit or 1)
     except ValueError:
-        value = 0
+        value = 0  # out of the range below, as NaN and infinity are
     if not 1 <= value < 10**15:
         raise ValueError(f"a budget is a number of parameters such as 500000, 500k or 1.5M, got {text!r}")
     return int(value)
@@ -198,10 +201,14 @@ def _rank_notices(plan: MethodPlan) -> list[str]:
     """A line where the rank of a method is above the size of layers."""
     method = plan.methods[0]
     rank = getattr(method, "rank", None)
-    if rank is None or method.grouped:
+    if rank is None or method.grouped:  # a grouped method's rank is that of a tensor across layers
         return []
-    largest_rank = {site.name: min(site.out, site.fan_in) for site in plan.sites}
-    exceeded = [name for name, size in largest_rank.items() if rank > size]
+    largest_rank = {}
+    exceeded = []
+    for site in plan.sites:
+        largest_rank[site.name] = min(site.out, site.fan_in)  # of any matrix (out, fan_in)
+        if rank > largest_rank[site.name]:
+            exceeded.append(site.name)
     if not exceeded:
         return []
     smallest_layer = min(exceeded, key=largest_rank.__getitem__)
@@ -218,9 +225,9 @@ def _largest_rank_within(count: Callable[[int], int | None], drops: Collection[i
     Where the parameters stop growing before that, it is the first rank of those that train the most.
 
     Args:
-        count: Parameters at a rank; None above what the method accepts.
-        drops: The ranks at which the parameters may become fewer; between two of them they never do.
-        budget: Trained parameters.
+        count: parameters at a rank; None above what the method accepts.
+        drops: the ranks at which the parameters may become fewer; between two of them they never do.
+        budget: trained parameters.
     """
 
     def fits(rank: int) -> bool:
@@ -229,7 +236,10 @@ def _largest_rank_within(count: Callable[[int], int | None], drops: Collection[i
 
     # Between two drops the parameters never become fewer, so a bisection finds the largest rank that fits.
     # The interval that holds it is the last one whose first rank fits.
-    starts = [1, *sorted(rank for rank in drops if 1 < rank <= _LARGEST_RANK)]
+    starts = [1]
+    for rank in sorted(drops):
+        if 1 < rank <= _LARGEST_RANK:
+            starts.append(rank)
     end = _LARGEST_RANK
     while not fits(starts[-1]):
         end = starts.pop() - 1
@@ -237,6 +247,7 @@ def _largest_rank_within(count: Callable[[int], int | None], drops: Collection[i
     rank = _last_rank(fits, start, end)
     if rank < _LARGEST_RANK:
         return rank
+    # Every rank fits, so the method stops growing somewhere, as LoKr does where its right factors are dense.
     most_parameters = count(_LARGEST_RANK)
     if count(start) == most_parameters:
         return start

@@ -25,9 +25,9 @@ class ClassTable:
     """Rows of a class table in use, the base's or an adapter's.
 
     Attributes:
-        rows: The number of rows.
-        null_class: The row that means "no class"; None where there is none.
-        new_classes: Classes of an adapter's own set, numbered from 0; None for the base's classes.
+        rows: the number of rows.
+        null_class: the row that means "no class"; None where there is none.
+        new_classes: classes of an adapter's own set, numbered from 0; None for the base's classes.
     """
 
     rows: int
@@ -54,11 +54,11 @@ class ClassTable:
         """Checks that labels are classes.
 
         Args:
-            labels: The labels.
-            owner: Whose classes they are, where they are not an adapter's, e.g. `the base`.
+            labels: the labels.
+            owner: whose classes they are, where they are not an adapter's, e.g. `the base`.
 
         Raises:
-            ValueError: For the first that is no class, with the range.
+            ValueError: a label is no class; the message names the first one and the range.
         """
         known_labels = set(self.labels)
         for label in labels:
@@ -69,29 +69,30 @@ class ClassTable:
 
 def class_tables(model: nn.Module) -> dict[str, nn.Embedding]:
     """The class tables by module name; a DiT holds a copy in every block."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Embedding) and is_class_table(name)
-    }
+    tables = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Embedding) and is_class_table(name):
+            tables[name] = layer
+    return tables
 
 
 def table_in_use(model: nn.Module, *, null_from_end: int | None = 1) -> ClassTable:
     """The class table that a forward of the model uses now, with the changes of adapters.
 
     Args:
-        model: The denoiser.
-        null_from_end: The row of the null class, counted from the end: 1 for the last row; None for no such
+        model: the denoiser.
+        null_from_end: the row of the null class, counted from the end: 1 for the last row; None for no such
             row.
 
     Raises:
-        ValueError: For a model without a class table.
+        ValueError: the model has no class table.
     """
-    layer = next(iter(class_tables(model).values()), None)
+    layer = next(iter(class_tables(model).values()), None)  # the first stands for all copies
     if layer is None:
         raise ValueError(f"{type(model).__name__} has no class table, so it takes no classes")
     rows = _rows_in_use(layer)
     null_class = None if null_from_end is None else rows - null_from_end
+    # of several adapters the largest table decides: changes add up, smaller ones padded to its rows
     new_classes = max((table.num_classes for table in _new_tables(layer)), default=None)
     return ClassTable(rows, null_class, new_classes)
 
@@ -104,21 +105,21 @@ def check_new_table(
     Warns where a stock pipeline would take a class for the null class.
 
     Args:
-        method: Any method; only those with `classes` have a new class table.
-        layers: The layers that the method changes.
-        model: The model.
-        pipe: Its pipeline; None for a bare model.
+        method: any method; only those with `classes` have a new class table.
+        layers: the layers that the method changes.
+        model: the model.
+        pipe: its pipeline; None for a bare model.
 
     Raises:
-        ValueError: When copies of the table are left out, or the base's null class is elsewhere than the
+        ValueError: copies of the table are left out, or the base's null class is elsewhere than the
             method says.
     """
     if getattr(method, "classes", None) is None:
         return
     tables = class_tables(model)
-    changed_ids = {id(layer) for layer in layers}
+    changed_ids = set(map(id, layers))
     unchanged = [name for name, layer in tables.items() if id(layer) not in changed_ids]
-    if not tables or len(unchanged) == len(tables):
+    if not tables or len(unchanged) == len(tables):  # the method's table is that of another component
         return
     if unchanged:
         raise ValueError(f"{method} must change every copy of the class table; {unchanged[0]} is left out")
@@ -160,14 +161,15 @@ def label_dropout_hooks(method: object, model: nn.Module) -> list[RemovableHandl
     """Makes the dropout of labels in training mode drop to the null class of a method's new class table.
 
     Args:
-        method: Any method; those without `classes` need no hooks.
-        model: The model.
+        method: any method; those without `classes` need no hooks.
+        model: the model.
 
     Returns:
         The handles that remove the hooks.
     """
     if getattr(method, "classes", None) is None:
         return []
+    # LabelEmbedding reads its null class from `num_classes`, so that is another one during its forward.
     handles = []
     for name in class_tables(model):
         embedder = _label_embedder(model, name)
@@ -184,8 +186,10 @@ def _new_tables(layer: nn.Embedding) -> list[NewClassTable]:
 
 
 def _rows_in_use(layer: nn.Embedding) -> int:
-    rows = [table.num_rows for table in _new_tables(layer)]
-    return max([_base_rows(layer), *rows])
+    rows = _base_rows(layer)
+    for table in _new_tables(layer):
+        rows = max(rows, table.num_rows)
+    return rows
 
 
 def _base_rows(layer: nn.Embedding) -> int:
@@ -200,7 +204,7 @@ def _label_embedder(model: nn.Module, table: str) -> nn.Module | None:
 
 def _null_from_end(embedder: nn.Module | None, layer: nn.Embedding, pipe: object | None) -> int | None:
     """1 for a null class in the last row, 2 for the one before; 0 without one; None where nothing says so."""
-    if embedder is not None:
+    if embedder is not None:  # LabelEmbedding adds a row for the null class where it drops labels at all
         return layer.num_embeddings - embedder.num_classes
     table = getattr(pipe, "class_table", None)
     if table is None:
@@ -209,7 +213,6 @@ def _null_from_end(embedder: nn.Module | None, layer: nn.Embedding, pipe: object
 
 
 def _use_null_class_in_use(embedder: nn.Module, _: object) -> None:
-    # LabelEmbedding drops labels to the class number num_classes
     if embedder.training:
         embedder.num_classes = _rows_in_use(embedder.embedding_table) - 1
 

@@ -21,7 +21,10 @@ def fingerprint(layer_states: Sequence[LayerState]) -> str:
 
 def quantisation(layer_states: Sequence[LayerState]) -> str | None:
     """How a base's weights are stored, e.g. `bitsandbytes nf4`; None where none of them is quantised."""
-    names = {state.quantised.kind.name for state in layer_states if state.quantised is not None}
+    names = set()
+    for layer_state in layer_states:
+        if layer_state.quantised is not None:
+            names.add(layer_state.quantised.kind.name)
     return ", ".join(sorted(names)) or None
 
 
@@ -38,9 +41,11 @@ def fingerprints(layer_states: Sequence[LayerState]) -> dict[str, str]:
     for layer_state in layer_states:
         weight = layer_state.base().reshape(-1)
         step = max(1, weight.numel() // VALUES_PER_LAYER)
-        # cloned, since a NumPy view would keep the weight's own storage alive
+        # Spread over the whole weight: fine-tuning may leave single rows as they were.
+        # Cloned, since a NumPy view would keep the weight's own storage alive
         sample = weight[::step][:VALUES_PER_LAYER].float().cpu().clone()
         for key, hasher in hashers.items():
+            # back to float32, so that a base stored in the half precision hashes the same bytes
             rounded = sample.to(ROUNDED[key]).float() if key in ROUNDED else sample
             hasher.update(rounded.numpy().tobytes())
     return {key: hasher.hexdigest()[:32] for key, hasher in hashers.items()}

@@ -52,7 +52,9 @@ def fold_merged(layer_states: Iterable[LayerState], models: Iterable[nn.Module])
         The share of the change lost to rounding in half precision, `|W' - rounded W'| / |W' - W|` in
         Frobenius norms over all layers; 0 for float32 and float64 bases.
     """
-    lost = changed = 0.0  # squared norms
+    # squared norms add up over layers
+    lost = 0.0
+    changed = 0.0
     for layer_state in layer_states:
         merged = [entry for entry in layer_state.entries if entry.merged]
         if not merged:
@@ -68,15 +70,15 @@ def fold_merged(layer_states: Iterable[LayerState], models: Iterable[nn.Module])
 def _fold(layer_state: LayerState, merged: Sequence[Entry]) -> tuple[float, float]:
     """Writes one layer's weight and biases; returns the squared norms of its rounding and of its change."""
     first = layer_state.layers[0]
-    if layer_state.original is None:
+    if layer_state.original is None:  # nothing was merged here before
         biases = [layer_state.base_bias(layer) for layer in layer_state.layers]
         layer_state.original_biases = [None if bias is None else bias.clone() for bias in biases]
         layer_state.original = first.weight.detach().clone()
     updates = layer_state.updates(merged)
     weight = _weight(layer_state, updates)
-    _set_weight(first, weight)
+    _set_weight(first, weight)  # of one layer: all others hold the same parameter
     _set_biases(layer_state.layers, _biases(layer_state, updates))
-    if first.weight.dtype not in HALF:
+    if first.weight.dtype not in HALF:  # float32 and float64 hold the sum as it was computed
         return 0.0, 0.0
     start = layer_state.original
     if start.shape != weight.shape:  # a class table with new rows

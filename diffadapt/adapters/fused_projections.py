@@ -16,6 +16,7 @@ class FusionGuard:
     def __init__(self, root: nn.Module):
         self.root = root
         if hasattr(type(root), _FUSE_METHOD):
+            # in the instance, where it hides the method of the class and can be taken away again
             root.__dict__[_FUSE_METHOD] = _refuse
 
     def remove(self) -> None:
@@ -45,6 +46,7 @@ def _is_fused(attention: nn.Module) -> bool:
         return False
     if hasattr(attention, "unfuse_projections"):  # which resets the flag; the older Attention has none
         return True
+    # there the flag stays after unfusing, and the processor in use tells
     return type(attention.processor).__name__.startswith("Fused")
 
 

@@ -39,13 +39,14 @@ class Forward:
     in_backward: bool = False
 
     def created(self, node: torch.autograd.graph.Node) -> bool:
+        # autograd numbers nodes in the order of their creation, one count for each thread
         return self.first_node <= node._sequence_nr() < self.end_node
 
     def keep_alive_by(self, output: object) -> None:
         """Lets the graph of an output hold this object, as it holds all else that its backward needs."""
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
-                tensor.register_hook(self._enter_backward)
+                tensor.register_hook(self._enter_backward)  # a bound method, which refers to this object
 
     def _enter_backward(self, _: Tensor) -> None:
         self.in_backward = True
@@ -102,7 +103,7 @@ class GroupedChanges:
         forward = self.last_forward
         forward.running = False
         if not torch.is_grad_enabled() or node_of_recomputation() is not None:
-            forward.changes = None
+            forward.changes = None  # no backward comes, or the whole model just ran again within one
         elif not torch.compiler.is_compiling():
             forward.end_node = next_node()
             forward.keep_alive_by(output)
@@ -116,6 +117,7 @@ class GroupedChanges:
             return self.compute()
         if is_reentrant(node):
             return self._for_reentrant(node)
+        # the forward whose block runs again is the one that created the checkpoint's node
         forwards = [self.last_forward]
         for reference in self.earlier_forwards:
             forwards.append(reference())
@@ -131,6 +133,7 @@ class GroupedChanges:
         values = self.trained_values()
         if self.without_grad is not None:
             known_values, changes = self.without_grad
+            # compared by value: optimizer steps and files write into the same tensors
             if known_values.device == values.device and torch.equal(known_values, values):
                 return changes
         changes = self.compute()

@@ -36,4 +36,5 @@ def _set_merged(adapter: Adapter, merged: bool) -> float:
     for layer_state in adapter.layer_states.values():
         for entry in adapter.entries(layer_state):
             entry.merged = merged
+    # weights are computed anew from the base's bits and all merged entries, those of other adapters included
     return fold_merged(adapter.layer_states.values(), adapter.roots.values())

@@ -47,8 +47,8 @@ class MethodPlan:
         """Shapes of all tensors in a file: the trained ones, and those that are stored without training."""
         shapes: Shapes = {}
         for method, site in zip(self.methods, self.sites, strict=True):
-            stored = method.trained_tensors(site) | method.frozen_tensors(site)
-            shapes |= self._site_names(site, stored)
+            site_shapes = method.trained_tensors(site) | method.frozen_tensors(site)
+            shapes |= self._site_names(site, site_shapes)
         return shapes | self._shared_shapes()
 
     def counts(self) -> dict[str, int]:
@@ -83,11 +83,15 @@ def plan_methods(
         raise ValueError(f"{method} has no rank, so there is none to choose for {next(iter(ranks))}")
     plans = []
     for number, member in enumerate(method.members):
-        indices = tuple(index for index, site in enumerate(sites) if member.supports(site))
+        indices = []
+        member_sites = []
+        for index, site in enumerate(sites):
+            if member.supports(site):
+                indices.append(index)
+                member_sites.append(site)
         if not indices:
             kinds = ", ".join(sorted(member.kinds))
             raise ValueError(f"{member.name} changes {kinds} layers, and the targets choose none of them")
-        member_sites = tuple(sites[index] for index in indices)
         member_methods = []
         for site in member_sites:
             has_rank_pattern = site.name in ranks
@@ -100,8 +104,9 @@ def plan_methods(
                 member_methods.append(replace(member, rank=ranks[site.name]))
             else:
                 member_methods.append(member)
+        # numbered, since a combination may hold the same method twice
         label = member.name if len(method.members) == 1 else f"{number}.{member.name}"
-        plans.append(MethodPlan(label, indices, member_sites, tuple(member_methods)))
+        plans.append(MethodPlan(label, tuple(indices), tuple(member_sites), tuple(member_methods)))
     return plans
 
 
@@ -131,7 +136,7 @@ class MethodState(nn.Module):
         self.dropout_seed: int | None = None
         self.dropout_seeds = SeedHistory()
 
-        method = self.methods[0]
+        method = self.methods[0]  # what is not of a single site is the same for every rank
         device = bases[0].device
         dtype = torch.float64 if bases[0].dtype == torch.float64 else torch.float32
         self.tensors = nn.ModuleList()
@@ -144,6 +149,7 @@ class MethodState(nn.Module):
         self.shared = _parameters(method.shared_tensors(self.sites), {}, dtype, device)
         self.constants = nn.Module()
         for key, constant in method.constants(self.sites, seed).items():
+            # indices stay integers
             constant_dtype = dtype if constant.is_floating_point() else constant.dtype
             constant = constant.to(dtype=constant_dtype, device=device)
             self.constants.register_buffer(key, constant, persistent=False)
@@ -167,7 +173,7 @@ class MethodState(nn.Module):
     @torch.no_grad()
     def start(self, bases: Sequence[Tensor]) -> None:
         """Gives the tensors their initial values: a function of the seed, the label and the site's name."""
-        if bases[0].device.type == "meta":
+        if bases[0].device.type == "meta":  # shapes alone, where parameters are only counted
             return
         self.methods[0].init_shared_tensors(self.sites, bases, dict(self.shared.items()), self.seed)
         for index, (site, base) in enumerate(zip(self.sites, bases, strict=True)):
@@ -206,6 +212,8 @@ class MethodState(nn.Module):
         probability = getattr(self.methods[index], "dropout", 0.0)
         if probability == 0 or not self.training or not torch.is_grad_enabled():
             return x
+        # The layer may run again in backward: then it needs the mask of its own forward, and other seeds may
+        # have been set since.
         seed = self.dropout_seed
         node = node_of_recomputation()
         if node is not None:
@@ -215,12 +223,14 @@ class MethodState(nn.Module):
                     "checkpointing runs the forward without gradients, where nothing is dropped, so "
                     "gradients would be those of another output"
                 )
-            seed = self.dropout_seeds.seed_of(node)  # the mask of the forward, not of now
+            seed = self.dropout_seeds.seed_of(node)
         elif not torch.compiler.is_compiling():
             self.dropout_seeds.add(seed)
         if seed is None:
             return F.dropout(x, probability)
+        # another mask for every (seed, index), as long as there are fewer than 1,000,003 sites
         generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + index) % 2**63)
+        # as F.dropout: x m / (1 - p) with m ~ Bernoulli(1 - p), so that the mean stays
         keep = torch.rand(x.shape, device=x.device, generator=generator) >= probability
         return x * keep / (1 - probability)
 
@@ -229,9 +239,12 @@ class MethodState(nn.Module):
 
         These are absolute values such as DoRA's magnitudes, whose zeros are far from the base.
         """
-        owned = [(self.methods[0], self.shared), *zip(self.methods, self.tensors, strict=True)]
+        methods_and_tensors = [
+            (self.methods[0], self.shared),
+            *zip(self.methods, self.tensors, strict=True),
+        ]
         parameters = []
-        for method, tensors in owned:
+        for method, tensors in methods_and_tensors:
             for key, tensor in tensors.items():
                 if not method.has_weight_decay(key):
                     parameters.append(tensor)
@@ -239,13 +252,13 @@ class MethodState(nn.Module):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by its name in a file, in the order of `MethodPlan.stored_shapes`."""
-        named = {}
+        tensors_by_name = {}
         for site, tensors in zip(self.sites, self.tensors, strict=True):
             for key, tensor in tensors.items():
-                named[f"{self.label}/{site.name}/{key}"] = tensor
+                tensors_by_name[f"{self.label}/{site.name}/{key}"] = tensor
         for key, tensor in self.shared.items():
-            named[f"{self.label}//{key}"] = tensor
-        return named
+            tensors_by_name[f"{self.label}//{key}"] = tensor
+        return tensors_by_name
 
     def move_to(self, device: torch.device) -> None:
         """Moves to the device of the adapted layers, unless they hold no data."""
@@ -274,6 +287,7 @@ class MethodState(nn.Module):
         """Moves, but never changes precision: trained tensors stay as wide as they were made."""
 
         def move(tensor: Tensor) -> Tensor:
+            # `fn` is opaque (`.to`, `.half`, `.cuda`): an empty tensor shows what it does, at no cost
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 

@@ -38,6 +38,7 @@ def _float32_layer_norm(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tenso
 def _diffusers_rms_norm(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """diffusers' `RMSNorm`: the output has the precision of a weight in half precision, else the input's."""
     is_half = layer.weight.dtype in (torch.float16, torch.bfloat16)
+    # y = x / sqrt(mean(x^2) + eps) * w + b
     mean_square = x.float().square().mean(-1, keepdim=True)  # (..., 1)
     y = x * torch.rsqrt(mean_square + layer.eps)
     if is_half:
@@ -50,6 +51,7 @@ def _diffusers_rms_norm(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tenso
 
 def _zero_centred_rms_norm(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`Krea2RMSNorm`, which multiplies by `1 + weight`."""
+    # its weight is stored as the difference from 1
     return F.rms_norm(x.float(), (layer.dim,), weight + 1.0, layer.eps).to(x.dtype)
 
 

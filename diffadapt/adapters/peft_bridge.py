@@ -88,10 +88,8 @@ class PeftState(nn.Module):
     def copy_wrapper(self, index: int, base: Tensor) -> nn.Module:
         """A copy of PEFT's layer around a base layer with the weight `base`, in the compute dtype."""
         layer_state = self.layer_states[index]
-        not_copied = {
-            id(layer_state): layer_state,
-            id(self): self,
-        }  # a hook of the layer holds self
+        # deepcopy's memo: what it holds is not copied. The layer refers to its state, a hook of it to self.
+        not_copied = {id(layer_state): layer_state, id(self): self}
         wrapper = copy.deepcopy(self.wrappers[index], not_copied)
         layer = wrapper.get_base_layer()
         layer.weight = nn.Parameter(to_compute_dtype(base).clone(), requires_grad=False)
@@ -154,16 +152,18 @@ def attach_peft(
     """Attaches an adapter whose method is one of PEFT's.
 
     Args:
-        adapter: The adapter, which owns nothing yet.
-        target_sites: The layers that it changes.
-        fill: Gives the tensors their values instead of PEFT's start.
+        adapter: the adapter, which owns nothing yet.
+        target_sites: the layers that it changes.
+        fill: gives the tensors their values instead of PEFT's start.
 
     Raises:
-        ValueError: Where PEFT cannot do it; the model is then as before.
+        ValueError: PEFT cannot do it; the model is then as before.
     """
     if adapter.ranks:
         raise ValueError(f"{adapter.method.name} takes rank patterns as its own option: rank_pattern={{...}}")
-    parameters = [parameter for root in adapter.roots.values() for parameter in root.parameters()]
+    parameters = []
+    for model in adapter.roots.values():
+        parameters += model.parameters()
     flags = [parameter.requires_grad for parameter in parameters]
     adapter.frozen = [parameter for parameter in parameters if parameter.requires_grad]
     try:
@@ -187,8 +187,8 @@ def fill_from_file(tensors: Mapping[str, Tensor], path: object) -> Callable[[Ada
     """A `fill` that gives PEFT's tensors the values of a file, all of them and no others.
 
     Args:
-        tensors: The tensors of the file, by name.
-        path: The file, for messages.
+        tensors: the tensors of the file, by name.
+        path: the file, for messages.
     """
 
     def fill(adapter: Adapter) -> None:
@@ -211,13 +211,18 @@ def _attach_to_model(adapter: Adapter, root: str, target_sites: Sequence[TargetS
     method = adapter.method
     model = adapter.roots[root]
     _check_not_quantised(method, target_sites)
-    layers = [target.layers[0] for target in target_sites]
-    sites = [target.site for target in target_sites]
-    paths = [site.name.removeprefix(f"{root}.") if root else site.name for site in sites]
+    layers = []
+    sites = []
+    paths = []  # of the layers in this model
+    layer_states = []
+    for target in target_sites:
+        layers.append(target.layers[0])
+        sites.append(target.site)
+        paths.append(target.site.name.removeprefix(f"{root}.") if root else target.site.name)
+        layer_states.append(PeftLayerState(list(target.layers)))
     base_weights = [layer.weight.detach().clone() for layer in layers]
     peft_model = _wrap_layers(adapter, model, paths)
     wrappers = [model.get_submodule(path) for path in paths]
-    layer_states = [PeftLayerState(list(target.layers)) for target in target_sites]
 
     label = f"{method.name}/{root}" if root else method.name
     peft_state = PeftState(label, peft_model, adapter.name, sites)
@@ -225,12 +230,14 @@ def _attach_to_model(adapter: Adapter, root: str, target_sites: Sequence[TargetS
         wrapper = wrappers[index]
         if not _is_wrapper(wrapper) or wrapper.get_base_layer() is not layer:
             raise ValueError(f"{method.name} cannot change {site.name}; exclude it")
+        # as PiSSA in PEFT, which moves the principal part of the weight into its factors
         if not torch.equal(layer.weight, base_weights[index]):
             layer.weight.data.copy_(base_weights[index])
             raise ValueError(f"{method} changes the base weights at its start, which an adapter must not")
         layer_states[index].entries.append(Entry(peft_state, index))
         adapter.layer_states[site.name] = layer_states[index]
         adapter.hooks.append(wrapper.register_forward_hook(peft_state.scale_output, with_kwargs=True))
+        # the layer is adapted as with diffadapt's own methods, so that merging and reading work alike
         layer.__class__ = adapted_class(layer)
         layer._diffadapt = layer_states[index]
     peft_state.set_layers(wrappers, layer_states)
@@ -248,7 +255,7 @@ def _wrap_layers(adapter: Adapter, model: nn.Module, paths: Sequence[str]) -> nn
 
     if hasattr(model, "peft_config"):
         raise ValueError("the model already has an adapter of PEFT; detach it first")
-    pattern = "|".join(re.escape(path) for path in paths)
+    pattern = "|".join(map(re.escape, paths))
     config = adapter.method.configuration(f"(?:{pattern})")
     # PEFT draws its starting values from torch's global generator, which must be left as it was
     with torch.random.fork_rng(devices=[]):

@@ -27,11 +27,11 @@ def check_storable(method: object, tensors: Mapping[str, Tensor]) -> None:
     """Checks that an adapter file can hold tensors: dense floats that share no memory.
 
     Args:
-        method: The method, for the message.
-        tensors: The tensors of the adapter by name.
+        method: the method, for the message.
+        tensors: the tensors of the adapter by name.
 
     Raises:
-        ValueError: For the first tensor that it cannot hold.
+        ValueError: it cannot hold a tensor; the message names the first one.
     """
     key_by_storage: dict[int, str] = {}
     for key, tensor in tensors.items():
@@ -40,7 +40,7 @@ def check_storable(method: object, tensors: Mapping[str, Tensor]) -> None:
                 f"{method}: its tensor {key} is {tensor.dtype} ({tensor.layout}), which an adapter file does "
                 "not hold, so it could not be saved after training; take another method"
             )
-        if tensor.numel() == 0 or tensor.is_meta:
+        if tensor.numel() == 0 or tensor.is_meta:  # without memory that they could share
             continue
         first_key = key_by_storage.setdefault(tensor.untyped_storage().data_ptr(), key)
         if first_key != key:
@@ -55,22 +55,23 @@ def check_merge(method: object, name: str, wrapper: nn.Module, adapter_name: str
     """Compares the forward of a layer of PEFT with that of its merged weight, on one random input.
 
     Args:
-        method: The method, for the message.
-        name: The layer's name, for the message.
+        method: the method, for the message.
+        name: the layer's name, for the message.
         wrapper: PEFT's layer, a copy: its tensors are overwritten, and it is merged.
-        adapter_name: The adapter's name in PEFT.
+        adapter_name: the adapter's name in PEFT.
 
     Raises:
-        ValueError: Where the two differ, or where PEFT can do one of them only.
+        ValueError: the two differ, or PEFT can do one of them only.
     """
     layer = wrapper.float().eval().get_base_layer()
     generator = torch.Generator().manual_seed(0)
     for parameter in wrapper.parameters():
         if parameter.requires_grad:  # away from the start, which changes nothing
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    # the generator is on the CPU, so that the input is the same on every device
     x = _random_input(layer, generator).to(layer.weight.device)
     try:
-        base_output = layer(x)
+        base_output = layer(x)  # before the merge, which writes into this layer
         adapted_output = wrapper(x)
         wrapper.merge(adapter_names=[adapter_name])
         merged_output = wrapper.get_base_layer()(x)
@@ -93,7 +94,7 @@ def smallest_of_each_kind(layers: Sequence[nn.Module]) -> list[int]:
     """The indices of the layers to check: the smallest of those that PEFT treats alike."""
     smallest: dict[tuple, int] = {}
     for index, layer in enumerate(layers):
-        has_no_bias = layer.bias is None if hasattr(layer, "bias") else None
+        has_no_bias = layer.bias is None if hasattr(layer, "bias") else None  # an embedding has no such field
         geometry = [getattr(layer, option, None) for option in _GEOMETRY]
         kind = (type(layer), has_no_bias, *geometry)
         best = smallest.setdefault(kind, index)
@@ -115,6 +116,8 @@ def _random_input(layer: nn.Module, generator: torch.Generator) -> Tensor:
     else:
         # a side that gives at least two outputs: the dilated kernel and one stride more
         geometry = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
-        sides = [dilation * (size - 1) + 2 + stride for size, dilation, stride in geometry]
+        sides = []
+        for size, dilation, stride in geometry:
+            sides.append(dilation * (size - 1) + 2 + stride)
         shape = (2, layer.in_channels, *sides)
     return torch.randn(shape, generator=generator)

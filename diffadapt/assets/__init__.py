@@ -21,7 +21,7 @@ def embedded(name: str) -> Path:
     """The folder of a model or data set shipped with the package, such as `emoji` or `subjects/cat`.
 
     Raises:
-        ValueError: There is none of that name; the message suggests the nearest and lists all.
+        ValueError: there is none of that name; the message suggests the nearest and lists all.
     """
     valid_names = names()
     if name in valid_names:

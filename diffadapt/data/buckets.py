@@ -16,8 +16,8 @@ class Buckets:
     """The sizes of images, and the number of samples that share one.
 
     Attributes:
-        sizes: The sizes to choose from.
-        group: The number of consecutive samples of one size: those of an optimizer step.
+        sizes: the sizes to choose from.
+        group: the number of consecutive samples of one size: those of an optimizer step.
     """
 
     sizes: tuple[Size, ...]
@@ -33,13 +33,13 @@ def bucket_sizes(text: str, *, resolution: int, step: int) -> tuple[Size, ...]:
     """Parses sizes written as `auto` or as "height,width;height,width".
 
     Args:
-        text: The value of `--aspect_ratio_buckets`. `auto` stands for all sizes with sides in multiples of
+        text: the value of `--aspect_ratio_buckets`. `auto` stands for all sizes with sides in multiples of
             `step`, from half to twice the resolution, with the most pixels up to resolution x resolution.
-        resolution: The side of square images, in pixels.
-        step: The number that sides must be multiples of.
+        resolution: the side of square images, in pixels.
+        step: the number that sides must be multiples of.
 
     Raises:
-        ValueError: The text has another form, or a side is not a multiple of `step`.
+        ValueError: the text has another form, or a side is not a multiple of `step`.
     """
     if text == "auto":
         return _auto_sizes(resolution, step)
@@ -84,9 +84,9 @@ class BucketOrder:
     images than a group hold some images more than once, each time with other noise.
 
     Attributes:
-        members: The indices of the examples in each bucket; no bucket is empty.
-        group: The number of samples in a group.
-        seed: The seed of the run.
+        members: the indices of the examples in each bucket; no bucket is empty.
+        group: the number of samples in a group.
+        seed: the seed of the run.
     """
 
     members: Sequence[Sequence[int]]

@@ -93,13 +93,13 @@ def open_cache(kind: str, folder: str | Path | None = None) -> MemoryCache | Dis
 
     Args:
         kind: "memory", "disk" or "none".
-        folder: The folder of a cache on disk.
+        folder: the folder of a cache on disk.
 
     Returns:
         The cache; None for "none".
 
     Raises:
-        ValueError: The kind is unknown, or it does not fit the folder.
+        ValueError: the kind is unknown, or it does not fit the folder.
     """
     if kind not in KINDS:
         raise ValueError(f"--cache_latents must be one of {', '.join(KINDS)}, got {kind!r}")

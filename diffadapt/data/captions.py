@@ -20,12 +20,12 @@ def choose_caption_column(columns: Sequence[str], requested: str | None, place: 
     """The column of captions.
 
     Args:
-        columns: The columns of the table.
-        requested: The value of `--caption_column`; None for the first of CAPTION_COLUMNS.
-        place: The table, for messages.
+        columns: the columns of the table.
+        requested: the value of `--caption_column`; None for the first of CAPTION_COLUMNS.
+        place: the table, for messages.
 
     Raises:
-        ValueError: There is no such column; the message lists the columns.
+        ValueError: there is no such column; the message lists the columns.
     """
     candidates = CAPTION_COLUMNS if requested is None else (requested,)
     for name in candidates:
@@ -41,13 +41,13 @@ def parse_caption(cell: object, place: str) -> str:
     Args:
         cell: A text, or a list of texts, of which the first one is the caption. None, NaN and the words that
             programs write for them (nan, null, None) are no caption.
-        place: File and line, for messages.
+        place: file and line, for messages.
 
     Returns:
         The caption; empty if there is none.
 
     Raises:
-        ValueError: The cell is of another type, such as a number.
+        ValueError: the cell is of another type, such as a number.
     """
     if isinstance(cell, list | tuple):
         captions = (parse_caption(item, place) for item in cell)
@@ -75,9 +75,9 @@ class CaptionFiles:
     as two.
 
     Args:
-        files: All files of the folder.
-        folder: The folder, which links must not leave.
-        follow_links: Follow links out of the folder too.
+        files: all files of the folder.
+        folder: the folder, which links must not leave.
+        follow_links: follow links out of the folder too.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path, *, follow_links: bool = False):
@@ -96,7 +96,7 @@ class CaptionFiles:
         """The caption of an image from the file beside it; empty if there is none.
 
         Raises:
-            ValueError: There are two files with different captions, a file is not UTF-8, or it is a link out
+            ValueError: there are two files with different captions, a file is not UTF-8, or it is a link out
                 of the folder.
         """
         texts: dict[Path, str] = {}

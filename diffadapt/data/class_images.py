@@ -58,15 +58,15 @@ def class_examples(
     Files in the folder that are not used are reported.
 
     Args:
-        model: The base.
-        folder: The folder of class images.
-        recipe: What missing images are generated from.
-        count: The number of images.
-        seed: The seed of image number 0; image n has the seed `seed + n`.
-        follow_links: Follow links to images out of the folder too.
+        model: the base.
+        folder: the folder of class images.
+        recipe: what missing images are generated from.
+        count: the number of images.
+        seed: the seed of image number 0; image n has the seed `seed + n`.
+        follow_links: follow links to images out of the folder too.
 
     Raises:
-        ValueError: The images in the folder were generated from another prompt or base.
+        ValueError: the images in the folder were generated from another prompt or base.
     """
     folder = Path(folder)
     existing = _existing_examples(folder, recipe, follow_links)
@@ -92,11 +92,11 @@ def planned_class_examples(
     """The examples of `class_examples` without generating or writing anything, for a dry run.
 
     Args:
-        folder: See `class_examples`.
-        recipe: See `class_examples`.
-        count: See `class_examples`.
-        side: The side of the gray squares that stand for missing images, in pixels.
-        follow_links: See `class_examples`.
+        folder: see `class_examples`.
+        recipe: see `class_examples`.
+        count: see `class_examples`.
+        side: the side of the gray squares that stand for missing images, in pixels.
+        follow_links: see `class_examples`.
     """
     folder = Path(folder)
     missing_count = len(_missing_numbers(folder, count))
@@ -133,12 +133,12 @@ def _check_record(folder: Path, recipe: ClassRecipe, *, has_missing: bool) -> No
     """Compares the record of the existing images with what this run would generate.
 
     Args:
-        folder: The folder of class images.
-        recipe: The recipe of this run.
-        has_missing: Whether images will be generated.
+        folder: the folder of class images.
+        recipe: the recipe of this run.
+        has_missing: whether images will be generated.
 
     Raises:
-        ValueError: The prompt or the base differ.
+        ValueError: the prompt or the base differ.
     """
     existing_names = _image_names_in(folder)
     if not existing_names:

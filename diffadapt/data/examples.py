@@ -25,9 +25,9 @@ class SampleIndex:
 
     Attributes:
         role: `"instance"`, or `"class"` for prior preservation.
-        index: The index of the example among those of its role.
-        epoch: The epoch, from 0 on.
-        sample: The position within the epoch before shuffling.
+        index: the index of the example among those of its role.
+        epoch: the epoch, from 0 on.
+        sample: the position within the epoch before shuffling.
     """
 
     role: str
@@ -57,9 +57,9 @@ class ShuffledOrder:
     larger set, and the smaller one is repeated, as in diffusers' DreamBooth script.
 
     Attributes:
-        instances: The number of instance examples.
-        classes: The number of class examples; 0 without prior preservation.
-        seed: The seed of the run.
+        instances: the number of instance examples.
+        classes: the number of class examples; 0 without prior preservation.
+        seed: the seed of the run.
     """
 
     instances: int
@@ -89,9 +89,9 @@ class OrderedExamples:
     """Examples that can be looked up, and the order in which they are used.
 
     Attributes:
-        examples: The examples to train on.
-        classes: The class examples of prior preservation.
-        order: Their order.
+        examples: the examples to train on.
+        classes: the class examples of prior preservation.
+        order: their order.
     """
 
     examples: Sequence[Example]

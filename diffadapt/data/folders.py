@@ -48,16 +48,16 @@ def read_captioned_folder(
     these images are repeated ten times.
 
     Args:
-        folder: The folder.
-        image_column: The column of file names in metadata; None for file_name.
-        caption_column: The column of captions; None for text, caption or prompt.
-        follow_links: Follow links out of the folder too.
-        with_other_columns: Fall back to the default columns, or to files beside images, if the requested
+        folder: the folder.
+        image_column: the column of file names in metadata; None for file_name.
+        caption_column: the column of captions; None for text, caption or prompt.
+        follow_links: follow links out of the folder too.
+        with_other_columns: fall back to the default columns, or to files beside images, if the requested
             columns do not exist.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: Images have no caption, captions no image, or columns do not exist; the message lists
+        FileNotFoundError: there is no such folder.
+        ValueError: images have no caption, captions no image, or columns do not exist; the message lists
             them.
     """
     folder = Path(folder)
@@ -90,14 +90,14 @@ def read_instance_folder(
     images in the folder itself, and all subfolders with images named like "10_sks dog".
 
     Args:
-        folder: The folder.
-        prompt: The caption of images without one.
+        folder: the folder.
+        prompt: the caption of images without one.
         with_captions: False to ignore captions and give all images the prompt.
-        follow_links: Follow links out of the folder too.
+        follow_links: follow links out of the folder too.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: The prompt is blank, or the reasons of `read_captioned_folder`.
+        FileNotFoundError: there is no such folder.
+        ValueError: the prompt is blank, or the reasons of `read_captioned_folder`.
     """
     if not prompt.strip():
         raise ValueError(
@@ -132,8 +132,8 @@ def read_class_folders(folder: str | Path, *, follow_links: bool = False) -> tup
         The examples with the number of their class, and the names of the classes.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: There are no class folders in it, or one without images.
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no class folders in it, or one without images.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -168,8 +168,8 @@ class FolderCaptions:
     """The captions of a folder's images.
 
     Attributes:
-        by_image: Image -> caption; empty if it has none.
-        files: The files that the captions were read from.
+        by_image: image -> caption; empty if it has none.
+        files: the files that the captions were read from.
     """
 
     by_image: dict[Path, str]
@@ -303,10 +303,10 @@ def notify_unused(
     """Reports in one line what is in a folder and not used.
 
     Args:
-        folder: The folder.
-        files: The unused files in it.
-        folders: The subfolders that are not read; those with images are reported.
-        remedies: Suffix -> how to use these files.
+        folder: the folder.
+        files: the unused files in it.
+        folders: the subfolders that are not read; those with images are reported.
+        remedies: suffix -> how to use these files.
     """
     unused = describe_unused(files, folders_with_images(folders), remedies=remedies)
     if unused:

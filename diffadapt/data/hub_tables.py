@@ -38,13 +38,13 @@ def open_table(
 
     Args:
         name: A folder, or the name of a data set on the hub.
-        config_name: The configuration of the data set.
-        split: The name of the split.
-        is_streaming: Read row by row instead of downloading all of it.
+        config_name: the configuration of the data set.
+        split: the name of the split.
+        is_streaming: read row by row instead of downloading all of it.
 
     Raises:
-        OSError: There is no data set of that name.
-        ValueError: There is no such split; the message lists the splits.
+        OSError: there is no data set of that name.
+        ValueError: there is no such split; the message lists the splits.
     """
     if any((Path(name) / file).is_file() for file in SAVED_DATASET_FILES):
         table = datasets.load_from_disk(name)
@@ -62,10 +62,10 @@ class TableImage:
     """An image file in a cell of a data set; equal to another one of the same cell.
 
     Attributes:
-        table: The data set.
-        row: The row of the cell.
-        column: The column of the cell.
-        name: The name of the data set.
+        table: the data set.
+        row: the row of the cell.
+        column: the column of the cell.
+        name: the name of the data set.
     """
 
     table: Dataset
@@ -85,10 +85,10 @@ class TableExamples(Sequence[Example]):
     """The rows of a data set as examples, read when they are used.
 
     Args:
-        table: The data set.
-        image_column: The column of images.
-        caption_column: The column of captions.
-        name: The name of the data set.
+        table: the data set.
+        image_column: the column of images.
+        caption_column: the column of captions.
+        name: the name of the data set.
     """
 
     def __init__(self, table: Dataset, *, image_column: str, caption_column: str, name: str):
@@ -120,12 +120,12 @@ def read_captioned_table(
     """Reads images and captions from a data set.
 
     Args:
-        table: The data set.
-        name: Its name, for messages and to find its files.
-        image_column: The column of images; None to find it by its type.
-        caption_column: The column of captions; None for text, caption or prompt.
-        seed: The seed for the order of a stream's shards and blocks.
-        buffer: The number of samples that a stream holds and shuffles together.
+        table: the data set.
+        name: its name, for messages and to find its files.
+        image_column: the column of images; None to find it by its type.
+        caption_column: the column of captions; None for text, caption or prompt.
+        seed: the seed for the order of a stream's shards and blocks.
+        buffer: the number of samples that a stream holds and shuffles together.
 
     Returns:
         The examples; a stream if the table is read row by row.
@@ -157,10 +157,10 @@ def read_labelled_table(
     """Reads images and class numbers from a data set.
 
     Args:
-        table: The data set.
-        name: Its name, for messages and to find its files.
-        image_column: The column of images; None to find it by its type.
-        label_column: The column of labels; None for "label".
+        table: the data set.
+        name: its name, for messages and to find its files.
+        image_column: the column of images; None to find it by its type.
+        label_column: the column of labels; None for "label".
 
     Returns:
         The examples, and the names of the classes.
@@ -240,7 +240,7 @@ def _choose_image_column(table: Table, requested: str | None, name: str) -> tupl
     """The column of images, and all columns.
 
     Raises:
-        ValueError: There is no such column, or it does not hold images.
+        ValueError: there is no such column, or it does not hold images.
     """
     features = table.features or next(iter(table))  # a stream without a schema: the first row has the names
     columns = list(features)
@@ -265,12 +265,12 @@ def _read_image_file(cell: object, place: str, name: str) -> bytes:
     """The content of an image file: in the cell, or in a file of the data set that the cell names.
 
     Args:
-        cell: The cell.
-        place: The row, for messages.
-        name: The name of the data set.
+        cell: the cell.
+        place: the row, for messages.
+        name: the name of the data set.
 
     Raises:
-        ValueError: There is no image in the cell, or it names a file out of the data set.
+        ValueError: there is no image in the cell, or it names a file out of the data set.
     """
     if not isinstance(cell, dict):
         raise ValueError(f"{place} holds no image")
@@ -316,7 +316,7 @@ def _check_caption_type(table: Table, column: str, name: str) -> None:
     """Checks the type of the column of captions before any row is read.
 
     Raises:
-        ValueError: The column cannot hold captions.
+        ValueError: the column cannot hold captions.
     """
     column_type = (table.features or {}).get(column)
     if column_type is None:  # a stream without a schema

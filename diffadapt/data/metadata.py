@@ -27,8 +27,8 @@ class MetadataCaptions:
     """The content of a metadata file.
 
     Attributes:
-        captions: Image, as an absolute path with links not resolved -> caption; empty if it has none.
-        num_lists: The number of cells with several captions, of which the first one is used.
+        captions: image, as an absolute path with links not resolved -> caption; empty if it has none.
+        num_lists: the number of cells with several captions, of which the first one is used.
     """
 
     captions: Mapping[Path, str]
@@ -66,16 +66,16 @@ def read_metadata_captions(
     """Reads the captions of a metadata file.
 
     Args:
-        metadata: The file.
-        files: All files of the folder, to find names that are written in another form of Unicode.
-        root: The folder that links must not leave.
-        image_column: The column of file names; None for FILE_COLUMN.
-        caption_column: The column of captions; None for the first of CAPTION_COLUMNS.
-        follow_links: Follow links out of the root too.
-        with_other_columns: Fall back to the default columns if the requested ones do not exist.
+        metadata: the file.
+        files: all files of the folder, to find names that are written in another form of Unicode.
+        root: the folder that links must not leave.
+        image_column: the column of file names; None for FILE_COLUMN.
+        caption_column: the column of captions; None for the first of CAPTION_COLUMNS.
+        follow_links: follow links out of the root too.
+        with_other_columns: fall back to the default columns if the requested ones do not exist.
 
     Raises:
-        ValueError: The file has other columns, or rows that cannot be used; the message names the file and
+        ValueError: the file has other columns, or rows that cannot be used; the message names the file and
             the lines.
     """
     if not follow_links and escapes_root(metadata, root):
@@ -132,7 +132,7 @@ def read_caption_table(path: Path) -> dict[str, str]:
     """Reads file name -> caption from the columns file_name and text (caption, prompt) of a table.
 
     Raises:
-        ValueError: The table has other columns, which the message lists, or a row that cannot be used.
+        ValueError: the table has other columns, which the message lists, or a row that cannot be used.
     """
     rows, columns = _read_table(path)
     if FILE_COLUMN not in columns:
@@ -206,7 +206,7 @@ def _read_table(metadata: Path) -> tuple[list[tuple[int, Row]], list[str]]:
         (line number, row) of every row, and the names of all columns.
 
     Raises:
-        ValueError: The table has no rows, or cannot be read.
+        ValueError: the table has no rows, or cannot be read.
     """
     rows = list(_read_rows(metadata))
     if not rows:

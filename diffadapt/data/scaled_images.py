@@ -31,7 +31,7 @@ class ScaledImage:
     """An image that just covers the training size.
 
     Attributes:
-        image: The upright image in sRGB.
+        image: the upright image in sRGB.
         original_size: (width, height) of the upright image in its file.
     """
 
@@ -69,7 +69,7 @@ class ScaledImages:
     """Reads scaled images ahead, and keeps those that fit into memory.
 
     Args:
-        memory: The bytes of images to keep. The first ones that fit stay, since every epoch reads all.
+        memory: the bytes of images to keep. The first ones that fit stay, since every epoch reads all.
     """
 
     def __init__(self, memory: int):
@@ -106,7 +106,7 @@ def _reduce(image: Image.Image, original_size: tuple[int, int], size: Size) -> N
     """Lets Pillow decode a JPEG at a fraction of its size.
 
     Args:
-        image: The undecoded image.
+        image: the undecoded image.
         original_size: (width, height) of the upright image.
         size: (height, width) that the scaled image has to cover.
     """

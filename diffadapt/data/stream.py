@@ -22,12 +22,12 @@ class Stream:
     """Examples from an iterator that can be opened again for every epoch.
 
     Args:
-        open_epoch: Epoch -> its examples; the same epoch must give the same examples in the same order.
-        seed: The seed of the shuffling.
-        buffer: The number of samples that are held and shuffled together.
+        open_epoch: epoch -> its examples; the same epoch must give the same examples in the same order.
+        seed: the seed of the shuffling.
+        buffer: the number of samples that are held and shuffled together.
 
     Raises:
-        ValueError: The buffer is empty.
+        ValueError: the buffer is empty.
     """
 
     def __init__(self, open_epoch: Callable[[int], Iterator[Example]], *, seed: int, buffer: int = 1000):

@@ -22,16 +22,16 @@ class DataSummary:
     """The facts about training data that a summary tells.
 
     Attributes:
-        order: The examples and their order.
-        resolution: The side of the square crops, in pixels.
-        bucket_of: Image -> (height, width) of its bucket; empty without buckets.
-        cache: The cache of encoded images; None if images are encoded in every step.
-        center_crop: Whether the crop of an image is always the same.
-        random_flip: Whether half of the images are mirrored.
-        caption_dropout: The share of samples without their caption.
-        trigger_word: The word added to captions.
-        size_notes: The notes of `size_notes`.
-        truncated_captions: The captions that are too long for the tokenizer.
+        order: the examples and their order.
+        resolution: the side of the square crops, in pixels.
+        bucket_of: image -> (height, width) of its bucket; empty without buckets.
+        cache: the cache of encoded images; None if images are encoded in every step.
+        center_crop: whether the crop of an image is always the same.
+        random_flip: whether half of the images are mirrored.
+        caption_dropout: the share of samples without their caption.
+        trigger_word: the word added to captions.
+        size_notes: the notes of `size_notes`.
+        truncated_captions: the captions that are too long for the tokenizer.
     """
 
     order: OrderedExamples | Stream
@@ -70,7 +70,7 @@ def size_notes(
     """Notes about images that are much enlarged or much cropped in training.
 
     Args:
-        sources: The images.
+        sources: the images.
         sizes: (width, height) of each image.
         crops: (height, width) of the crop of each image.
     """
