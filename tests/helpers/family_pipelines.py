@@ -148,7 +148,7 @@ def _flux_schnell() -> DiffusionPipeline:
 
 def _flux2_klein() -> DiffusionPipeline:
     tokenizer = _qwen_tokenizer(512)
-    layers_read = (9, 18, 27)  # hidden states of these layers side by side are the text
+    layers_read = (9, 18, 27)  # of 36; the hidden states of these layers side by side are the text
     return diffusers.Flux2KleinPipeline(
         transformer=diffusers.Flux2Transformer2DModel(
             in_channels=16,
@@ -163,7 +163,7 @@ def _flux2_klein() -> DiffusionPipeline:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=_flux2_autoencoder(),
-        text_encoder=Qwen3ForCausalLM(_qwen3_config(tokenizer, layers=layers_read[-1] + 1)),
+        text_encoder=Qwen3ForCausalLM(_qwen3_config(tokenizer, layers=31)),
         tokenizer=tokenizer,
     )
 
