@@ -5,7 +5,8 @@ In the layout of ChromaPipeline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import CHROMA, original_layer
+from diffadapt.models.base import BaseProfile
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
 from diffadapt.models.masked_captions import MASK, STATES, masked_embedding_arguments
@@ -32,6 +34,10 @@ class Chroma(FlowMatchingBase):
     pipeline_classes = ("ChromaPipeline",)
     transformer_class = "ChromaTransformer2DModel"
     profile_of_family = flow_profile("chroma", guidance_scale=5.0, num_inference_steps=35)  # of the pipeline
+
+    def __init__(self, pipe: DiffusionPipeline, source: str, profile: BaseProfile):
+        super().__init__(pipe, source, profile)
+        self.denoiser.register_forward_pre_hook(_pass_mask_to_checkpoints, with_kwargs=True)
 
     @classmethod
     def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
@@ -90,3 +96,34 @@ class Chroma(FlowMatchingBase):
         height, width = image_size(pipe, config)
         latents = pipe._unpack_latents(output, height, width, pipe.vae_scale_factor)  # (B, C, h, w)
         return decode_latents(pipe, latents)
+
+
+@dataclass(frozen=True)
+class _CheckpointWithMask:
+    """Gradient checkpointing that gives single blocks the mask, as the forward without it does.
+
+    ChromaTransformer2DModel of diffusers 0.42 leaves it out where it checkpoints them: the model that is
+    trained would be another one than that which samples.
+    """
+
+    checkpoint: Callable[..., Tensor]
+    single_blocks: nn.ModuleList
+    mask: Tensor | None  # (B, L + N)
+
+    def __call__(self, block: nn.Module, *args: object) -> Tensor:
+        lacks_mask = len(args) == 3  # hidden states, modulation, rotary embedding
+        if lacks_mask and block in list(self.single_blocks):
+            args = (*args, self.mask)
+        return self.checkpoint(block, *args)
+
+
+def _pass_mask_to_checkpoints(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a forward of the transformer: its checkpoints know the mask of this forward."""
+    checkpoint = denoiser._gradient_checkpointing_func
+    if checkpoint is None:
+        return
+    if isinstance(checkpoint, _CheckpointWithMask):
+        checkpoint = checkpoint.checkpoint
+    denoiser._gradient_checkpointing_func = _CheckpointWithMask(
+        checkpoint, denoiser.single_transformer_blocks, kwargs.get("attention_mask")
+    )
