@@ -149,6 +149,20 @@ def quantised_layer(layer: nn.Module) -> QuantisedLayer | None:
     return None if kind is None else QuantisedLayer(layer, kind)
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes; of a quantised weight those of its values and scales."""
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    count = tensor.numel() * tensor.element_size()
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes in 4 bits
+    if state is not None:
+        parts = state.as_dict(packed=True).values()
+        count += sum(part.numel() * part.element_size() for part in parts)
+    scales = getattr(tensor, "SCB", None)  # bitsandbytes in 8 bits
+    return count if scales is None else count + scales.numel() * scales.element_size()
+
+
 def _kind_of(layer: nn.Module) -> QuantisedKind | None:
     """How a layer's weight is stored; None where it is not quantised, or not in a known way."""
     for cls in type(layer).__mro__:

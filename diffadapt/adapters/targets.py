@@ -186,7 +186,7 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
     if "forward" in layer.__dict__ or hasattr(layer, "_hf_hook"):
         raise ValueError(
             f"{name}: its forward is overridden by a hook, so an adapter would have no effect; "
-            "attach before offloading or dispatching the model"
+            "attach before offloading, dispatching or casting the model"
         )
     bias = getattr(layer, "bias", None)
     layer_state = layer_state_of([layer])

@@ -98,6 +98,8 @@ def load_base(
     vae: str | None = None,
     prediction_type: str | None = None,
     safety_checker: bool = False,
+    base_precision: str | None = None,
+    transformer: str | None = None,
     is_staged: bool = False,
     text_encoder_device: torch.device | str | None = None,
     resident_blocks: int | None = None,
@@ -113,6 +115,9 @@ def load_base(
         vae: another autoencoder in place of the base's own: folder, hub name or `.safetensors` file.
         prediction_type: epsilon, v_prediction or sample, in place of what the base's scheduler says.
         safety_checker: keep the one of a Stable Diffusion pipeline.
+        base_precision: nf4, int8 or fp8: quantises the Linear layers in the blocks of the denoiser.
+        transformer: a `.gguf` or `.safetensors` file with the denoiser's weights, in place of the base's own
+            and as it is stored.
         is_staged: leave everything in main memory for now. The denoiser of a base that samples from encoded
             captions has only shapes until `Placement.load_denoiser`.
         text_encoder_device: with `is_staged`, the one on which text encoders compute; None for `device`.
@@ -125,7 +130,15 @@ def load_base(
     from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
 
     family = _family_of(name, revision)
-    open_base = partial(open_pipeline, name, dtype=dtype, revision=revision, variant=variant)
+    open_base = partial(
+        open_pipeline,
+        name,
+        dtype=dtype,
+        revision=revision,
+        variant=variant,
+        base_precision=base_precision,
+        transformer=transformer,
+    )
     is_denoiser_later = is_staged and family.samples_from_states and not is_single_file(resolve(name))
     shapes = {}
     if is_denoiser_later:

@@ -9,9 +9,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from torch import nn
 
-from diffadapt.common.pipeline_components import AUTOENCODER
+from diffadapt.common.pipeline_components import AUTOENCODER, DENOISERS
 from diffadapt.models.base import BaseModel
 from diffadapt.models.base_names import looks_local, pipeline_class, pipeline_index, resolve
+from diffadapt.models.denoiser_loading import load_denoiser
 from diffadapt.models.families import family_of_pipeline, freeze
 from diffadapt.models.single_file import is_single_file, open_single_file
 
@@ -25,6 +26,8 @@ def open_pipeline(
     vae: str | None = None,
     prediction_type: str | None = None,
     safety_checker: bool = True,
+    base_precision: str | None = None,
+    transformer: str | None = None,
     components: Mapping[str, object] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline on the CPU: its autoencoder in float32, since some overflow in half, all else in `dtype`.
@@ -39,16 +42,32 @@ def open_pipeline(
     """
     class_name = pipeline_class(name, revision=revision)
     path = resolve(name)
+    is_loaded_apart = base_precision is not None or transformer is not None
     if is_single_file(path):
+        if is_loaded_apart:
+            raise ValueError(
+                f"{name} is a single file, whose denoiser is neither quantised nor replaced; give the folder "
+                "or hub name of the pipeline"
+            )
         pipe = _pipeline_from_file(path, dtype)
     else:
         family = family_of_pipeline(class_name)
         pipeline_type = DiffusionPipeline if family is None else family.pipeline_type(class_name)
-        left_out: dict[str, object] = {}
+        replaced: dict[str, object] = {}
         if family is not None:
-            left_out |= _absent_components(family, pipeline_index(name, revision=revision))
+            replaced |= _absent_components(family, pipeline_index(name, revision=revision))
             if not safety_checker:
-                left_out |= family.without_safety_checker
+                replaced |= family.without_safety_checker
+        replaced |= dict(components or {})
+        if is_loaded_apart and replaced.keys().isdisjoint(DENOISERS):
+            replaced |= load_denoiser(
+                name,
+                dtype=dtype,
+                base_precision=base_precision,
+                file=transformer,
+                revision=revision,
+                variant=variant,
+            )
         pipe = pipeline_type.from_pretrained(
             path,
             # SDXL's autoencoder overflows in float16.
@@ -56,7 +75,7 @@ def open_pipeline(
             revision=revision,
             variant=variant,
             use_safetensors=True,  # no pickled weights
-            **left_out | dict(components or {}),
+            **replaced,
         )
     if vae is not None:
         replacement = open_autoencoder(vae)

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from diffadapt.adapters.quantised_layers import stored_bytes
 from diffadapt.data.batches import Batches
 from diffadapt.training.loop import TrainState, attention_kernel, positions
 from diffadapt.training.optimizers import state_values
@@ -99,4 +100,4 @@ def _bytes_kept_by_forward(train_state: TrainState, batches: Batches, base_tenso
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(stored_bytes(tensor) for tensor in tensors)

@@ -53,6 +53,7 @@ ALWAYS = frozenset(  # options that have an effect whatever the others are
     (
         "pretrained_model_name_or_path",
         "pretrained_vae_model_name_or_path",
+        "transformer",
         "prediction_type",
         "output_dir",
         "seed",

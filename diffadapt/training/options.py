@@ -37,6 +37,9 @@ class BaseModelOptions:
     pretrained_vae_model_name_or_path: str | None = option(
         None, "autoencoder to use instead of the base model's: folder, hub name or .safetensors file"
     )
+    transformer: str | None = option(
+        None, "weights of the denoiser to use instead of the base model's: a .gguf or .safetensors file"
+    )
     prediction_type: str | None = option(
         None,
         "override the scheduler's prediction type",
@@ -235,8 +238,9 @@ class HardwareOptions:
     )
     base_precision: str | None = option(
         None,
-        "precision of the frozen base model (default: that of --mixed_precision on a GPU, fp32 on a CPU)",
-        choices=("fp32", "fp16", "bf16"),
+        "precision of the frozen base model (default: that of --mixed_precision on a GPU, fp32 on a CPU); "
+        "int8, fp8 and nf4 quantise the Linear layers in the denoiser's blocks",
+        choices=("fp32", "fp16", "bf16", "int8", "fp8", "nf4"),
     )
     text_encoder_device: str | None = option(
         None,

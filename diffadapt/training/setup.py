@@ -23,6 +23,7 @@ from diffadapt.formats.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
+from diffadapt.models.denoiser_loading import QUANTISED, check_denoiser_file, check_quantisation
 from diffadapt.models.families import load_base
 from diffadapt.models.noise_schedule import TimestepSampling, parse_timestep_shift
 from diffadapt.models.sampling import SamplingConfig, captions_to_encode
@@ -239,6 +240,7 @@ def _check_options(options: OptionsT) -> tuple[OptionsT, list[str]]:
     parse_formats(options.export_formats)
     check_effects(options, base_profile(options))
     check_text_encoder_lr(options)
+    _check_denoiser_source(options)
     options, notices = output_folder.resolve_output_dir(options)
     output_folder.check_outside_data(options)
     output_folder.check_outside_models(options)
@@ -246,6 +248,30 @@ def _check_options(options: OptionsT) -> tuple[OptionsT, list[str]]:
     check_hub(options)
     build_method(options)  # for its errors; what it builds may still change with the base
     return options, notices
+
+
+def _check_denoiser_source(options: TrainOptions) -> None:
+    """Checks `--base_precision` and `--transformer` before anything is loaded.
+
+    Raises:
+        ValueError, ImportError or FileNotFoundError: with the remedy.
+    """
+    is_quantised = options.base_precision in QUANTISED
+    if is_quantised:
+        check_quantisation(options.base_precision)
+    if options.transformer is not None:
+        check_denoiser_file(options.transformer)
+        if is_quantised:
+            raise ValueError(
+                f"--transformer {options.transformer} is used as it is stored: leave out --base_precision "
+                f"{options.base_precision}"
+            )
+    if is_quantised or options.transformer is not None:
+        for name in ("shard_base", "offload_blocks"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"--{name} moves plain weights alone: leave it out, or --base_precision and --transformer"
+                )
 
 
 def _start_accelerator(options: TrainOptions) -> Accelerator:
@@ -271,14 +297,18 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
     Raises:
         ValueError: for a class-conditional base in a script of captions, and options that the base excludes.
     """
+    is_quantised = options.base_precision in QUANTISED
+    plain_precision = None if is_quantised else options.base_precision
     model = load_base(
         options.pretrained_model_name_or_path,
         device=accelerator.device,
-        dtype=runtime.weight_dtype(accelerator, options.base_precision),
+        dtype=runtime.weight_dtype(accelerator, plain_precision),
         revision=options.revision,
         variant=options.variant,
         vae=options.pretrained_vae_model_name_or_path,
         prediction_type=options.prediction_type,
+        base_precision=options.base_precision if is_quantised else None,
+        transformer=options.transformer,
         is_staged=True,
         text_encoder_device=options.text_encoder_device,
         resident_blocks=options.offload_blocks,

@@ -220,6 +220,13 @@ def test_projections_are_not_fused_around_an_adapter(spec):
     da.attach(unet, da.make_method(spec), "attention")
 
 
+def test_storage_in_another_type_before_attaching_is_refused():
+    unet = tiny_unet()
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"forward is overridden by a hook.*attach before .*casting"):
+        da.attach(unet, da.LoRA(rank=2), "attention")
+
+
 def test_storage_in_another_type_after_attaching_can_sample():
     """diffusers' hooks cast weights for the forward alone."""
     unet = tiny_unet()

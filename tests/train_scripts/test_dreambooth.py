@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers.pipelines import tiny_clip, tiny_sd_pipeline, write_pictures
+from helpers.quantised_kinds import QUANTISED, needs
 from helpers.scripts import runner
 from huggingface_hub import RepoUrl
 from PIL import Image
@@ -187,6 +188,36 @@ def test_the_frozen_base_can_have_a_precision_of_its_own(run, tmp_path, capsys):
         assert run(*arguments(tmp_path, "out"), "--dry_run", "--base_precision", precision) == 0
         sizes.append(float(re.search(r"base ([\d.]+) MiB", capsys.readouterr().out)[1]))
     assert 0.45 * sizes[0] < sizes[1] < 0.6 * sizes[0]  # the autoencoder stays in float32
+
+
+@needs(QUANTISED["torchao-int8"])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_base_is_smaller_and_trains(run, tmp_path, capsys, precision):
+    sizes = []
+    for choice in ("fp32", precision):
+        assert run(*arguments(tmp_path, "out"), "--dry_run", "--base_precision", choice) == 0
+        sizes.append(float(re.search(r"base ([\d.]+) MiB", capsys.readouterr().out)[1]))
+    assert sizes[1] < 0.95 * sizes[0]
+    options = ("--max_train_steps", 2, "--num_validation_images", 1, "--export_formats", "diffusers")
+    assert run(*arguments(tmp_path, "out"), "--base_precision", precision, *options) == 0
+    assert (tmp_path / "out" / "adapter_diffusers.safetensors").is_file()
+    base = da.read_metadata(tmp_path / "out" / "adapter.safetensors")["adapter"]["base"]
+    assert base["quantisation"].startswith("torchao ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--transformer", "absent.gguf"), "absent.gguf: there is no such file"),
+        (("--transformer", "weights.bin"), "give a .gguf or .safetensors file"),
+        (("--base_precision", "int8", "--shard_base"), "--shard_base moves plain weights alone"),
+        (("--base_precision", "fp8", "--offload_blocks", 1), "--offload_blocks moves plain weights alone"),
+    ],
+)
+def test_what_a_quantised_base_cannot_do_is_said_first(run, tmp_path, capsys, options, message):
+    assert run(*arguments(tmp_path, "out"), *options) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_encodes_no_more_than_it_shows_and_fills_no_cache(run, tmp_path, capsys, monkeypatch):

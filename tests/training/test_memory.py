@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.quantised_kinds import IN, OUT, QUANTISED, needs
 from helpers.small_run import SmallBatches, bits, same_bits, small_train_state
 
+from diffadapt.adapters.quantised_layers import stored_bytes
 from diffadapt.training.loop import train
 from diffadapt.training.memory import estimate_memory
 
@@ -53,3 +55,13 @@ def test_activations_grow_with_the_batch_shrink_with_checkpointing_and_change_no
     assert (
         estimate(small_train_state(train_batch_size=4, gradient_checkpointing=True)).activations < large / 2
     )
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs(kind), id=name) for name, kind in QUANTISED.items()]
+)
+def test_quantised_weights_count_by_their_real_bytes(kind):
+    layer = kind.layer()
+    parts = {"bnb-nf4": 4.5, "bnb-fp4": 4.5, "gguf-q4": 4.5, "gguf-q8": 8.5}  # bits of a value with its scale
+    bits_per_value = stored_bytes(layer.weight) * 8 / (IN * OUT)
+    assert bits_per_value == pytest.approx(parts.get(kind.name, 8.5), rel=0.1)
