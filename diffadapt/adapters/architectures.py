@@ -39,16 +39,16 @@ class PublishedNames:
     """Names by which files of other programs know a base and its layers.
 
     Attributes:
-        architecture: ``modelspec.architecture`` without the ending for adapters, "stable-diffusion-v1".
-        base_version: ``ss_base_model_version``, "sd_v1".
+        architecture: `modelspec.architecture` without the ending for adapters, "stable-diffusion-v1".
+        base_version: `ss_base_model_version`, "sd_v1".
         resolution: side, in pixels, of the images the published model was trained on.
         has_published_sizes: whether the layers have the sizes of a published model of this architecture.
         original_path: a layer's path in diffusers -> in the original code, where kohya's files use that name;
             None for a layer that the original code does not have.
         original_layer: a layer's path in diffusers -> its place in the original code; None for a layer
             without one. Only of transformers, whose layers have diffusers' names in files for ComfyUI.
-        numbers_first_encoder: whether layers of the first text encoder begin with ``lora_te1_`` and not with
-            ``lora_te_``.
+        numbers_first_encoder: whether layers of the first text encoder begin with `lora_te1_` and not with
+            `lora_te_`.
     """
 
     architecture: str

@@ -22,7 +22,7 @@ def resize(arguments: argparse.Namespace) -> str:
     """Writes the resized file. Returns a summary to print."""
     from diffadapt.formats.edit.resize_combine import resized
 
-    opened = open_adapters([(arguments.file, 1.0)], arguments.base)
+    opened = open_adapters([(arguments.file, 1.0)], arguments.base)  # (path, strength)
     values_before = opened.num_parameters
     changes, energy_share = resized(opened.layers(), rank=arguments.rank, energy=arguments.energy)
     path = opened.write(changes, arguments.out, {"resized_from": arguments.file})

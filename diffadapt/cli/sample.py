@@ -116,7 +116,7 @@ def _notify_truncated_prompts(
     pipe: DiffusionPipeline, requests: Sequence[ImageRequest], config: SamplingConfig
 ) -> None:
     """Reports prompts that are longer than the text encoders read."""
-    prompts = [request.prompt for request in requests if request.label is None]
+    prompts = [request.prompt for request in requests if request.label is None]  # a class is no text to read
     if config.negative_prompt:
         prompts.append(config.negative_prompt)
     truncated = truncated_prompts(pipe, prompts)
@@ -167,6 +167,7 @@ def _write_images(
     captions = [f"seed {request.seed}: {request.prompt}" for request in requests]
     with tqdm(desc="images", total=len(requests) * len(columns)) as bar:
         for column in columns:
+            # every column has the same prompts and seeds, so that only the strengths differ between panels
             for adapter, strength in zip(adapters, column.strengths, strict=True):
                 adapter.strength = strength
             images = []

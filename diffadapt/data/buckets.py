@@ -25,6 +25,7 @@ class Buckets:
 
     def nearest(self, image_size: tuple[int, int]) -> Size:
         """The size whose aspect ratio is closest, in logarithms, to that of `image_size` (width, height)."""
+        # log(h / w), so that 2 : 1 is as far from the square as 1 : 2
         log_ratio = math.log(image_size[1] / image_size[0])
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - log_ratio))
 
@@ -47,7 +48,7 @@ def bucket_sizes(text: str, *, resolution: int, step: int) -> tuple[Size, ...]:
     try:
         for part in text.split(";"):
             if part.strip():
-                height, width = (int(side) for side in part.split(","))
+                height, width = map(int, part.split(","))
                 sizes.append((height, width))
     except ValueError:  # not a number, or not two
         sizes = []
@@ -65,7 +66,7 @@ def _auto_sizes(resolution: int, step: int) -> tuple[Size, ...]:
     """See `bucket_sizes`."""
     sizes = set()
     for long_side in range(max(resolution, step), 2 * resolution + 1, step):
-        short_side = resolution * resolution // long_side // step * step
+        short_side = resolution * resolution // long_side // step * step  # rounded down to a multiple
         if short_side >= max(resolution // 2, step):
             sizes |= {(long_side, short_side), (short_side, long_side)}
     if not sizes:
@@ -103,11 +104,13 @@ class BucketOrder:
         return samples
 
     def _sample_index(self, group: int, place: int) -> SampleIndex:
+        # the first groups of epochs, computed as far as this position needs them
         while self._epoch_starts[-1] <= group:
             self._epoch_starts.append(self._complete_groups(len(self._epoch_starts)))
         epoch = bisect_right(self._epoch_starts, group) - 1
         bucket, number = self._schedule(epoch)[group - self._epoch_starts[epoch]]
         members = self.members[bucket]
+        # the bucket's own stream goes on over epochs: its group `number` begins after number * group samples
         pass_number, pass_place = divmod(number * self.group + place, len(members))
         shuffled = permutation(("bucket", self.seed, bucket, pass_number), len(members))
         index = members[int(shuffled[pass_place])]
@@ -124,6 +127,7 @@ class BucketOrder:
         for bucket, members in enumerate(self.members):
             first = epoch * len(members) // self.group
             end = (epoch + 1) * len(members) // self.group
-            groups += [(bucket, number) for number in range(first, end)]
+            for number in range(first, end):
+                groups.append((bucket, number))
         order = permutation(("buckets", self.seed, epoch), len(groups))
         return [groups[index] for index in order.tolist()]

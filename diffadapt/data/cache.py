@@ -72,6 +72,7 @@ class DiskCache:
         except (ValueError, FileNotFoundError) as error:
             tqdm.write(f"cache: {error}; it is encoded again")
             return None
+        # the key too: a file may have been renamed, or copied over another
         if header.get("key") != key or header.get("sha256") != hash_tensors(entry):
             tqdm.write(f"cache: {path} does not hold what was written to it; it is encoded again")
             return None
@@ -79,6 +80,7 @@ class DiskCache:
 
     def put(self, key: str, entry: Entry) -> None:
         """Stores an entry."""
+        # safetensors stores contiguous tensors only
         entry = {name: value.detach().cpu().contiguous() for name, value in entry.items()}
         header = {"key": key, "sha256": hash_tensors(entry)}
         write_atomically(self._path(key), lambda path: save_file(entry, path, metadata=header))
@@ -122,7 +124,9 @@ def fingerprint(*components: object) -> str:
     for component in components:
         hasher.update(f"{type(component).__name__}|{_configuration(component)}|".encode())
         if isinstance(component, nn.Module):
-            weights = {name: value.detach().cpu() for name, value in component.state_dict().items()}
+            weights = {}
+            for name, value in component.state_dict().items():
+                weights[name] = value.detach().cpu()
             hasher.update(hash_tensors(weights).encode())
         if isinstance(component, PreTrainedTokenizerBase):
             hasher.update(_tokenizer_rules(component).encode())

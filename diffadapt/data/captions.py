@@ -31,7 +31,7 @@ def choose_caption_column(columns: Sequence[str], requested: str | None, place: 
     for name in candidates:
         if name in columns:
             return name
-    names = " or ".join(repr(name) for name in candidates)
+    names = " or ".join(map(repr, candidates))
     raise ValueError(f"{place} has no column {names}; --caption_column is one of: {', '.join(columns)}")
 
 
@@ -39,7 +39,7 @@ def parse_caption(cell: object, place: str) -> str:
     """The caption in a cell, on one line.
 
     Args:
-        cell: A text, or a list of texts, of which the first one is the caption. None, NaN and the words that
+        cell: a text, or a list of texts, of which the first one is the caption. None, NaN and the words that
             programs write for them (nan, null, None) are no caption.
         place: file and line, for messages.
 
@@ -50,8 +50,11 @@ def parse_caption(cell: object, place: str) -> str:
         ValueError: the cell is of another type, such as a number.
     """
     if isinstance(cell, list | tuple):
-        captions = (parse_caption(item, place) for item in cell)
-        return next((caption for caption in captions if caption), "")
+        for item in cell:
+            caption = parse_caption(item, place)
+            if caption:
+                return caption
+        return ""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     if not isinstance(cell, str):
@@ -106,7 +109,7 @@ class CaptionFiles:
                     f"{path} is a link out of {str(self._folder)!r}; copy the file, or give --follow_links"
                 )
             texts[path] = parse_caption(read_text(path), str(path))
-        captions = set(texts.values()) - {""}
+        captions = set(texts.values()) - {""}  # an empty file beside a filled one is no contradiction
         if len(captions) > 1:
             lines = [f"{path}: {text[:80]!r}" for path, text in texts.items()]
             raise ValueError(f"{image} has two captions; remove one of the files:\n{indented_list(lines)}")

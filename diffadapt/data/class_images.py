@@ -144,6 +144,7 @@ def _check_record(folder: Path, recipe: ClassRecipe, *, has_missing: bool) -> No
     if not existing_names:
         return
     record = _read_record(folder)
+    # images that a user put there have no record, and only the user knows what they show
     if not existing_names.intersection(record.get("images", ())):
         notify(
             f"{len(existing_names)} class images of {str(folder)!r} are used, which have no record of what "
@@ -151,6 +152,7 @@ def _check_record(folder: Path, recipe: ClassRecipe, *, has_missing: bool) -> No
         )
         return
     content = recipe.content()
+    # images of another class or base would preserve another prior; other settings only vary the images
     for name in ("class_prompt", "base"):
         if record.get(name) != content[name]:
             option = "pretrained_model_name_or_path" if name == "base" else name
@@ -179,8 +181,9 @@ def _read_record(folder: Path) -> dict[str, object]:
 
 def _write_record(folder: Path, recipe: ClassRecipe, missing_numbers: Iterable[int]) -> None:
     """Writes the record before the first image, so that no generated image is without one."""
+    # of those recorded before, the ones that still exist
     names = _image_names_in(folder).intersection(_read_record(folder).get("images", ()))
-    names.update(_image_name(number) for number in missing_numbers)
+    names.update(map(_image_name, missing_numbers))
     text = json.dumps({**recipe.content(), "images": sorted(names)}, indent=1) + "\n"
     write_atomically(folder / RECORD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -201,6 +204,7 @@ def _missing_numbers(folder: Path, count: int) -> list[int]:
     """The numbers of the images that would fill a folder up to `count`."""
     existing_names = _image_names_in(folder)
     free_numbers = []
+    # as many numbers as could be taken and still leave `count` free ones
     for number in range(count + len(existing_names)):
         if _image_name(number) not in existing_names:
             free_numbers.append(number)

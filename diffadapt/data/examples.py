@@ -77,6 +77,7 @@ class ShuffledOrder:
         class_samples = []
         for position in positions:
             epoch, place = divmod(position, self.length)
+            # keyed by the epoch, so the order needs no state; `permutation` keeps the latest ones
             sample = int(permutation(("order", self.seed, epoch), self.length)[place])
             instance_samples.append(SampleIndex("instance", sample % self.instances, epoch, sample))
             if self.classes:

@@ -72,13 +72,18 @@ def read_captioned_folder(
         follow_links=follow_links,
         with_other_columns=with_other_columns,
     )
-    missing = [path for path in images if not captions.by_image[path]]
+    examples = []
+    missing = []
+    for path in images:
+        examples.append(Example(path, captions.by_image[path]))
+        if not captions.by_image[path]:
+            missing.append(path)
     if missing:
         remedy = _missing_caption_remedy(missing[0], find_metadata_files(files))
         names = indented_list(missing)
         raise ValueError(f"{len(missing)} of {len(images)} images have no caption; {remedy}:\n{names}")
     notify_unused(folder, exclude_paths(files, [*images, *captions.files]))
-    return _repeat(folder, [Example(path, captions.by_image[path]) for path in images])
+    return _repeat(folder, examples)
 
 
 def read_instance_folder(
@@ -105,7 +110,7 @@ def read_instance_folder(
         )
     folder = Path(folder)
     images = list_subject_images(folder, follow_links=follow_links)
-    reads_subfolders = any(path.parent != folder for path in images)
+    reads_subfolders = any(path.parent != folder for path in images)  # in kohya's layout
     files, _ = visible_files(folder, recursive=reads_subfolders, follow_links=follow_links)
     unread_folders = [] if reads_subfolders else list_subfolders(folder)
     if with_captions:
@@ -113,10 +118,12 @@ def read_instance_folder(
         remedies = {}
     else:
         captions = FolderCaptions(dict.fromkeys(images, ""), [])
+        # caption files are unused then, which the report below says with this remedy
         remedies = dict.fromkeys((*CAPTION_SUFFIXES, ".jsonl", ".csv", ".parquet"), CAPTIONS_REMEDY)
     unused = exclude_paths(files, [*images, *captions.files])
     notify_unused(folder, unused, unread_folders, remedies=remedies)
-    return _repeat(folder, [Example(path, captions.by_image[path] or prompt) for path in images])
+    examples = [Example(path, captions.by_image[path] or prompt) for path in images]
+    return _repeat(folder, examples)
 
 
 def list_subject_images(folder: str | Path, *, follow_links: bool = False) -> list[Path]:
@@ -138,10 +145,14 @@ def read_class_folders(folder: str | Path, *, follow_links: bool = False) -> tup
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; give the folder that holds one folder per class")
-    names = [path.name for path in list_subfolders(folder)]
+    names = []
+    links_outside = []
+    for path in list_subfolders(folder):
+        names.append(path.name)
+        if escapes_root(path, folder):
+            links_outside.append(path)
     if not names:
         raise ValueError(f"no class folders in {str(folder)!r}; expected one folder of images per class")
-    links_outside = [folder / name for name in names if escapes_root(folder / name, folder)]
     if links_outside and not follow_links:
         raise ValueError(
             f"links out of {str(folder)!r}; copy the folders instead, or give --follow_links:\n"
@@ -254,7 +265,7 @@ def _has_kohya_layout(folder: Path) -> bool:
     """Whether a folder has the layout of kohya's scripts: all images in subfolders named like "10_name"."""
     if not folder.is_dir():
         return False
-    files, _ = visible_files(folder)
+    files, _ = visible_files(folder)  # of the folder alone
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         return False
     image_folders = folders_with_images(list_subfolders(folder))
@@ -266,7 +277,7 @@ def _repeat(folder: Path, examples: list[Example]) -> list[Example]:
     if not _has_kohya_layout(folder):
         _notify_not_repeated(folder, examples)
         return examples
-    repeats: dict[str, int] = {}
+    repeats: dict[str, int] = {}  # by name of the subfolder
     repeated: list[Example] = []
     for example in examples:
         name = _subfolder_name(folder, example)
@@ -279,11 +290,15 @@ def _repeat(folder: Path, examples: list[Example]) -> list[Example]:
 
 def _notify_not_repeated(folder: Path, examples: Sequence[Example]) -> None:
     """Reports subfolders named like "10_name" if other images do not lie in such folders."""
-    names = {_subfolder_name(folder, example) for example in examples}
-    numbered = sorted(name for name in names if REPEATS.fullmatch(name) and (folder / name).is_dir())
+    numbered = set()
+    for example in examples:
+        name = _subfolder_name(folder, example)
+        # an image in the folder itself may have such a name too, "10_dog.png"
+        if REPEATS.fullmatch(name) and (folder / name).is_dir():
+            numbered.add(name)
     if numbered:
         notify(
-            f"nothing is repeated as {shorten_list(numbered)} of {str(folder)!r} may mean: "
+            f"nothing is repeated as {shorten_list(sorted(numbered))} of {str(folder)!r} may mean: "
             "not all images lie in folders whose names begin with a number of repeats"
         )
 

@@ -37,7 +37,7 @@ def open_table(
     """Opens a split of a data set: one saved with `save_to_disk`, or what `load_dataset` finds.
 
     Args:
-        name: A folder, or the name of a data set on the hub.
+        name: a folder, or the name of a data set on the hub.
         config_name: the configuration of the data set.
         split: the name of the split.
         is_streaming: read row by row instead of downloading all of it.
@@ -47,6 +47,7 @@ def open_table(
         ValueError: there is no such split; the message lists the splits.
     """
     if any((Path(name) / file).is_file() for file in SAVED_DATASET_FILES):
+        # load_dataset does not read what save_to_disk wrote
         table = datasets.load_from_disk(name)
     else:
         table = datasets.load_dataset(name, config_name, streaming=is_streaming)
@@ -131,7 +132,7 @@ def read_captioned_table(
         The examples; a stream if the table is read row by row.
 
     Raises:
-        ValueError: A column does not exist or has another type; the message lists the columns.
+        ValueError: a column does not exist or has another type; the message lists the columns.
     """
     image_column, columns = _choose_image_column(table, image_column, name)
     caption_column = choose_caption_column(columns, caption_column, name)
@@ -142,6 +143,7 @@ def read_captioned_table(
 
     def open_epoch(epoch: int) -> Iterator[Example]:
         # A buffer of one row shuffles the shards only; the stream shuffles rows in blocks.
+        # The seed of an epoch is a function of its number, so that the epoch can be opened again.
         shards = files.shuffle(seed=seed + epoch, buffer_size=1) if files.num_shards > 1 else files
         for number, row in enumerate(shards):
             place = f"sample {number} of epoch {epoch} of {name}"
@@ -166,7 +168,7 @@ def read_labelled_table(
         The examples, and the names of the classes.
 
     Raises:
-        ValueError: A column does not exist, which the message lists, or a label is not a class.
+        ValueError: a column does not exist, which the message lists, or a label is not a class.
     """
     image_column, columns = _choose_image_column(table, image_column, name)
     label_column = label_column or LABEL_COLUMN
@@ -190,7 +192,7 @@ def _check_numbers(labels: Sequence[object], column: str, name: str) -> list[int
     """The labels, which must be class numbers from 0 on.
 
     Raises:
-        ValueError: A label is not; the message names its row.
+        ValueError: a label is not; the message names its row.
     """
     for row, label in enumerate(labels):
         if not isinstance(label, int) or label < 0:
@@ -205,7 +207,7 @@ def _check_names(labels: Sequence[object], column: str, name: str) -> None:
     """Checks that all labels are names.
 
     Raises:
-        ValueError: A label is not; the message names its row.
+        ValueError: a label is not; the message names its row.
     """
     for row, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
@@ -227,7 +229,7 @@ def _number_classes(labels: Sequence[object], column: str, name: str) -> tuple[l
             classes.sort(key=int)  # 2 before 10, as for folders
     else:
         classes = sorted(set(_check_numbers(labels, column, name)))
-    names = [str(label) for label in classes]
+    names = list(map(str, classes))
     number_of = {label: number for number, label in enumerate(classes)}
     if classes != list(range(len(classes))):
         notify(
@@ -245,7 +247,10 @@ def _choose_image_column(table: Table, requested: str | None, name: str) -> tupl
     features = table.features or next(iter(table))  # a stream without a schema: the first row has the names
     columns = list(features)
     column_types = dict(table.features or {})
-    image_columns = [column for column, column_type in column_types.items() if _holds_images(column_type)]
+    image_columns = []
+    for column, column_type in column_types.items():
+        if _holds_images(column_type):
+            image_columns.append(column)
     column = requested or (image_columns[0] if image_columns else IMAGE_COLUMN)
     if column not in columns:
         raise ValueError(f"{name} has no column {column!r}; --image_column is one of: {', '.join(columns)}")
@@ -258,6 +263,7 @@ def _choose_image_column(table: Table, requested: str | None, name: str) -> tupl
 
 def _as_image_files(table: Table, *columns: str) -> Table:
     """The columns, with the first one as image files that are not decoded."""
+    # not decoded, since common/images.py knows color profiles and orientation
     return table.select_columns(list(columns)).cast_column(columns[0], datasets.Image(decode=False))
 
 
@@ -276,6 +282,7 @@ def _read_image_file(cell: object, place: str, name: str) -> bytes:
         raise ValueError(f"{place} holds no image")
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
+    # a table can name any file of the machine, so the path must lead to the data set
     path = Path(str(cell.get("path")))
     # Files of a data set from the hub lie in the caches of datasets and of the hub.
     allowed_folders = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]

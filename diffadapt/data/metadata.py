@@ -81,6 +81,7 @@ def read_metadata_captions(
     if not follow_links and escapes_root(metadata, root):
         raise ValueError(f"{metadata} is a link out of {str(root)!r}; copy the file, or give --follow_links")
     rows, columns = _read_table(metadata)
+    # validation data may have other columns than the training data whose options these are
     if with_other_columns:
         image_column = image_column if image_column in columns else None
         caption_column = caption_column if caption_column in columns else None
@@ -92,6 +93,7 @@ def read_metadata_captions(
     caption_column = choose_caption_column(columns, caption_column, metadata)
     folder = metadata.parent
     path_of_name = _paths_by_name(files, folder)
+    # all rows are read before an error is raised, so that one run shows every problem of a file
     captions: dict[Path, str] = {}
     line_of: dict[Path, int] = {}
     problems: list[str] = []
@@ -233,7 +235,7 @@ def _read_json_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line, object_pairs_hook=_row_of_pairs)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # the latter for brackets nested thousands deep
             raise ValueError(f"line {number} of {metadata} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f'line {number} of {metadata} is not of the form {{"column": value, ...}}')
@@ -256,6 +258,7 @@ def _read_csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
         text = remaining_text
         line_offset = 1
     else:
+        # a comma in the header decides, since names of columns rarely hold one, and captions often
         delimiter = "," if "," in first_line else max(DELIMITERS, key=first_line.count)
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
@@ -267,7 +270,7 @@ def _read_csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, Row]]:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
-            line = reader.line_num + line_offset
+            line = reader.line_num + line_offset  # the last line of the row, where a cell has several
             if len(cells) != len(columns):
                 raise ValueError(
                     f"line {line} of {metadata} has {len(cells)} fields for {len(columns)} columns; "

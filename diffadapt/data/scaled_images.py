@@ -114,4 +114,5 @@ def _reduce(image: Image.Image, original_size: tuple[int, int], size: Size) -> N
     smallest = (OVERSAMPLING * width, OVERSAMPLING * height)
     if original_size != image.size:  # rotated by 90 degrees in the file
         smallest = smallest[::-1]
+    # libjpeg scales while it decodes, by powers of 2 and at almost no cost
     image.draft(image.mode, smallest)

@@ -80,20 +80,21 @@ class Stream:
         key = (epoch, number)
         if key not in self._blocks:
             self._blocks[key] = self._read_block(epoch, number)
-            while len(self._blocks) > BLOCKS_IN_MEMORY:
+            while len(self._blocks) > BLOCKS_IN_MEMORY:  # the one used longest ago goes first
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(key)
         return self._blocks[key]
 
     def _read_block(self, epoch: int, number: int) -> list[Example]:
         """Reads a block; one that is not full ends the epoch and gives its length."""
+        # an iterator only goes forward: another epoch, or a block behind it, needs a new one
         if epoch != self._epoch or number < self._next_block:
             self._epoch = epoch
             self._next_block = 0
             self._samples = self._open_epoch(epoch)
         block_start = number * self.buffer
         to_skip = block_start - self._next_block * self.buffer
-        skipped = sum(1 for _ in islice(self._samples, to_skip))
+        skipped = sum(1 for _ in islice(self._samples, to_skip))  # fewer where the epoch ends before
         block = []
         if skipped == to_skip:
             block = list(islice(self._samples, self.buffer))

@@ -77,10 +77,11 @@ def size_notes(
     enlarged = []
     cropped = []
     for source, (width, height), (crop_height, crop_width) in zip(sources, sizes, crops, strict=True):
-        if isinstance(source, PlannedImage):
+        if isinstance(source, PlannedImage):  # its gray placeholder has no size of its own
             continue
         # The image is scaled until it just covers the crop; the rest of its area is cropped away.
         scale = max(crop_width / width, crop_height / height)
+        # 1 - H W / (s^2 h w), with H x W the crop and s h x s w the scaled image
         share_outside = 1 - crop_width * crop_height / (scale**2 * width * height)
         name = f"{source} ({width} x {height} pixels)"
         if scale > MUCH_ENLARGED:
@@ -127,7 +128,10 @@ def _describe_sizes(summary: DataSummary) -> str:
     if not summary.bucket_of:
         return f"{summary.resolution} pixels"
     counts = Counter(summary.bucket_of.values())
-    return ", ".join(f"{count} of {height} x {width}" for (height, width), count in sorted(counts.items()))
+    sizes = []
+    for (height, width), count in sorted(counts.items()):
+        sizes.append(f"{count} of {height} x {width}")
+    return ", ".join(sizes)
 
 
 def _describe_encoding(summary: DataSummary) -> str:

@@ -172,7 +172,7 @@ class BaseModel(ABC):
         """The sides of training images are multiples of this, in pixels, where images differ in size.
 
         Raises:
-            ValueError for a denoiser that is made for one size only.
+            ValueError: the denoiser is made for one size only.
         """
         config = self.denoiser.config
         if "block_out_channels" not in config:
@@ -275,7 +275,7 @@ class BaseModel(ABC):
         """Lets `predict` encode captions in every step, so that gradients reach the text encoders.
 
         Raises:
-            ValueError with the reason, for a base whose text encoders cannot be trained.
+            ValueError: the text encoders of this base cannot be trained; the message says why.
         """
 
     # Prediction and objective
@@ -300,7 +300,7 @@ class BaseModel(ABC):
             sampling: of the times of a flow-matching base.
 
         Raises:
-            ValueError for a sampler without such a schedule behind it.
+            ValueError: the sampler has no such schedule behind it.
         """
         from diffadapt.models.beta_schedule import beta_schedule  # imports diffusers, which takes seconds
 

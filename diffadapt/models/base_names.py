@@ -32,7 +32,7 @@ def pipeline_class(name: str, *, revision: str | None = None) -> str:
     """The class of the pipeline of that name; of a hub name, only its index is fetched.
 
     Raises:
-        FileNotFoundError, OSError or ValueError with the remedy when there is no pipeline of that name.
+        FileNotFoundError, OSError, ValueError: there is no pipeline of that name; the message has the remedy.
     """
     path = resolve(name)
     if is_single_file(path):
@@ -44,7 +44,7 @@ def pipeline_index(name: str, *, revision: str | None = None) -> dict[str, objec
     """The content of a pipeline's model_index.json: component -> (library, class), and settings.
 
     Raises:
-        FileNotFoundError, OSError or ValueError with the remedy when there is no pipeline of that name.
+        FileNotFoundError, OSError, ValueError: there is no pipeline of that name; the message has the remedy.
     """
     path = resolve(name)
     folder = Path(path)

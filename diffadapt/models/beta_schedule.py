@@ -57,7 +57,7 @@ def beta_schedule(scheduler: SchedulerMixin, source: str) -> BetaSchedule:
         source: of the base, for messages.
 
     Raises:
-        ValueError for a sampler without betas, or with an unknown prediction type.
+        ValueError: the sampler has no betas, or an unknown prediction type.
     """
     config = scheduler.config
     if "beta_schedule" not in config:

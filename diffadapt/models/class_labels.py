@@ -29,7 +29,7 @@ def parse_class_labels(text: str, names: Mapping[int, str]) -> list[int]:
         names: of classes, by number.
 
     Raises:
-        ValueError for an item that is neither a number nor a known name.
+        ValueError: an item is neither a number nor a known name.
     """
     label_of_name = {name: label for label, name in names.items()}
     labels = []

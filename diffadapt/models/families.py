@@ -72,7 +72,8 @@ def profile_of(name: str, *, revision: str | None = None) -> BaseProfile:
     """What suits a base of that name. A value tuned on an embedded base never reaches another base.
 
     Raises:
-        OSError when there is no such base, ValueError when its kind is unknown.
+        OSError: there is no such base.
+        ValueError: its kind is unknown.
     """
     family = _family_of(name, revision)
     embedded_name = name.removeprefix(EMBEDDED)
@@ -125,7 +126,7 @@ def load_base(
             for all.
 
     Raises:
-        OSError or ValueError that says what was expected at `name`.
+        OSError, ValueError: there is no such base at `name`; the message says what was expected.
     """
     from diffadapt.models.open_pipeline import open_pipeline  # imports diffusers, which takes seconds
 

@@ -109,7 +109,7 @@ def flow_schedule(
         patch_size: latent positions per token, along one side.
 
     Raises:
-        ValueError for a scheduler that does not follow the straight path.
+        ValueError: the scheduler does not follow the straight path.
     """
     if "shift" not in config:
         raise ValueError(
@@ -135,7 +135,7 @@ def density_quantiles(uniforms: Tensor, density: str) -> Tensor:
         (B,) float64 in (0, 1).
 
     Raises:
-        ValueError for an unknown density.
+        ValueError: the density is unknown.
     """
     u = uniforms.clamp(SMALLEST_UNIFORM, 1 - SMALLEST_UNIFORM)
     if density == "uniform":

@@ -25,7 +25,7 @@ def model_from_config(source: str, *, text_encoders: bool = False) -> nn.Module 
             denoiser alone.
 
     Raises:
-        FileNotFoundError or ValueError saying what is missing.
+        FileNotFoundError, ValueError: a file or a part of it is missing; the message says which.
     """
     path = _local(source)
     if not (path / "model_index.json").is_file():

@@ -31,7 +31,7 @@ def parse_timestep_shift(text: str | None) -> float | None:
     """Parses `--timestep_shift`: auto is None, the base's own shift.
 
     Raises:
-        ValueError for anything but auto or a positive number.
+        ValueError: the text is neither auto nor a positive number.
     """
     if text in (None, "auto"):
         return None
@@ -71,6 +71,6 @@ class NoiseSchedule(Protocol):
         """The weight (B,) of each sample's loss with `--snr_gamma`.
 
         Raises:
-            ValueError for a schedule without a signal-to-noise weighting.
+            ValueError: the schedule has no signal-to-noise weighting.
         """
         ...

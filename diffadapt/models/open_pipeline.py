@@ -38,7 +38,7 @@ def open_pipeline(
         components: by name, to use instead of loading them from a folder or from the hub.
 
     Raises:
-        OSError or ValueError with the remedy when there is no pipeline of that name.
+        OSError, ValueError: there is no pipeline of that name; the message has the remedy.
     """
     class_name = pipeline_class(name, revision=revision)
     path = resolve(name)
@@ -125,7 +125,8 @@ def open_autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
     """An autoencoder in float32: its folder or hub name, a pipeline's folder, or a single file.
 
     Raises:
-        OSError with what was tried.
+        OSError: none was found; the message says what was tried.
+        ValueError: it is of another class.
     """
     path = resolve(name)
     if is_single_file(path):

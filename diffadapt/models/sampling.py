@@ -91,7 +91,7 @@ def generate(
             let the pipeline encode the prompts. It is asked for the captions of `captions_to_encode` only.
 
     Raises:
-        ValueError: The pipeline does not take this size, scheduler or negative prompt.
+        ValueError: the pipeline does not take this size, scheduler or negative prompt.
     """
     _check_size(pipe, config)
     base_scheduler = pipe.scheduler
@@ -233,7 +233,7 @@ def _make_scheduler(pipe: DiffusionPipeline, name: str) -> diffusers.SchedulerMi
     """The scheduler of that name with the settings of the pipeline's own.
 
     Raises:
-        ValueError for an unknown name, or a scheduler of another kind than the base's.
+        ValueError: the name is unknown, or the scheduler is of another kind than the base's.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")

@@ -14,7 +14,7 @@ class AdapterFile:
 
     Attributes:
         path: of its file.
-        strength: its strength; None for that of ``--strength``.
+        strength: its strength; None for that of `--strength`.
     """
 
     path: str
@@ -46,7 +46,11 @@ def parse_adapter_spec(text: str, *, strength: float | None = None) -> AdapterFi
 
 
 def parse_strengths(text: str) -> list[float]:
-    """Parses ``1`` or ``0,0.5,1``. Raises ValueError for anything but finite numbers."""
+    """Parses `1` or `0,0.5,1`.
+
+    Raises:
+        ValueError: an item is no finite number.
+    """
     try:
         strengths = [float(item) for item in str(text).split(",")]
     except ValueError:
@@ -68,7 +72,7 @@ def make_columns(
         with_base: a column without adapters first.
 
     Raises:
-        ValueError for several strengths that no adapter takes, since all have their own.
+        ValueError: there are several strengths, and no adapter takes them, since all have their own.
     """
     if len(strengths) > 1 and all(file.strength is not None for file in files):
         raise ValueError("every adapter has its own :STRENGTH, so several of --strength change nothing")

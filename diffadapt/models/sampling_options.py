@@ -68,7 +68,7 @@ def requested_images(arguments: argparse.Namespace, files: Sequence[str]) -> lis
         files: adapter files, whose classes can be requested by name.
 
     Raises:
-        ValueError for both prompts and classes, for neither, or for an unknown class.
+        ValueError: there are both prompts and classes, or neither, or a class is unknown.
     """
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file:

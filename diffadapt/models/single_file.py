@@ -36,7 +36,8 @@ def pipeline_of_file(path: str) -> str:
     """The pipeline class of a checkpoint, by its keys.
 
     Raises:
-        FileNotFoundError; ValueError for a file that is damaged or holds no pipeline of a known kind.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds no pipeline of a known kind.
     """
     unet_shape, keys = _read_header(path)
     supported = ", ".join(sorted(set(_PIPELINES.values())))
@@ -66,7 +67,8 @@ def open_single_file(path: str) -> DiffusionPipeline:
     folder of that kind.
 
     Raises:
-        OSError when they are nowhere to be had, ValueError when they do not fit the file.
+        OSError: the configurations are nowhere to be had.
+        ValueError: they do not fit the file.
     """
     import diffusers  # takes seconds, and names are checked before anything is loaded
     from diffusers.loaders.single_file_utils import SingleFileComponentError

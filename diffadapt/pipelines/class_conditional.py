@@ -25,7 +25,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             labels; None: the base has none, and guidance is not possible.
 
     Raises:
-        ValueError when the model takes no classes or its table has no row `null_class`.
+        ValueError: the model takes no classes, or its table has no row `null_class`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -39,6 +39,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"null_class {null_class} is no row of the class table; it has {rows}, from 0")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(null_class=null_class)
+        # Counted from the end, since an adapter's longer table keeps the null class there.
         self._null_from_end = None if null_class is None else rows - null_class
 
     @property
@@ -84,7 +85,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return_dict: an `ImagePipelineOutput` instead of a tuple.
 
         Raises:
-            ValueError for a label that is no class, or guidance without a null class.
+            ValueError: a label is no class, or there is guidance without a null class.
         """
         table = self.class_table
         labels = self._check_labels(class_labels, guidance_scale, table)
@@ -93,7 +94,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         shape = (len(labels), self.unet.config.in_channels, height, width)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         noisy = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
-        noisy = noisy * self.scheduler.init_noise_sigma
+        noisy = noisy * self.scheduler.init_noise_sigma  # (B, C, H, W); 1 but for schedules in sigmas
         step_options = self._step_options(generator)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(noisy, timestep)
@@ -108,7 +109,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> Tensor:
         """The labels as a tensor (B,) on the device."""
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
-        table.check(labels or [class_labels], "the base")
+        table.check(labels or [class_labels], "the base")  # an empty list is no class either
         if guidance_scale > 1 and table.null_class is None:
             raise ValueError("this base has no null class, so it cannot be guided; set guidance_scale to 1")
         return torch.tensor(labels, device=self._execution_device)
@@ -118,6 +119,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> Tensor:
         if guidance_scale <= 1:
             return self.unet(noisy, timestep, class_labels=labels, return_dict=False)[0]
+        # both halves in one batch: s in eps_u + s (eps_c - eps_u)
         both_labels = torch.cat([labels, torch.full_like(labels, null_class)])  # (2 B,)
         both_noisy = torch.cat([noisy, noisy])  # (2 B, C, H, W)
         predicted = self.unet(both_noisy, timestep, class_labels=both_labels, return_dict=False)[0]
@@ -130,7 +132,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return {"generator": generator} if "generator" in parameters else {}
 
     def _to_images(self, pixels: Tensor, output_type: str) -> object:
-        images = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()  # (B, 3, H, W)
+        images = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()  # (B, 3, H, W), from [-1, 1] to [0, 1]
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).numpy()

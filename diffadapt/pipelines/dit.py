@@ -31,7 +31,11 @@ class DiTPipeline(diffusers.DiTPipeline):
         *arguments: object,
         **options: object,
     ) -> ImagePipelineOutput | tuple:
-        """One image per label. Raises: ValueError, with the range, for a label that is no class."""
+        """One image per label.
+
+        Raises:
+            ValueError: a label is no class; the message has the range.
+        """
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
         table = self.class_table
         table.check(labels, "the base")
@@ -43,6 +47,7 @@ class DiTPipeline(diffusers.DiTPipeline):
 
         if table.null_class == STOCK_NULL_CLASS:
             return super().__call__(labels, guidance_scale, *arguments, **options)
+        # the stock call makes the null labels itself, so they are replaced on their way into the transformer
         handle = self.transformer.register_forward_pre_hook(replace_null_class, with_kwargs=True)
         try:
             return super().__call__(labels, guidance_scale, *arguments, **options)

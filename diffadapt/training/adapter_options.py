@@ -17,7 +17,7 @@ def build_method(options: TrainOptions) -> Method:
     With `--param_budget` its rank is still to be fitted, by `fit_to_budget`.
 
     Raises:
-        ValueError: for an unknown method or option, and for options that contradict each other.
+        ValueError: a method or option is unknown, or options contradict each other.
     """
     method_options = _method_options(options)
     method = make_method(options.adapter, **method_options)
@@ -33,7 +33,7 @@ def fit_to_budget(options: TrainOptions, method: Method, model: object) -> Metho
     """The method at the largest rank that `--param_budget` allows on the model; without a budget, unchanged.
 
     Raises:
-        ValueError: when a rank is given too, or when nothing fits.
+        ValueError: a rank is given too, or nothing fits.
     """
     if options.param_budget is None:
         return method
@@ -80,7 +80,7 @@ def _method_options(options: TrainOptions) -> dict[str, object]:
     """The method's fields from `--rank`, `--alpha`, `--scale` and `--adapter_options`.
 
     Raises:
-        ValueError: for a field that is given twice.
+        ValueError: a field is given twice.
     """
     named_options = {}
     for name in ("rank", "alpha", "scale"):

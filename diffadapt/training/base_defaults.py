@@ -19,7 +19,7 @@ def complete_options(options: OptionsT, demo: Mapping[str, object], *, data: str
         command: a complete one, shown when something is missing.
 
     Raises:
-        ValueError: when a base is given without data, or data without a base or a prompt.
+        ValueError: a base is given without data, or data without a base or a prompt.
     """
     if options.pretrained_model_name_or_path is None and getattr(options, data) is None:
         options = fill_missing(options, demo)

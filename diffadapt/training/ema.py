@@ -19,13 +19,14 @@ class AdapterAverage:
         decay: in [0, 1).
 
     Raises:
-        ValueError: for another decay.
+        ValueError: the decay is out of this range.
     """
 
     def __init__(self, adapter: Adapter, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {decay}")
         self._parameters = [p for p in adapter.parameters() if p.requires_grad]
+        # average <- d * average + (1 - d) * value, with d the decay of the update
         self._average = EMAModel(self._parameters, decay=decay)
 
     def update(self) -> None:
@@ -50,7 +51,7 @@ class AdapterAverage:
 
     def restore(self, state: dict[str, object]) -> None:
         """Puts a saved state back, in place."""
-        values: list[Tensor] = state["values"]
+        values: list[Tensor] = state["values"]  # may lie on another device
         for average, value in zip(self._average.shadow_params, values, strict=True):
             average.copy_(value)
         self._average.optimization_step = state["updates"]

@@ -13,7 +13,7 @@ def check_precision(adapter: Adapter) -> None:
     """Checks that trained tensors are float32 or more: below that, small updates would round to nothing.
 
     Raises:
-        TypeError: naming the tensors.
+        TypeError: a tensor has a lower precision; the message names them.
     """
     parameters = _trained_parameters(adapter)
     low_precision = []
@@ -52,8 +52,9 @@ class GradientFlowCheck:
             rate: learning rate of the step.
 
         Raises:
-            ValueError: naming the layers of the tensors that got no gradient in two such steps.
+            ValueError: tensors got no gradient in two such steps; the message names their layers.
         """
+        # e.g. LoRA's `up` starts at zero, so the first step has no gradient for `down`
         for name in list(self._without_gradient):
             gradient = self._parameters[name].grad
             if gradient is not None and gradient.any():
@@ -85,12 +86,13 @@ def nonfinite_message(
     if suspects:
         problem = f"the loss is {losses[suspects[0]]}"
     else:
+        # the gradient is the sum over all microsteps, so it could be any of them
         problem = f"the loss is finite but the norm of its gradient is {norm}"
         suspects = list(range(len(losses)))
     files: list[str] = []
     for index in suspects:
         files += names[index]
-    unique_files = dict.fromkeys(files)
+    unique_files = dict.fromkeys(files)  # in their order
     return (
         f"step {step}: {problem}, with the images {', '.join(unique_files)}; lower --learning_rate, "
         "use --mixed_precision no or bf16, look at these images, or leave such steps out with "

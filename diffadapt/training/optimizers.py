@@ -32,7 +32,7 @@ def make_optimizer(
         parameters: tensors, or groups of them; a group without a learning rate has that of the run.
 
     Raises:
-        ValueError: for an unknown name, a package that is not installed, or arguments it does not take.
+        ValueError: the name is unknown, a package is not installed, or it does not take the arguments.
     """
     optimizer_class = _find_class(options.optimizer)
     arguments: dict[str, object] = {"lr": options.learning_rate}
@@ -52,6 +52,7 @@ def make_optimizer(
 
 def state_values(options: TrainOptions) -> float:
     """Values of 4 bytes that the optimizer keeps per trained value: 2 unless it is known to differ."""
+    # Adam keeps two moments, adamw8bit in 8 bits each; SGD one; Prodigy adds the start and a sum of gradients
     return {"adamw8bit": 0.5, "prodigy": 4.0, "sgd": 1.0}.get(options.optimizer.lower(), 2.0)
 
 

@@ -206,7 +206,7 @@ def check_ranges(options: TrainOptions) -> None:
     """Checks that numbers make sense.
 
     Raises:
-        ValueError: naming the option, its value and the smallest one.
+        ValueError: a number is out of range; the message has the option, its value and the range.
     """
     require_seed(options.seed)
     parse_timestep_shift(options.timestep_shift)
@@ -236,7 +236,7 @@ def check_effects(
         names: of the options that are checked; None: all.
 
     Raises:
-        ValueError: naming the option and what it needs, or why it does not apply to the base.
+        ValueError: an option has none; the message says what it needs, or why it does not apply to the base.
     """
     base_defaults = {} if profile is None else profile.defaults
     reasons = {} if profile is None else profile.inapplicable_options
@@ -249,6 +249,7 @@ def check_effects(
         if condition is None or condition.holds(options):
             continue
         value = getattr(options, field.name)
+        # a value that was filled in for the base is not one that somebody gave
         if value in (field.default, base_defaults.get(field.name, field.default)):
             continue
         raise ValueError(f"--{field.name} {value} has no effect: it needs {condition.needs}")
@@ -258,7 +259,7 @@ def check_text_encoder_lr(options: TrainOptions) -> None:
     """Refuses a learning rate of the text encoders where the optimizer estimates one for everything.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: both are given; the message has the remedy.
     """
     if options.text_encoder_lr is not None and options.optimizer.lower() in OPTIMIZER_DEFAULT_LR:
         raise ValueError(

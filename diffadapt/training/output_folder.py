@@ -49,8 +49,8 @@ def resolve_output_dir(options: OptionsT) -> tuple[OptionsT, list[str]]:
         The options with that folder, and lines to print about it.
 
     Raises:
-        ValueError: for a folder that holds another run, with the commands that go on.
-        FileNotFoundError: for a checkpoint that does not exist.
+        ValueError: the folder holds another run; the message has the commands that go on.
+        FileNotFoundError: the checkpoint does not exist.
     """
     if not options.output_dir.strip():
         raise ValueError("--output_dir is empty; name a folder")
@@ -60,6 +60,7 @@ def resolve_output_dir(options: OptionsT) -> tuple[OptionsT, list[str]]:
             "leave one of them out"
         )
     notices = []
+    # numbered only where nobody chose the folder; a chosen one is refused below if it is in use
     if options.output_dir == type(options).__dataclass_fields__["output_dir"].default:
         folder = _numbered_folder(options)
         if folder != options.output_dir:
@@ -108,7 +109,7 @@ def _numbered_folder(options: TrainOptions) -> str:
     if options.overwrite_output_dir:
         return options.output_dir
     if options.resume_from_checkpoint and len(folders) > 1:
-        return folders[-2]
+        return folders[-2]  # the last one is free
     return folders[-1]
 
 
@@ -116,7 +117,7 @@ def _check_resumed(options: TrainOptions, checkpoint: Path) -> None:
     """Checks that the folder belongs to the run of the checkpoint, and has not gone on without its changes.
 
     Raises:
-        ValueError: with the remedy, another folder.
+        ValueError: it does not, or has; the message has the remedy, another folder.
     """
     output = Path(options.output_dir)
     run_id = run_id_of(checkpoint)
@@ -128,6 +129,7 @@ def _check_resumed(options: TrainOptions, checkpoint: Path) -> None:
         )
     is_inside = checkpoint.resolve().parent == output.resolve()
     checkpoints = list_checkpoints(output, run_id=run_id)
+    # with changed options the later checkpoints would be of another run than the one that goes on here
     if options.accept_changes and is_inside and checkpoints and checkpoints[-1].name != checkpoint.name:
         raise ValueError(
             f"--accept_changes from {checkpoint.name}, but {checkpoints[-1].name} was trained without the "
@@ -162,6 +164,7 @@ def output_folders(options: TrainOptions) -> dict[str, str]:
     if options.report_to != "none" and options.logging_dir is not None:
         folders["logging_dir"] = options.logging_dir
     class_folder = getattr(options, "class_data_dir", None)
+    # written only where class images are missing
     if class_folder is not None and count_images(class_folder) < options.num_class_images:
         folders["class_data_dir"] = class_folder
     return folders
@@ -173,7 +176,7 @@ def check_outside_data(options: TrainOptions) -> None:
     Folders that `datasets` saved hold tables, in which an image file is not looked for.
 
     Raises:
-        ValueError: for a folder that is written and is a folder of images, or lies in one; for images in the
+        ValueError: a folder that is written is a folder of images, or lies in one; or images lie in the
             output folder of an earlier run, or where this run writes and removes files.
     """
     output = Path(options.output_dir).resolve()
@@ -207,7 +210,7 @@ def check_outside_models(options: TrainOptions) -> None:
     """Checks that a run neither writes into the models it uses nor removes one: its result needs them.
 
     Raises:
-        ValueError: for an output folder in the folder of a model, and for a model where a run writes.
+        ValueError: the output folder lies in the folder of a model, or a model lies where a run writes.
     """
     output = Path(options.output_dir).resolve()
     for name in MODEL_FOLDERS:
@@ -239,10 +242,10 @@ def check_writable(folder: str, option: str) -> None:
     """Writes and removes a file in a folder, and what had to be made of its path.
 
     Raises:
-        OSError: naming the option.
+        OSError: it cannot be written to; the message names the option.
     """
     path = Path(folder)
-    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]  # the innermost first
     trial = path / f".trial-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -261,7 +264,7 @@ def check_subfolders(folder: str) -> None:
     """Checks that no file stands where a run makes a folder, which would be noticed hours later.
 
     Raises:
-        FileExistsError: naming the file.
+        FileExistsError: there is one; the message names it.
     """
     output = Path(folder)
     paths = [output / name for name in SUBFOLDERS]
@@ -295,7 +298,7 @@ def remove(folder: Path, names: Sequence[str]) -> None:
     """Removes the files and folders of these names, where they exist."""
     for name in names:
         path = folder / name
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():  # of a link, the link itself and not what it leads to
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def rate_groups(adapter: Adapter, text_encoder_lr: float | None = None) -> list[
     Tensors for which zero is not the base, as scales that start at 1, are groups without weight decay.
 
     Raises:
-        ValueError: for tensors that serve the denoiser and a text encoder at once.
+        ValueError: tensors serve the denoiser and a text encoder at once.
     """
     trained = [p for p in adapter.parameters() if p.requires_grad]
     if text_encoder_lr is None:
@@ -30,7 +30,7 @@ def rate_groups(adapter: Adapter, text_encoder_lr: float | None = None) -> list[
     # By id: comparing tensors compares their values.
     text_ids = set()
     for part in adapter.parts:
-        text_ids.update(id(p) for p in _text_encoder_parameters(part))
+        text_ids.update(map(id, _text_encoder_parameters(part)))
     denoiser_group: RateGroup = {"params": []}
     text_group: RateGroup = {"params": [], "lr": text_encoder_lr}
     for parameter in trained:
@@ -43,7 +43,7 @@ def _split_by_decay(adapter: Adapter, group: RateGroup) -> list[RateGroup]:
     """One or two groups: the tensors with the optimizer's weight decay, and those without any."""
     undecayed_ids = set()
     for part in adapter.parts:
-        undecayed_ids.update(id(p) for p in part.without_decay())
+        undecayed_ids.update(map(id, part.without_decay()))
     decayed: RateGroup = {**group, "params": []}
     undecayed: RateGroup = {**group, "params": [], "weight_decay": 0.0}
     for parameter in group["params"]:

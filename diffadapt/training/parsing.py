@@ -78,7 +78,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None, *, descr
         description: first paragraph of `--help`.
 
     Raises:
-        ValueError: for an unknown option, or a value of the wrong type in the file.
+        ValueError: an option is unknown, or a value in the file has the wrong type.
     """
     parser = _make_parser(options_class, description)
     # argparse would exit with its own message; ours names the option that was meant.
@@ -91,7 +91,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None, *, descr
         values[name] = _expand_home(name, value)
     if values.get("config"):
         file_values = read_config(options_class, values["config"])
-        values = {**file_values, **values}
+        values = {**file_values, **values}  # the command line takes precedence
     return options_class(**values)
 
 
@@ -99,8 +99,8 @@ def read_config(options_class: type[OptionsT], path: str | Path) -> dict[str, ob
     """Reads a YAML file and converts its values to the types of the options.
 
     Raises:
-        FileNotFoundError: for a file that cannot be read.
-        ValueError: for other text than YAML, an unknown option, or a value that an option does not take.
+        FileNotFoundError: the file cannot be read.
+        ValueError: the text is not YAML, an option is unknown, or does not take its value.
     """
     try:
         text = read_text(path)
@@ -147,7 +147,7 @@ def parse_pairs(text: str | None, option: str) -> dict[str, object]:
         option: the option that holds the text, for messages.
 
     Raises:
-        ValueError: naming the option, for any other text.
+        ValueError: the text has another form; the message names the option.
     """
     values: dict[str, object] = {}
     for pair in split_outside_brackets(text or "", ","):
@@ -180,7 +180,7 @@ def _make_parser(options_class: type[TrainOptions], description: str) -> argpars
 def _add_option(group: argparse._ArgumentGroup, options_class: type, field: dataclasses.Field) -> None:
     hint = typing.get_type_hints(options_class)[field.name]
     value_type = _value_type(hint)
-    help_text = field.metadata["help"].replace("%", "%%")
+    help_text = field.metadata["help"].replace("%", "%%")  # argparse formats help texts with %
     if not any(field.default is empty for empty in (None, False, MISSING)):
         help_text += f" (default: {field.default})"
     # An option that is not given must not hide the value of the config file.
@@ -242,7 +242,7 @@ def _check_yaml(text: str) -> None:
     """Refuses what YAML allows and an option never needs.
 
     Raises:
-        yaml.YAMLError: for aliases, for nesting so deep that it takes for ever to read, and for numbers that
+        yaml.YAMLError: there are aliases, nesting so deep that it takes for ever to read, or numbers that
             YAML 1.1 takes for others (010 is 8, 1:30 is 90).
     """
     depth = 0

@@ -16,7 +16,7 @@ def check_hub(options: TrainOptions) -> None:
     """Checks before the first step that the upload can succeed.
 
     Raises:
-        ValueError: without a login, and for a repository's name that the hub does not take.
+        ValueError: there is no login, or the hub does not take the repository's name.
     """
     if options.push_to_hub and get_token() is None:
         raise ValueError("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
@@ -34,7 +34,7 @@ def push(options: TrainOptions) -> str:
         The address of the repository.
 
     Raises:
-        OSError: when the hub refuses; the result stays in the output folder.
+        OSError: the hub refuses; the result stays in the output folder.
     """
     output = Path(options.output_dir)
     try:

@@ -43,12 +43,13 @@ class Log:
         """Appends a line. Values that are not finite, as the loss of a skipped step, become null.
 
         Raises:
-            OSError: with the remedy when it cannot be written.
+            OSError: it cannot be written; the message has the remedy.
         """
         if not self.enabled:
             return
         values = {}
         for name, value in event.items():
+            # JSON has no NaN and no infinity, and strict readers refuse Python's words for them
             is_nonfinite = isinstance(value, float) and not math.isfinite(value)
             values[name] = None if is_nonfinite else value
         try:
@@ -98,8 +99,10 @@ class Progress:
         Args:
             statistics: more values of this step, for the log and the trackers.
         """
-        values = {**dataclasses.asdict(step), **statistics}
-        values = {name: value for name, value in values.items() if name != "index" and value is not None}
+        values = {}
+        for name, value in {**dataclasses.asdict(step), **statistics}.items():
+            if name != "index" and value is not None:
+                values[name] = value
         self.log.write(step=step.index, **values)
         if self.is_main:
             self.trackers.log({name: float(value) for name, value in values.items()}, step.index)
@@ -138,7 +141,7 @@ def peak_memory_bytes() -> int | None:
         return torch.cuda.max_memory_allocated()
     if resource is None:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

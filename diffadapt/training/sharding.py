@@ -21,7 +21,7 @@ def check_processes(accelerator: Accelerator, *, shard_base: bool) -> None:
     """Checks that accelerate's set-up goes with an adapter.
 
     Raises:
-        ValueError: where accelerate would shard the trained tensors, or one process is to shard the base.
+        ValueError: accelerate would shard the trained tensors, or one process is to shard the base.
     """
     if accelerator.distributed_type in UNSUPPORTED:
         raise ValueError(
@@ -60,6 +60,7 @@ def gathered(denoiser: nn.Module) -> Iterator[None]:
     """
     modules = [module for module in denoiser.modules() if isinstance(module, FSDPModule)]
     for module in modules:
+        # or the first forward inside the context would shard the weights again
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:

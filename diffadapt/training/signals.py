@@ -49,7 +49,7 @@ class StopRequest:
         number = self.received or 0
         if accelerator.num_processes > 1:
             numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
-            number = int(numbers.max())
+            number = int(numbers.max())  # 0 where no process received one
         if number:
             replace_lost_outputs()
         return number or None
@@ -85,6 +85,7 @@ def replace_lost_outputs() -> None:
         poll = select.poll()
         poll.register(output, 0)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            # by the descriptor, so that libraries which write past Python's sys.stdout are covered too
             null_device = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null_device, output)
             os.close(null_device)

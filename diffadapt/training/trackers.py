@@ -24,7 +24,7 @@ def check_trackers(text: str) -> list[str]:
     """Parses `--report_to` into names of trackers.
 
     Raises:
-        ValueError: for an unknown tracker, or one that is not installed, naming the package to install.
+        ValueError: a tracker is unknown, or not installed; the message names the package to install.
     """
     names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
     for name in names:
@@ -47,7 +47,7 @@ def start_trackers(accelerator: Accelerator, options: Mapping[str, object], *, s
         step: the step at which the run stands; what tensorboard holds of later steps is hidden.
 
     Raises:
-        ValueError: when one cannot be opened, as without a login.
+        ValueError: one cannot be opened, as without a login.
     """
     config = {name: value for name, value in options.items() if value is not None}
     arguments: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": step + 1}}
@@ -71,7 +71,7 @@ def try_trackers(names: Sequence[str]) -> None:
     """Tries of trackers what needs no open run: writing events, and the key to log in with.
 
     Raises:
-        ValueError: when one could not be opened later.
+        ValueError: one could not be opened later.
     """
     for name, trial in TRIALS.items():
         if name not in names:
@@ -169,4 +169,7 @@ def _log_images(tracker: GeneralTracker, name: str, values: numpy.ndarray, step:
     elif tracker.name == "trackio":
         from trackio import Image
 
-        tracker.log({f"{name}/{i}": Image(value) for i, value in enumerate(values)}, step=step)
+        images = {}
+        for index, value in enumerate(values):
+            images[f"{name}/{index}"] = Image(value)
+        tracker.log(images, step=step)

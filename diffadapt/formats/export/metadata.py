@@ -140,7 +140,7 @@ def additional_hashes(path: Path) -> dict[str, str]:
     """The two hashes kohya's sd-scripts write for programs that index files by them.
 
     Args:
-        path: the file with no other metadata than its ``ss_*`` keys, so that what people write into the
+        path: the file with no other metadata than its `ss_*` keys, so that what people write into the
             header later changes nothing.
 
     Source: sd-scripts 48d368f, library/train_util.py, precalculate_safetensors_hashes.

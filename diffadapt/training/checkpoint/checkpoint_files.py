@@ -24,7 +24,7 @@ def run_id_of(checkpoint: Path) -> str | None:
     """The id of the run that wrote a checkpoint; None where it cannot be read."""
     try:
         run_id = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):  # no file, no JSON, or another JSON
         return None
     return run_id if isinstance(run_id, str) else None
 
@@ -33,13 +33,13 @@ def find_checkpoint(name: str, folder: str | Path) -> Path:
     """The checkpoint called `name`: 'latest' of `folder`, or a path, or a name inside `folder`.
 
     Raises:
-        FileNotFoundError: that lists the checkpoints there are.
-        ValueError: when the folder holds those of several runs and 'latest' could mean either.
+        FileNotFoundError: there is no such checkpoint; the message lists those there are.
+        ValueError: the folder holds those of several runs, and 'latest' could mean either.
     """
     checkpoints = list_checkpoints(folder)
     names = ", ".join(path.name for path in checkpoints)
     if name == "latest" and checkpoints:
-        run_ids = {run_id_of(path) for path in checkpoints} - {None}
+        run_ids = set(map(run_id_of, checkpoints)) - {None}
         if len(run_ids) > 1:
             raise ValueError(
                 f"{str(folder)!r} holds checkpoints of {len(run_ids)} runs ({names}); name the one to go on "

@@ -97,7 +97,7 @@ def save_checkpoint(train_state: TrainState, folder: str | Path) -> Path:
         The path of the checkpoint, on every process.
 
     Raises:
-        OSError: when it cannot be written, naming the last checkpoint there is; that one is untouched.
+        OSError: it cannot be written; the message names the last checkpoint there is, which is untouched.
     """
     target = Path(folder) / f"checkpoint-{train_state.step}"
     if not train_state.accelerator.is_main_process:
@@ -108,7 +108,7 @@ def save_checkpoint(train_state: TrainState, folder: str | Path) -> Path:
         if target.exists():
             if run_id_of(target) not in (train_state.run_id, None):
                 raise OSError("it is there already and belongs to another run")
-            _rename_before_removal(target)
+            _rename_before_removal(target)  # os.replace needs an empty folder, or none
         os.replace(unfinished, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -194,7 +194,7 @@ def restore_checkpoint(train_state: TrainState, checkpoint: Path) -> None:
     """Puts a saved state into the run, in place.
 
     Raises:
-        ValueError: when the file is damaged, was written by a run with other options or data (unless
+        ValueError: the file is damaged, was written by a run with other options or data (unless
             `--accept_changes` names them), or stands behind the end of this run.
     """
     options = train_state.options
@@ -214,7 +214,8 @@ def restore_checkpoint(train_state: TrainState, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} does not fit this run: {error}") from None
     check_length(saved["step"], options.max_train_steps, checkpoint)
 
-    new_groups = [dict(group) for group in train_state.optimizer.param_groups]  # as this run's options say
+    # as this run's options say; loading the state replaces them
+    new_groups = [dict(group) for group in train_state.optimizer.param_groups]
     try:
         _restore_optimizer(train_state.optimizer, saved["optimizer"])
     except MALFORMED as error:
@@ -240,7 +241,7 @@ def _read(checkpoint: Path) -> tuple[dict[str, object], dict[str, torch.Tensor]]
     """The JSON and the tensors of a checkpoint, as they were written.
 
     Raises:
-        ValueError: for files that cannot be read, were altered, or have another format.
+        ValueError: a file cannot be read, was altered, or has another format.
     """
     try:
         content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -291,7 +292,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, object
     """Restores groups and state as saved; torch casts floats to the parameters' type, which is undone.
 
     Raises:
-        KeyError, TypeError or ValueError: of an optimizer that misses values; it is then as before.
+        KeyError, TypeError, ValueError: the optimizer misses values; it is then as before.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds torch's
     before = {"state": inner.state, "param_groups": inner.param_groups}
@@ -300,7 +301,9 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, object
     except Exception:
         inner.__dict__.update(before)
         raise
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = []  # numbered as torch's state_dict numbers them: through all groups
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     for index, saved_values in saved["state"].items():
         values = optimizer.state[parameters[index]]
         for name, value in saved_values.items():

@@ -85,19 +85,24 @@ def _item_changes(role: str, before: Mapping[str, object], now: Mapping[str, obj
         return [f"{before['count']} {role} then, {now['count']} now, not all of them the same"]
     changes: dict[str, list[str]] = {
         "added": [name for name in second if name not in first],
-        "removed": [name for name in first if name not in second],
+        "removed": [],
         "with other content": [],
         "with another caption": [],
     }
     for name, (content, caption) in first.items():
         if name not in second:
+            changes["removed"].append(name)
             continue
         new_content, new_caption = second[name]
         if content != new_content:
             changes["with other content"].append(name)
         if caption != new_caption:
             changes["with another caption"].append(name)
-    lines = [f"{role} {kind}: {_shorten(names)}" for kind, names in changes.items() if names]
+    lines = []
+    for kind, names in changes.items():
+        if names:
+            lines.append(f"{role} {kind}: {_shorten(names)}")
+    # the hashes over everything differ, so with equal items it is their order
     return lines or [f"the {role} are in another order"]
 
 
@@ -113,7 +118,10 @@ def _examples_record(examples: Sequence[Example]) -> dict[str, object]:
 
 def _items(examples: Sequence[Example]) -> list[Item]:
     """Name and hashes of each example; files are named relative to the folder that holds all of them."""
-    folders = [str(example.source.parent) for example in examples if isinstance(example.source, Path)]
+    folders = []
+    for example in examples:
+        if isinstance(example.source, Path):
+            folders.append(str(example.source.parent))
     root = os.path.commonpath(folders) if folders else ""
     content_hashes: dict[ImageSource, str] = {}  # an image that is repeated is read once
     items = []

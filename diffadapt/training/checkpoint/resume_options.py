@@ -96,8 +96,8 @@ def check_resumable(before: ResumeFacts, now: ResumeFacts, checkpoint: Path) -> 
         The differences that `--accept_changes` allows: names of options, `data` and `processes`.
 
     Raises:
-        ValueError: that lists every other difference, with the way to accept it; and for a name in
-            `--accept_changes` that is no option, or cannot be changed.
+        ValueError: there are other differences, which the message lists with the way to accept them; or a
+            name in `--accept_changes` is no option, or cannot be changed.
     """
     options = json.loads(json.dumps(now.options))  # tuples become lists, as in the checkpoint
     accepted = _accepted_names(options)
@@ -124,7 +124,7 @@ def check_length(step: int, max_train_steps: int, checkpoint: Path) -> None:
     """Checks that a checkpoint lies within the run.
 
     Raises:
-        ValueError: for a checkpoint behind the last step.
+        ValueError: the checkpoint is behind the last step.
     """
     if step > max_train_steps:
         raise ValueError(
@@ -158,6 +158,7 @@ def _option_changes(before: ResumeFacts, now: ResumeFacts) -> dict[str, str]:
         ignored |= DATA_OPTIONS
     changes = {}
     for name, value in now.options.items():
+        # an option that the checkpoint lacks is newer than it, and was not there to be chosen
         if name in ignored or name not in before.options or before.options[name] == value:
             continue
         if name in PATH_OPTIONS and _is_same_place(before.options[name], value):

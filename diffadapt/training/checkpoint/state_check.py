@@ -23,7 +23,7 @@ def check_state(saved: object, current: Mapping[str, object]) -> None:
     may hold anything besides the parameters' numbers (Prodigy adds values and knows infinity).
 
     Raises:
-        ValueError: naming the first value that differs in type, name or shape.
+        ValueError: a value differs in type, name or shape; the message names the first one.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("optimizer"), dict):
         raise ValueError("it holds no state of an optimizer")
@@ -47,6 +47,7 @@ def _check_optimizer_state(state: object, parameter_count: int) -> None:
     if not isinstance(state, dict):
         raise ValueError("the optimizer's state is not by the number of parameters")
     for number, values in state.items():
+        # type() and not isinstance(): True is an int, and equal to the parameter number 1
         if type(number) is not int or not 0 <= number < parameter_count:
             raise ValueError("the optimizer's state is not by the number of parameters")
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -61,7 +62,9 @@ def _check_groups(saved: object, current: list[dict[str, object]]) -> None:
     """Checks that the groups hold the same parameters, by number."""
     saved_numbers = None
     if isinstance(saved, list):
-        saved_numbers = [group.get("params") if isinstance(group, dict) else None for group in saved]
+        saved_numbers = []
+        for group in saved:
+            saved_numbers.append(group.get("params") if isinstance(group, dict) else None)
     if saved_numbers != [group["params"] for group in current]:
         raise ValueError("the optimizer's groups are of other parameters")
 
@@ -70,7 +73,7 @@ def check_like(saved: object, current: object, name: str) -> None:
     """Checks that both values have the same types, names and shapes, and `saved` finite numbers.
 
     Raises:
-        ValueError: with the value and where it stands.
+        ValueError: they are not alike; the message has the value and where it stands.
     """
     if not _is_like(saved, current):
         raise ValueError(f"{name} is {saved!r:.100} where this run has {current!r:.100}")

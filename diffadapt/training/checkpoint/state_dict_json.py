@@ -19,18 +19,25 @@ def pack(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Packed:
         tensors: name -> tensor, to which those of the value are added.
 
     Raises:
-        TypeError: for a kind of value that would need pickling.
+        TypeError: a value would need pickling.
     """
     if isinstance(value, torch.Tensor):
+        # a copy, since safetensors refuses tensors that share memory
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
         # Pairs, because keys of JSON objects are texts and an optimizer's are numbers.
-        pairs = [[key, pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]
+        pairs = []
+        for key, item in value.items():
+            pairs.append([key, pack(item, f"{name}.{key}", tensors)])
         return {"dict": pairs}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]}
+        items = []
+        for index, item in enumerate(value):
+            items.append(pack(item, f"{name}.{index}", tensors))
+        return {kind: items}
+    # not isinstance: a subclass, as of an enumeration, would come back as the plain type
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(f"{name} is a {type(value).__name__}, which cannot be stored without pickling it")
@@ -40,12 +47,12 @@ def unpack(packed: Packed, tensors: Mapping[str, torch.Tensor]) -> object:
     """The value that was packed.
 
     Raises:
-        KeyError: for a tensor that is missing.
-        ValueError: for other JSON.
+        KeyError: a tensor is missing.
+        ValueError: the JSON is of another form.
     """
     if not isinstance(packed, dict):
         return packed
-    ((kind, content),) = packed.items()
+    ((kind, content),) = packed.items()  # ValueError for any other number of keys than one
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":

@@ -110,7 +110,10 @@ class Report(ABC):
 
     def all_requests(self) -> list[ImageRequest]:
         """The images of all kinds, in order."""
-        return [request for requests in self.requests.values() for request in requests]
+        requests = []
+        for requests_of_kind in self.requests.values():
+            requests += requests_of_kind
+        return requests
 
     # Before the first step
 
@@ -118,7 +121,7 @@ class Report(ABC):
         """Tries what the run needs at its end, so that it fails now and not after hours.
 
         Raises:
-            ValueError or OSError: of what could not be done then: reading the extractor, exporting and
+            ValueError, OSError: something could not be done then: reading the extractor, exporting and
                 storing the adapter with its configuration, writing the model card.
         """
         options = self.options
@@ -145,7 +148,7 @@ class Report(ABC):
         """Tries the formats of `--export_formats`; if the default one cannot be written, that is only noted.
 
         Raises:
-            ValueError: for a format that was asked for and cannot hold the adapter.
+            ValueError: a format that was asked for cannot hold the adapter.
         """
         for name in parse_formats(self.options.export_formats):
             reason = obstacle(adapter, name)
@@ -177,7 +180,7 @@ class Report(ABC):
         longest = max((len(requests) for requests in self.requests.values()), default=0)
         for index in range(longest):
             for requests in self.requests.values():
-                mixed += requests[index : index + 1]
+                mixed += requests[index : index + 1]  # empty behind the end of a shorter kind
         return mixed[: self.options.num_validation_images]
 
     def validate(self, folder: Path) -> Tensor:
@@ -208,6 +211,7 @@ class Report(ABC):
             The closing message.
         """
         options = self.options
+        # written now, without metrics, in case the process is killed while it makes images
         self.write_record(adapter, {})
         values: MetricValues = {}
         # The loss first: it does not depend on generating images, which may run out of memory.
@@ -257,6 +261,7 @@ class Report(ABC):
         """Generates every request into `self.images[when]` and samples/`when`/KIND-00.png, ..."""
         images = self._generate(self.all_requests(), f"images {when}")
         sizes = [len(requests) for requests in self.requests.values()]
+        # one call for all kinds fills the batches; the images come back in the order of the requests
         self.images[when] = dict(zip(self.requests, images.split(sizes), strict=True))
         folder = Path(self.options.output_dir) / "samples" / when
         folder.mkdir(parents=True, exist_ok=True)

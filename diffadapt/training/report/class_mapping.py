@@ -36,7 +36,7 @@ def with_new_class_table(options: OptionsT, model: BaseModel, names: Sequence[st
         names: of the data's classes.
 
     Raises:
-        ValueError: for a caption-conditioned base, or a method that cannot have a table beside it.
+        ValueError: the base is caption-conditioned, or the method cannot have a table beside it.
     """
     if not isinstance(model, ClassConditionedBase):
         raise ValueError(
@@ -60,9 +60,9 @@ def class_table_rows(
         class_labels: `--class_labels`; None: 0, 1, 2, ...
 
     Raises:
-        ValueError: when the labels do not fit the data or the table.
+        ValueError: the labels do not fit the data or the table.
     """
-    labels = [str(index) for index in range(len(names))]
+    labels = list(map(str, range(len(names))))
     if class_labels is not None:
         labels = class_labels.split(",")
     if len(labels) != len(names) or not all(label.strip().isdecimal() for label in labels):
@@ -96,7 +96,7 @@ def match_by_name(
         training_names: of the training data's classes.
 
     Raises:
-        ValueError: for a class that the training data does not have.
+        ValueError: the training data does not have one of the classes.
     """
     training_numbers = {name: number for number, name in enumerate(training_names)}
     numbers = sorted({example.caption for example in examples})
@@ -130,5 +130,5 @@ def names_by_row(names: Sequence[str], rows: Sequence[int]) -> dict[int, str]:
 
 
 def _shorten(rows: Sequence[int]) -> str:
-    listed = ",".join(str(row) for row in rows[:MAX_LISTED])
+    listed = ",".join(map(str, rows[:MAX_LISTED]))
     return listed if len(rows) <= MAX_LISTED else f"{listed},...,{rows[-1]}"

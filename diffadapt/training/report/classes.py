@@ -109,6 +109,7 @@ class ClassReport(Report):
         return class_metrics(
             self.load_extractor(),
             real=center_pixels(self.measured, self.options.resolution),
+            # as `class_requests` takes turns
             labels=[index % len(self.rows) for index in range(image_count)],
             before=self.images["before"],
             after=self.images["after"],
@@ -132,8 +133,8 @@ class ClassReport(Report):
         return f"{len(self.examples)} images of {len(self.rows)} classes"
 
     def prompt_options(self) -> str:
-        rows = [str(row) for row in self.rows[:GRID_CLASSES]]
-        return f"--class_labels {','.join(rows)}"
+        rows = ",".join(map(str, self.rows[:GRID_CLASSES]))
+        return f"--class_labels {rows}"
 
     def own_data_command(self) -> str:
         return (
@@ -185,7 +186,7 @@ def sample_examples(examples: Sequence[Example], count: int) -> list[Example]:
     """At most `count` examples, chosen at random but always the same, in their order.
 
     Raises:
-        ValueError: for a count below 1.
+        ValueError: the count is below 1.
     """
     if count < 1:
         raise ValueError(f"--max_held_out_samples must be at least 1, got {count}")

@@ -42,7 +42,7 @@ class HeldOutLoss:
         self._batches = Batches(
             model,
             examples,
-            seed=0,
+            seed=0,  # not the run's: losses of runs with other seeds can then be compared
             resolution=resolution,
             center_crop=True,
             trigger_word=trigger_word,
@@ -61,11 +61,11 @@ class HeldOutLoss:
             positions = range(start, min(self._sample_count, start + BATCH_SIZE))
             batch = self._batches.batch(positions).to(self._device)
             with attention_kernel(batch):
-                total += float(self._objective(batch)) * len(positions)
+                total += float(self._objective(batch)) * len(positions)  # the last batch may be smaller
         return total / self._sample_count
 
 
 def center_pixels(examples: Sequence[Example], resolution: int) -> Tensor:
     """Center crops of the images, (N, 3, resolution, resolution) in [0, 1]."""
     pixels = [training_pixels(example.source, resolution) for example in examples]
-    return torch.stack(pixels) / 2 + 0.5
+    return torch.stack(pixels) / 2 + 0.5  # from [-1, 1]

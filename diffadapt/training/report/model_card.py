@@ -106,4 +106,5 @@ def _python_expression(base: str) -> str:
 
 
 def _is_hub_name(base: str) -> bool:
+    # names on the hub are OWNER/NAME; the hub refuses a card whose `base_model` is a path
     return not is_embedded(base) and not Path(base).exists() and base.count("/") == 1

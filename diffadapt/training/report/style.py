@@ -109,6 +109,7 @@ class StyleReport(Report):
         extractor = self.load_extractor()
         image_features = extractor.images([self.images["before"]["captions"]])  # (N, D)
         text_features = extractor.texts([str(example.caption) for example in self.examples])  # (N, D)
+        # cosines, since the features have unit length
         agreement = (image_features * text_features).sum(dim=1)  # (N,)
         return agreement.argsort(descending=True)[:GRID_IMAGES].tolist()
 
@@ -135,7 +136,7 @@ class StyleReport(Report):
     def _choose_examples(self, count: int) -> list[Example]:
         """Held-out examples at equal distances; without any, the first that are trained on."""
         if self.held_out:
-            step = max(1, len(self.held_out) // max(1, count))
+            step = max(1, len(self.held_out) // max(1, count))  # the count is 0 where no images are generated
             return list(self.held_out[::step][:count])
         return self.batches.examples(range(count))
 

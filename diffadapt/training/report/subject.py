@@ -48,6 +48,7 @@ class SubjectReport(Report):
         options = self.options
         texts = []
         for request in self.requests["contexts"]:
+            # an extractor does not know the identifier: "a sks dog on a beach" -> "a dog on a beach"
             text = without_identifier(
                 request.prompt, instance_prompt=options.instance_prompt, class_prompt=options.class_prompt
             )
@@ -98,7 +99,7 @@ class SubjectReport(Report):
     def _real_images(self) -> Tensor:
         """The training images, (N, 3, resolution, resolution) in [0, 1]."""
         pixels = [training_pixels(path, self.options.resolution) for path in self._image_paths()]
-        return torch.stack(pixels) / 2 + 0.5
+        return torch.stack(pixels) / 2 + 0.5  # from [-1, 1]
 
 
 def subject_requests(
@@ -121,6 +122,7 @@ def subject_requests(
         contexts = image_requests(validation_prompt, count, seed=seed)
     else:
         prompts = context_prompts(profile.context_prompts, instance_prompt)
+        # all of them for metrics, so that runs with different numbers of images can be compared
         if not is_measured:
             prompts = prompts[:count]
         contexts = _one_request_each(prompts, seed)
@@ -169,6 +171,7 @@ def subject_metrics(
         values["context_similarity"][when] = metric_value("clip_i", real=real_features, generated=contexts)
         values["text_agreement"][when] = metric_value("clip_t", generated=contexts)
         values["nearest_training_image"][when] = float(nearest.similarity.mean())
+    # images of things that have nothing to do with the subject should stay as the base makes them
     unchanged = paired_similarities(
         first=extractor.images([before["unrelated"]]),
         second=extractor.images([after["unrelated"]]),

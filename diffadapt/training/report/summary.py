@@ -45,7 +45,7 @@ def summary_text(
     }
     lines = []
     for name, text in rows.items():
-        indented = text.replace("\n", "\n" + " " * 11)
+        indented = text.replace("\n", "\n" + " " * 11)  # below the text: two spaces, 8 for the name, one
         lines.append(f"  {name:<8} {indented}")
     return "\n".join(lines)
 
