@@ -10,6 +10,7 @@ from torch import nn
 
 from diffadapt.adapters.attach import Targets, choose_sites
 from diffadapt.adapters.method_state import MethodPlan, plan_methods
+from diffadapt.adapters.quantised_layers import count_base_parameters
 from diffadapt.adapters.targets import assign_ranks
 from diffadapt.methods import Method
 from diffadapt.methods.parse_method import make_method, option_names
@@ -273,10 +274,7 @@ def _count_trained(plans: Iterable[MethodPlan]) -> int:
 
 def _count_base(roots: Iterable[nn.Module]) -> int:
     """Parameters of the adapted models."""
-    total = 0
-    for root in roots:
-        total += sum(parameter.numel() for parameter in root.parameters())
-    return total
+    return sum(count_base_parameters(root) for root in roots)
 
 
 def _block(name: str, depth: int) -> str:

@@ -149,6 +149,17 @@ def quantised_layer(layer: nn.Module) -> QuantisedLayer | None:
     return None if kind is None else QuantisedLayer(layer, kind)
 
 
+def count_base_parameters(model: nn.Module) -> int:
+    """The number of a model's parameters, where a packed weight counts by the values that it means."""
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for module in model.modules():
+        layer_state = getattr(module, "_diffadapt", None)
+        quantised = quantised_layer(module) if layer_state is None else layer_state.quantised
+        if quantised is not None:
+            sizes[id(module.weight)] = module.out_features * module.in_features
+    return sum(sizes.values())
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes; of a quantised weight those of its values and scales."""
     if hasattr(tensor, "__tensor_flatten__"):  # torchao

@@ -76,6 +76,8 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         "variant": arguments.variant,
         "vae": arguments.vae,
         "prediction_type": arguments.prediction_type,
+        "base_precision": arguments.base_precision,
+        "transformer": arguments.transformer,
     }
     pipe = open_frozen_pipeline(base, device=device, **base_options)
     _notify_truncated_prompts(pipe, requests, config)

@@ -72,6 +72,8 @@ def generate_sets(arguments: argparse.Namespace, files: Sequence[str], folder: P
         "variant": arguments.variant,
         "vae": arguments.vae,
         "prediction_type": arguments.prediction_type,
+        "base_precision": arguments.base_precision,
+        "transformer": arguments.transformer,
     }
     defaults = sampling_defaults(base, revision=arguments.revision)
     sampling = make_sampling_config(arguments, defaults, precision.dtype, adapter_paths)

@@ -33,7 +33,7 @@ def load_denoiser(
     Args:
         name: the pipeline's folder or hub name.
         dtype: of everything that is not quantised.
-        base_precision: a key of `QUANTISED`; not read where there is a file.
+        base_precision: a key of `QUANTISED`; None for plain weights.
         file: a `.gguf` or `.safetensors` file with the denoiser's weights; its configuration is the
             pipeline's. None for the pipeline's own weights.
 
@@ -43,6 +43,7 @@ def load_denoiser(
     Raises:
         ValueError, ImportError or FileNotFoundError: with the remedy.
     """
+    check_denoiser_options(base_precision, file)
     component, skeleton = denoiser_from_config(name, revision=revision)
     denoiser_class = type(skeleton)
     location = {"subfolder": component, "revision": revision}
@@ -59,13 +60,27 @@ def load_denoiser(
     return {component: denoiser}
 
 
-def check_quantisation(base_precision: str) -> None:
-    """Checks that this machine can quantise a base.
+def check_denoiser_options(base_precision: str | None, file: str | None) -> None:
+    """Checks `--base_precision` and `--transformer` before anything is loaded.
+
+    Args:
+        base_precision: a key of `QUANTISED`; None for plain weights.
+        file: the file with the denoiser's weights; None for the base's own.
 
     Raises:
-        ImportError: the package is missing.
-        ValueError: it needs a GPU.
+        ValueError, ImportError or FileNotFoundError: with the remedy.
     """
+    if file is not None:
+        _check_file(file)
+        if base_precision is not None:
+            raise ValueError(
+                f"--transformer {file} is used as it is stored: leave out --base_precision {base_precision}"
+            )
+    elif base_precision is not None:
+        _check_quantiser(base_precision)
+
+
+def _check_quantiser(base_precision: str) -> None:
     package = QUANTISED[base_precision]
     if find_spec(package) is None:
         raise ImportError(
@@ -78,14 +93,7 @@ def check_quantisation(base_precision: str) -> None:
         )
 
 
-def check_denoiser_file(file: str) -> None:
-    """Checks the name of a file with a denoiser's weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is of another kind.
-        ImportError: the package that reads GGUF is missing.
-    """
+def _check_file(file: str) -> None:
     if not file.endswith(FILE_SUFFIXES):
         raise ValueError(f"--transformer {file}: give a {' or '.join(FILE_SUFFIXES)} file")
     if not Path(file).is_file():
@@ -109,7 +117,6 @@ def plain_layers(denoiser: nn.Module) -> list[str]:
 
 def _quantization_config(base_precision: str, plain: list[str], dtype: torch.dtype) -> object:
     """diffusers' configuration of a quantiser, which leaves the layers `plain` as they are."""
-    check_quantisation(base_precision)
     if base_precision == "nf4":
         return diffusers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -128,7 +135,6 @@ def _quantization_config(base_precision: str, plain: list[str], dtype: torch.dty
 def _from_file(
     denoiser_class: type[nn.Module], file: str, dtype: torch.dtype, **config_location: str | None
 ) -> nn.Module:
-    check_denoiser_file(file)
     if not hasattr(denoiser_class, "from_single_file"):
         raise ValueError(f"--transformer {file}: diffusers has no single files of {denoiser_class.__name__}")
     quantization = {}

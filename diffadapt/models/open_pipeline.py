@@ -96,9 +96,19 @@ def open_frozen_pipeline(
     variant: str | None = None,
     vae: str | None = None,
     prediction_type: str | None = None,
+    base_precision: str | None = None,
+    transformer: str | None = None,
 ) -> DiffusionPipeline:
     """A pipeline of any kind to sample with, its safety checker included. Raises: as `open_pipeline`."""
-    pipe = open_pipeline(name, revision=revision, variant=variant, vae=vae, prediction_type=prediction_type)
+    pipe = open_pipeline(
+        name,
+        revision=revision,
+        variant=variant,
+        vae=vae,
+        prediction_type=prediction_type,
+        base_precision=base_precision,
+        transformer=transformer,
+    )
     pipe.to(device)
     freeze(pipe.components)
     return pipe

@@ -11,6 +11,7 @@ import torch
 from diffadapt.common.atomic_files import read_text, text_lines
 from diffadapt.formats.adapter_file import read_metadata
 from diffadapt.models.class_labels import parse_class_labels, read_class_names
+from diffadapt.models.denoiser_loading import QUANTISED
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, image_requests
 
 PIPELINE_STEP = 8  # pixels; pipelines generate images whose sides are multiples of it
@@ -44,6 +45,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, num_images: int) ->
     add("--revision", help="branch, tag or commit of a base on the hub")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--pretrained_vae_model_name_or_path", dest="vae", help="autoencoder to use instead of the base's")
+    add("--base_precision", choices=tuple(QUANTISED), help="quantise the denoiser (default: it is not)")
+    add("--transformer", help=".gguf or .safetensors file with the denoiser's weights")
     add("--prediction_type", help="override the scheduler's prediction type: epsilon or v_prediction")
     add("--num_inference_steps", type=int, help="denoising steps (default: depends on the base)")
     add("--guidance_scale", type=float, help="classifier-free guidance scale (default: depends on the base)")

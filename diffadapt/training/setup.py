@@ -23,7 +23,7 @@ from diffadapt.formats.export import parse_formats
 from diffadapt.methods import Method
 from diffadapt.models.base import BaseModel
 from diffadapt.models.class_conditioned import ClassConditionedBase
-from diffadapt.models.denoiser_loading import QUANTISED, check_denoiser_file, check_quantisation
+from diffadapt.models.denoiser_loading import QUANTISED, check_denoiser_options
 from diffadapt.models.families import load_base
 from diffadapt.models.noise_schedule import TimestepSampling, parse_timestep_shift
 from diffadapt.models.sampling import SamplingConfig, captions_to_encode
@@ -257,15 +257,7 @@ def _check_denoiser_source(options: TrainOptions) -> None:
         ValueError, ImportError or FileNotFoundError: with the remedy.
     """
     is_quantised = options.base_precision in QUANTISED
-    if is_quantised:
-        check_quantisation(options.base_precision)
-    if options.transformer is not None:
-        check_denoiser_file(options.transformer)
-        if is_quantised:
-            raise ValueError(
-                f"--transformer {options.transformer} is used as it is stored: leave out --base_precision "
-                f"{options.base_precision}"
-            )
+    check_denoiser_options(options.base_precision if is_quantised else None, options.transformer)
     if is_quantised or options.transformer is not None:
         for name in ("shard_base", "offload_blocks"):
             if getattr(options, name):

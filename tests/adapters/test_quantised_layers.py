@@ -10,7 +10,7 @@ from helpers.quantised_kinds import IN, OUT, QUANTISED, bitsandbytes_4bit, needs
 from torch import nn
 
 import diffadapt as da
-from diffadapt.adapters.quantised_layers import QuantisedWeight, quantised_layer
+from diffadapt.adapters.quantised_layers import QuantisedWeight, count_base_parameters, quantised_layer
 from diffadapt.adapters.targets import site_of_layer
 
 every_kind = pytest.mark.parametrize(
@@ -74,6 +74,15 @@ def test_a_weight_that_is_read_becomes_numbers_and_holds_none_itself():
     close(weight @ matrix, dense @ matrix, 1e-6)
     close(weight.norm(dim=1), dense.norm(dim=1), 1e-6)
     close(weight.norm(dim=0), dense.norm(dim=0), 1e-6)
+
+
+@every_kind
+def test_parameters_are_counted_by_the_values_that_they_mean(kind):
+    model = Model(kind.layer())
+    count = IN * OUT + OUT * kind.has_bias
+    assert count_base_parameters(model) == count
+    da.attach(model, da.LoRA(rank=2), "layer")
+    assert count_base_parameters(model) == count
 
 
 class QLinear(nn.Linear):

@@ -169,6 +169,12 @@ def test_a_file_that_holds_no_denoiser_is_refused_by_its_name(flux, tmp_path, na
         load_base(flux, transformer=str(tmp_path / name))
 
 
+def test_a_file_is_not_quantised_again(flux, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"used as it is stored: leave out --base_precision int8"):
+        load_base(flux, transformer=str(tmp_path / "a.safetensors"), base_precision="int8")
+
+
 def test_a_denoiser_without_single_files_is_named(tmp_path, tmp_path_factory):
     folder = str(tiny_folder("pixart_sigma", tmp_path_factory))
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -201,8 +203,16 @@ def test_a_quantised_base_is_smaller_and_trains(run, tmp_path, capsys, precision
     options = ("--max_train_steps", 2, "--num_validation_images", 1, "--export_formats", "diffusers")
     assert run(*arguments(tmp_path, "out"), "--base_precision", precision, *options) == 0
     assert (tmp_path / "out" / "adapter_diffusers.safetensors").is_file()
-    base = da.read_metadata(tmp_path / "out" / "adapter.safetensors")["adapter"]["base"]
-    assert base["quantisation"].startswith("torchao ")
+    path = tmp_path / "out" / "adapter.safetensors"
+    assert da.read_metadata(path)["adapter"]["base"]["quantisation"].startswith("torchao ")
+    shown = capsys.readouterr().out
+    assert "frozen, quantised (torchao " in shown
+    (command,) = re.findall(r"diffadapt (sample --adapter .*)", shown)
+    assert f"--base_precision {precision}" in command
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* was trained on")
+        assert diffadapt([*shlex.split(command.replace("--num_images 16", "--num_images 1"))]) == 0
+    assert json.loads((tmp_path / "out" / "more" / "sample.json").read_text())["base_precision"] == precision
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ and how they are laid out.
 """
 
 import dataclasses
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from diffadapt.data.summary import describe_truncated_captions
 from diffadapt.formats.export import parse_formats
 from diffadapt.formats.export.rehearsal import obstacle
 from diffadapt.metrics.features import load_clip
+from diffadapt.models.denoiser_loading import QUANTISED
 from diffadapt.models.sampling import ImageRequest, PromptStates, generate, truncated_prompts
 from diffadapt.training.checkpoint.checkpoint_io import save_adapter
 from diffadapt.training.loop import TrainState
@@ -303,6 +305,10 @@ class Report(ABC):
             value = getattr(self.options, name)
             if value != defaults.get(name):
                 parts.append(f"--{name} {value:g}")
+        if self.options.base_precision in QUANTISED:
+            parts.append(f"--base_precision {self.options.base_precision}")
+        if self.options.transformer is not None:
+            parts.append(f"--transformer {shlex.quote(self.options.transformer)}")
         if self.sampler.autocast:
             parts.append(f"--mixed_precision {self.options.mixed_precision}")
         return " ".join(parts)

@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.fingerprint import quantisation
+from diffadapt.adapters.quantised_layers import count_base_parameters
 from diffadapt.common.messages import shorten_list
 from diffadapt.data.batches import Batches
 from diffadapt.training.loop import TrainState, warmup_steps
@@ -28,9 +30,13 @@ def summary_text(
         more_rows: rows of a script's report.
     """
     options = train_state.options
-    base_parameters = train_state.accelerator.unwrap_model(train_state.objective).denoiser.num_parameters()
+    base_parameters = count_base_parameters(
+        train_state.accelerator.unwrap_model(train_state.objective).denoiser
+    )
+    stored_as = quantisation(list(train_state.adapter.layer_states.values()))
+    state = "frozen" if stored_as is None else f"frozen, quantised ({stored_as})"
     rows = {
-        "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, frozen",
+        "base": f"{options.pretrained_model_name_or_path}, {base_parameters / 1e6:.1f} M parameters, {state}",
         "adapter": _adapter_text(train_state.adapter, base_parameters),
         "data": batches.description,
         **(more_rows or {}),
