@@ -114,5 +114,7 @@ class Imported(Method):
             raise ValueError("another shape")
         if update.bias is not None and update.bias.shape != site.bias_shape:
             raise ValueError("another bias")
+        if update.bias is not None and site.kind == "norm" and not site.has_bias:
+            raise ValueError("a bias for a norm without one")  # which an RMSNorm would not add
         if update.scale is not None and update.scale.shape != (site.out,):
             raise ValueError("another magnitude")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.layer_kinds import KINDS
 from helpers.method_cases import Model, close, train
+from safetensors.torch import save_file
 from torch import nn
 
 import diffadapt as da
@@ -97,6 +98,14 @@ def test_adapted_norms_can_be_copied_and_pickled(name):
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(copied.layer) is type(model.layer)
         assert torch.equal(copied(x), model(x))
+
+
+def test_a_file_with_a_bias_for_a_norm_without_one_is_refused(tmp_path):
+    path = tmp_path / "norms.safetensors"
+    save_file({"layer.diff": torch.ones(8), "layer.diff_b": torch.ones(8)}, path)
+    da.load(Model(nn.LayerNorm(8)), path)
+    with pytest.raises(ValueError, match=r"layer has shape \(8,\), which a .* does not fit"):
+        da.load(Model(nn.RMSNorm(8)), path)
 
 
 def test_a_subclass_of_a_norm_is_refused():
