@@ -12,7 +12,8 @@ from diffadapt.adapters.layers import layer_state_of
 from diffadapt.adapters.targets import TargetSite, sites_by_name
 from diffadapt.common.messages import shorten_list
 from diffadapt.common.pipeline_components import without_denoiser
-from diffadapt.formats.foreign.layer_names import LayerNames, LayerPath, missing_layers_hint
+from diffadapt.formats.foreign.fused_layers import LayerPath, split_change
+from diffadapt.formats.foreign.layer_names import LayerNames, missing_layers_hint
 from diffadapt.formats.foreign.open import ForeignAdapter
 from diffadapt.formats.foreign.stored_change import StoredChange, fit_to_layer
 from diffadapt.methods.imported import Imported
@@ -26,7 +27,10 @@ def attach_foreign(model: object, foreign: ForeignAdapter, *, name: str, strengt
             not fit. The model is then as before.
     """
     roots = components(model, True)
-    by_path = _locate(foreign, roots)
+    try:
+        by_path = locate(foreign, roots)
+    except ValueError as error:
+        raise ValueError(f"{foreign.path}: {error}") from error
     targets: list[TargetSite] = []
     for root, module in roots.items():
         paths = {path: True for component, path in by_path if component == root}
@@ -82,21 +86,26 @@ def imported_method(changes: Mapping[str, StoredChange]) -> Imported:
     return Imported(forms)
 
 
-def _locate(foreign: ForeignAdapter, roots: Mapping[str, nn.Module]) -> dict[LayerPath, StoredChange]:
+def locate(foreign: ForeignAdapter, roots: Mapping[str, nn.Module]) -> dict[LayerPath, StoredChange]:
     """The changes by the layers of the model that they belong to."""
     names = LayerNames(roots)
     by_path: dict[LayerPath, StoredChange] = {}
     missing: list[str] = []
     for layer, change in foreign.changes.items():
         layer_path = names.find(layer)
+        by_layer = {}
+        if layer_path is not None:
+            by_layer = {layer_path: change}
+        elif parts := names.find_original(layer):
+            by_layer = split_change(layer, change, parts)
         # a second name for one layer counts as missing: its change would have no place
-        if layer_path is None or layer_path in by_path:
+        if not by_layer or by_layer.keys() & by_path.keys():
             missing.append(layer)
         else:
-            by_path[layer_path] = change
+            by_path |= by_layer
     if missing:
         raise ValueError(
-            f"{foreign.path} changes layers that this model does not have: {shorten_list(sorted(missing))}"
+            f"it changes layers that this model does not have: {shorten_list(sorted(missing))}"
             f"{missing_layers_hint(missing)}"
         )
     return by_path

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.common.messages import shorten_list
-from diffadapt.formats.foreign.keys import check_supported, tensors_by_layer
+from diffadapt.formats.foreign.keys import check_supported, name_magnitude, tensors_by_layer
 from diffadapt.formats.foreign.peft import peft_scaling
 from diffadapt.formats.foreign.stored_change import StoredChange, kohya_scaling, read_change
 
@@ -43,6 +43,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     layers, unknown_keys = tensors_by_layer(tensors)
     changes: dict[str, StoredChange] = {}
     for layer, by_role in layers.items():
+        name_magnitude(by_role, header)
         # the configuration is by component: unet.r, text_encoder.r
         component, _, path_inside = layer.partition(".")
         scaling = kohya_scaling

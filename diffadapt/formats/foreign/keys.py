@@ -73,6 +73,9 @@ UNSUPPORTED_STARTS = {
 }
 
 
+EXPORTED_BY_US = "diffadapt.method"  # a key in the header of our own exports
+
+
 class KeyedTensor(NamedTuple):
     """A tensor and its key in the file."""
 
@@ -104,6 +107,19 @@ def tensors_by_layer(
         else:
             layer[roles[end]] = KeyedTensor(key, tensor)
     return layers, unknown_keys
+
+
+def name_magnitude(by_role: dict[str, KeyedTensor], header: Mapping[str, str]) -> None:
+    """Gives the `dora_scale` of our own exports, which is ComfyUI's, another role than LyCORIS' has.
+
+    ComfyUI divides by the norm of the base weight, LyCORIS by that of the changed one. Beside PEFT's
+    magnitude, which diffusers reads, it says the same once more.
+    """
+    if EXPORTED_BY_US not in header or "dora_scale" not in by_role:
+        return
+    scale = by_role.pop("dora_scale")
+    if "magnitude" not in by_role:
+        by_role["base_magnitude"] = scale
 
 
 def check_supported(keys: Iterable[str], path: object) -> None:

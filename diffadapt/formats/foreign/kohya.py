@@ -11,10 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from diffadapt.common.messages import shorten_list
-from diffadapt.formats.foreign.keys import check_supported, tensors_by_layer
+from diffadapt.formats.foreign.keys import check_supported, name_magnitude, tensors_by_layer
 from diffadapt.formats.foreign.stored_change import StoredChange, kohya_scaling, read_change
-
-EXPORTED_BY_US = "diffadapt.method"  # a key in the header of such files
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> dict[str, StoredChange]:
@@ -26,9 +24,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     layers, unknown_keys = tensors_by_layer(tensors)
     changes: dict[str, StoredChange] = {}
     for layer, by_role in layers.items():
-        # ComfyUI divides by the norm of the base weight, LyCORIS by that of the changed one
-        if EXPORTED_BY_US in header and "dora_scale" in by_role:
-            by_role["base_magnitude"] = by_role.pop("dora_scale")
+        name_magnitude(by_role, header)
         changes[layer], unused_keys = read_change(layer, by_role, kohya_scaling)
         unknown_keys += unused_keys
     check_supported(unknown_keys, path)

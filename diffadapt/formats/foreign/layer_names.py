@@ -1,4 +1,4 @@
-"""Other tools' names for the layers of a model: flattened, prefixed, sgm block numbers, old spellings."""
+"""Other tools' names for the layers of a model: flattened, prefixed, of original code, old spellings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from diffadapt.adapters.architectures import architecture_of
 from diffadapt.adapters.targets import layers_with_weight
 from diffadapt.common.pipeline_components import is_in_text_encoder, is_text_encoder
+from diffadapt.formats.foreign.fused_layers import LayerPath, LayerRows
 from diffadapt.formats.sgm_names import ALL_BLOCKS, sgm_path
-
-LayerPath = tuple[str, str]  # component, and path in its model
 
 _DENOISER = {
     "dotted": ("", "unet.", "transformer.", "diffusion_model."),
@@ -40,8 +40,10 @@ class LayerNames:
 
     def __init__(self, roots: Mapping[str, nn.Module]):
         self.by_name: dict[str, LayerPath] = {}
+        self.by_original_name: dict[str, list[LayerRows]] = {}
         for component, module in roots.items():
             paths = [path for path, _ in layers_with_weight(module)]
+            self._add_original_names(component, module)
             num_resnets = _resnets_per_block(paths)
             for path in paths:
                 for name in _names(component, path, num_resnets):
@@ -52,21 +54,40 @@ class LayerNames:
         """A layer by one of its names; None where the model has no such layer."""
         return self.by_name.get(_without_processor(name))
 
+    def find_original(self, name: str) -> list[LayerRows]:
+        """The layers that a weight of a transformer's original code holds, by one of its names."""
+        return self.by_original_name.get(name, [])
+
+    def _add_original_names(self, component: str, module: nn.Module) -> None:
+        names = architecture_of(module).published_names
+        if names is None or names.original_layer is None:
+            return
+        for path, layer in layers_with_weight(module):
+            place = names.original_layer(path)
+            if place is None:
+                continue
+            part = LayerRows((component, path), place, len(layer.weight))
+            for prefix in _DENOISER["dotted"]:
+                self.by_original_name.setdefault(prefix + place.path, []).append(part)
+            for prefix in _DENOISER["flat"]:
+                self.by_original_name.setdefault(prefix + place.path.replace(".", "_"), []).append(part)
+
 
 def missing_layers_hint(missing: Iterable[str]) -> str:
     """The end of an error message about layers that a model does not have; empty where nothing is known."""
     if not any(_ORIGINAL_TRANSFORMERS.match(layer) for layer in missing):
         return ""
     return (
-        "; these are names of the original code of FLUX and SD3, whose layers hold query, key and value in "
-        "one, and are not read: convert the file to diffusers' names first, as diffusers' own "
-        "load_lora_weights does"
+        "; these are names of the original code of FLUX and SD3: give a base of the family that the file was "
+        "trained on"
     )
 
 
 def current_name(layer: str) -> str:
     """A layer's name in an older file of diffusers as today's diffusers writes it."""
     name = _without_processor(layer)
+    if name.startswith("transformer."):  # younger than the old names; FLUX.2 has layers called to_out
+        return name
     in_text_encoder = is_in_text_encoder(name)
     for end, old_end in _OLD_ENDS.items():
         if name.endswith(old_end) and in_text_encoder == end.endswith("_proj"):

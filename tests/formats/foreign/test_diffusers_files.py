@@ -302,9 +302,9 @@ def test_the_prefix_of_other_trainers_for_the_denoiser_is_read(tmp_path):
         "lora_unet_joint_blocks_0_x_block_attn_qkv",
     ],
 )
-def test_fused_names_of_original_transformers_are_named(tmp_path, layer):
+def test_names_of_original_transformers_are_no_layers_of_a_unet(tmp_path, layer):
     path = tmp_path / "fused.safetensors"
     factors = {"lora_down": torch.ones(2, 8), "lora_up": torch.ones(24, 2)}
     save_file({f"{layer}.{key}.weight": value for key, value in factors.items()}, path)
-    with pytest.raises(ValueError, match=r"original code of FLUX and SD3.*convert the file"):
+    with pytest.raises(ValueError, match=r"original code of FLUX and SD3.*a base of the family"):
         da.load(unet(), path)
