@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from helpers.family_pipelines import tiny_pipeline
+from helpers.transformer_layout import original_checkpoint
 from torch import Tensor
 
 from diffadapt.adapters.architectures import architecture_of
@@ -50,27 +51,6 @@ def random_parameters(transformer, names, width: int) -> dict[str, Tensor]:
     return parameters
 
 
-def original_checkpoint(parameters: dict[str, Tensor], names, norm_weight: str) -> dict[str, Tensor]:
-    """The parameters in the original code's layout."""
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for key, value in parameters.items():
-        path, _, kind = key.rpartition(".")
-        layer = names.original_layer(path)
-        if layer.swaps_halves:
-            value = torch.cat(value.chunk(2)[::-1])
-        if kind == "weight" and layer.path.endswith("_norm"):
-            kind = norm_weight
-        parts.setdefault(f"{layer.path}.{kind}", []).append((layer.first_row, value))
-    checkpoint = {}
-    for key, rows in parts.items():
-        rows.sort(key=lambda part: part[0])
-        starts = [start for start, _ in rows]
-        heights = [len(value) for _, value in rows]
-        assert starts == [sum(heights[:index]) for index in range(len(rows))], key
-        checkpoint[key] = torch.cat([value for _, value in rows])
-    return checkpoint
-
-
 @pytest.mark.parametrize("family", CONVERSIONS)
 def test_diffusers_converts_a_checkpoint_of_these_names_back(family):
     conversion, width, norm_weight = CONVERSIONS[family]
@@ -83,7 +63,7 @@ def test_diffusers_converts_a_checkpoint_of_these_names_back(family):
             placed[key] = value
     unplaced = every_parameter.keys() - placed.keys()
     assert all(any(part in key for part in NO_PLACE.get(family, ())) for key in unplaced), unplaced
-    checkpoint = original_checkpoint(placed, names, norm_weight)
+    checkpoint = original_checkpoint(placed, names, norm_weight=norm_weight)
     checkpoint |= dict.fromkeys(REQUIRED.get(conversion, ()), torch.zeros(1))
     convert = getattr(single_file_utils, f"convert_{conversion}_transformer_checkpoint_to_diffusers")
     converted = convert(checkpoint)

@@ -41,11 +41,13 @@ class Result:
     Attributes:
         weight, bias: as the program has them then.
         ignored: keys it does not use.
+        reason: why it does not use them, and what to do instead, where more is known than that.
     """
 
     weight: Tensor
     bias: Tensor | None
     ignored: frozenset[str] = frozenset()
+    reason: str = ""
 
 
 # from a layer and the file's tensors for it, by the rest of their keys

@@ -106,14 +106,14 @@ def split_read_from(
     second_rows, second_columns = second
     # of two flat factors it takes the width with the kernel in it for the width
     read_columns = second_columns if rank is None else second_columns * kernel
-    has_default_rows = first_rows == _factorization(first_rows * second_rows, -1)[0]
-    has_default_columns = first_columns == _factorization(first_columns * read_columns, -1)[0]
+    has_default_rows = first_rows == factorization(first_rows * second_rows, -1)[0]
+    has_default_columns = first_columns == factorization(first_columns * read_columns, -1)[0]
     if has_default_rows and has_default_columns:
         factor = -1
     else:
         factor = _guessed_factor(first, (second_rows, read_columns))
-    row_split = _factorization(first_rows * second_rows, factor)
-    column_split = _factorization(first_columns * second_columns, factor)
+    row_split = factorization(first_rows * second_rows, factor)
+    column_split = factorization(first_columns * second_columns, factor)
     if (row_split[0], column_split[0]) != first or (row_split[1], column_split[1]) != second:
         return False
     return rank is None or rank < max(second) / 2  # larger ranks are not decomposed
@@ -131,7 +131,7 @@ def _guessed_factor(first: tuple[int, int], second: tuple[int, int]) -> int:
     return min(candidates)
 
 
-def _factorization(dimension: int, factor: int) -> tuple[int, int]:
+def factorization(dimension: int, factor: int) -> tuple[int, int]:
     """functional/general.py: two divisors, the smaller first."""
     if factor > 0 and dimension % factor == 0:
         small, large = sorted((factor, dimension // factor))

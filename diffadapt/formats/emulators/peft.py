@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from diffadapt.formats.emulators import Layer, Program, Refused, Result, unused, with_bias
+from diffadapt.formats.emulators.lycoris import factorization
 
+_LOKR_FACTORS = ("w1", "w2", "w2_a", "w2_b")
+# ends of keys of text encoders, and PEFT's names for them
+_PEFT_ENDS = {
+    "lora_linear_layer.down.weight": "lora_A.weight",
+    "lora_linear_layer.up.weight": "lora_B.weight",
+}
+_PASSING_OVER = ("flux", "chroma")
+_WITH_LOKR = ("flux2_klein", "z_image")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -51,6 +62,63 @@ def apply_kohya(layer: Layer, keys: Mapping[str, Tensor]) -> Result:
         up = up * (keys["alpha"].item() / down.shape[0])
     result = apply(layer, {"lora_A.weight": down, "lora_B.weight": up})
     return Result(result.weight, result.bias, unused(keys, names))
+
+
+def open_transformer_file(tensors: Mapping[str, Tensor], family: str) -> Program:
+    """load_lora_weights of a family's pipeline on a file with the names of diffusers.
+
+    `dora_scale` is dropped with a warning. FLUX.1 and Chroma pass over keys that are not of LoRA, FLUX.2 and
+    Z-Image read LoKr too, all others refuse such keys.
+
+    Raises:
+        Refused: the pipeline opens no such file.
+    """
+    keys = [key for key in tensors if "dora_scale" not in key]
+    is_lokr = any(".lokr_" in key for key in keys)
+    is_known = ["lora" in key for key in keys]
+    if family in _WITH_LOKR:
+        is_known = ["lora" in key or "lokr" in key for key in keys]
+    if not (any(is_known) if family in _PASSING_OVER else all(is_known)):
+        other = keys[is_known.index(False)]
+        raise Refused(f"diffusers opens no file with keys such as {other} (ValueError: Invalid checkpoint)")
+    if is_lokr and family in _WITH_LOKR:
+        _check_lokr(tensors)
+    return Program("diffusers", "0.42.1", partial(_apply_transformer, is_lokr=is_lokr))
+
+
+def _apply_transformer(layer: Layer, keys: Mapping[str, Tensor], *, is_lokr: bool) -> Result:
+    """One layer of a file; a file with LoKr keys is read as LoKr alone."""
+    keys = {_PEFT_ENDS.get(key, key): tensor for key, tensor in keys.items() if key != "dora_scale"}
+    if not is_lokr and "lora_A.weight" in keys:
+        return apply(layer, keys)
+    if not is_lokr or "lokr_w1" not in keys:
+        return Result(layer.weight, layer.bias, frozenset(keys))
+    right = keys["lokr_w2"] if "lokr_w2" in keys else keys["lokr_w2_a"] @ keys["lokr_w2_b"]
+    weight = layer.weight + torch.kron(keys["lokr_w1"], right)
+    return Result(weight, layer.bias, unused(keys, {f"lokr_{name}" for name in _LOKR_FACTORS}))
+
+
+def _check_lokr(tensors: Mapping[str, Tensor]) -> None:
+    """_create_lokr_config: PEFT takes one factor for all layers, which must give the splits in the file."""
+    splits = []
+    for layer in sorted({key.partition(".lokr_")[0] for key in tensors if ".lokr_" in key}):
+        w1, w2, up, down = (tensors.get(f"{layer}.lokr_{name}") for name in _LOKR_FACTORS)
+        rows, columns = w2.shape if w2 is not None else (up.shape[0], down.shape[1])
+        if up is not None and up.shape[1] >= max(rows, columns) / 2:
+            raise Refused(f"PEFT makes no factors of rank {up.shape[1]} of {layer} (RuntimeError)")
+        splits += [(w1.shape[0], rows), (w1.shape[1], columns)]
+    factors = [*sorted({left for left, _ in splits[::2]}), -1]
+    for factor in factors:
+        if all(_split(left * right, factor) == (left, right) for left, right in splits):
+            return
+    raise Refused("diffusers finds no factor that gives the LoKr splits of the file (ValueError)")
+
+
+def _split(dimension: int, factor: int) -> tuple[int, int]:
+    """PEFT's `factorization`: as LyCORIS', but the factor first where it divides the dimension."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    return factorization(dimension, factor)
 
 
 def geometry_refusal(module: nn.Module) -> str | None:

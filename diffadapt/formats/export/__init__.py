@@ -46,8 +46,8 @@ def export(
     """Writes an adapter for other programs, reads the file back as they do, and compares.
 
     Args:
-        to: `kohya` (ComfyUI, A1111, LyCORIS), `diffusers` (`load_lora_weights`) or `merged` (a whole
-            pipeline, or the model alone that was attached to).
+        to: `kohya` (ComfyUI, A1111, LyCORIS; of transformers ComfyUI and diffusers), `diffusers`
+            (`load_lora_weights`) or `merged` (a whole pipeline, or the model alone that was attached to).
         rank: for diffusers, the rank of the SVD that replaces changes that are no thin products.
         dtype: precision of the file: float32, float16 or bfloat16.
         dense: for kohya, whole differences instead of keys that ComfyUI alone reads right.

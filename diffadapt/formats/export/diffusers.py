@@ -45,6 +45,15 @@ def check_loader(adapter: Adapter) -> None:
             )
 
 
+def loader_refusal(adapter: Adapter) -> str:
+    """Why `load_lora_weights` opens no file of an adapter, whatever its keys; empty where it does."""
+    try:
+        check_loader(adapter)
+    except ValueError as error:
+        return str(error).partition(", so nothing")[0].partition("; use")[0]
+    return ""
+
+
 def has_loader(component: str) -> bool:
     """Whether LoRA files of diffusers hold layers of a component of that name."""
     return component in DENOISERS or is_text_encoder(component)
@@ -127,7 +136,12 @@ def component_config(
 ) -> dict[str, object]:
     """PEFT's configuration of one model, given the rank of every layer by its path; alpha is the rank."""
     common_rank = Counter(ranks.values()).most_common(1)[0][0]  # keeps the patterns short
-    other_ranks = {path: rank for path, rank in ranks.items() if rank != common_rank}
+    other_ranks = {}
+    for path, rank in ranks.items():
+        if rank != common_rank:
+            # A pattern also matches as the end of a name: Flux's proj_out, that of every single block.
+            is_end_of_another = any(other.endswith(f".{path}") for other in ranks)
+            other_ranks[f"^{path}" if is_end_of_another else path] = rank
     return {
         f"{component}.r": common_rank,
         f"{component}.lora_alpha": common_rank,

@@ -1,6 +1,9 @@
-"""Files with kohya's key names, which ComfyUI, stable-diffusion-webui and LyCORIS read.
+"""Files for ComfyUI: with kohya's key names, which stable-diffusion-webui and LyCORIS read too; for
+transformers with diffusers' names, so that `load_lora_weights` opens the same file.
 
-Every multiplier is folded into the factors and `alpha` equals the rank, so that no program scales anything.
+Every multiplier is folded into the factors, and `alpha` equals the rank, so that no program scales anything.
+With diffusers' names there is no `alpha`: its loaders for Qwen-Image and Z-Image take a file with one for
+another format.
 """
 
 from __future__ import annotations
@@ -19,10 +22,17 @@ from diffadapt.algebra.low_rank import LowRank, Tucker, full_rank_factors, zero_
 from diffadapt.formats.emulators.lycoris import split_read_from
 from diffadapt.formats.export.checks import check_no_new_biases
 from diffadapt.formats.export.class_rows import check_no_new_rows
+from diffadapt.formats.export.diffusers import (
+    adapter_config,
+    diffusers_tensors,
+    factor_keys,
+    loader_refusal,
+)
 from diffadapt.formats.export.exported_layer import ExportedLayer, factor_weights, per_row
-from diffadapt.formats.export.layer_names import base_architecture, kohya_name
+from diffadapt.formats.export.layer_names import base_architecture, has_diffusers_names, kohya_name
 from diffadapt.formats.export.target import ExportJob, ExportTarget, save_tensors
 from diffadapt.formats.export.verify import Verdict, verify_kohya
+from diffadapt.formats.export.verify_transformer import verify_transformer
 
 # ComfyUI adds float32's epsilon to the norm it divides by (comfy/weight_adapter/base.py, 0.3.77)
 _COMFYUI_EPSILON = torch.finfo(torch.float32).eps
@@ -40,15 +50,63 @@ def kohya_tensors(
     Raises:
         ValueError: a layer has no name there.
     """
+    if has_diffusers_names(base):
+        yield from _transformer_tensors(layers, base, dense)
+        return
     for layer in layers:
         name = kohya_name(layer.component, layer.path, base)
         for key, tensor in _layer_tensors(layer, dense).items():
             yield f"{name}.{key}", tensor
 
 
+def is_thin(layers: Sequence[ExportedLayer], *, dense: bool) -> bool:
+    """Whether diffusers' keys, with magnitudes where rows are scaled, hold all changes in their own form."""
+    return all(
+        layer.kind in ("linear", "conv")
+        and layer.bias is None
+        and not layer.is_dense
+        and not (dense and layer.scale is not None)
+        and isinstance(layer.factors, (LowRank, Tucker, type(None)))
+        for layer in layers
+    )
+
+
+def _transformer_tensors(
+    layers: Sequence[ExportedLayer], base: Architecture, dense: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Keys with the names of diffusers; those of diffusers alone where they hold every change.
+
+    Rows are scaled by `dora_scale` in ComfyUI, and by PEFT's magnitudes in diffusers: each passes over the
+    other's key.
+    """
+    if is_thin(layers, dense=dense):
+        yield from diffusers_tensors(layers)
+        for layer in layers:
+            if layer.scale is not None:
+                name = kohya_name(layer.component, layer.path, base)
+                yield f"{name}.dora_scale", _comfyui_magnitude(layer)
+        return
+    for layer in layers:
+        name = kohya_name(layer.component, layer.path, base)
+        down_key, up_key = factor_keys(layer.component)
+        ends = {"lora_down.weight": f"{down_key}.weight", "lora_up.weight": f"{up_key}.weight"}
+        for key, tensor in _layer_tensors(_without_tucker(layer), dense).items():
+            if key != "alpha":
+                yield f"{name}.{ends.get(key, key)}", tensor
+
+
+def _without_tucker(layer: ExportedLayer) -> ExportedLayer:
+    """The layer with a product of two factors in place of three, which have no keys beside diffusers'."""
+    if not isinstance(layer.factors, Tucker):
+        return layer
+    return layer.with_factors(layer.factors.as_product(), is_approximated=layer.is_approximated)
+
+
 def _layer_tensors(layer: ExportedLayer, dense: bool) -> dict[str, Tensor]:
     if layer.kind == "norm":  # A1111 takes both keys or none
         difference = layer.adapted - layer.weight
+        if layer.base_bias is None:  # an RMSNorm
+            return {"w_norm": difference}
         bias = torch.zeros_like(difference) if layer.bias is None else layer.bias
         return {"w_norm": difference, "b_norm": bias}
     has_scale = layer.scale is not None
@@ -182,7 +240,16 @@ def _write(job: ExportJob, path: Path) -> None:
 
 
 def _verify(job: ExportJob, path: Path) -> list[Verdict]:
-    return verify_kohya(str(path), job.layers, base_architecture(job.adapter), job.dtype)
+    base = base_architecture(job.adapter)
+    if has_diffusers_names(base):
+        return verify_transformer(str(path), job.layers, base, job.dtype, loader_refusal(job.adapter))
+    return verify_kohya(str(path), job.layers, base, job.dtype)
+
+
+def _header(job: ExportJob) -> dict[str, str]:
+    if not has_diffusers_names(base_architecture(job.adapter)) or not is_thin(job.layers, dense=job.dense):
+        return {}
+    return {"lora_adapter_metadata": adapter_config(job.layers)}
 
 
 KOHYA = ExportTarget(
@@ -192,4 +259,5 @@ KOHYA = ExportTarget(
     fit=_fit,
     write=_write,
     verify=_verify,
+    header=_header,
 )

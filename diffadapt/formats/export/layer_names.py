@@ -41,10 +41,17 @@ def base_architecture(adapter: Adapter) -> Architecture:
     return architecture_of(denoisers[0] if denoisers else None)
 
 
+def has_diffusers_names(base: Architecture) -> bool:
+    """Whether files for ComfyUI name the layers of a base as diffusers does."""
+    return base.published_names is not None and base.published_names.original_layer is not None
+
+
 def kohya_name(component: str, path: str, base: Architecture) -> str:
     """`lora_unet_...`, `lora_te_...`; with several text encoders `lora_te1_...`, `lora_te2_...`.
 
     As in kohya's own files, layers of SDXL's UNet have the names of the original code, the others diffusers'.
+    Layers of transformers and of their text encoders are `transformer.<path>`, `text_encoder.<path>`, so that
+    ComfyUI and diffusers open the same file.
 
     Raises:
         ValueError: the model has no name there.
@@ -55,8 +62,11 @@ def kohya_name(component: str, path: str, base: Architecture) -> str:
         model = component or "this model"
         raise ValueError(
             f"kohya's file format has no name for layers of {model}: it knows the UNet and the CLIP text "
-            "encoders of Stable Diffusion 1, 2 and XL; use --to merged"
+            "encoders of Stable Diffusion 1, 2 and XL, and the transformers of SD3, FLUX, Z-Image, "
+            "Qwen-Image, Krea 2, Chroma and PixArt-Sigma; use --to merged"
         )
+    if has_diffusers_names(base):
+        return f"{component}.{clip_path(component, path)}"
     if is_denoiser:
         original_path = None if names.original_path is None else names.original_path(path)
         return "lora_unet_" + (original_path or path).replace(".", "_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,8 +12,13 @@ from tempfile import TemporaryDirectory
 import torch
 
 from diffadapt.adapters.adapter import Adapter
+from diffadapt.adapters.architectures import Architecture
 from diffadapt.formats.export.exported_layer import ExportedLayer, exported_layers
-from diffadapt.formats.export.layer_names import found_by_comfyui
+from diffadapt.formats.export.layer_names import (
+    base_architecture,
+    found_by_comfyui,
+    has_diffusers_names,
+)
 from diffadapt.formats.export.target import ExportJob
 from diffadapt.formats.export.targets import TARGETS
 
@@ -63,7 +69,7 @@ def _try_export(adapter: Adapter, to: str) -> None:
     job = replace(job, layers=target.fit(job))
     if target.is_folder:  # it holds whole weights, of any change
         return
-    job = replace(job, layers=_one_of_each_form(job.layers))
+    job = replace(job, layers=_one_of_each_form(job.layers, base_architecture(adapter)))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trial.safetensors"
         target.write(job, path)
@@ -73,15 +79,15 @@ def _try_export(adapter: Adapter, to: str) -> None:
             raise ValueError(f"{verdict.program} {verdict.version} would not read it right: {verdict.reason}")
 
 
-def _one_of_each_form(layers: Sequence[ExportedLayer]) -> list[ExportedLayer]:
+def _one_of_each_form(layers: Sequence[ExportedLayer], base: Architecture) -> list[ExportedLayer]:
     """The first layer of each kind, shape and form of change: the others would have the same verdict."""
     examples: dict[Hashable, ExportedLayer] = {}
     for layer in layers:
-        examples.setdefault(_form_key(layer), layer)
+        examples.setdefault(_form_key(layer, base), layer)
     return list(examples.values())
 
 
-def _form_key(layer: ExportedLayer) -> Hashable:
+def _form_key(layer: ExportedLayer, base: Architecture) -> Hashable:
     """All that decides how a change is written and read."""
     geometry = tuple(str(getattr(layer.layer, name, None)) for name in GEOMETRY)
     return (
@@ -94,5 +100,14 @@ def _form_key(layer: ExportedLayer) -> Hashable:
         layer.scale is None,
         layer.base_bias is None,
         layer.bias is None,
-        found_by_comfyui(layer),
+        _name_key(layer, base),
     )
+
+
+def _name_key(layer: ExportedLayer, base: Architecture) -> Hashable:
+    """All of a layer's name that decides whether ComfyUI finds it, and how."""
+    if not has_diffusers_names(base):
+        return found_by_comfyui(layer)
+    place = base.published_names.original_layer(layer.path)
+    is_swapped = place is not None and place.swaps_halves
+    return re.sub(r"\d+", "#", layer.path), is_swapped

@@ -94,17 +94,17 @@ def verify_kohya(
         SD_SCRIPTS: lambda layer: found_by_sd_scripts(layer, base),
         DIFFUSERS_KOHYA: lambda layer: "add_embedding" not in layer.path,
     }
-    file_keys = _by_layer(load_file(path), lambda key: tuple(key.split(".", 1)))
+    file_keys = by_layer(load_file(path), lambda key: tuple(key.split(".", 1)))
     names = [kohya_name(layer.component, layer.path, base) for layer in layers]
-    return _verdicts(programs, file_keys, layers, names, dtype)
+    return read_by_programs(programs, file_keys, layers, names, dtype)
 
 
 def verify_diffusers(path: str, layers: Sequence[ExportedLayer], dtype: torch.dtype) -> list[Verdict]:
     """The verdict of stock diffusers on a file with PEFT's keys."""
     programs: dict[Program, FindsLayer] = {DIFFUSERS: lambda layer: True}
-    file_keys = _by_layer(load_file(path), _split_peft_key)
+    file_keys = by_layer(load_file(path), _split_peft_key)
     names = [f"{layer.component}.{clip_path(layer.component, layer.path)}" for layer in layers]
-    return _verdicts(programs, file_keys, layers, names, dtype)
+    return read_by_programs(programs, file_keys, layers, names, dtype)
 
 
 @dataclass
@@ -169,17 +169,28 @@ class ErrorSum:
         return Verdict(program, version, status, self.largest, self.share, reason)
 
 
-def _verdicts(
+def read_by_programs(
     programs: Mapping[Program, FindsLayer],
     file_keys: FileKeys,
     layers: Sequence[ExportedLayer],
     names: Sequence[str],
     dtype: torch.dtype,
 ) -> list[Verdict]:
-    """Every program on one layer after the other: what is as large as a weight lives for one layer."""
+    """The verdict of every program.
+
+    They read one layer after the other: what is as large as a weight lives for one layer.
+
+    Args:
+        programs: each with the function that says whether it has a layer.
+        file_keys: the tensors of the file by the names of layers.
+        layers: what the file was written from.
+        names: of these layers in the file.
+        dtype: precision of the file.
+    """
     errors: dict[Program, ErrorSum] = {}
     ignored_keys: dict[Program, list[str]] = {}
     refusals: dict[Program, str] = {}
+    reasons: dict[Program, str] = {}
     for program in programs:
         errors[program] = ErrorSum(dtype)
         ignored_keys[program] = []
@@ -198,6 +209,8 @@ def _verdicts(
                     result = program.apply(layer, keys)
             except Refused as refusal:
                 refusals.setdefault(program, str(refusal))
+            if result.reason:
+                reasons.setdefault(program, result.reason)
             ignored_keys[program] += [f"{name}.{key}" for key in sorted(result.ignored)]
             errors[program].add(result.weight, adapted, layer.weight, expected)
             errors[program].add(result.bias, bias, layer.bias, bias)
@@ -209,6 +222,8 @@ def _verdicts(
         else:
             keys = ignored_keys[program]
             wrong = f"{len(keys)} keys ignored, e.g. {keys[0]}" if keys else "result differs"
+            if program in reasons:
+                wrong = f"{wrong}: {reasons[program]}"
             verdict = errors[program].verdict(
                 program.name, program.version, is_approximate=is_approximate, wrong=wrong
             )
@@ -216,7 +231,7 @@ def _verdicts(
     return verdicts
 
 
-def _by_layer(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]]) -> FileKeys:
+def by_layer(tensors: Mapping[str, Tensor], split: Callable[[str], tuple[str, str]]) -> FileKeys:
     """Tensors of a file by the name of their layer, and the rest of their key."""
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
