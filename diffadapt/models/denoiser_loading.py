@@ -54,7 +54,7 @@ def load_denoiser(
         variant=variant,
         dtype=dtype,
         use_safetensors=True,  # no pickled weights
-        quantization_config=_quantization_config(base_precision, plain_layers(skeleton), dtype),
+        quantization_config=_quantization_config(base_precision, skeleton, dtype),
         **location,
     )
     return {component: denoiser}
@@ -115,21 +115,34 @@ def plain_layers(denoiser: nn.Module) -> list[str]:
     return names
 
 
-def _quantization_config(base_precision: str, plain: list[str], dtype: torch.dtype) -> object:
-    """diffusers' configuration of a quantiser, which leaves the layers `plain` as they are."""
+def _quantization_config(base_precision: str, skeleton: nn.Module, dtype: torch.dtype) -> object:
+    """diffusers' configuration of a quantiser, which leaves the plain layers of a denoiser as they are."""
+    plain = plain_layers(skeleton)
     if base_precision == "nf4":
         return diffusers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=plain,
+            llm_int8_skip_modules=_skipped_by_bitsandbytes(skeleton, plain),
         )
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     config = Int8WeightOnlyConfig() if base_precision == "int8" else Float8WeightOnlyConfig()
-    # names of parameters are compared as a whole, those of layers with every part of a name
+    # names of parameters are compared as a whole, those of layers with parts of names too
     weights = [f"{name}.weight" for name in plain]
     return diffusers.TorchAoConfig(config, modules_to_not_convert=weights)
+
+
+def _skipped_by_bitsandbytes(skeleton: nn.Module, plain: list[str]) -> list[str]:
+    """The plain layers, without those that are named as the ends of others, such as FLUX's `proj_out`.
+
+    diffusers would leave all layers of that name as they are, also large ones in blocks.
+    """
+    ends = set()
+    for name, layer in skeleton.named_modules():
+        if isinstance(layer, nn.Linear) and name not in plain:
+            ends.add(name.rpartition(".")[2])
+    return [name for name in plain if name not in ends]
 
 
 def _from_file(

@@ -15,6 +15,7 @@ from diffadapt.adapters.quantised_layers import quantised_layer, stored_bytes
 from diffadapt.models import denoiser_loading
 from diffadapt.models.denoiser_loading import plain_layers
 from diffadapt.models.families import load_base
+from diffadapt.models.from_config import denoiser_from_config
 from diffadapt.models.open_pipeline import open_pipeline
 
 torchao = needs(QUANTISED["torchao-int8"])
@@ -148,6 +149,24 @@ def test_four_bits_without_a_gpu_are_refused_before_anything_is_loaded(flux):
         pytest.skip("needs bitsandbytes and no GPU")
     with pytest.raises(ValueError, match=r"nf4 needs a GPU, .*int8 and fp8 work on a CPU"):
         load_base(flux, base_precision="nf4")
+
+
+@needs(QUANTISED["bnb-nf4"])
+@pytest.mark.parametrize("family", ["flux", "flux2_klein"])
+def test_four_bits_are_for_the_same_layers(family, tmp_path_factory):
+    """diffusers loads four bits on a GPU alone, but replaces the layers anywhere."""
+    from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
+
+    _, denoiser = denoiser_from_config(str(tiny_folder(family, tmp_path_factory)))
+    linear = {name for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear)}
+    plain = set(plain_layers(denoiser))
+    config = denoiser_loading._quantization_config("nf4", denoiser, torch.bfloat16)
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+    replace_with_bnb_linear(denoiser, config.llm_int8_skip_modules, quantization_config=config)
+    replaced = {name for name, layer in denoiser.named_modules() if type(layer).__name__ == "Linear4bit"}
+    same_end = {"proj_out"} if family == "flux" else set()  # of single_transformer_blocks.*.proj_out
+    assert replaced == linear - plain | same_end
+    assert {"proj_out", "x_embedder"} <= plain
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "nf4"])

@@ -240,7 +240,7 @@ def test_a_dry_run_encodes_no_more_than_it_shows_and_fills_no_cache(run, tmp_pat
 
 
 def test_a_dry_run_draws_no_class_pictures_but_counts_them(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffadapt.data.class_images.generate", None)  # a call would fail
+    monkeypatch.setattr("diffadapt.data.class_images.generate_in_stages", None)  # a call would fail
     there = write_pictures(tmp_path / "dogs", 1)
     prior = ["--with_prior_preservation", "--class_prompt", "a dog", "--num_class_images", 4, "--dry_run"]
     fixed = [*arguments(tmp_path, "out"), *prior, "--center_crop"]
