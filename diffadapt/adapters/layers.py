@@ -132,6 +132,7 @@ class Adapted(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         layer_state = self._diffadapt
+        # the state's own copies, which no layer holds as a buffer; the first of its layers moves them
         if layer_state.original is not None and layer_state.layers[0] is self:
             layer_state.original = fn(layer_state.original)
             biases = layer_state.original_biases
@@ -162,7 +163,7 @@ class _AdaptedConv(Adapted):
         entries = self._diffadapt.active()
         if not entries:
             return super().forward(x)
-        is_unbatched = x.dim() == len(self.kernel_size) + 1
+        is_unbatched = x.dim() == len(self.kernel_size) + 1  # (channels, *size), as torch takes it too
         layer_map, x = conv_map(self, x.unsqueeze(0) if is_unbatched else x)
         y = _adapted_output(self, layer_map, x, entries)  # (batch, out, *size)
         return y.squeeze(0) if is_unbatched else y
@@ -223,8 +224,9 @@ class AdaptedOnDemand(Adapted):
     original: ClassVar[type[nn.Module]]
 
     def __reduce__(self):
-        made, family, *_ = type(self).__mro__
-        return _restore_on_demand, (family, made.original), self.__dict__  # a pickle cannot name `made`
+        # a pickle cannot name a class that was made on demand; it names the two that it derives from
+        adapted, family, *_ = type(self).__mro__
+        return _restore_on_demand, (family, adapted.original), self.__dict__
 
 
 class AdaptedDiffusersNorm(AdaptedOnDemand, AdaptedNorm):
@@ -322,6 +324,7 @@ def _adapted_output(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: Seq
         else:
             rescaling.append((entry, update))
     base = base.to(x.dtype)
+    # alone at strength 1: y + 1 (y_i - y) is y_i, so y itself is not needed
     if rescaling and len(entries) == 1 and entries[0].owner.strength == 1 and layer_state.original is None:
         return _rescaled_output(layer_map, x, base, base_bias, *rescaling[0])
 
@@ -333,6 +336,7 @@ def _adapted_output(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: Seq
             terms.append(_term(x, entry, update, strength))
         if update.bias is not None or update.bias_scale is not None:
             bias_updates.append((strength, update))
+    # the layer's own weight and bias, which hold what is merged
     bias = effective_bias(base_bias, layer.bias, bias_updates) if bias_updates else layer.bias
     y = branch_sum(layer_map, x, layer.weight.to(x.dtype), bias, terms)
     if rescaling:
@@ -412,14 +416,14 @@ def _with_change(y: Tensor, x: Tensor, entry: Entry, update: Update, strength: f
 def _term(x: Tensor, entry: Entry, update: Update, strength: float) -> Term:
     """The change of one entry as a term of the sum."""
     change = update.delta
-    if x.dtype == torch.float16:
+    if x.dtype == torch.float16:  # whose largest number is 65504
         change = change.for_float16()
     return Term(change, strength * update.multiplier, entry.owner.dropout(x, entry.index))
 
 
 def _per_channel(vector: Tensor, x: Tensor, layer_map: LayerMap) -> Tensor:
     """A vector `(out,)`, shaped to act on the channels of the layer's output."""
-    trailing = x.dim() - 2 if layer_map.channel_dim == 1 else 0
+    trailing = x.dim() - 2 if layer_map.channel_dim == 1 else 0  # axes behind the channels of a convolution
     return vector.reshape(-1, *(1,) * trailing)
 
 

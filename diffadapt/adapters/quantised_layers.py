@@ -77,6 +77,7 @@ class QuantisedLayer:
         if self.kind.rounds_input:
             return self.dequantise().to(matrix.dtype) @ matrix
         compute_dtype = getattr(self.layer, "compute_dtype", None) or matrix.dtype
+        # W M = (M^T W^T)^T, with the columns of M as the inputs of the layer
         product = self.bare_forward(matrix.T.to(compute_dtype)).to(matrix.dtype)  # (n, out)
         if self.layer.bias is not None:
             product = product - self.layer.bias.to(product.dtype)
@@ -101,6 +102,7 @@ class QuantisedWeight(Tensor):
     @staticmethod
     def __new__(cls, source: QuantisedLayer) -> QuantisedWeight:
         device = source.layer.weight.device
+        # shape, dtype and device alone, without a storage
         weight = Tensor._make_wrapper_subclass(
             cls, source.shape, dtype=torch.float32, device=device, storage_size=0
         )
@@ -110,10 +112,12 @@ class QuantisedWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         first = args[0]
+        # of the whole weight, so the result needs no memory either
         if operator in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(first.source)
         if operator is torch.ops.aten.mm.default and isinstance(first, cls):
             return first.source.times(_dequantised(args[1]))
+        # torch.linalg.vector_norm(weight, dim=1), as DoRA takes it
         if operator is torch.ops.aten.linalg_vector_norm.default and args[1:] == (2, [1]) and not kwargs:
             return first.source.row_norms()
         args = tree_map_only(cls, _dequantised, args)
@@ -133,7 +137,7 @@ class QuantisedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, quantised):
         ctx.quantised = quantised
-        ctx.dtype = x.dtype
+        ctx.dtype = x.dtype  # x itself is not saved: no gradient depends on it
         return quantised.bare_forward(x)
 
     @staticmethod
@@ -176,6 +180,7 @@ def stored_bytes(tensor: Tensor) -> int:
 
 def _kind_of(layer: nn.Module) -> QuantisedKind | None:
     """How a layer's weight is stored; None where it is not quantised, or not in a known way."""
+    # names of classes and not the classes, which only an import of their library would give
     for cls in type(layer).__mro__:
         find_kind = _KIND_BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
         if find_kind is not None:
@@ -209,7 +214,7 @@ def _torchao_kind(layer: nn.Linear) -> QuantisedKind | None:
     if not is_torchao or not hasattr(weight, "dequantize"):
         return None
     name = type(weight).__name__.removesuffix("Tensor").lower()
-    rounds_input = getattr(weight, "act_quant_kwargs", None) is not None
+    rounds_input = getattr(weight, "act_quant_kwargs", None) is not None  # activations are quantised too
     return QuantisedKind(f"torchao {name}", _dequantise_torchao, rounds_input)
 
 
@@ -227,7 +232,7 @@ def _dequantise_bitsandbytes_8bit(layer: nn.Linear) -> Tensor:
     # the first forward moves values and scales of the rows from the weight to the layer's state
     values = layer.weight.data if layer.state.CB is None else layer.state.CB  # (out, in)
     scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # (out,)
-    return values.float() * (scales.float() / 127)[:, None]
+    return values.float() * (scales.float() / 127)[:, None]  # row i: values_i * largest_i / 127
 
 
 def _dequantise_gguf(layer: nn.Linear) -> Tensor:

@@ -59,9 +59,9 @@ class TargetSite:
     """A weight chosen by targets.
 
     Attributes:
-        site: The weight and its layer, by name and shapes.
-        layers: All layers that share the weight.
-        by_name: Whether a glob named the layer on purpose, not a preset.
+        site: the weight and its layer, by name and shapes.
+        layers: all layers that share the weight.
+        by_name: whether a glob named the layer on purpose, not a preset.
     """
 
     site: Site
@@ -81,18 +81,18 @@ def find_sites(
     """Finds the layers that targets choose, in the model's order; a shared weight is one site.
 
     Args:
-        model: The model.
-        targets: Presets or globs on module names, joined with `+` or as a sequence; `!glob` excludes. A name
+        model: the model.
+        targets: presets or globs on module names, joined with `+` or as a sequence; `!glob` excludes. A name
             without wildcards also matches as the end of another. In globs, `{4-11}` is every number of a
             range; `attention@blocks.{4-11}` is what the preset chooses below modules that match.
-        prefix: What the sites' names begin with, e.g. `unet.`.
-        extra_presets: Presets that are added where they match.
-        family_presets: Preset -> globs, in place of the general rule of that preset.
-        unread_layers: Globs on layers that no output of the model depends on; they are chosen as others are.
+        prefix: what the sites' names begin with, e.g. `unet.`.
+        extra_presets: presets that are added where they match.
+        family_presets: preset -> globs, in place of the general rule of that preset.
+        unread_layers: globs on layers that no output of the model depends on; they are chosen as others are.
 
     Raises:
-        ValueError: For a target that matches nothing, or nothing but unread layers.
-        TypeError: For a layer that cannot be adapted.
+        ValueError: a target matches nothing, or nothing but unread layers.
+        TypeError: a layer cannot be adapted.
     """
     family_presets = family_presets or {}
     presets = dict.fromkeys((*PRESETS, *family_presets))
@@ -102,17 +102,16 @@ def find_sites(
     for token in (*tokens, *extra_presets):
         if token.startswith("!"):
             continue
-        matched_layers = [
-            name for name, layer in layers.items() if _matches(token, name, layer, family_presets)
-        ]
-        if not matched_layers and token in tokens:
+        matched_layers = []
+        for name, layer in layers.items():
+            if _matches(token, name, layer, family_presets):
+                matched_layers.append(name)
+        is_requested = token in tokens  # and not one that the method adds where it matches
+        if not matched_layers and is_requested:
             other_names = [name for name in (*presets, *layers) if name != token]
             raise ValueError(f"target {token!r} matches no layer{did_you_mean(token, other_names)}")
-        if (
-            matched_layers
-            and token in tokens
-            and all(is_unread(name, unread_layers) for name in matched_layers)
-        ):
+        has_only_unread = all(is_unread(name, unread_layers) for name in matched_layers)
+        if matched_layers and is_requested and has_only_unread:
             raise ValueError(
                 f"target {token!r} chooses only layers that no output of the model depends on, which would "
                 f"never get a gradient: {shorten_list(matched_layers)}"
@@ -137,18 +136,19 @@ def sites_by_name(model: nn.Module, names: Mapping[str, bool], prefix: str = "")
     """The layers of a model with these names, in the model's order; layers sharing a weight are one site.
 
     Args:
-        model: The model.
-        names: Module name -> `TargetSite.by_name`.
-        prefix: What the sites' names begin with, e.g. `unet.`.
+        model: the model.
+        names: module name -> `TargetSite.by_name`.
+        prefix: what the sites' names begin with, e.g. `unet.`.
 
     Raises:
-        ValueError: For a name that the model does not have.
-        TypeError: For a layer that cannot be adapted.
+        ValueError: the model has no layer of a name.
+        TypeError: a layer cannot be adapted.
     """
     layers = dict(layers_with_weight(model))
     for name in names:
         if name not in layers:
             raise ValueError(f"the model has no layer {name!r} with a weight{did_you_mean(name, layers)}")
+    # by id, since two parameters with equal values are still two weights
     layers_by_weight: dict[int, list[nn.Module]] = {}
     for layer in layers.values():
         layers_by_weight.setdefault(id(layer.weight), []).append(layer)
@@ -158,6 +158,7 @@ def sites_by_name(model: nn.Module, names: Mapping[str, bool], prefix: str = "")
         if name not in names or weight_id in sites:
             continue
         check_not_fused(model, name)
+        # the site has the name of its first layer
         site = site_of_layer(prefix + name, layer)
         sharing_layers = layers_by_weight[weight_id]
         if any(_kind(other) != site.kind for other in sharing_layers):
@@ -172,9 +173,9 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
     """Describes a layer's weight.
 
     Raises:
-        TypeError: For a layer whose exact type is unknown, or whose weight is neither a plain float tensor
-            nor quantised in a known way.
-        ValueError: For a layer whose forward is overridden by a hook.
+        TypeError: the exact type of the layer is unknown, or its weight is neither a plain float tensor nor
+            quantised in a known way.
+        ValueError: the layer's forward is overridden by a hook.
     """
     if not can_adapt(layer):
         raise TypeError(
@@ -183,6 +184,7 @@ def site_of_layer(name: str, layer: nn.Module) -> Site:
             "diffusers' FP32LayerNorm, RMSNorm and Krea2RMSNorm, and Linear layers quantised by "
             "bitsandbytes, torchao or GGUF)"
         )
+    # accelerate's hooks put a forward into the instance, which hides that of the adapted class
     if "forward" in layer.__dict__ or hasattr(layer, "_hf_hook"):
         raise ValueError(
             f"{name}: its forward is overridden by a hook, so an adapter would have no effect; "
@@ -213,11 +215,11 @@ def assign_ranks(sites: Sequence[Site], patterns: Mapping[str, int]) -> dict[str
     """The rank of every site that a pattern names; the last matching pattern wins.
 
     Args:
-        sites: The sites of an adapter.
-        patterns: Glob on site names -> rank.
+        sites: the sites of an adapter.
+        patterns: glob on site names -> rank.
 
     Raises:
-        ValueError: For a pattern that matches no site.
+        ValueError: a pattern matches no site.
     """
     site_names = [site.name for site in sites]
     ranks: dict[str, int] = {}
@@ -295,7 +297,7 @@ def name_matches(pattern: str, name: str) -> bool:
     `{4-11}` in the glob stands for every number from 4 to 11.
     """
     for glob in _expand_ranges(pattern):
-        has_wildcard = any(wildcard in glob for wildcard in "*?[")
+        has_wildcard = any(character in glob for character in "*?[")
         if fnmatchcase(name, glob) or (not has_wildcard and name.endswith("." + glob)):
             return True
     return False
@@ -315,6 +317,7 @@ def _expand_ranges(pattern: str) -> tuple[str, ...]:
             f"and the last must be below {_LARGEST_BLOCK}"
         )
     globs: list[str] = []
+    # a pattern may hold several ranges: each call expands the first one
     for number in range(first, last + 1):
         globs += _expand_ranges(f"{pattern[: match.start()]}{number}{pattern[match.end() :]}")
     return tuple(globs)

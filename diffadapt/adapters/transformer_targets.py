@@ -41,6 +41,7 @@ def _below(parents: Sequence[str], leaves: Sequence[str]) -> tuple[str, ...]:
     return tuple(globs)
 
 
+# names in diffusers' joint attention, whose image and text streams have their own projections
 _IMAGE_STREAM = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _JOINT_QUERY_VALUE = ("to_q", "to_v", "add_q_proj", "add_v_proj")
@@ -70,6 +71,7 @@ _FLUX = TransformerTargets(
     + _below([_SINGLE], ("proj_mlp", "proj_out")),
 )
 _CHROMA = replace(_FLUX, name="chroma")  # FLUX.1 whose modulations come from one small network
+# single blocks project attention and the feed-forward network in one layer, so both presets choose it
 _FLUX2_FUSED = _below([f"{_SINGLE}.attn"], ("to_qkv_mlp_proj", "to_out"))
 _FLUX2 = TransformerTargets(
     "flux2_klein",
@@ -90,20 +92,27 @@ _QWEN_IMAGE = TransformerTargets(
         "txt_mlp.net.2",
     ),
 )
+# one stream of image and text together, after a few blocks for each of them alone
 _Z_IMAGE_BLOCKS = ("layers.*", "noise_refiner.*", "context_refiner.*")
+_Z_IMAGE_ATTENTION = [f"{blocks}.attention" for blocks in _Z_IMAGE_BLOCKS]
+_Z_IMAGE_MLP = [f"{blocks}.feed_forward" for blocks in _Z_IMAGE_BLOCKS]
 _Z_IMAGE = TransformerTargets(
     "z_image",
-    attention=_below([f"{blocks}.attention" for blocks in _Z_IMAGE_BLOCKS], _IMAGE_STREAM),
-    query_value=_below([f"{blocks}.attention" for blocks in _Z_IMAGE_BLOCKS], ("to_q", "to_v")),
-    mlp=_below([f"{blocks}.feed_forward" for blocks in _Z_IMAGE_BLOCKS], ("w1", "w2", "w3")),
+    attention=_below(_Z_IMAGE_ATTENTION, _IMAGE_STREAM),
+    query_value=_below(_Z_IMAGE_ATTENTION, ("to_q", "to_v")),
+    mlp=_below(_Z_IMAGE_MLP, ("w1", "w2", "w3")),
 )
+# the denoiser's own blocks, and those that combine the layers of its text encoder
 _KREA2_BLOCKS = ("transformer_blocks.*", "text_fusion.layerwise_blocks.*", "text_fusion.refiner_blocks.*")
+_KREA2_ATTENTION = [f"{blocks}.attn" for blocks in _KREA2_BLOCKS]
+_KREA2_MLP = [f"{blocks}.ff" for blocks in _KREA2_BLOCKS]
 _KREA2 = TransformerTargets(
     "krea2",
-    attention=_below([f"{blocks}.attn" for blocks in _KREA2_BLOCKS], (*_IMAGE_STREAM, "to_gate")),
-    query_value=_below([f"{blocks}.attn" for blocks in _KREA2_BLOCKS], ("to_q", "to_v")),
-    mlp=_below([f"{blocks}.ff" for blocks in _KREA2_BLOCKS], ("gate", "up", "down")),
+    attention=_below(_KREA2_ATTENTION, (*_IMAGE_STREAM, "to_gate")),
+    query_value=_below(_KREA2_ATTENTION, ("to_q", "to_v")),
+    mlp=_below(_KREA2_MLP, ("gate", "up", "down")),
 )
+# attn1 is over the image, attn2 from the image to the text
 _PIXART = TransformerTargets(
     "pixart_sigma",
     attention=_below([f"{_DOUBLE}.attn1", f"{_DOUBLE}.attn2"], _IMAGE_STREAM),

@@ -45,7 +45,7 @@ class Batch:
         latents: (B, C, h, w)
         noise: (B, C, h, w)
         timesteps: (B,), of the training schedule
-        conditions: The inputs of the denoiser besides latents and timesteps, each (B, ...).
+        conditions: the inputs of the denoiser besides latents and timesteps, each (B, ...).
     """
 
     latents: Tensor
@@ -67,27 +67,27 @@ class Batches:
     """Encodes examples (moments of the autoencoder, text states) and makes batches of them.
 
     Args:
-        model: The base.
-        examples: The examples to train on.
-        classes: The class examples of prior preservation.
-        resolution: The side of the square crop of an image, in pixels.
-        center_crop: Crop the center, not a random position.
-        seed: The seed of the run.
-        random_flip: Mirror half of the samples, at random.
-        trigger_word: A word to put before every caption that does not contain it.
-        caption_dropout: The share of samples that get the base's empty caption (or null class).
-        noise_offset: The standard deviation of a constant that is added to each channel of the noise.
-        timestep_sampling: How the noise levels of a flow-matching base are sampled.
+        model: the base.
+        examples: the examples to train on.
+        classes: the class examples of prior preservation.
+        resolution: the side of the square crop of an image, in pixels.
+        center_crop: crop the center, not a random position.
+        seed: the seed of the run.
+        random_flip: mirror half of the samples, at random.
+        trigger_word: a word to put before every caption that does not contain it.
+        caption_dropout: the share of samples that get the base's empty caption (or null class).
+        noise_offset: the standard deviation of a constant that is added to each channel of the noise.
+        timestep_sampling: how the noise levels of a flow-matching base are sampled.
         cache_latents: "memory", "disk" or "none"; None for memory where possible.
-        cache_dir: The folder of a cache on disk.
-        buckets: Sizes to use in place of the square, with center crops.
-        is_streaming: Neither check nor encode images before the first step; skip unreadable ones.
-        is_dry_run: Encode nothing beforehand and cache nothing, to describe a run without starting it.
-        prompts: More captions to encode, those of images that the run will sample.
-        encoded_captions: Encoded captions of other batches of the same base, to use and to add to.
+        cache_dir: the folder of a cache on disk.
+        buckets: sizes to use in place of the square, with center crops.
+        is_streaming: neither check nor encode images before the first step; skip unreadable ones.
+        is_dry_run: encode nothing beforehand and cache nothing, to describe a run without starting it.
+        prompts: more captions to encode, those of images that the run will sample.
+        encoded_captions: encoded captions of other batches of the same base, to use and to add to.
 
     Raises:
-        ValueError: Options exclude each other, or images cannot be read or have no caption.
+        ValueError: options exclude each other, or images cannot be read or have no caption.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Batches:
             examples = list(examples)  # one object per example: repeated images are recognized by identity
             sizes = _image_sizes([*examples, *classes])
         self.order = self._make_order(examples, classes, buckets, sizes)
+        # after the order, which assigns images to buckets
         self.size_notes = self._size_notes([*examples, *classes], sizes) if sizes else []
         all_are_square = bool(sizes) and all(width == height for width, height in sizes)
         # A square image has only one crop, and buckets crop the center.
@@ -189,6 +190,7 @@ class Batches:
             posterior_shape = (encoded.shape[1] // 2, *encoded.shape[2:])
             posterior_noise = self._normal("posterior", samples, posterior_shape)
         latents = self.model.sample_latents(encoded, posterior_noise)
+        # the key names sample and purpose, so that no number depends on the batch it is used in
         timestep_keys = [self._key("timestep", sample) for sample in samples]
         conditions = self.encoded_captions.rows(captions)
         conditions |= self.model.size_conditions(geometries)
@@ -241,7 +243,7 @@ class Batches:
         size = self._crop_size(example)
         position = CENTER
         if not self.center_crop:
-            position = tuple(uniform(self._key("crop", sample), 2))
+            position = tuple(uniform(self._key("crop", sample), 2))  # along (width, height), from 0 to 1
         flip = self.random_flip and uniform(self._key("flip", sample), 1)[0] < 0.5
         return Crop(size, position, flip)
 
@@ -280,9 +282,9 @@ class Batches:
         """The examples in the order of the run; assigns images to buckets.
 
         Args:
-            examples: The examples to train on.
-            classes: The class examples.
-            buckets: The buckets, or None.
+            examples: the examples to train on.
+            classes: the class examples.
+            buckets: the buckets, or None.
             sizes: (width, height) of the image of each example.
         """
         if isinstance(examples, Stream):
@@ -338,12 +340,16 @@ class Batches:
 
     def _prepare(self, examples: Sequence[Example], prompts: Sequence[str], *, encode: bool) -> None:
         """Checks the captions and encodes everything once, so that a fault shows before the first step."""
-        missing = [example.source for example in examples if example.caption == ""]
+        captions = []
+        missing = []
+        for example in examples:
+            captions.append(add_trigger_word(example.caption, self.trigger_word))
+            if example.caption == "":
+                missing.append(example.source)
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(examples)} images have no caption:\n{indented_list(missing)}"
             )
-        captions = [add_trigger_word(example.caption, self.trigger_word) for example in examples]
         if any(isinstance(caption, str) for caption in captions):
             self.truncated_captions = self.model.truncated_captions(captions)
         if not encode:
@@ -361,7 +367,8 @@ class Batches:
         """The crops of all images; both variants, as mirrored pixels do not give mirrored latents."""
         crops = []
         for example in examples:
-            for flip in (False, True) if self.random_flip else (False,):
+            flips = (False, True) if self.random_flip else (False,)
+            for flip in flips:
                 crops.append((example.source, Crop(self._crop_size(example), CENTER, flip)))
         return crops
 

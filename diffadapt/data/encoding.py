@@ -32,8 +32,8 @@ class Crop:
 
     Attributes:
         size: (height, width) in pixels.
-        position: The position along (width, height), from 0 to 1; see `to_pixels`.
-        flip: Whether it is mirrored.
+        position: the position along (width, height), from 0 to 1; see `to_pixels`.
+        flip: whether it is mirrored.
     """
 
     size: tuple[int, int]
@@ -45,9 +45,9 @@ class EncodedImages:
     """Encoded crops of images.
 
     Args:
-        model: The base that encodes them.
-        cache: The cache of encodings; None to encode an image whenever it is used.
-        image_memory: The bytes of scaled images that are kept in memory if there is no cache.
+        model: the base that encodes them.
+        cache: the cache of encodings; None to encode an image whenever it is used.
+        image_memory: the bytes of scaled images that are kept in memory if there is no cache.
     """
 
     def __init__(self, model: BaseModel, cache: MemoryCache | DiskCache | None, *, image_memory: int = 0):
@@ -63,8 +63,8 @@ class EncodedImages:
         """Encodes the crops that the cache does not hold yet.
 
         Raises:
-            UnreadableImage: An image cannot be read.
-            ValueError: An encoding is not finite.
+            UnreadableImage: an image cannot be read.
+            ValueError: an encoding is not finite.
         """
         for source in {source for source, _ in crops}:
             self._sha256[source] = _hash_file(source)
@@ -80,7 +80,7 @@ class EncodedImages:
         """The encoding of one image by `BaseModel.encode_images`, without the batch axis, and its geometry.
 
         Raises:
-            UnreadableImage: The image cannot be read.
+            UnreadableImage: the image cannot be read.
         """
         key = None
         entry = None
@@ -117,7 +117,7 @@ class EncodedImages:
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise UnreadableImage(f"{source} cannot be read: {error or type(error).__name__}") from None
         pixels = to_pixels(scaled.image, crop.size, crop=crop.position, flip=crop.flip)  # (3, H, W)
-        encoded = self.model.encode_images(pixels[None])[0].cpu()
+        encoded = self.model.encode_images(pixels[None])[0].cpu()  # (2 C, h, w) moments or (C, h, w)
         width, height = scaled.original_size
         return {"encoded": encoded, "original_size": torch.tensor([height, width])}
 
@@ -126,9 +126,9 @@ class EncodedCaptions:
     """Encoded captions: one row of each condition of the base.
 
     Args:
-        model: The base that encodes them.
-        cache: The cache of encodings; only one on disk is used, and only if no text encoder is trained.
-        recent: The number of captions whose encodings are kept in memory; None for all.
+        model: the base that encodes them.
+        cache: the cache of encodings; only one on disk is used, and only if no text encoder is trained.
+        recent: the number of captions whose encodings are kept in memory; None for all.
     """
 
     def __init__(self, model: BaseModel, cache: MemoryCache | DiskCache | None, *, recent: int | None):
@@ -151,7 +151,7 @@ class EncodedCaptions:
         return self.model.collate_conditions(rows)
 
     def _row(self, caption: str | int) -> Entry:
-        if self._cache is None or isinstance(caption, int):
+        if self._cache is None or isinstance(caption, int):  # the number of a class needs no encoder
             return self._encode(caption)
         key = cache_key(caption=caption, encoder=self._text_encoders)
         entry = self._cache.get(key)

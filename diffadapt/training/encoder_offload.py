@@ -15,14 +15,14 @@ from diffadapt.training.options import TrainOptions
 
 def unused_components(model: BaseModel, batches: Batches) -> list[str]:
     """The names of the models that steps do not use, as everything they would encode is encoded."""
-    used = {model.denoiser_name}
+    needed_names = {model.denoiser_name}
     if not batches.are_images_encoded:
-        used.add(AUTOENCODER)
+        needed_names.add(AUTOENCODER)
     if not batches.are_captions_encoded:
-        used |= model.text_encoders.keys()
+        needed_names |= model.text_encoders.keys()
     unused = []
     for name, component in model.pipe.components.items():
-        if isinstance(component, nn.Module) and name not in used:
+        if isinstance(component, nn.Module) and name not in needed_names:
             unused.append(name)
     return unused
 

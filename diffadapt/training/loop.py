@@ -79,8 +79,8 @@ def initial_state(accelerator: Accelerator, objective: Objective, options: Train
     """Builds optimizer, schedule and average, and wraps the objective, at step 0.
 
     Raises:
-        TypeError: for trained tensors of low precision.
-        ValueError: for an optimizer that cannot be made, and for settings that the schedule does not use.
+        TypeError: trained tensors have a low precision.
+        ValueError: the optimizer cannot be made, or the schedule does not use some settings.
     """
     check_effects(options, names=SCHEDULE_OPTIONS)
     adapter = objective.adapter
@@ -123,9 +123,9 @@ def train(train_state: TrainState, batches: Batches) -> Iterator[Step]:
     """Trains from the current position to the end of the run.
 
     Raises:
-        FloatingPointError: when more steps than `--skip_nonfinite` have a loss or gradient that is not
+        FloatingPointError: more steps than `--skip_nonfinite` have a loss or gradient that is not
             finite.
-        ValueError: for trained tensors that no gradient reaches.
+        ValueError: no gradient reaches some trained tensors.
     """
     options = train_state.options
     scales_gradients = train_state.accelerator.scaler is not None  # fp16
@@ -235,7 +235,7 @@ def _count_skipped(train_state: TrainState, batches: Batches, losses: Sequence[f
     """Counts a step that is left out; the same on every process, since loss and gradient are shared.
 
     Raises:
-        FloatingPointError: for more of them than `--skip_nonfinite`, naming the images of the step.
+        FloatingPointError: there are more of them than `--skip_nonfinite`; the message names the images.
     """
     train_state.skipped += 1
     tolerated = train_state.options.skip_nonfinite

@@ -39,7 +39,7 @@ def estimate_memory(train_state: TrainState, batches: Batches, pipe: DiffusionPi
     """Counts the models, and what one forward pass at the run's batch size keeps; changes no state.
 
     Raises:
-        ValueError: with the remedy when the device's memory does not suffice for that pass.
+        ValueError: the device's memory does not suffice for that pass; the message has the remedy.
     """
     options = train_state.options
     base_tensors: list[Tensor] = []
@@ -66,6 +66,7 @@ def kept_storages(excluded: Iterable[Tensor]) -> Iterator[dict[int, torch.Untype
     Args:
         excluded: tensors whose storages are not counted, such as weights.
     """
+    # by storage, since autograd may keep a view or a detached tensor of the same memory
     excluded_storages = {tensor.untyped_storage()._cdata for tensor in excluded}
     storages: dict[int, torch.UntypedStorage] = {}
 

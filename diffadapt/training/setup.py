@@ -66,7 +66,7 @@ def prepare_run(options: OptionsT, *, adjust_options: AdjustOptions | None = Non
         adjust_options: changes the options to fit the loaded base, where a script's adapter depends on it.
 
     Raises:
-        ValueError or OSError: with the remedy.
+        ValueError, OSError: something does not fit; the message has the remedy.
     """
     started = time.perf_counter()
     runtime.silence_libraries()
@@ -176,7 +176,7 @@ def attach_assistant(model: BaseModel, options: TrainOptions) -> Adapter:
     """Attaches the frozen adapter that works while the other one is trained.
 
     Raises:
-        FileNotFoundError or ValueError: as `da.load`; ValueError with a sharded base.
+        FileNotFoundError, ValueError: as `da.load`; ValueError with a sharded base too.
     """
     if options.shard_base:
         raise ValueError("--assistant_adapter is not sharded: leave it or --shard_base out")
@@ -218,7 +218,7 @@ def check_resolution(model: BaseModel, resolution: int) -> None:
     """Checks that the base can have a training size.
 
     Raises:
-        ValueError: with the sizes that it can have.
+        ValueError: it does not; the message has the sizes that it can have.
     """
     step, smallest = model.square_limits
     if resolution == model.resolution or (resolution % step == 0 and resolution >= smallest):
@@ -254,7 +254,7 @@ def _check_denoiser_source(options: TrainOptions) -> None:
     """Checks `--base_precision` and `--transformer` before anything is loaded.
 
     Raises:
-        ValueError, ImportError or FileNotFoundError: with the remedy.
+        ValueError, ImportError, FileNotFoundError: it cannot be loaded so; the message has the remedy.
     """
     is_quantised = options.base_precision in QUANTISED
     check_denoiser_options(options.base_precision if is_quantised else None, options.transformer)
@@ -287,7 +287,7 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
     """The frozen base, in main memory; `BaseModel.placement` brings it to its device part by part.
 
     Raises:
-        ValueError: for a class-conditional base in a script of captions, and options that the base excludes.
+        ValueError: the base is class-conditional in a script of captions, or it excludes an option.
     """
     is_quantised = options.base_precision in QUANTISED
     plain_precision = None if is_quantised else options.base_precision
