@@ -28,7 +28,7 @@ def match_sites(
         path: of the file, for messages.
 
     Raises:
-        ValueError: naming the first site that the model does not have, or has with another shape.
+        ValueError: the model lacks a site, or has it with another shape; the message names the first.
     """
     check_listed_once(stored_sites, path)
     paths_by_component: dict[str, dict[str, bool]] = {}

@@ -27,7 +27,7 @@ class BlockOffload:
         resident: how many blocks are on the device at a time.
 
     Raises:
-        ValueError: for a denoiser without blocks, or with no more than `resident`.
+        ValueError: the denoiser has no blocks, or no more than `resident`.
     """
 
     def __init__(self, denoiser: nn.Module, device: torch.device, resident: int):

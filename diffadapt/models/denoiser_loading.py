@@ -41,7 +41,7 @@ def load_denoiser(
         The denoiser by the name of its component, as `from_pretrained` takes it.
 
     Raises:
-        ValueError, ImportError or FileNotFoundError: with the remedy.
+        ValueError, ImportError, FileNotFoundError: they do not fit; the message has the remedy.
     """
     check_denoiser_options(base_precision, file)
     component, skeleton = denoiser_from_config(name, revision=revision)
@@ -68,7 +68,7 @@ def check_denoiser_options(base_precision: str | None, file: str | None) -> None
         file: the file with the denoiser's weights; None for the base's own.
 
     Raises:
-        ValueError, ImportError or FileNotFoundError: with the remedy.
+        ValueError, ImportError, FileNotFoundError: they do not fit; the message has the remedy.
     """
     if file is not None:
         _check_file(file)

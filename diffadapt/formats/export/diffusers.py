@@ -66,7 +66,7 @@ def low_rank_layers(layers: Sequence[ExportedLayer], rank: int | None) -> list[E
         rank: of the SVD that replaces changes without structure; None for full rank, where these are few.
 
     Raises:
-        ValueError: naming the layers that cannot be held, and the reason.
+        ValueError: layers cannot be held; the message names them and the reason.
     """
     _check_layers(layers)
     components_with_bias = _components_with_bias(layers)

@@ -23,8 +23,8 @@ def attach_foreign(model: object, foreign: ForeignAdapter, *, name: str, strengt
     """Attaches it to a model or pipeline, as method `imported`.
 
     Raises:
-        ValueError: naming the file, and the layers that the model does not have or the first whose shape does
-            not fit. The model is then as before.
+        ValueError: the model lacks layers of the file, or has one with another shape; the message names them.
+            The model is then as before.
     """
     roots = components(model, True)
     try:

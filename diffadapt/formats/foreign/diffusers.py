@@ -35,7 +35,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     """The change of every layer; alpha from the header's metadata, else from the tensors, else the rank.
 
     Raises:
-        ValueError: naming keys that belong to no known kind of adapter.
+        ValueError: keys belong to no known kind of adapter; the message names them.
     """
     configs = _read_configs(header, path)
     # files of PEFT without its folder have this level

@@ -19,7 +19,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -
     """The change of every layer; `dora_scale` as LyCORIS means it, in our own exports as ComfyUI does.
 
     Raises:
-        ValueError: naming keys that belong to no known kind of adapter.
+        ValueError: keys belong to no known kind of adapter; the message names them.
     """
     layers, unknown_keys = tensors_by_layer(tensors)
     changes: dict[str, StoredChange] = {}
