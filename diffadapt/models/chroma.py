@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import CHROMA, original_layer
-from diffadapt.models.base import BaseProfile
 from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
 from diffadapt.models.masked_captions import MASK, STATES, masked_embedding_arguments
@@ -34,10 +33,6 @@ class Chroma(FlowMatchingBase):
     pipeline_classes = ("ChromaPipeline",)
     transformer_class = "ChromaTransformer2DModel"
     profile_of_family = flow_profile("chroma", guidance_scale=5.0, num_inference_steps=35)  # of the pipeline
-
-    def __init__(self, pipe: DiffusionPipeline, source: str, profile: BaseProfile):
-        super().__init__(pipe, source, profile)
-        self.denoiser.register_forward_pre_hook(_pass_mask_to_checkpoints, with_kwargs=True)
 
     @classmethod
     def published_names(cls, config: Mapping[str, Any]) -> PublishedNames:
@@ -73,13 +68,15 @@ class Chroma(FlowMatchingBase):
         # a factor of e, it is not left out. It is kept so, because images are sampled so.
         mask = conditions[MASK].to(dtype)  # (B, L)
         image_mask = mask.new_ones(packed.shape[:2])  # (B, N)
+        attention_mask = torch.cat([mask, image_mask], dim=1)  # (B, L + N)
+        pass_mask_to_checkpoints(self.denoiser, attention_mask)
         output = denoiser(
             packed,
             timestep=timesteps,
             encoder_hidden_states=states,
             txt_ids=text_ids,
             img_ids=image_ids,
-            attention_mask=torch.cat([mask, image_mask], dim=1),  # (B, L + N)
+            attention_mask=attention_mask,
             return_dict=False,
         )[0]  # (B, N, 4C)
         factor = self.pipe.vae_scale_factor
@@ -108,7 +105,7 @@ class _CheckpointWithMask:
 
     checkpoint: Callable[..., Tensor]
     single_blocks: nn.ModuleList
-    mask: Tensor | None  # (B, L + N)
+    mask: Tensor  # (B, L + N)
 
     def __call__(self, block: nn.Module, *args: object) -> Tensor:
         lacks_mask = len(args) == 3  # hidden states, modulation, rotary embedding
@@ -117,13 +114,13 @@ class _CheckpointWithMask:
         return self.checkpoint(block, *args)
 
 
-def _pass_mask_to_checkpoints(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before a forward of the transformer: its checkpoints know the mask of this forward."""
+def pass_mask_to_checkpoints(denoiser: nn.Module, mask: Tensor) -> None:
+    """Before a forward of the transformer: its checkpoints know the mask (B, L + N) of this forward."""
     checkpoint = denoiser._gradient_checkpointing_func
     if checkpoint is None:
         return
     if isinstance(checkpoint, _CheckpointWithMask):
         checkpoint = checkpoint.checkpoint
     denoiser._gradient_checkpointing_func = _CheckpointWithMask(
-        checkpoint, denoiser.single_transformer_blocks, kwargs.get("attention_mask")
+        checkpoint, denoiser.single_transformer_blocks, mask
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.pipelines import tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline, write_pictures
 from helpers.scripts import runner, stop_after
+from helpers.tiny_bases import SIDE, tiny_base
 from safetensors.torch import load_file
 
 import diffadapt as da
@@ -198,9 +199,12 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run, tmp_path, base, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_accumulation_fills_the_same_buckets_as_a_large_batch(run, tmp_path, base):
+@pytest.mark.parametrize("family", ["sd", "flux2_klein", "krea2"])
+def test_accumulation_fills_the_same_buckets_as_a_large_batch(run, tmp_path, tmp_path_factory, family):
+    base = tiny_base(family, tmp_path_factory)
     data = captioned(tmp_path / "a", 5, size=(64, 40))
-    fixed = ["--train_data_dir", data, "--aspect_ratio_buckets", "32,32;24,40", "--max_grad_norm", "1e-3"]
+    sizes = ["--resolution", SIDE, "--aspect_ratio_buckets", "32,32;32,48"]
+    fixed = ["--train_data_dir", data, *sizes, "--max_grad_norm", "1e-3"]
     assert run(*arguments(base, tmp_path / "one"), *fixed) == 0
     halves = ["--train_batch_size", 1, "--gradient_accumulation_steps", 2]
     assert run(*arguments(base, tmp_path / "two"), *fixed, *halves) == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.pipelines import tiny_sd_pipeline, train_options, write_pictures
+from helpers.tiny_bases import tiny_base
 from safetensors.torch import load_file
 
 import diffadapt as da
@@ -20,12 +21,14 @@ from diffadapt.training.loop import initial_state, train
 from diffadapt.training.objective import Objective
 
 
-def make(tmp_path, **given):
+def make(tmp_path, base=None, **given):
     """A train_state at step 0 and its batches, with random crops, a posterior and dropout."""
-    base = tmp_path / "base"
+    if not (tmp_path / "mine").exists():
+        write_pictures(tmp_path / "mine", 3, size=(48, 40))
+    if base is None:
+        base = tmp_path / "base"
     if not base.exists():
         tiny_sd_pipeline(base, vae="kl")
-        write_pictures(tmp_path / "mine", 3, size=(48, 40))
     options = train_options(
         pretrained_model_name_or_path=str(base),
         **{"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 50, **given},
@@ -42,17 +45,19 @@ def tensors(train_state):
     return {name: value.detach().clone() for name, value in train_state.adapter.state_dict().items()}
 
 
+@pytest.mark.parametrize("family", ["sd", "flux", "qwen_image", "pixart_sigma"])
 @pytest.mark.slow
-def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path):
-    whole, batches = make(tmp_path)
+def test_6_steps_equal_3_and_a_resume_of_3_bit_for_bit(tmp_path, tmp_path_factory, family):
+    base = tiny_base(family, tmp_path_factory)
+    whole, batches = make(tmp_path, base)
     losses = [step.loss for step in train(whole, batches)]
 
-    first, batches = make(tmp_path)
+    first, batches = make(tmp_path, base)
     steps = train(first, batches)
     part = [next(steps).loss for _ in range(3)]
     checkpoint_io.save_checkpoint(first, tmp_path / "run")
 
-    second, batches = make(tmp_path)
+    second, batches = make(tmp_path, base)
     checkpoint_io.restore_checkpoint(second, find_checkpoint("latest", tmp_path / "run"))
     part += [step.loss for step in train(second, batches)]
 
