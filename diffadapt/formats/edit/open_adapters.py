@@ -174,7 +174,7 @@ def open_without_base(files: Sequence[tuple[str, float]]) -> NativeFiles | Forei
     """Reads adapter files (path, strength) that are all our own, or all of one other format.
 
     Raises:
-        BaseNeeded: a change depends on the base; the message names the file, the layer and the kind of change.
+        BaseNeeded: a change depends on the base; the message names the file, the layer and the kind.
         FileNotFoundError, ValueError: as `load` does.
     """
     # the strength goes into the tensors of the result
