@@ -73,10 +73,11 @@ class QuantisedLayer:
         return self.layer_class.forward(self.layer, x)
 
     def times(self, matrix: Tensor) -> Tensor:
-        """`W matrix` for a `matrix (in, n)`, by the layer's own product where that is exact."""
-        if self.kind.rounds_input:
+        """`W matrix` for a `matrix (in, n)`, by the layer's own product where it does not round its input."""
+        # torchao computes in the weight's precision; a layer of bitsandbytes may take its first input's
+        compute_dtype = getattr(self.layer, "compute_dtype", self.layer.weight.dtype)
+        if self.kind.rounds_input or compute_dtype is None:
             return self.dequantise().to(matrix.dtype) @ matrix
-        compute_dtype = getattr(self.layer, "compute_dtype", None) or matrix.dtype
         # W M = (M^T W^T)^T, with the columns of M as the inputs of the layer
         product = self.bare_forward(matrix.T.to(compute_dtype)).to(matrix.dtype)  # (n, out)
         if self.layer.bias is not None:

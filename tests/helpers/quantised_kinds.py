@@ -34,12 +34,12 @@ class QuantisedKind(LayerKind):
     rounds_input: bool = False
 
     def layer(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The layer with reproducible weights; it computes in float32.
+        """The layer with reproducible weights; it computes in `dtype`.
 
         It is in training mode: to sample, bitsandbytes has another layout and bfloat16 on some CPUs.
         """
         torch.manual_seed(1)
-        return self.make()
+        return self.make(dtype)
 
     def tolerance(self, exact: float = 1e-5) -> float:
         """How near its output comes to that of its dequantised weight."""
@@ -53,7 +53,7 @@ def bitsandbytes_4bit(linear: nn.Linear, quant_type: str, *, nested: bool = Fals
         linear.in_features,
         linear.out_features,
         linear.bias is not None,
-        compute_dtype=torch.float32,
+        compute_dtype=linear.weight.dtype,
         quant_type=quant_type,
         compress_statistics=nested,
     )
@@ -87,16 +87,17 @@ def gguf(linear: nn.Linear, quant_type: str) -> nn.Module:
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[quant_type]
-    layer = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
-    data = torch.from_numpy(quants.quantize(linear.weight.detach().numpy(), kind))
+    dtype = linear.weight.dtype
+    layer = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, dtype)
+    data = torch.from_numpy(quants.quantize(linear.weight.detach().float().numpy(), kind))
     layer.weight = GGUFParameter(data, quant_type=kind)
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach().clone())
     return layer
 
 
-def _quantised(quantise: Callable[..., nn.Module], *args, bias: bool = True) -> Callable[[], nn.Module]:
-    return lambda: quantise(nn.Linear(IN, OUT, bias), *args).requires_grad_(False)
+def _quantised(quantise: Callable[..., nn.Module], *args, bias: bool = True) -> Callable[..., nn.Module]:
+    return lambda dtype: quantise(nn.Linear(IN, OUT, bias).to(dtype), *args).requires_grad_(False)
 
 
 QUANTISED = {

@@ -250,6 +250,39 @@ def test_autocast_and_half_precision_inputs_start_as_the_bare_layer(case, kind):
     assert all(parameter.grad.isfinite().all() for parameter in trainable(adapter))
 
 
+@first
+def test_layers_in_half_precision_start_as_they_are_and_train(case, kind):
+    model = Model(kind.layer(torch.bfloat16))
+    bare, x = _twin(model.layer), kind.input(torch.bfloat16)
+    adapter = da.attach(model, case.method, "layer")
+    expected, value = bare(x), model(x)
+    assert value.dtype == torch.bfloat16
+    close(value, expected, 0 if case.starts_exactly else 2**-7)
+    train(adapter, 0.1)
+    weight, bias = adapter.adapted_weight("layer"), adapter.adapted_bias("layer")
+    x = x.requires_grad_()
+    y = model(x)
+    close(y.detach(), F.linear(x.detach().float(), weight, None if bias is None else bias.float()), 0.03)
+    y.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    for parameter in trainable(adapter):
+        assert parameter.grad.dtype == parameter.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+@needs(QUANTISED["bnb-nf4"])
+def test_reading_a_weight_does_not_choose_the_precision_of_its_layer():
+    """bitsandbytes computes in the precision of the first input where none was set."""
+    layer = QUANTISED["bnb-nf4"].layer(torch.bfloat16)
+    layer.compute_dtype, layer.compute_type_is_set = None, False
+    model = Model(layer)
+    adapter = da.attach(model, da.make_method("dora(rank=2)"), "layer")
+    adapter.adapted_weight("layer")
+    assert layer.compute_dtype is None
+    model(torch.ones(2, IN, dtype=torch.bfloat16))
+    assert layer.compute_dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     **pairs([Case("lora", {"rank": 2}), Case("dora", {"rank": 2})], [k for k in QUANTISED if "gguf" not in k])
 )

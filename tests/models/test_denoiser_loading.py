@@ -78,6 +78,15 @@ def test_every_transformer_family_is_loaded_quantised(family, tmp_path_factory):
 
 
 @torchao
+def test_a_denoiser_that_is_loaded_later_is_quantised_then(flux):
+    base = load_base(flux, dtype=torch.bfloat16, base_precision="int8", is_staged=True)
+    assert {parameter.device.type for parameter in base.denoiser.parameters()} == {"meta"}
+    base.placement.load_denoiser()
+    assert "transformer_blocks.0.attn.to_q" in quantised_names(base.denoiser)
+    assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
+
+
+@torchao
 def test_a_unet_is_loaded_quantised_and_trained(tmp_path):
     folder = tiny_sd_pipeline(tmp_path / "sd")
     base = load_base(str(folder), dtype=torch.bfloat16, base_precision="int8")
