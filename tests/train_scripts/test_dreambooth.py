@@ -213,7 +213,8 @@ def test_a_quantised_base_is_smaller_and_trains(run, tmp_path, capsys, precision
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".* was trained on")
         assert diffadapt([*shlex.split(command.replace("--num_images 16", "--num_images 1"))]) == 0
-    assert json.loads((tmp_path / "out" / "more" / "sample.json").read_text())["base_precision"] == precision
+    record = (tmp_path / "out" / "more" / "sample.json").read_text(encoding="utf-8")
+    assert json.loads(record)["base_precision"] == precision
 
 
 @pytest.mark.parametrize(
