@@ -211,7 +211,10 @@ class Batches:
 
     def examples(self, positions: Sequence[int]) -> list[Example]:
         """The examples of the samples at these positions."""
-        return [self._load(sample)[0] for sample in self.order.sample_indices(positions)]
+        samples = self.order.sample_indices(positions)
+        if not self.is_streaming:
+            return [self.order.example(sample) for sample in samples]
+        return [self._load(sample)[0] for sample in samples]  # another one where one cannot be read
 
     def names(self, positions: Sequence[int]) -> list[str]:
         """The files of the samples at these positions, for messages."""

@@ -142,6 +142,11 @@ class BaseModel(ABC):
         return getattr(self.pipe, self.denoiser_name)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the denoiser has weights, and not only shapes on the meta device."""
+        return not next(self.denoiser.parameters()).is_meta
+
+    @property
     def autoencoder(self) -> nn.Module | None:
         """Between pixels and latents; None for a base in pixel space."""
         return getattr(self.pipe, AUTOENCODER, None)
@@ -241,6 +246,13 @@ class BaseModel(ABC):
     @abstractmethod
     def encode_captions(self, captions: Sequence[str] | Sequence[int]) -> dict[str, Tensor]:
         """Conditions of captions or classes, each (B, ...), in the precision in which they are cached."""
+
+    def longest_conditions(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the conditions of the longest caption, without the batch, where `samples_from_states`.
+
+        They are known without weights, for counting memory.
+        """
+        raise NotImplementedError(f"{self.family} encodes captions to find out")
 
     def collate_conditions(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """One batch of conditions from those of single captions, each (...) without the batch.

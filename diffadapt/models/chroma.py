@@ -45,6 +45,10 @@ class Chroma(FlowMatchingBase):
             original_layer=partial(original_layer, names=CHROMA, width=width),
         )
 
+    def longest_conditions(self) -> dict[str, tuple[int, ...]]:
+        length = self.max_sequence_length
+        return {STATES: (length, self.denoiser.config.joint_attention_dim), MASK: (length,)}
+
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """T5's states (B, 512, 4096), and which of them are not padding (B, 512), as numbers."""
         states, _, mask, _, _, _ = self.pipe.encode_prompt(

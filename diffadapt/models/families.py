@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from diffadapt.adapters.architectures import register_architecture
+from diffadapt.common.pipeline_components import AUTOENCODER
 from diffadapt.models.base import BaseModel, BaseProfile
 from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class, resolve
 from diffadapt.models.chroma import Chroma
 from diffadapt.models.dit import DiT
 from diffadapt.models.flux import Flux
 from diffadapt.models.flux2 import Flux2Klein
-from diffadapt.models.from_config import denoiser_from_config
+from diffadapt.models.from_config import denoiser_from_config, models_from_config
 from diffadapt.models.krea2 import Krea2
 from diffadapt.models.pixart import PixArtSigma
 from diffadapt.models.placement import Placement
@@ -102,6 +103,7 @@ def load_base(
     base_precision: str | None = None,
     transformer: str | None = None,
     is_staged: bool = False,
+    is_shapes_only: bool = False,
     text_encoder_device: torch.device | str | None = None,
     resident_blocks: int | None = None,
 ) -> BaseModel:
@@ -121,6 +123,8 @@ def load_base(
             and as it is stored.
         is_staged: leave everything in main memory for now. The denoiser of a base that samples from encoded
             captions has only shapes until `Placement.load_denoiser`.
+        is_shapes_only: with `is_staged`, load no weights of a base that samples from encoded captions: all
+            its models are on the meta device.
         text_encoder_device: with `is_staged`, the one on which text encoders compute; None for `device`.
         resident_blocks: with `is_staged`, how many of the denoiser's blocks are on `device` at a time; None
             for all.
@@ -140,9 +144,14 @@ def load_base(
         base_precision=base_precision,
         transformer=transformer,
     )
-    is_denoiser_later = is_staged and family.samples_from_states and not is_single_file(resolve(name))
+    is_in_parts = is_staged and family.samples_from_states and not is_single_file(resolve(name))
+    is_shapes_only = is_shapes_only and is_in_parts
+    is_denoiser_later = is_in_parts and not is_shapes_only
     shapes = {}
-    if is_denoiser_later:
+    if is_shapes_only:
+        for component, module in models_from_config(name, revision=revision).items():
+            shapes[component] = module if component == AUTOENCODER else module.to(dtype)
+    elif is_denoiser_later:
         denoiser_name, denoiser = denoiser_from_config(name, revision=revision)
         shapes[denoiser_name] = denoiser.to(dtype)
     pipe = open_base(
@@ -150,6 +159,8 @@ def load_base(
     )
     if not is_staged:
         pipe.to(device)
+    if is_shapes_only and vae is not None:
+        pipe.vae.to("meta")
     freeze(pipe.components)
     absent = [component for component, value in pipe.components.items() if value is None]
     required = [component for component in absent if component not in family.optional_components]
@@ -169,7 +180,7 @@ def load_base(
         text_encoder_device=None if text_encoder_device is None else torch.device(text_encoder_device),
         resident_blocks=resident_blocks,
         load_denoiser=load_denoiser if is_denoiser_later else None,
-        is_staged=is_staged,
+        is_staged=is_staged and not is_shapes_only,
     )
     return model
 

@@ -60,6 +60,13 @@ class Flux(ClipWithT5Base):
             original_layer=partial(original_layer, names=FLUX, width=width),
         )
 
+    def longest_conditions(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        return {
+            "encoder_hidden_states": (self.max_sequence_length, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 512, 4096) of T5, `pooled_projections` (B, 768) of CLIP."""
         states, pooled, _ = self.pipe.encode_prompt(

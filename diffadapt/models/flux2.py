@@ -65,6 +65,10 @@ class Flux2Klein(FlowMatchingBase):
     def undistilled_base(self) -> str | None:
         return "black-forest-labs/FLUX.2-klein-base-4B or -9B" if self.pipe.config.is_distilled else None
 
+    def longest_conditions(self) -> dict[str, tuple[int, ...]]:
+        width = self.denoiser.config.joint_attention_dim
+        return {"encoder_hidden_states": (self.max_sequence_length, width)}
+
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 512, 3 * width); padding is not masked, as the base was trained."""
         states, _ = self.pipe.encode_prompt(captions, max_sequence_length=self.max_sequence_length)

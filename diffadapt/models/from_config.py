@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from diffadapt.common.pipeline_components import DENOISERS, is_text_encoder
+from diffadapt.common.pipeline_components import AUTOENCODER, DENOISERS, is_text_encoder
 from diffadapt.models.base_names import pipeline_index, resolve
 
 
@@ -51,15 +51,39 @@ def denoiser_from_config(source: str, *, revision: str | None = None) -> tuple[s
         source: a folder, a hub name or `embedded:NAME`.
         revision: branch, tag or commit on the hub.
     """
-    import diffusers
-
     index = pipeline_index(source, revision=revision)
     (component,) = (name for name in DENOISERS if index.get(name) not in (None, [None, None]))
-    cls = getattr(diffusers, index[component][1])
-    config = cls.load_config(resolve(source), subfolder=component, revision=revision)
+    library, class_name = index[component]
+    return component, _component_from_config(source, component, library, class_name, revision)
+
+
+def models_from_config(source: str, *, revision: str | None = None) -> dict[str, nn.Module]:
+    """All models of a pipeline by component name, on the meta device.
+
+    The arguments are those of `denoiser_from_config`.
+    """
+    models = {}
+    for component, entry in pipeline_index(source, revision=revision).items():
+        is_model = component in (*DENOISERS, AUTOENCODER) or is_text_encoder(component)
+        if is_model and entry not in (None, [None, None]):
+            models[component] = _component_from_config(source, component, *entry, revision)
+    return models
+
+
+def _component_from_config(
+    source: str, component: str, library: str, class_name: str, revision: str | None
+) -> nn.Module:
+    import diffusers
+    import transformers
+
+    location = {"subfolder": component, "revision": revision}
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the model's use: only its shapes are read
-        return component, cls.from_config(config)
+        if library == "diffusers":
+            cls = getattr(diffusers, class_name)
+            return cls.from_config(cls.load_config(resolve(source), **location))
+        cls = getattr(transformers, class_name)
+        return cls(cls.config_class.from_pretrained(resolve(source), **location))
 
 
 def _local(source: str) -> Path:

@@ -49,6 +49,11 @@ class Krea2(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
             original_layer=partial(original_layer, names=KREA2, width=width),
         )
 
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        config = self.denoiser.config
+        return config.num_text_layers, config.text_hidden_dim
+
     def caption_states(self, caption: str) -> Tensor:
         """(length, layers, 2560); the padding between caption and template is cut out."""
         states, mask = self.pipe.encode_prompt([caption], max_sequence_length=self.max_sequence_length)

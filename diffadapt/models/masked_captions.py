@@ -27,6 +27,15 @@ class MaskedCaptionsBase(TransformerBase):
 
     mask_argument: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of the text states of one token."""
+
+    def longest_conditions(self) -> dict[str, tuple[int, ...]]:
+        length = self.max_sequence_length
+        return {STATES: (length, *self.token_shape), MASK: (length,)}
+
     @abstractmethod
     def caption_states(self, caption: str) -> Tensor:
         """The text states of one caption without padding, (length, ...)."""
@@ -60,12 +69,17 @@ def masked_embedding_arguments(
 
 
 def mask_or_none(mask: Tensor) -> Tensor | None:
-    """The mask (B, L); None where nothing is padding, since attention without a mask is faster."""
-    return None if mask.all() else mask
+    """The mask (B, L); None where nothing is padding, since attention without a mask is faster.
+
+    On the meta device, where memory is counted, nothing is padding.
+    """
+    return None if mask.is_meta or mask.all() else mask
 
 
 def without_padding(states: Tensor, mask: Tensor) -> list[Tensor]:
     """The rows (length, ...) of a batch of text states (B, L, ...) with its mask (B, L)."""
+    if mask.is_meta:
+        return list(states)  # memory is counted: nothing is padding
     return [row[row_mask] for row, row_mask in zip(states, mask, strict=True)]
 
 

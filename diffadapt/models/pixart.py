@@ -51,6 +51,10 @@ class PixArtSigma(MaskedCaptionsBase):
     def resolution(self) -> int:
         return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
 
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        return (self.denoiser.config.caption_channels,)
+
     def caption_states(self, caption: str) -> Tensor:
         """(length, 4096)"""
         states, mask, _, _ = self.pipe.encode_prompt(

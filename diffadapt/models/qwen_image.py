@@ -50,6 +50,10 @@ class QwenImage(QwenAutoencoderBase, MaskedCaptionsBase, FlowMatchingBase):
     def empty_caption(self) -> str:
         return EMPTY_CAPTION
 
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        return (self.denoiser.config.joint_attention_dim,)
+
     def caption_states(self, caption: str) -> Tensor:
         """(length, 3584)"""
         states, _ = self.pipe.encode_prompt([caption], max_sequence_length=self.max_sequence_length)

@@ -57,6 +57,14 @@ class StableDiffusion3(ClipWithT5Base):
     def resolution(self) -> int:
         return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
 
+    def longest_conditions(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        length = self.pipe.tokenizer_max_length + self.max_sequence_length
+        return {
+            "encoder_hidden_states": (length, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, 77 + 256, 4096): CLIP's, then T5's; `pooled_projections` (B, 2048)."""
         states, _, pooled, _ = self.pipe.encode_prompt(

@@ -60,6 +60,10 @@ class ZImage(MaskedCaptionsBase, FlowMatchingBase):
         is_turbo = self.pipe.scheduler.config.shift == TURBO_SHIFT
         return "Tongyi-MAI/Z-Image" if is_turbo else None
 
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        return (self.denoiser.config.cap_feat_dim,)
+
     def caption_states(self, caption: str) -> Tensor:
         """(length, 2560)"""
         rows, _ = self.pipe.encode_prompt(

@@ -97,12 +97,14 @@ def initial_state(accelerator: Accelerator, objective: Objective, options: Train
     if options.gradient_checkpointing:
         objective.denoiser.enable_gradient_checkpointing()  # non-reentrant in diffusers
     check_processes(accelerator, shard_base=options.shard_base)
-    if options.shard_base:
+    has_only_shapes = next(objective.denoiser.parameters()).is_meta  # a dry run
+    if options.shard_base and not has_only_shapes:
         shard(objective.denoiser, adapter)
         wrapped = accelerator.prepare_model(objective, evaluation_mode=True)  # for its precision; no wrapper
         optimizer = accelerator.prepare(optimizer)
-    elif options.offload_blocks is not None:
-        adapter.to(accelerator.device)
+    elif options.offload_blocks is not None or has_only_shapes:
+        if not has_only_shapes:
+            adapter.to(accelerator.device)
         # The denoiser is where its blocks are; no wrapper, which would want it on one device.
         wrapped = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)
         optimizer = accelerator.prepare(optimizer)

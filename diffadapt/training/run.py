@@ -142,8 +142,12 @@ class Run:
         rows = {**self.report.summary_rows(), **self.report.truncated_prompts()}
         if self.report.export_note is not None:
             rows["export"] = self.report.export_note
+        if not self.report.model.has_weights:
+            rows["untried"] = (
+                "the adapter's file and its exports, for which a dry run of this base loads no weights"
+            )
         # On every process: it measures the memory of a forward pass, for which a sharded base needs all.
-        text = summary_text(self.train_state, self.batches, self.report.model.pipe, rows)
+        text = summary_text(self.train_state, self.batches, self.report.model, rows)
         if self.accelerator.is_main_process:
             print(text)
 

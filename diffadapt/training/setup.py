@@ -302,6 +302,7 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
         base_precision=options.base_precision if is_quantised else None,
         transformer=options.transformer,
         is_staged=True,
+        is_shapes_only=options.dry_run and not _needs_weights(options),
         text_encoder_device=options.text_encoder_device,
         resident_blocks=options.offload_blocks,
     )
@@ -317,6 +318,12 @@ def _load_base(options: TrainOptions, accelerator: Accelerator) -> BaseModel:
     if options.train_text_encoder:
         model.enable_text_encoder_training()
     return model
+
+
+def _needs_weights(options: TrainOptions) -> bool:
+    """Whether a dry run computes with the models, beside those that are encoded with beforehand."""
+    is_streaming = getattr(options, "streaming", False)
+    return options.train_text_encoder or is_streaming or options.assistant_adapter is not None
 
 
 def _accumulation_notices(options: TrainOptions) -> list[str]:

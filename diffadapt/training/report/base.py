@@ -129,7 +129,7 @@ class Report(ABC):
         options = self.options
         adapter = train_state.adapter
         # Storing a large adapter twice would cost more time than it saves.
-        is_small = adapter.num_parameters <= MAX_TRIED_PARAMETERS
+        is_small = adapter.num_parameters <= MAX_TRIED_PARAMETERS and self.model.has_weights
         if options.extractor and options.num_validation_images:
             try:
                 self.load_extractor()

@@ -4,16 +4,17 @@ import shlex
 from collections.abc import Mapping
 
 import torch
-from diffusers import DiffusionPipeline
 
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.adapters.fingerprint import quantisation
 from diffadapt.adapters.quantised_layers import count_base_parameters
 from diffadapt.common.messages import shorten_list
 from diffadapt.data.batches import Batches
+from diffadapt.models.base import BaseModel
 from diffadapt.training.loop import TrainState, warmup_steps
 from diffadapt.training.memory import estimate_memory, size_text
 from diffadapt.training.options import TrainOptions
+from diffadapt.training.stage_memory import stage_memory
 
 MetricValues = dict[str, dict[str, float]]  # name[extractor] -> {"before": ..., "after": ...}
 
@@ -21,7 +22,7 @@ MetricValues = dict[str, dict[str, float]]  # name[extractor] -> {"before": ...,
 def summary_text(
     train_state: TrainState,
     batches: Batches,
-    pipe: DiffusionPipeline,
+    model: BaseModel,
     more_rows: Mapping[str, str] | None = None,
 ) -> str:
     """The summary of a run: base, adapter, data, batch, steps, memory, machine and output folder.
@@ -45,7 +46,7 @@ def summary_text(
             f"{options.gradient_accumulation_steps} x processes {train_state.accelerator.num_processes}"
         ),
         "steps": _steps_text(train_state),
-        "memory": str(estimate_memory(train_state, batches, pipe)),
+        "memory": _memory_text(train_state, batches, model),
         "machine": _machine_text(train_state),
         "output": options.output_dir,
     }
@@ -112,6 +113,24 @@ def _adapter_text(adapter: Adapter, base_parameters: int) -> str:
     if adapter.unread_layers:
         text += f"\nleft out, as no output depends on them: {shorten_list(adapter.unread_layers)}"
     return text
+
+
+def _memory_text(train_state: TrainState, batches: Batches, model: BaseModel) -> str:
+    """An estimate of memory; of the stages where the base has only shapes."""
+    if model.has_weights:
+        return str(estimate_memory(train_state, batches, model.pipe))
+    options = train_state.options
+    samples = batches.order.sample_indices(range(options.train_batch_size))  # and as many class images
+    stages = stage_memory(
+        model, train_state.adapter, options, resolution=options.resolution, batch_size=len(samples)
+    )
+    lines = []
+    for stage in stages:
+        lines.append(
+            f"{stage.name:<15} {size_text(stage.total):>9}: models {size_text(stage.weights)}, activations "
+            f"{size_text(stage.activations)}"
+        )
+    return "\n".join(lines)
 
 
 def _steps_text(train_state: TrainState) -> str:
