@@ -27,7 +27,8 @@ class BlockOffload:
         resident: how many blocks are on the device at a time.
 
     Raises:
-        ValueError: the denoiser has no blocks, or no more than `resident`.
+        ValueError: the denoiser has no blocks, or no more than `resident`, or quantised weights, whose scales
+            are no part of their values.
     """
 
     def __init__(self, denoiser: nn.Module, device: torch.device, resident: int):
@@ -81,6 +82,11 @@ class BlockOffload:
     def _values(self, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
         values = []
         for weight in [*block.parameters(), *block.buffers()]:
+            if type(weight) not in (Tensor, nn.Parameter):
+                raise ValueError(
+                    f"--offload_blocks moves plain weights, not those of type {type(weight).__name__}: leave "
+                    "it or the quantisation (--base_precision, --transformer) out"
+                )
             if not weight.requires_grad:
                 # Copies to a GPU are asynchronous from pinned memory only.
                 value = weight.data.pin_memory() if self.device.type == "cuda" else weight.data

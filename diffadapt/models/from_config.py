@@ -75,6 +75,7 @@ def _component_from_config(
 ) -> nn.Module:
     import diffusers
     import transformers
+    from transformers import AutoConfig
 
     location = {"subfolder": component, "revision": revision}
     with torch.device("meta"), warnings.catch_warnings():
@@ -82,8 +83,8 @@ def _component_from_config(
         if library == "diffusers":
             cls = getattr(diffusers, class_name)
             return cls.from_config(cls.load_config(resolve(source), **location))
-        cls = getattr(transformers, class_name)
-        return cls(cls.config_class.from_pretrained(resolve(source), **location))
+        config = AutoConfig.from_pretrained(resolve(source), **location)
+        return getattr(transformers, class_name)(config)
 
 
 def _local(source: str) -> Path:

@@ -127,3 +127,14 @@ def test_more_blocks_than_there_are_is_an_error():
         BlockOffload(MODELS["flux"][0](), CPU, 4)
     with pytest.raises(ValueError, match=r"as many blocks on the device as this Linear has \(0\)"):
         BlockOffload(torch.nn.Linear(1, 1), CPU, 1)
+
+
+def test_quantised_weights_are_refused():
+    class QuantisedWeight(torch.nn.Parameter):
+        """A class of its own, as every package of quantised weights has."""
+
+    model = MODELS["flux"][0]()
+    layer = model.single_transformer_blocks[1].proj_out
+    layer.weight = QuantisedWeight(layer.weight.data, requires_grad=False)
+    with pytest.raises(ValueError, match="not those of type QuantisedWeight"):
+        BlockOffload(model, CPU, 1)
