@@ -199,7 +199,7 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run, tmp_path, base, cap
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["sd", "flux2_klein", "krea2"])
+@pytest.mark.parametrize("family", ["sd", "z_image", "sd3"])
 def test_accumulation_fills_the_same_buckets_as_a_large_batch(run, tmp_path, tmp_path_factory, family):
     base = tiny_base(family, tmp_path_factory)
     data = captioned(tmp_path / "a", 5, size=(64, 40))

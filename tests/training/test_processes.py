@@ -7,23 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.pipelines import tiny_sd_pipeline, write_pictures
+from helpers.pipelines import write_pictures
+from helpers.tiny_bases import tiny_base
 from helpers.torchrun import ROOT, run_torchrun
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "run_sgd.py"
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
-    base, pictures = tiny_sd_pipeline(tmp_path / "base", vae="kl"), write_pictures(tmp_path / "mine", 5)
-    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+FAMILIES = ("sd", "sd3", "qwen_image", "z_image")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders with what one process, and what two with half of half the batch, have written."""
+    place = tmp_path_factory.mktemp("runs")
+    pictures = write_pictures(place / "mine", 5)
+    bases = [tiny_base(family, tmp_path_factory) for family in FAMILIES]
+    folders = [place / "one", place / "two"]
+    for folder in folders:
+        folder.mkdir()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, *map(str, (SCRIPT, base, pictures, files[0], 4))]
+    command = [sys.executable, *map(str, (SCRIPT, pictures, folders[0], 4, 1, *bases))]
     subprocess.run(command, env=environment, check=True)
-    run_torchrun(SCRIPT, base, pictures, files[1], 2)
-    one, two = map(load_file, files)
+    run_torchrun(SCRIPT, pictures, folders[1], 1, 2, *bases)
+    return folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+def test_two_processes_with_accumulation_equal_one_at_the_same_global_batch(runs, family):
+    one, two = (load_file(folder / f"{family}.safetensors") for folder in runs)
     assert (int(one.pop("processes")), int(two.pop("processes"))) == (1, 2)
     assert one.keys() == two.keys()
     assert torch.allclose(one.pop("losses"), two.pop("losses"), rtol=0, atol=1e-6)
