@@ -75,13 +75,14 @@ def open_transformer_file(tensors: Mapping[str, Tensor], family: str) -> Program
     """
     keys = [key for key in tensors if "dora_scale" not in key]
     is_lokr = any(".lokr_" in key for key in keys)
-    is_known = ["lora" in key for key in keys]
-    if family in _WITH_LOKR:
-        is_known = ["lora" in key or "lokr" in key for key in keys]
-    if not (any(is_known) if family in _PASSING_OVER else all(is_known)):
-        other = keys[is_known.index(False)]
-        raise Refused(f"diffusers opens no file with keys such as {other} (ValueError: Invalid checkpoint)")
-    if is_lokr and family in _WITH_LOKR:
+    known = ("lora", "lokr") if family in _WITH_LOKR else ("lora",)
+    unknown_keys = [key for key in keys if not any(word in key for word in known)]
+    passes_over = family in _PASSING_OVER and len(unknown_keys) < len(keys)
+    if unknown_keys and not passes_over:
+        raise Refused(
+            f"diffusers opens no file with keys such as {unknown_keys[0]} (ValueError: Invalid checkpoint)"
+        )
+    if is_lokr:
         _check_lokr(tensors)
     return Program("diffusers", "0.42.1", partial(_apply_transformer, is_lokr=is_lokr))
 
@@ -93,23 +94,27 @@ def _apply_transformer(layer: Layer, keys: Mapping[str, Tensor], *, is_lokr: boo
         return apply(layer, keys)
     if not is_lokr or "lokr_w1" not in keys:
         return Result(layer.weight, layer.bias, frozenset(keys))
-    right = keys["lokr_w2"] if "lokr_w2" in keys else keys["lokr_w2_a"] @ keys["lokr_w2_b"]
-    weight = layer.weight + torch.kron(keys["lokr_w1"], right)
+    second = keys["lokr_w2"] if "lokr_w2" in keys else keys["lokr_w2_a"] @ keys["lokr_w2_b"]
+    weight = layer.weight + torch.kron(keys["lokr_w1"], second)
     return Result(weight, layer.bias, unused(keys, {f"lokr_{name}" for name in _LOKR_FACTORS}))
 
 
 def _check_lokr(tensors: Mapping[str, Tensor]) -> None:
     """_create_lokr_config: PEFT takes one factor for all layers, which must give the splits in the file."""
-    splits = []
+    row_splits = []
+    column_splits = []
     for layer in sorted({key.partition(".lokr_")[0] for key in tensors if ".lokr_" in key}):
-        w1, w2, up, down = (tensors.get(f"{layer}.lokr_{name}") for name in _LOKR_FACTORS)
-        rows, columns = w2.shape if w2 is not None else (up.shape[0], down.shape[1])
+        first, second, up, down = (tensors.get(f"{layer}.lokr_{name}") for name in _LOKR_FACTORS)
+        rows, columns = second.shape if second is not None else (up.shape[0], down.shape[1])
         if up is not None and up.shape[1] >= max(rows, columns) / 2:
             raise Refused(f"PEFT makes no factors of rank {up.shape[1]} of {layer} (RuntimeError)")
-        splits += [(w1.shape[0], rows), (w1.shape[1], columns)]
-    factors = [*sorted({left for left, _ in splits[::2]}), -1]
-    for factor in factors:
-        if all(_split(left * right, factor) == (left, right) for left, right in splits):
+        row_splits.append((first.shape[0], rows))
+        column_splits.append((first.shape[1], columns))
+    # A fixed factor is the first one's rows wherever it divides them.
+    factors = sorted({first_rows for first_rows, _ in row_splits})
+    for factor in (*factors, -1):
+        splits = (*row_splits, *column_splits)
+        if all(_split(first * second, factor) == (first, second) for first, second in splits):
             return
     raise Refused("diffusers finds no factor that gives the LoKr splits of the file (ValueError)")
 

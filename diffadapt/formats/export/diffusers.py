@@ -25,33 +25,25 @@ from diffadapt.formats.export.verify import Verdict, verify_diffusers
 _FULL_RANK_SHARE = 0.25
 
 
-def check_loader(adapter: Adapter) -> None:
-    """Raises ValueError where diffusers has no loader for the pipeline, or for a lone model."""
+def loader_refusal(adapter: Adapter) -> str:
+    """Why diffusers opens no file of an adapter, whatever its keys; empty where it does."""
     pipeline = pipeline_of(adapter)
     if pipeline is not None:
         if not hasattr(pipeline, "load_lora_weights"):
-            raise ValueError(
-                f"diffusers has no load_lora_weights for {type(pipeline).__name__}, so nothing could open "
-                "the file; use --to merged"
-            )
-        _check_components(adapter, pipeline)
-        return
+            return f"diffusers has no load_lora_weights for {type(pipeline).__name__}"
+        return _component_refusal(adapter, pipeline)
     for name, model in adapter.roots.items():
         is_denoiser = not is_text_encoder(name)  # pipelines load those of their text encoders
         if is_denoiser and hasattr(model, "config") and not hasattr(model, "load_lora_adapter"):
-            raise ValueError(
-                f"diffusers has no load_lora_adapter for {type(model).__name__}, so nothing could open "
-                "the file; use --to merged"
-            )
-
-
-def loader_refusal(adapter: Adapter) -> str:
-    """Why `load_lora_weights` opens no file of an adapter, whatever its keys; empty where it does."""
-    try:
-        check_loader(adapter)
-    except ValueError as error:
-        return str(error).partition(", so nothing")[0].partition("; use")[0]
+            return f"diffusers has no load_lora_adapter for {type(model).__name__}"
     return ""
+
+
+def check_loader(adapter: Adapter) -> None:
+    """Raises ValueError where diffusers opens no file of an adapter."""
+    refusal = loader_refusal(adapter)
+    if refusal:
+        raise ValueError(f"{refusal}, so nothing could open the file; use --to merged")
 
 
 def has_loader(component: str) -> bool:
@@ -170,18 +162,19 @@ def _num_values(layers: Sequence[ExportedLayer]) -> int:
     return sum(layer.shape.numel() for layer in layers)
 
 
-def _check_components(adapter: Adapter, pipeline: object) -> None:
-    """Raises ValueError for an adapted component that the pipeline's `load_lora_weights` passes over."""
+def _component_refusal(adapter: Adapter, pipeline: object) -> str:
+    """Names an adapted component that the pipeline's `load_lora_weights` passes over; empty without one."""
     loadable = getattr(pipeline, "_lora_loadable_modules", None)
     if loadable is None:  # a pipeline from outside of diffusers
-        return
+        return ""
     for site in adapter.sites:
         component = site.name.partition(".")[0]
         if component in adapter.roots and component not in loadable:
-            raise ValueError(
+            return (
                 f"{site.name}: load_lora_weights of {type(pipeline).__name__} loads files into "
-                f"{' and '.join(loadable)} only; use --to merged"
+                f"{' and '.join(loadable)} only"
             )
+    return ""
 
 
 def _magnitude_key(component: str) -> str:

@@ -35,16 +35,17 @@ def verify_transformer(
     tensors = load_file(path)
     names = [kohya_name(layer.component, layer.path, base) for layer in layers]
     file_keys = by_layer(tensors, _split_at(names))
-    programs = {comfyui_program(base): lambda layer: True}
+    programs = [comfyui_program(base)]
     refusal = loader_refusal
-    try:
-        programs[open_transformer_file(tensors, base.name)] = lambda layer: True
-    except Refused as error:
-        refusal = refusal or str(error)
-    verdicts = read_by_programs(programs, file_keys, layers, names, dtype)
+    if not refusal:
+        try:
+            programs.append(open_transformer_file(tensors, base.name))
+        except Refused as error:
+            refusal = str(error)
+    finds_layer = dict.fromkeys(programs, lambda layer: True)  # they look up names themselves
+    verdicts = read_by_programs(finds_layer, file_keys, layers, names, dtype)
     if refusal:
-        refused = Verdict(DIFFUSERS.name, DIFFUSERS.version, "refused", reason=refusal)
-        verdicts = [*verdicts[:1], refused]
+        verdicts.append(Verdict(DIFFUSERS.name, DIFFUSERS.version, "refused", reason=refusal))
     return verdicts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from diffadapt.adapters.architectures import architecture_of
+from diffadapt.adapters.architectures import OriginalLayer, architecture_of
 from diffadapt.adapters.targets import layers_with_weight
 from diffadapt.common.pipeline_components import is_in_text_encoder, is_text_encoder
 from diffadapt.formats.foreign.fused_layers import LayerPath, LayerRows
@@ -21,6 +21,11 @@ _DENOISER = {
 _ORIGINAL_TRANSFORMERS = re.compile(
     r"(?:lora_unet_|lycoris_|diffusion_model\.|transformer\.|model\.)*(?:double|single|joint)_blocks[._]\d"
 )
+# of diffusers' attention: AttentionModuleMixin.fuse_projections
+_FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 # ends of paths -> what older files call them
 _OLD_ENDS = {
     ".to_out.0": ".to_out",
@@ -55,22 +60,42 @@ class LayerNames:
         return self.by_name.get(_without_processor(name))
 
     def find_original(self, name: str) -> list[LayerRows]:
-        """The layers that a weight of a transformer's original code holds, by one of its names."""
+        """The layers that one weight holds in a transformer's original code, or once diffusers fuses
+        projections, by one of its names."""
         return self.by_original_name.get(name, [])
 
     def _add_original_names(self, component: str, module: nn.Module) -> None:
         names = architecture_of(module).published_names
         if names is None or names.original_layer is None:
             return
-        for path, layer in layers_with_weight(module):
-            place = names.original_layer(path)
-            if place is None:
-                continue
-            part = LayerRows((component, path), place, len(layer.weight))
-            for prefix in _DENOISER["dotted"]:
-                self.by_original_name.setdefault(prefix + place.path, []).append(part)
-            for prefix in _DENOISER["flat"]:
-                self.by_original_name.setdefault(prefix + place.path.replace(".", "_"), []).append(part)
+        layers = dict(layers_with_weight(module))
+        for path, layer in layers.items():
+            places = [names.original_layer(path), _place_in_fused_projection(path, layers)]
+            for place in places:
+                if place is not None:
+                    self._add_part(LayerRows((component, path), place, len(layer.weight)))
+
+    def _add_part(self, part: LayerRows) -> None:
+        dotted = part.place.path
+        for prefix in _DENOISER["dotted"]:
+            self.by_original_name.setdefault(prefix + dotted, []).append(part)
+        for prefix in _DENOISER["flat"]:
+            self.by_original_name.setdefault(prefix + dotted.replace(".", "_"), []).append(part)
+
+
+def _place_in_fused_projection(path: str, layers: Mapping[str, nn.Module]) -> OriginalLayer | None:
+    """A layer's place in the projection that `fuse_qkv_projections` of diffusers makes of three."""
+    parent, _, projection = path.rpartition(".")
+    for fused, projections in _FUSED_PROJECTIONS.items():
+        if projection not in projections:
+            continue
+        siblings = [layers.get(f"{parent}.{name}") for name in projections]
+        if None in siblings:
+            return None
+        before = siblings[: projections.index(projection)]
+        first_row = sum(len(layer.weight) for layer in before)
+        return OriginalLayer(f"{parent}.{fused}", first_row, len(layers[path].weight))
+    return None
 
 
 def missing_layers_hint(missing: Iterable[str]) -> str:

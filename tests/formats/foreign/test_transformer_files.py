@@ -165,6 +165,21 @@ def test_other_forms_are_split_by_rows_too(family, form, pipes, tmp_path):
         assert other == key or torch.equal(weight, before[other]), other
 
 
+@pytest.mark.parametrize("family", ["flux", "flux2_klein", "krea2", "qwen_image"])
+def test_projections_that_diffusers_fuses_are_split(family, pipes, tmp_path):
+    transformer = pipes(family).transformer
+    attention = transformer.transformer_blocks[0].attn
+    names = ("to_q", "to_k", "to_v")
+    before = [getattr(attention, name).weight.detach().clone() for name in names]
+    down, up = factors(torch.cat(before).shape)
+    name = "lycoris_transformer_blocks_0_attn_to_qkv"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "file.safetensors")
+    adapter = da.load(transformer, tmp_path / "file.safetensors")
+    merged = [adapter.adapted_weight(f"transformer_blocks.0.attn.{name}") for name in names]
+    da.detach(adapter)
+    assert torch.allclose(torch.cat(merged), torch.cat(before) + up @ down, atol=1e-6)
+
+
 def test_biases_and_magnitudes_of_outputs_are_split(pipes, tmp_path):
     transformer = pipes("flux").transformer
     name, _ = FUSED["flux"]
