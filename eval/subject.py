@@ -44,6 +44,7 @@ from diffadapt.evaluation.subject.subjects import (
 )
 from diffadapt.formats.adapter_file import base_named_in
 from diffadapt.models.base_names import is_embedded
+from diffadapt.models.sampling_options import training_resolution
 
 DEMO_BASE = "embedded:emoji"
 MINIMUM_VALUES = {  # option -> its smallest value
@@ -159,10 +160,15 @@ def generated_sets(
     base = base or DEMO_BASE
     if is_embedded(base) != (arguments.subjects is None):
         raise ValueError(f"the base {base!r} and the subjects must both be embedded, or neither")
-    options = {field.name: getattr(arguments, field.name) for field in fields(SubjectSampling)[2:]}
+    options = {}
+    for field in fields(SubjectSampling):
+        if hasattr(arguments, field.name):
+            options[field.name] = getattr(arguments, field.name)
     if options["samples"] is None:
         options["samples"] = 2 if is_embedded(base) else 4
-    sampling = SubjectSampling(base, Path(arguments.output) / "images", **options)
+    options["base"] = base
+    options["side"] = training_resolution(list(files.values()))
+    sampling = SubjectSampling(folder=Path(arguments.output) / "images", **options)
     return generate_subjects(sampling, subjects, files, with_base=arguments.compare or not files)
 
 

@@ -14,6 +14,8 @@ import torch
 from helpers.class_pipelines import class_pipeline
 from helpers.image_files import write_images
 from helpers.pipelines import tiny_sd_pipeline
+from helpers.tiny_bases import tiny_base
+from PIL import Image
 from toy_extractor import Toy
 
 import diffadapt as da
@@ -351,6 +353,27 @@ def test_every_checkpoint_of_a_run_with_paired_seeds(tmp_path, trained):
     assert record.stamp == ""
     values = {(score.generated, score.metric) for score in record.scores}
     assert values == {(label, metric) for label in record.labels for metric in ("clip_t", "clip_i")}
+
+
+@pytest.mark.parametrize("family", ["flux2_klein", "pixart_sigma"])
+@pytest.mark.slow
+def test_adapters_of_a_transformer_family(tmp_path, tmp_path_factory, family):
+    base = tiny_base(family, tmp_path_factory)
+    pipe = open_frozen_pipeline(str(base))
+    adapter = da.attach(pipe, da.make_method("lora", rank=2), targets="attention")
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    file = tmp_path / "one.safetensors"
+    da.save(adapter, file, base=str(base), metadata={"resolution": "32"})
+    code, output = evaluate(
+        tmp_path, "--adapters", file, "--with_base", "--prompt", "a cat", *DRAWING, "--extractor", TOY,
+        "--metrics", "vendi", "--allow_small", "--no_intervals", "--keep_images", tmp_path / "kept",
+    )  # fmt: skip
+    assert code == 0
+    record = read_record(output)
+    assert {score.generated for score in record.scores} == {"base", "one"}
+    assert record.sets["base"].fingerprint != record.sets["one"].fingerprint
+    assert Image.open(tmp_path / "kept" / "one" / "000000-seed5.png").size == (32, 32)
 
 
 def test_images_that_are_not_kept_are_removed_and_the_same(tmp_path, trained, monkeypatch):

@@ -7,9 +7,13 @@ import pytest
 import subject
 from helpers.image_files import write_images
 from helpers.prompts_file import FILE
+from helpers.tiny_bases import tiny_base
+from PIL import Image
 
+import diffadapt as da
 from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation.record import read_record
+from diffadapt.models.families import load_base
 
 
 @pytest.fixture
@@ -42,6 +46,22 @@ def test_images_made_elsewhere(tmp_path, subjects, capsys):
     assert "real against real" in capsys.readouterr().out
     assert len(list(csv.DictReader((output / "subject.csv").open(encoding="utf-8")))) == 10
     assert (output / "subject.html").read_text(encoding="utf-8").count("<img") > 10
+
+
+@pytest.mark.parametrize("family", ["sd3", "z_image"])
+@pytest.mark.slow
+def test_adapters_of_a_transformer_family(tmp_path, tmp_path_factory, subjects, family):
+    base = tiny_base(family, tmp_path_factory)
+    adapter = da.attach(load_base(str(base)).pipe, da.make_method("lora(rank=2)"), targets="attention")
+    file = tmp_path / "cat.safetensors"
+    da.save(adapter, file, base=str(base), metadata={"resolution": "32"})
+    options = ["--adapters", f"cat={file}", "--samples", 1, "--num_inference_steps", 2, "--compare"]
+    code, output = evaluate(tmp_path, *subjects, *options)
+    assert code == 0
+    record = read_record(output / "subject.json")
+    assert record.sets["adapters"].count == record.sets["base"].count == 2
+    for path in (output / "images").rglob("*.png"):
+        assert Image.open(path).size == (32, 32)  # of the training images, not the base's own
 
 
 def test_native_lpips_is_the_resize_of_lpips_alone(monkeypatch):

@@ -41,6 +41,7 @@ class SubjectSampling:
             for every prompt, and every subject has its own.
         num_inference_steps: denoising steps; None for the base's default.
         guidance_scale: of classifier-free guidance; None for the base's default.
+        side: of the square images in pixels; None for the base's own size.
         batch_size: images generated at once; changes speed and memory only.
         mixed_precision: no, fp16 or bf16; None for the choice of `sampling_precision`.
     """
@@ -52,6 +53,7 @@ class SubjectSampling:
     seed: int = 0
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    side: int | None = None
     batch_size: int = 8
     mixed_precision: str | None = None
 
@@ -72,6 +74,8 @@ class SubjectSampling:
         return SamplingConfig(
             num_inference_steps=options["num_inference_steps"] if steps is None else steps,
             guidance_scale=options["guidance_scale"] if guidance is None else guidance,
+            height=self.side,
+            width=self.side,
             batch_size=self.batch_size,
             autocast=self.precision.dtype,
         )
