@@ -49,9 +49,9 @@ def split_change(
         ValueError: the change has another number of rows, or is of a form that cannot be split there.
     """
     total = max(part.place.first_row + part.num_rows for part in parts)
-    num_rows = _num_rows(change)
-    if num_rows not in (None, total):
-        raise ValueError(f"{name} has {num_rows} outputs, where this model has {total}")
+    for num_rows in _numbers_of_rows(change):
+        if num_rows != total:
+            raise ValueError(f"{name} has {num_rows} outputs, where this model has {total}")
     by_layer = {}
     for part in parts:
         first = part.place.first_row
@@ -63,14 +63,20 @@ def split_change(
     return by_layer
 
 
-def _num_rows(change: StoredChange) -> int | None:
-    """The number of outputs of a change; None where no tensor tells it."""
+def _numbers_of_rows(change: StoredChange) -> list[int]:
+    """The number of outputs that each tensor of a change is made for."""
+    numbers = []
     if change.form == "lokr":
-        return len(_left(change)) * _right_rows(change)
-    for key in (*_BY_OUTPUT[change.form], *_BESIDE):
+        numbers.append(_num_rows(_left(change)) * _num_rows(_right(change)))
+    for key in (*_BY_OUTPUT.get(change.form, ()), *_BESIDE):
         if key in change.tensors:
-            return len(change.tensors[key])
-    return None
+            numbers.append(_num_rows(change.tensors[key]))
+    numbers += [_num_rows(value) for value in change.replacements.values()]
+    return numbers
+
+
+def _num_rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
 
 
 def _take_rows(name: str, change: StoredChange, rows: Tensor) -> StoredChange:
@@ -89,7 +95,7 @@ def _take_rows(name: str, change: StoredChange, rows: Tensor) -> StoredChange:
     if change.form == "lora":
         # Trainers that split a weight themselves store a block-diagonal up: the other blocks are zeros here.
         is_used = (tensors["up"] != 0).any(dim=0)  # (r,)
-        if is_used.any():
+        if is_used.any() and len(is_used) == len(tensors["down"]):
             tensors["up"] = tensors["up"][:, is_used]
             tensors["down"] = tensors["down"][is_used]
     replacements = {key: value[rows] for key, value in change.replacements.items()}
@@ -101,7 +107,7 @@ def _kron_rows(name: str, change: StoredChange, rows: Tensor) -> dict[str, Tenso
 
     So a piece of whole runs of c rows is a Kronecker product with some rows of the left factor.
     """
-    height = _right_rows(change)
+    height = _num_rows(_right(change))
     runs = rows[: len(rows) // height * height].reshape(-1, height)
     first_rows = runs[:, 0]
     is_whole_runs = (
@@ -122,8 +128,8 @@ def _left(change: StoredChange) -> Tensor:
     return change.tensors["left"] if "left" in change.tensors else change.tensors["left_up"]
 
 
-def _right_rows(change: StoredChange) -> int:
-    return len(change.tensors["right"] if "right" in change.tensors else change.tensors["up"])
+def _right(change: StoredChange) -> Tensor:
+    return change.tensors["right"] if "right" in change.tensors else change.tensors["up"]
 
 
 def _remedy() -> str:

@@ -182,6 +182,8 @@ def test_stock_diffusers_generates_the_same_from_the_file_for_comfyui(
         ("lokr(rank=2)", {}),
         ("mora(rank=2)", {"rank": 10_000}),
         ("liera(rank=2)", {"rank": 10_000}),
+        ("gamma", {"rank": 10_000}),
+        ("difffit(norms=False, gamma=False)", {}),
     ],
 )
 @pytest.mark.parametrize("family", WITH_LOADER)

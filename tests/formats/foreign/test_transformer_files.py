@@ -205,6 +205,13 @@ def test_biases_and_magnitudes_of_outputs_are_split(pipes, tmp_path):
     [
         ({"lokr_w1": (4, 4), "lokr_w2": (12, 4)}, "LoKr of 4 x 12 outputs .*cannot be split; merge it"),
         ({"lora_down.weight": (2, 16), "lora_up.weight": (47, 2)}, "has 47 outputs, where this model has 48"),
+        ({"lokr_w1": (), "lokr_w2": (12, 4)}, "has 0 outputs"),
+        ({"diff": ()}, "has 0 outputs"),
+        (
+            {"hada_w1_a": (48, 2), "hada_w1_b": (2, 16), "hada_w2_a": (47, 2), "hada_w2_b": (2, 16)},
+            "has 47 outputs",
+        ),
+        ({"lora_down.weight": (2, 16), "lora_up.weight": (48, 2), "diff_b": (16,)}, "has 16 outputs"),
         (
             {"lora_down.weight": (2, 16), "lora_up.weight": (48, 2), "dora_scale": (1, 16)},
             "norms over all the layers .*cannot be split; merge it",
