@@ -11,6 +11,7 @@ from itertools import count
 
 DENOISERS = ("unet", "transformer")
 AUTOENCODER = "vae"
+PROCESSOR = "processor"  # holds the tokenizer of some language models that read images too
 
 _TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffadapt.common.images import CropGeometry, ImageSource, crop_geometry, to_pixels
+from diffadapt.common.pipeline_components import PROCESSOR
 from diffadapt.data.cache import DiskCache, Entry, MemoryCache, cache_key, fingerprint
 from diffadapt.data.scaled_images import ScaledImages
 from diffadapt.models.base import BaseModel
@@ -172,6 +173,9 @@ def _fingerprint_of_autoencoder(model: BaseModel) -> str:
 def _fingerprint_of_text_encoders(model: BaseModel) -> str:
     """A hash of everything that encoded captions depend on, besides the caption."""
     components = [*model.text_encoders.values(), *model.tokenizers.values()]
+    processor = getattr(model.pipe, PROCESSOR, None)
+    if processor is not None:
+        components.append(processor.tokenizer)
     return cache_key(
         family=type(model).__name__, parts=fingerprint(*components), settings=model.caption_settings()
     )

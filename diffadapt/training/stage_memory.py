@@ -69,7 +69,7 @@ def stage_memory(
     )
     if options.transformer is not None:
         denoiser_weights = Path(options.transformer).stat().st_size  # as it is stored
-    dequantised = _dequantised_bytes(model.denoiser, options.base_precision)
+    dequantised = dequantised_bytes(model.denoiser, options.base_precision)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     # A trained value has beside itself a gradient, the optimizer's values and, with --use_ema, an average.
     copies = 2 + state_values(options) + bool(options.use_ema)
@@ -130,7 +130,7 @@ def quantised_layers(denoiser: nn.Module) -> set[nn.Linear]:
     return layers
 
 
-def _dequantised_bytes(denoiser: nn.Module, base_precision: str | None) -> int:
+def dequantised_bytes(denoiser: nn.Module, base_precision: str | None) -> int:
     """Bytes of the largest weight that is dequantised for a moment."""
     if base_precision not in BYTES_PER_WEIGHT:
         return 0

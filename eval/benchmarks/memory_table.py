@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from published_bases import BASES, PublishedBase
+from torch import nn
 
 import diffadapt as da
 from diffadapt.common import runtime
-from diffadapt.models.base import BaseModel
 from diffadapt.models.block_offload import outermost_blocks
 from diffadapt.models.families import family_of_pipeline
 from diffadapt.training.options import TrainOptions
-from diffadapt.training.stage_memory import StageMemory, denoiser_bytes, stage_memory
+from diffadapt.training.stage_memory import StageMemory, denoiser_bytes, dequantised_bytes, stage_memory
 
 TEXT = Path(__file__).with_name("memory_page.md")
 GIB = 2**30
@@ -41,14 +41,14 @@ class Row:
         name: of the base.
         parameters: of the denoiser.
         stages: by name, with weights in bfloat16.
-        quantised: `largest` by precision of the denoiser.
+        saved: bytes less on the device, by precision of the denoiser.
         offloaded: the denoiser on the device by number of resident blocks, from 1 on.
     """
 
     name: str
     parameters: int
     stages: dict[str, StageMemory]
-    quantised: dict[str, int]
+    saved: dict[str, int]
     offloaded: list[int]
 
     @property
@@ -79,23 +79,22 @@ def count(base: PublishedBase, *, resolution: int = RESOLUTION, rank: int = RANK
     model = family(pipe, base.name, family.profile_of_family)
     adapter = da.attach(pipe, da.LoRA(rank=rank), targets="attention")
     model.denoiser.enable_gradient_checkpointing()
-    stages = _stages(model, adapter, resolution)
-    quantised = {}
-    for precision in PRECISIONS:
-        stages_of_precision = _stages(model, adapter, resolution, base_precision=precision)
-        quantised[precision] = max(stages_of_precision["train"].total, stages_of_precision["sample"].total)
-    offloaded = []
-    for resident in range(1, len(outermost_blocks(model.denoiser)) + 1):
-        offloaded.append(denoiser_bytes(model.denoiser, resident_blocks=resident))
-    parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    return Row(base.name, parameters, stages, quantised, offloaded)
+    stages = stage_memory(model, adapter, TrainOptions(), resolution=resolution, batch_size=1)
+    blocks = len(outermost_blocks(model.denoiser))
+    saved = {precision: saved_bytes(model.denoiser, precision) for precision in PRECISIONS}
+    return Row(
+        base.name,
+        sum(parameter.numel() for parameter in model.denoiser.parameters()),
+        {stage.name: stage for stage in stages},
+        saved,
+        [denoiser_bytes(model.denoiser, resident_blocks=resident) for resident in range(1, blocks + 1)],
+    )
 
 
-def _stages(
-    model: BaseModel, adapter: da.Adapter, resolution: int, **options: object
-) -> dict[str, StageMemory]:
-    stages = stage_memory(model, adapter, TrainOptions(**options), resolution=resolution, batch_size=1)
-    return {stage.name: stage for stage in stages}
+def saved_bytes(denoiser: nn.Module, precision: str) -> int:
+    """Bytes that a quantised denoiser saves; its largest weight is there dequantised once."""
+    quantised = denoiser_bytes(denoiser, base_precision=precision)
+    return denoiser_bytes(denoiser) - quantised - dequantised_bytes(denoiser, precision)
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -137,7 +136,7 @@ def card_cell(row: Row, card: int) -> str:
     if row.largest <= usable:
         ways.append("bf16")
     else:
-        precisions = [name for name in PRECISIONS if row.quantised[name] <= usable]
+        precisions = [name for name in PRECISIONS if row.largest - row.saved[name] <= usable]
         ways += precisions[:1]  # the most exact one
         fitting = [n for n in range(1, len(row.offloaded)) if row.with_blocks(n) <= usable]
         if fitting:

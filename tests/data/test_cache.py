@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from diffadapt.common.images import list_images
 from diffadapt.data.batches import Batches
 from diffadapt.data.cache import DiskCache, cache_key, fingerprint, open_cache
+from diffadapt.data.encoding import EncodedCaptions
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.models.families import load_base
 
@@ -206,3 +208,31 @@ def test_kinds_of_caches_and_what_they_need(tmp_path):
         open_cache("memory", tmp_path)
     with pytest.raises(ValueError, match="one of memory, disk, none"):
         open_cache("gpu")
+
+
+def test_states_keep_the_precision_of_the_text_encoders_on_disk(tmp_path, tmp_path_factory):
+    folder = str(tiny_folder("sd3", tmp_path_factory))
+    half = load_base(folder, dtype=torch.bfloat16)
+    whole = load_base(folder)
+    for model, dtype in ((half, torch.bfloat16), (whole, torch.float32)):
+        expected = EncodedCaptions(model, None, recent=None).row("a dog")
+        for _ in range(2):  # encoded, then read
+            row = EncodedCaptions(model, DiskCache(tmp_path), recent=None).row("a dog")
+            assert row.keys() == expected.keys()
+            for name, value in row.items():
+                assert value.dtype == dtype
+                assert torch.equal(value, expected[name])
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 2
+
+
+def test_a_processor_and_a_third_text_encoder_are_part_of_the_key(tmp_path_factory, tmp_path):
+    model = load_base(str(tiny_folder("sd3", tmp_path_factory)))
+    keys = [EncodedCaptions(model, DiskCache(tmp_path), recent=None)._text_encoders]
+    model.pipe.text_encoder_3.shared.weight.data.mul_(2)
+    keys.append(EncodedCaptions(model, DiskCache(tmp_path), recent=None)._text_encoders)
+    tokenizer = clip_tokenizer(tmp_path / "words")
+    model.pipe.processor = SimpleNamespace(tokenizer=tokenizer)
+    keys.append(EncodedCaptions(model, DiskCache(tmp_path), recent=None)._text_encoders)
+    tokenizer.chat_template = "{{ messages }}"
+    keys.append(EncodedCaptions(model, DiskCache(tmp_path), recent=None)._text_encoders)
+    assert len(set(keys)) == 4

@@ -1,6 +1,7 @@
 """Encoders are on the device to encode, the denoiser after them. Moves are recorded: there is no GPU."""
 
 import gc
+import json
 import weakref
 from types import SimpleNamespace
 
@@ -184,6 +185,37 @@ def test_class_images_are_sampled_in_stages_too(watch, run, tmp_path_factory, tm
     assert not watch.together
     assert watch.alive == []
     assert len(list((output / "class_images").glob("*.png"))) == 2
+
+
+def test_held_out_captions_are_encoded_before_the_text_encoders_go(
+    watch, monkeypatch, tmp_path, tmp_path_factory
+):
+    for name, caption in (("training", "a dog"), ("held_out", "another cat")):
+        folder = write_pictures(tmp_path / name, 2)
+        for image in folder.glob("*.png"):
+            image.with_suffix(".txt").write_text(f"{caption} {image.stem}", encoding="utf-8")
+    output = tmp_path / "out"
+    options = {
+        "pretrained_model_name_or_path": tiny_folder("z_image", tmp_path_factory),
+        "train_data_dir": tmp_path / "training",
+        "validation_data_dir": tmp_path / "held_out",
+        "trigger_word": "sks",
+        "caption_dropout": 0.5,
+        "output_dir": output,
+        "resolution": 64,
+        "num_validation_images": 2,
+        "num_inference_steps": 1,
+        "max_train_steps": 2,
+        "rank": 2,
+        "num_threads": 1,
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    assert runner("style_transfer", monkeypatch)(*arguments, "--center_crop") == 0
+    assert not watch.together
+    assert watch.alive == []
+    figures = json.loads((output / "run.json").read_text(encoding="utf-8"))["figures"]
+    assert set(figures["held_out_loss"]) == {"before", "after"}
+    assert len(list((output / "samples").rglob("*.png"))) == 4
 
 
 def test_text_encoders_stay_for_steps_that_need_them(watch, run, tmp_path_factory):

@@ -50,13 +50,17 @@ def test_a_sharded_base_trains_as_a_whole_one(tmp_path):
         "num_threads": 1,
     }
     told = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    for name, further in (("whole", ()), ("sharded", ("--shard_base",))):
+    runs = {"whole": (), "sharded": ("--shard_base",), "offloaded": ("--offload_blocks", "2")}
+    for name, further in runs.items():
         run_torchrun(FOLDER / "dreambooth.py", *told, "--output_dir", tmp_path / name, *further)
     files = [tmp_path / name / "adapter.safetensors" for name in ("whole", "sharded")]
     whole, sharded = (load_file(file) for file in files)
     assert whole.keys() == sharded.keys()
     for name, value in whole.items():
         assert torch.allclose(value, sharded[name], rtol=1e-5, atol=1e-7), name
+    offloaded = load_file(tmp_path / "offloaded" / "adapter.safetensors")
+    assert offloaded.keys() == whole.keys()
+    assert all(torch.allclose(offloaded[name], whole[name], rtol=1e-5, atol=1e-7) for name in whole)
     assert da.load(load_base(str(base)).pipe, files[1], strict_base=True).num_parameters
     for kept in ("grid.png", "run.json", "validation/step-2/sheet.png", "checkpoint-2/state.json"):
         assert (tmp_path / "sharded" / kept).is_file(), kept

@@ -49,20 +49,20 @@ def small_base():
     )
 
 
-def row(train, *, captions=1, int8=99, nf4=99, blocks=4):
+def row(train, *, captions=1, int8=0, nf4=0, blocks=4):
     stages = {
         name: StageMemory(name, int(size * GIB), 0)
         for name, size in {"encode captions": captions, "train": train, "sample": train - 1}.items()
     }
-    quantised = {"int8": int8 * GIB, "nf4": nf4 * GIB}
-    return script.Row("a base", 10**9, stages, quantised, [GIB * number for number in range(1, blocks + 1)])
+    saved = {"int8": int8 * GIB, "nf4": nf4 * GIB}
+    return script.Row("a base", 10**9, stages, saved, [GIB * number for number in range(1, blocks + 1)])
 
 
 def test_a_base_is_counted_from_its_configuration():
     counted = script.count(small_base(), resolution=64, rank=2)
     assert counted.parameters == sum(p.numel() for p in small_base().make().transformer.parameters())
     assert counted.stages["train"].total > 2 * counted.parameters
-    assert counted.quantised["nf4"] < counted.quantised["int8"] < counted.largest
+    assert counted.saved["nf4"] > counted.saved["int8"]
     assert counted.with_blocks(1) < counted.with_blocks(2) < counted.largest
     table = script.stage_table([counted])
     assert "| base | denoiser | encode captions | encode images | train | sample |" in table
@@ -73,9 +73,9 @@ def test_a_base_is_counted_from_its_configuration():
     [
         (row(7), 8, "bf16"),
         (row(7.5), 8, "3 blocks"),
-        (row(20, int8=11, nf4=7), 12, "int8"),
-        (row(20, int8=12, nf4=7), 12, "nf4"),
-        (row(12.5, int8=8, nf4=7), 12, "int8 or 2 blocks"),
+        (row(20, int8=9, nf4=13), 12, "int8"),
+        (row(20, int8=8, nf4=13), 12, "nf4"),
+        (row(12.5, int8=5, nf4=6), 12, "int8 or 2 blocks"),
         (row(30), 12, "no"),
         (row(5, captions=9), 8, "bf16 †"),
     ],
