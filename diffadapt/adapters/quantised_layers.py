@@ -166,10 +166,11 @@ def count_base_parameters(model: nn.Module) -> int:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes; of a quantised weight those of its values and scales."""
-    if hasattr(tensor, "__tensor_flatten__"):  # torchao
+    """Bytes that a tensor takes on this process; of a quantised weight those of its values and scales."""
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's, and sharded ones, which name their mesh too
         names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+        parts = [getattr(tensor, name) for name in names]
+        return sum(stored_bytes(part) for part in parts if isinstance(part, Tensor))
     count = tensor.numel() * tensor.element_size()
     state = getattr(tensor, "quant_state", None)  # bitsandbytes in 4 bits
     if state is not None:
