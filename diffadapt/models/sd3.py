@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import SD3, original_layer
 from diffadapt.models.base import BaseModel
+from diffadapt.models.caption_limits import CaptionLimit, own_limit
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
 from diffadapt.models.flow_matching import flow_profile
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 TIME_SCALE = 1000  # the transformer counts noise levels in thousandths
 
@@ -75,6 +79,11 @@ class StableDiffusion3(ClipWithT5Base):
             max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    @classmethod
+    def caption_limits(cls, pipe: DiffusionPipeline) -> list[CaptionLimit]:
+        # T5 reads more than CLIP does; without it the limit is CLIP's.
+        return super().caption_limits(pipe) or [own_limit(pipe.tokenizer)]
 
     def t5_states(self, captions: list[str]) -> Tensor:
         states = self.prompt_states(captions)["encoder_hidden_states"]
