@@ -15,6 +15,7 @@ from accelerate import Accelerator
 import diffadapt as da
 from diffadapt.adapters.adapter import Adapter
 from diffadapt.common import runtime
+from diffadapt.common.pipeline_components import AUTOENCODER
 from diffadapt.common.precision import Precision, choose_precision
 from diffadapt.data.batches import Batches
 from diffadapt.data.examples import Example
@@ -134,6 +135,9 @@ def make_batches(
             **arguments,
         )
     release_text_encoders(setup.model, batches, options)
+    if batches.is_streaming:
+        # Steps encode images, and so do reports that ask for the first ones.
+        setup.model.placement.to_device([AUTOENCODER])
     return batches
 
 

@@ -187,34 +187,49 @@ def test_class_images_are_sampled_in_stages_too(watch, run, tmp_path_factory, tm
     assert len(list((output / "class_images").glob("*.png"))) == 2
 
 
-def test_held_out_captions_are_encoded_before_the_text_encoders_go(
-    watch, monkeypatch, tmp_path, tmp_path_factory
-):
-    for name, caption in (("training", "a dog"), ("held_out", "another cat")):
-        folder = write_pictures(tmp_path / name, 2)
-        for image in folder.glob("*.png"):
-            image.with_suffix(".txt").write_text(f"{caption} {image.stem}", encoding="utf-8")
-    output = tmp_path / "out"
-    options = {
-        "pretrained_model_name_or_path": tiny_folder("z_image", tmp_path_factory),
-        "train_data_dir": tmp_path / "training",
-        "validation_data_dir": tmp_path / "held_out",
-        "trigger_word": "sks",
-        "caption_dropout": 0.5,
-        "output_dir": output,
-        "resolution": 64,
-        "num_validation_images": 2,
-        "num_inference_steps": 1,
-        "max_train_steps": 2,
-        "rank": 2,
-        "num_threads": 1,
-    }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    assert runner("style_transfer", monkeypatch)(*arguments, "--center_crop") == 0
+@pytest.fixture
+def run_style(monkeypatch, tmp_path, tmp_path_factory):
+    """Learns a style on a tiny base in two steps, with two images before and after."""
+
+    def run_style(*more):
+        for name, caption in (("training", "a dog"), ("held_out", "another cat")):
+            folder = write_pictures(tmp_path / name, 2)
+            for image in folder.glob("*.png"):
+                image.with_suffix(".txt").write_text(f"{caption} {image.stem}", encoding="utf-8")
+        options = {
+            "pretrained_model_name_or_path": tiny_folder("z_image", tmp_path_factory),
+            "train_data_dir": tmp_path / "training",
+            "trigger_word": "sks",
+            "caption_dropout": 0.5,
+            "output_dir": tmp_path / "out",
+            "resolution": 64,
+            "num_validation_images": 2,
+            "num_inference_steps": 1,
+            "max_train_steps": 2,
+            "rank": 2,
+            "num_threads": 1,
+        }
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        assert runner("style_transfer", monkeypatch)(*arguments, *more) == 0
+        return tmp_path / "out"
+
+    return run_style
+
+
+def test_held_out_captions_are_encoded_before_the_text_encoders_go(watch, run_style, tmp_path):
+    output = run_style("--center_crop", "--validation_data_dir", tmp_path / "held_out")
     assert not watch.together
     assert watch.alive == []
     figures = json.loads((output / "run.json").read_text(encoding="utf-8"))["figures"]
     assert set(figures["held_out_loss"]) == {"before", "after"}
+    assert len(list((output / "samples").rglob("*.png"))) == 4
+
+
+def test_a_stream_keeps_everything_on_the_device(watch, run_style):
+    output = run_style("--streaming")
+    assert watch.events[:3] == ["+vae", "+transformer", "+text_encoder"]
+    assert not any(event.startswith("-") for event in watch.events)
+    assert len(watch.alive) == 1
     assert len(list((output / "samples").rglob("*.png"))) == 4
 
 
