@@ -4,6 +4,7 @@ Every option runs on at least two families, and every family with several option
 """
 
 import json
+import re
 
 import datasets
 import pytest
@@ -171,10 +172,38 @@ def test_missing_class_images_are_generated_by_the_base(family, tmp_path, tmp_pa
     assert [image.size for image in images] == [(64, 64), (64, 64)]  # the base's own size
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "option"),
+    [
+        ("FluxPipeline", ("--snr_gamma", 5)),
+        ("ZImagePipeline", ("--noise_offset", 0.1)),
+        ("StableDiffusion3Pipeline", ("--prediction_type", "epsilon")),
+        ("QwenImagePipeline", ("--train_text_encoder",)),
+        ("PixArtSigmaPipeline", ("--timestep_shift", 3)),
+    ],
+)
+def test_options_that_do_not_apply_are_refused_before_the_base_is_loaded(
+    pipeline, option, tmp_path, monkeypatch, capsys
+):
+    base = tmp_path / "base"
+    base.mkdir()  # there is nothing to load
+    (base / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
+    data = ["--instance_data_dir", write_pictures(tmp_path / "mine", 1), "--instance_prompt", PROMPT]
+    assert runner("dreambooth", monkeypatch)(*common(base, tmp_path / "out"), *data, *option) == 2
+    error = capsys.readouterr().err
+    assert option[0] in error
+    assert any(reason in error for reason in ("flow", "betas", "language model"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("family", ["flux2_klein", "krea2"])
-def test_a_dry_run_counts_memory_and_writes_nothing(family, tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_a_dry_run_counts_the_memory_of_each_stage_and_writes_nothing(
+    family, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
     base = tiny_base(family, tmp_path_factory)
     data = ["--instance_data_dir", write_pictures(tmp_path / "mine", 2), "--instance_prompt", PROMPT]
     assert runner("dreambooth", monkeypatch)(*common(base, tmp_path / "out"), *data, "--dry_run") == 0
-    assert "  memory   about " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for stage in ("encode captions", "encode images", "train ", "sample "):
+        assert re.search(rf"  {stage} *\d+\.\d [KMG]iB: models", shown)
     assert not (tmp_path / "out").exists()

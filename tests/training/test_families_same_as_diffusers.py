@@ -330,6 +330,7 @@ def test_first_20_losses_of_lora_equal_the_examples_loop(family, data, tmp_path_
         ("flux2_klein", {"encode": partial(_encode_klein, layers=(10, 20, 30))}),
     ],
 )
+@pytest.mark.slow
 def test_defaults_of_examples_that_do_not_fit_the_base_give_other_losses(
     family, changes, data, tmp_path_factory
 ):

@@ -135,6 +135,22 @@ def test_the_prediction_with_token_ids_is_that_with_text_states(folders):
         assert torch.equal(*predicted)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_prediction_with_token_ids_and_t5_is_that_of_the_pipelines_states(folders, family):
+    model = load_base(str(folders[family]))
+    captions = ["a dog", ""]
+    noisy = torch.randn(2, 16, 4, 4)
+    levels = torch.tensor([0.2, 0.9])
+    states = model.encode_captions(captions)
+    model.enable_text_encoder_training()
+    ids = model.encode_captions(captions)
+    assert states.keys().isdisjoint(ids)
+    with torch.no_grad():
+        expected = model.predict(model.denoiser, noisy, levels, states)
+        predicted = model.predict(model.denoiser, noisy, levels, ids)
+    assert torch.equal(predicted, expected)
+
+
 def test_layers_behind_the_states_that_sdxl_reads_are_left_out(folders):
     pipe = load_base(str(folders["sdxl"])).pipe
     adapter = da.attach(pipe, da.LoRA(rank=2), "attention", text_encoder_targets="all")

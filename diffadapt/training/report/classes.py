@@ -68,6 +68,7 @@ class ClassReport(Report):
             self.measured,
             self._accelerator,
             resolution=self.options.resolution,
+            batch_size=self.options.sample_batch_size,
             rounds=LOSS_ROUNDS,
         )
         self._loss_before = self._loss.measure()

@@ -14,7 +14,7 @@ from diffadapt.models.base import BaseModel
 from diffadapt.training.loop import attention_kernel
 from diffadapt.training.objective import Objective
 
-BATCH_SIZE = 16
+LARGEST_BATCH = 16
 
 
 class HeldOutLoss:
@@ -22,6 +22,7 @@ class HeldOutLoss:
 
     Args:
         resolution: side of the center crop in pixels.
+        batch_size: images at once, as many as are generated at once; at most 16. No effect on the loss.
         rounds: noises and timesteps per example.
         encoded_captions: of the run, where the text encoders may be gone.
     """
@@ -33,11 +34,13 @@ class HeldOutLoss:
         accelerator: Accelerator,
         *,
         resolution: int,
+        batch_size: int,
         trigger_word: str | None = None,
         rounds: int = 1,
         encoded_captions: EncodedCaptions | None = None,
     ):
         self._sample_count = rounds * len(examples)
+        self._batch_size = min(batch_size, LARGEST_BATCH)
         self._device = accelerator.device
         self._batches = Batches(
             model,
@@ -57,8 +60,8 @@ class HeldOutLoss:
     def measure(self) -> float:
         """The loss of the model as it is now."""
         total = 0.0
-        for start in range(0, self._sample_count, BATCH_SIZE):
-            positions = range(start, min(self._sample_count, start + BATCH_SIZE))
+        for start in range(0, self._sample_count, self._batch_size):
+            positions = range(start, min(self._sample_count, start + self._batch_size))
             batch = self._batches.batch(positions).to(self._device)
             with attention_kernel(batch):
                 total += float(self._objective(batch)) * len(positions)  # the last batch may be smaller

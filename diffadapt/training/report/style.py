@@ -57,6 +57,7 @@ class StyleReport(Report):
                 self.held_out,
                 self._accelerator,
                 resolution=self.options.resolution,
+                batch_size=self.options.sample_batch_size,
                 trigger_word=self.options.trigger_word,
                 encoded_captions=self.batches.encoded_captions,
             )
