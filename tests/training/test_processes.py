@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).parents[1] / "helpers" / "run_sgd.py"
 
 
-FAMILIES = ("sd", "sd3", "qwen_image", "z_image")
+FAMILIES = ("sd", "sd3", "qwen_image")
 
 
 @pytest.fixture(scope="module")
