@@ -74,7 +74,7 @@ _CHROMA = replace(_FLUX, name="chroma")  # FLUX.1 whose modulations come from on
 # single blocks project attention and the feed-forward network in one layer, so both presets choose it
 _FLUX2_FUSED = _below([f"{_SINGLE}.attn"], ("to_qkv_mlp_proj", "to_out"))
 _FLUX2 = TransformerTargets(
-    "flux2_klein",
+    "flux2",
     attention=_below([f"{_DOUBLE}.attn"], _IMAGE_STREAM + _TEXT_STREAM) + _FLUX2_FUSED,
     query_value=(*_below([f"{_DOUBLE}.attn"], _JOINT_QUERY_VALUE), f"{_SINGLE}.attn.to_qkv_mlp_proj"),
     mlp=_below([f"{_DOUBLE}.ff", f"{_DOUBLE}.ff_context"], ("linear_in", "linear_out")) + _FLUX2_FUSED,

@@ -128,6 +128,9 @@ def fingerprint(*components: object) -> str:
             for name, value in component.state_dict().items():
                 weights[name] = value.detach().cpu()
             hasher.update(hash_tensors(weights).encode())
+        if hasattr(component, "tokenizer"):  # a processor of texts and images, with a template of its own
+            hasher.update(f"{getattr(component, 'chat_template', None)}|".encode())
+            component = component.tokenizer
         if isinstance(component, PreTrainedTokenizerBase):
             hasher.update(_tokenizer_rules(component).encode())
     return hasher.hexdigest()

@@ -175,7 +175,7 @@ def _fingerprint_of_text_encoders(model: BaseModel) -> str:
     components = [*model.text_encoders.values(), *model.tokenizers.values()]
     processor = getattr(model.pipe, PROCESSOR, None)
     if processor is not None:
-        components.append(processor.tokenizer)
+        components.append(processor)
     return cache_key(
         family=type(model).__name__, parts=fingerprint(*components), settings=model.caption_settings()
     )

@@ -15,7 +15,7 @@ from diffadapt.models.base_names import EMBEDDED, is_embedded, pipeline_class, r
 from diffadapt.models.chroma import Chroma
 from diffadapt.models.dit import DiT
 from diffadapt.models.flux import Flux
-from diffadapt.models.flux2 import Flux2Klein
+from diffadapt.models.flux2 import Flux2Dev, Flux2Klein
 from diffadapt.models.from_config import denoiser_from_config, models_from_config
 from diffadapt.models.krea2 import Krea2
 from diffadapt.models.pixart import PixArtSigma
@@ -46,6 +46,7 @@ register_family(StableDiffusion3)
 register_family(Flux)
 register_family(ZImage)
 register_family(Flux2Klein)
+register_family(Flux2Dev)
 register_family(QwenImage)
 register_family(Krea2)
 register_family(Chroma)

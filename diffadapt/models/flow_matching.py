@@ -7,6 +7,11 @@ from diffadapt.models.flow_schedule import INAPPLICABLE_OPTIONS, FlowSchedule, f
 from diffadapt.models.noise_schedule import TimestepSampling
 from diffadapt.models.transformer_base import TransformerBase, transformer_profile
 
+# FLUX.1 dev and FLUX.2 dev learned to predict the result of guidance from its scale. A scale of 1, no
+# guidance, is what the loss trains (github.com/black-forest-labs/flux, issue 79); images are sampled with
+# another scale.
+TRAINING_GUIDANCE = 1.0
+
 
 class FlowMatchingBase(TransformerBase):
     """A transformer that predicts the velocity from latents to noise.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import FLUX, original_layer
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
-from diffadapt.models.flow_matching import flow_profile
+from diffadapt.models.flow_matching import TRAINING_GUIDANCE, flow_profile
 from diffadapt.models.latent_diffusion import decode_latents
 from diffadapt.models.sampling_size import image_size
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffadapt.models.sampling import SamplingConfig
-
-# dev learned to predict the result of guidance from its scale. A scale of 1, no guidance, is what the loss
-# trains (github.com/black-forest-labs/flux, issue 79); images are sampled with another scale.
-TRAINING_GUIDANCE = 1.0
 
 
 class Flux(ClipWithT5Base):

@@ -21,11 +21,9 @@ COUNTS = {
     "sd3_without_t5": (8 + 6, 4 + 3, 4 + 2),
     "flux": (2 * 8 + 2 * 3, 2 * 4 + 2 * 2, 2 * 4 + 2 * 2),  # double blocks, single blocks
     "flux_schnell": (2 * 8 + 2 * 3, 2 * 4 + 2 * 2, 2 * 4 + 2 * 2),
-    "flux2_klein": (
-        2 * 8 + 2 * 2,
-        2 * 4 + 2 * 1,
-        2 * 4 + 2 * 2,
-    ),  # one input and one output layer in single ones
+    # one input and one output layer in single blocks
+    "flux2_klein": (2 * 8 + 2 * 2, 2 * 4 + 2 * 1, 2 * 4 + 2 * 2),
+    "flux2_dev": (2 * 8 + 2 * 2, 2 * 4 + 2 * 1, 2 * 4 + 2 * 2),
     "qwen_image": (8 + 6, 4 + 3, 4 + 2),  # the last block's text stream is not read
     "z_image": (4 * 4, 4 * 2, 4 * 3),  # two layers and two refiners
     "krea2": (4 * 5, 4 * 2, 4 * 3),  # two blocks and two of the text, each with a gate
@@ -45,7 +43,7 @@ UNREAD = {
     },
 }
 WITH_CLIP = ("sd3", "sd35_medium", "sd3_without_t5", "flux", "flux_schnell")
-WITHOUT_CLIP = ("flux2_klein", "qwen_image", "z_image", "krea2", "chroma", "pixart_sigma")
+WITHOUT_CLIP = ("flux2_klein", "flux2_dev", "qwen_image", "z_image", "krea2", "chroma", "pixart_sigma")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -77,7 +75,7 @@ def test_presets_choose_so_many_layers(family):
     assert len(chosen(pipe, "attention")) == attention
     assert len(chosen(pipe, "qv")) == query_value
     assert len(chosen(pipe, "mlp")) == mlp
-    is_fused = family == "flux2_klein"  # fused layers are in both
+    is_fused = family.startswith("flux2")  # fused layers are in both
     assert len(chosen(pipe, "attention+mlp")) == attention + mlp - (4 if is_fused else 0)
     bare_names = [f"transformer.{name}" for name in chosen(pipe.transformer, "attention")]
     assert bare_names == chosen(pipe, "attention")
@@ -179,7 +177,7 @@ def test_clip_encoders_are_adapted_and_t5_is_not(family):
 def test_t5_and_language_models_are_refused_with_the_reason(family):
     pipe = tiny_pipeline(family)
     with pytest.raises(
-        ValueError, match=r"no text encoder that can be adapted, but text_encoder \((T5|Qwen).*CLIP"
+        ValueError, match=r"no text encoder that can be adapted, but text_encoder \((T5|Qwen|Mistral).*CLIP"
     ):
         da.attach(pipe, da.LoRA(rank=1), "attention", text_encoder_targets="linear")
     assert da.attached(pipe) == {}

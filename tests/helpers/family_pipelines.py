@@ -18,6 +18,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -41,6 +45,12 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# As that of Mistral Small for one system and one user message, each a list of one text.
+_MISTRAL_TEMPLATE = (
+    "<s>{% for message in messages %}{% set text = message['content'][0]['text'] %}"
+    "{% if message['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
 )
 
 
@@ -168,6 +178,28 @@ def _flux2_klein() -> DiffusionPipeline:
     )
 
 
+def _flux2_dev() -> DiffusionPipeline:
+    processor = _mistral_processor()
+    layers_read = (10, 20, 30)  # of 40
+    return diffusers.Flux2Pipeline(
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=len(layers_read) * QWEN_WIDTH,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=True,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=_flux2_autoencoder(),
+        text_encoder=Mistral3ForConditionalGeneration(_mistral3_config(processor.tokenizer, layers=31)),
+        tokenizer=processor,
+    )
+
+
 def _qwen_image() -> DiffusionPipeline:
     tokenizer = _qwen_tokenizer(1024)
     return diffusers.QwenImagePipeline(
@@ -286,6 +318,7 @@ _FAMILIES: dict[str, tuple[str, Callable[[], DiffusionPipeline]]] = {
     "flux": ("FluxPipeline", _flux),
     "flux_schnell": ("FluxPipeline", _flux_schnell),
     "flux2_klein": ("Flux2KleinPipeline", _flux2_klein),
+    "flux2_dev": ("Flux2Pipeline", _flux2_dev),
     "qwen_image": ("QwenImagePipeline", _qwen_image),
     "z_image": ("ZImagePipeline", _z_image),
     "krea2": ("Krea2Pipeline", _krea2),
@@ -327,6 +360,31 @@ def _qwen_tokenizer(length: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
+def _mistral_processor() -> PixtralProcessor:
+    """A processor of texts and images; its tokenizer spells every word byte by byte."""
+    image_tokens = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    special_tokens = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    special_tokens += image_tokens
+    pieces = [*special_tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=[],
+        model_max_length=1024,
+        unk_token=None,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=special_tokens[3:],
+    )
+    return PixtralProcessor(
+        image_processor=PixtralImageProcessor(),
+        tokenizer=tokenizer,
+        patch_size=16,
+        spatial_merge_size=1,
+        chat_template=_MISTRAL_TEMPLATE,
+    )
+
+
 def _clip(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel) -> nn.Module:
     return kind(
         CLIPTextConfig(
@@ -356,6 +414,33 @@ def _t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
         )
+    )
+
+
+def _mistral3_config(tokenizer: Qwen2Tokenizer, *, layers: int) -> Mistral3Config:
+    return Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(tokenizer),
+            "hidden_size": QWEN_WIDTH,
+            "intermediate_size": QWEN_WIDTH,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 1024,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+            "head_dim": 8,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
     )
 
 

@@ -67,7 +67,7 @@ def test_a_size_that_the_pipeline_would_round_is_refused(family, tmp_path_factor
             next(generate(pipe, [ImageRequest("a dog", 0)], config))
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2_klein"])
+@pytest.mark.parametrize("family", ["flux", "flux2_klein", "flux2_dev"])
 def test_a_negative_prompt_is_refused_where_the_pipeline_has_none(family, tmp_path_factory):
     pipe = load_base(str(tiny_folder(family, tmp_path_factory))).pipe
     config = SamplingConfig(num_inference_steps=1, negative_prompt="blurry", height=64, width=64)

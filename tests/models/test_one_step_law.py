@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.class_pipelines import class_pipeline, dit_pipeline
 from helpers.family_pipelines import FAMILIES, tiny_folder
 from helpers.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from torch import Tensor
@@ -44,13 +45,7 @@ def sampling_steps(pipe, monkeypatch, **arguments) -> list[Step]:
         return original(output, time, sample, *others, **options)
 
     monkeypatch.setattr(pipe.scheduler, "step", step)
-    pipe(
-        prompt=list(CAPTIONS),
-        num_inference_steps=2,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-        **arguments,
-    )
+    pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), **arguments)
     return steps
 
 
@@ -58,7 +53,7 @@ def unpacked(pipe, value: Tensor, height: int, width: int) -> Tensor:
     """Tokens (B, N, D) of a pipeline as (B, C, h, w), by the pipeline's own function."""
     if value.dim() == 4:
         return value
-    if type(pipe).__name__ == "Flux2KleinPipeline":
+    if type(pipe).__name__.startswith("Flux2"):
         positions = pipe._prepare_latent_ids(
             value.new_zeros(len(value), value.shape[-1], height // 16, width // 16)
         )
@@ -68,14 +63,12 @@ def unpacked(pipe, value: Tensor, height: int, width: int) -> Tensor:
     return latents[:, :, 0] if latents.dim() == 5 else latents  # a video of one frame
 
 
-@pytest.mark.parametrize(
-    "family",
-    FAMILIES,
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_is_the_stock_pipelines_own(family, tmp_path_factory, monkeypatch):
     base = load_base(str(tiny_folder(family, tmp_path_factory)))
-    arguments = WITHOUT_GUIDANCE.get(family, {"guidance_scale": 1.0})
-    steps = sampling_steps(base.pipe, monkeypatch, height=HEIGHT, width=WIDTH, **arguments)
+    arguments = {**WITHOUT_GUIDANCE.get(family, {"guidance_scale": 1.0})}
+    arguments |= {"prompt": list(CAPTIONS), "height": HEIGHT, "width": WIDTH, "output_type": "latent"}
+    steps = sampling_steps(base.pipe, monkeypatch, **arguments)
     with torch.no_grad():
         conditions = base.collate_conditions(
             [{name: value[0] for name, value in base.encode_captions([text]).items()} for text in CAPTIONS]
@@ -98,7 +91,15 @@ def test_prediction_is_the_stock_pipelines_own(family, tmp_path_factory, monkeyp
 @pytest.mark.parametrize("make_pipeline", [tiny_sd_pipeline, tiny_sdxl_pipeline])
 def test_the_unet_families_follow_the_same_law(make_pipeline, tmp_path, monkeypatch):
     base = load_base(str(make_pipeline(tmp_path / "base", scheduler="ddim")))
-    steps = sampling_steps(base.pipe, monkeypatch, height=32, width=48, guidance_scale=1.0)
+    steps = sampling_steps(
+        base.pipe,
+        monkeypatch,
+        prompt=list(CAPTIONS),
+        height=32,
+        width=48,
+        guidance_scale=1.0,
+        output_type="latent",
+    )
     with torch.no_grad():
         conditions = base.encode_captions(CAPTIONS)
         if make_pipeline is tiny_sdxl_pipeline:
@@ -106,6 +107,19 @@ def test_the_unet_families_follow_the_same_law(make_pipeline, tmp_path, monkeypa
     assert len(steps) == 2
     for step in steps:
         timesteps = step.time.expand(len(CAPTIONS))
+        with torch.no_grad():
+            predicted = base.predict(base.denoiser, step.sample, timesteps, conditions)
+        assert (predicted - step.output).abs().max() < 1e-6 * step.output.abs().max()
+
+
+@pytest.mark.parametrize("make_pipeline", [class_pipeline, dit_pipeline])
+def test_the_families_of_classes_follow_the_same_law(make_pipeline, tmp_path, monkeypatch):
+    base = load_base(str(make_pipeline(tmp_path / "base")))
+    steps = sampling_steps(base.pipe, monkeypatch, class_labels=[2, 0], guidance_scale=1.0)
+    conditions = base.encode_captions([2, 0])
+    assert len(steps) == 2
+    for step in steps:
+        timesteps = step.time.expand(2)
         with torch.no_grad():
             predicted = base.predict(base.denoiser, step.sample, timesteps, conditions)
         assert (predicted - step.output).abs().max() < 1e-6 * step.output.abs().max()

@@ -9,7 +9,7 @@ from diffadapt.models.families import load_base
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, captions_to_encode, generate_all
 
 REQUESTS = [ImageRequest("a dog", 0), ImageRequest("a much longer caption of a cat", 1)]
-WITHOUT_NEGATIVE_PROMPT = ("flux", "flux_schnell", "flux2_klein")
+WITHOUT_NEGATIVE_PROMPT = ("flux", "flux_schnell", "flux2_klein", "flux2_dev")
 
 
 def config_of(family, batch_size):

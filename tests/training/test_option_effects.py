@@ -161,7 +161,7 @@ def test_clip_can_be_trained(family):
 
 
 @pytest.mark.parametrize(
-    "family", ["flux2_klein", "qwen_image", "z_image", "krea2", "chroma", "pixart_sigma"]
+    "family", ["flux2_klein", "flux2_dev", "qwen_image", "z_image", "krea2", "chroma", "pixart_sigma"]
 )
 def test_a_language_model_cannot_be_trained(family):
     with pytest.raises(ValueError, match=r"--train_text_encoder True: .* with a language model"):

@@ -31,9 +31,11 @@ _OF_DIFFUSERS = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 # model_lora_keys_clip: LORA_CLIP_MAP, in the encoders of a family that it calls by diffusers' names
 _CLIP_LAYERS = re.compile(r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 _CLIP_ENCODERS = {"sd3": ("text_encoder", "text_encoder_2"), "flux": ("text_encoder",)}
+_FLUX2 = re.compile(r"\w+_modulation(?:_img|_txt)?\.linear|time_guidance_embed\..+")
 # Layers that the ..._to_diffusers functions of a family leave out, though its model has them.
 _UNMAPPED = {
-    "flux2_klein": re.compile(r"\w+_modulation(?:_img|_txt)?\.linear|time_guidance_embed\..+"),
+    "flux2_klein": _FLUX2,
+    "flux2_dev": _FLUX2,
     "chroma": re.compile(r"distilled_guidance_layer\..+"),
     "krea2": re.compile(r"text_fusion\.\w+_blocks\.(?:[2-9]|\d\d+)\..+"),  # two blocks of each kind
 }

@@ -18,7 +18,7 @@ _PEFT_ENDS = {
     "lora_linear_layer.up.weight": "lora_B.weight",
 }
 _PASSING_OVER = ("flux", "chroma")
-_WITH_LOKR = ("flux2_klein", "z_image")
+_WITH_LOKR = ("flux2_klein", "flux2_dev", "z_image")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -22,7 +22,17 @@ from diffadapt.formats.emulators.comfyui_transformers import comfyui_program, pl
 from diffadapt.formats.export import write_formats
 from diffadapt.formats.export.rehearsal import obstacle
 
-WITH_LOADER = ("sd3", "sd35_medium", "flux", "flux2_klein", "qwen_image", "z_image", "krea2", "chroma")
+WITH_LOADER = (
+    "sd3",
+    "sd35_medium",
+    "flux",
+    "flux2_klein",
+    "flux2_dev",
+    "qwen_image",
+    "z_image",
+    "krea2",
+    "chroma",
+)
 FAMILIES = (*WITH_LOADER, "pixart_sigma")
 # Beside what ComfyUI has no names for: where it swaps halves, it reads no compact DoRA.
 SWAPPED = "!norm_out.linear+!transformer_blocks.1.norm1_context.linear"
@@ -31,6 +41,7 @@ EXCLUDED = {
     "sd35_medium": SWAPPED,
     "flux": "!norm_out.linear",
     "flux2_klein": "!norm_out.linear+!*modulation*+!time_guidance_embed.*",
+    "flux2_dev": "!norm_out.linear+!*modulation*+!time_guidance_embed.*",
     "chroma": "!distilled_guidance_layer.*",
 }
 THIN = (
@@ -232,7 +243,7 @@ def test_the_verdict_on_compact_keys_is_that_of_the_real_loader(family, method, 
     bare = latents(stock, family)
     adapter = adapted(family, method)
     verdict = da.export(adapter, tmp_path / "file.safetensors").verdict("diffusers")
-    if method == "lokr(rank=2)" and family in ("flux2_klein", "z_image"):
+    if method == "lokr(rank=2)" and family in ("flux2_klein", "flux2_dev", "z_image"):
         check_stock_latents(stock, family, tmp_path, latents(ours, family), bare)
         assert verdict.status == "exact"
     else:
