@@ -36,7 +36,6 @@ from diffadapt.algebra.combined_weight import (
 )
 from diffadapt.algebra.expression import Update
 from diffadapt.algebra.layer_maps import LayerMap, LinearMap, conv_map
-from diffadapt.common.precision import is_autocast_enabled
 
 _LINEAR_MAP = LinearMap()
 
@@ -309,7 +308,7 @@ def _adapted_output(layer: Adapted, layer_map: LayerMap, x: Tensor, entries: Seq
     """
     layer_state = layer._diffadapt
     device = x.device.type
-    if is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     base = layer.weight
     base_bias = layer.bias
@@ -372,7 +371,7 @@ def _quantised_output(layer: AdaptedQuantised, x: Tensor, entries: Sequence[Entr
     layer_state = layer._diffadapt
     base_output = layer_state.quantised.forward(x)  # (..., out)
     device = x.device.type
-    if is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     y = base_output
     for entry in entries:

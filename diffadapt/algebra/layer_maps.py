@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.common.precision import is_autocast_enabled
-
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 NeedsGrad = tuple[bool, bool]  # whether the gradients by the input and by the weight are needed
 Grads = tuple[Tensor | None, Tensor | None]  # those gradients; None where not needed
@@ -284,7 +282,7 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """A context in which operators keep the precision of their tensors; an empty one if autocast is off."""
-    enabled = is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device)  # torch knows none on the meta device
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 

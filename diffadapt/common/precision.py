@@ -23,11 +23,6 @@ BF16_FEATURES = {"x86": ("avx512_bf16", "amx_bf16"), "arm": ("bf16", "sve_bf16")
 ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
-def is_autocast_enabled(device: str) -> bool:
-    """As torch's, which does not know the meta device: there autocast is off."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 @dataclass(frozen=True)
 class Machine:
     """The properties of a device that decide the precision.

@@ -175,6 +175,28 @@ def klein_9b() -> nn.Module:
     )
 
 
+def flux2_dev() -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(guidance_embeds=True)
+
+
+def mistral_small_3() -> nn.Module:
+    text = {
+        "model_type": "mistral",
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 131072,
+        "tie_word_embeddings": False,
+    }
+    vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096}
+    vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "head_dim": 64, "patch_size": 14}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def pixart_sigma() -> nn.Module:
     return diffusers.PixArtTransformer2DModel(
         sample_size=128,
@@ -256,6 +278,15 @@ BASES = (
             "transformer": lambda: diffusers.QwenImageTransformer2DModel(),
             "text_encoder": qwen25_vl_7b,
             "vae": lambda: diffusers.AutoencoderKLQwenImage(),
+        },
+    ),
+    PublishedBase(
+        "FLUX.2 dev",
+        "Flux2Pipeline",
+        {
+            "transformer": flux2_dev,
+            "text_encoder": mistral_small_3,
+            "vae": lambda: diffusers.AutoencoderKLFlux2(),
         },
     ),
 )

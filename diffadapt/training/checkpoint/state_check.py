@@ -50,12 +50,22 @@ def _check_optimizer_state(state: object, parameter_count: int) -> None:
         # type() and not isinstance(): True is an int, and equal to the parameter number 1
         if type(number) is not int or not 0 <= number < parameter_count:
             raise ValueError("the optimizer's state is not by the number of parameters")
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        if not isinstance(values, dict):
             raise ValueError("the optimizer's state of a parameter is not by name")
-        for key, value in values.items():
-            if not isinstance(value, torch.Tensor | int | float | None):
-                raise ValueError(f"optimizer.{key} is {value!r:.100}, neither a tensor nor a number")
-            check_like(value, value, f"optimizer.{key}")  # with itself: finite numbers only
+        _check_parameter_state(values, "optimizer")
+
+
+def _check_parameter_state(values: dict[object, object], name: str) -> None:
+    """Checks name -> tensor, finite number or, as bitsandbytes has it, such names again."""
+    if not all(isinstance(key, str) for key in values):
+        raise ValueError(f"the state of a parameter in {name} is not by name")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_parameter_state(value, f"{name}.{key}")
+            continue
+        if not isinstance(value, torch.Tensor | int | float | None):
+            raise ValueError(f"{name}.{key} is {value!r:.100}, neither a tensor nor a number")
+        check_like(value, value, f"{name}.{key}")  # with itself: finite numbers only
 
 
 def _check_groups(saved: object, current: list[dict[str, object]]) -> None:

@@ -23,6 +23,7 @@ PUBLISHED = {  # parameters of the denoiser, in billions, as their model cards a
     "FLUX.1": 11.9,
     "Krea 2": 12.8,
     "Qwen-Image": 20.4,
+    "FLUX.2 dev": 32.2,
 }
 
 
