@@ -140,7 +140,7 @@ def card_cell(row: Row, card: int) -> str:
         ways += precisions[:1]  # the most exact one
         fitting = [n for n in range(1, len(row.offloaded)) if row.with_blocks(n) <= usable]
         if fitting:
-            ways.append(f"{fitting[-1]} blocks")
+            ways.append("1 block" if fitting[-1] == 1 else f"{fitting[-1]} blocks")
     if not ways:
         return "no"
     mark = " †" if row.stages["encode captions"].total > usable else ""
