@@ -9,6 +9,8 @@ from helpers.models import denoiser, pipeline
 import diffadapt as da
 from diffadapt.adapters.budget import count_parameters, fit_budget, parse_budget, size_notices
 
+pytestmark = pytest.mark.slow
+
 RANKED = sorted(name for name, method in da.METHODS.items() if "rank" in {f.name for f in fields(method)})
 TARGETS = "attention+conv"
 

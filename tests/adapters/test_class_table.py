@@ -13,6 +13,8 @@ import diffadapt as da
 from diffadapt.cli.main import main as diffadapt
 from diffadapt.methods.parse_method import with_class_table
 
+pytestmark = pytest.mark.slow
+
 FIVE = ("ant", "bee", "cat", "dog", "eel")
 
 

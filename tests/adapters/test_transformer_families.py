@@ -11,6 +11,8 @@ from helpers.method_cases import close, train, trainable
 import diffadapt as da
 from diffadapt.models.chroma import pass_mask_to_checkpoints
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("sd35_medium", "flux", "flux2_klein", "qwen_image", "z_image", "krea2", "chroma", "pixart_sigma")
 METHODS = ("lora(rank=2)", "flora(rank=2)", "superlora(rank=1)", "difffit")
 cases = pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from diffadapt.adapters.targets import PRESETS, is_unread, layers_with_weight
 from diffadapt.adapters.transformer_targets import TRANSFORMERS
 from diffadapt.training.report.summary import _adapter_text
 
+pytestmark = pytest.mark.slow
+
 # family -> layers of `attention`, `qv` and `mlp` in the tiny pipelines, which have two blocks of each kind
 COUNTS = {
     # 8 projections of joint attention; the last block has no to_add_out, and its add_q_proj is not read

@@ -17,6 +17,8 @@ from diffadapt.data.encoding import EncodedCaptions
 from diffadapt.data.examples import Example, folder_examples
 from diffadapt.models.families import load_base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):

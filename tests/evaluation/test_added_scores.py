@@ -18,6 +18,8 @@ from diffadapt.evaluation.sets.image_sets import open_set
 from diffadapt.metrics import Statistics, authpct, clip_score, fid, fls, precision_recall
 from diffadapt.metrics.intervals import cluster_means
 
+pytestmark = pytest.mark.slow
+
 TOY = "toy_extractor:Toy"
 PROMPTS = ("a red cat", "two blue cars in the rain", "a house")
 

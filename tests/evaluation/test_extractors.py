@@ -19,6 +19,8 @@ from diffadapt.evaluation.features.extractors.convolutional import Inception, lp
 from diffadapt.metrics.features import load_clip
 from diffadapt.metrics.resize import resize
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 
 

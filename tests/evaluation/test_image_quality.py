@@ -27,6 +27,8 @@ from diffadapt.metrics.registry import METRICS
 from diffadapt.models.open_pipeline import open_frozen_pipeline
 from diffadapt.models.sampling_columns import AdapterFile
 
+pytestmark = pytest.mark.slow
+
 TOY = "toy_extractor:Toy"
 
 

@@ -26,6 +26,8 @@ from diffadapt.evaluation.report.plots import (
     save_plot,
 )
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

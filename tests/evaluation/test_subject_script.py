@@ -15,6 +15,8 @@ from diffadapt.common.exit_codes import run_command
 from diffadapt.evaluation.record import read_record
 from diffadapt.models.families import load_base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def subjects(tmp_path):

@@ -22,6 +22,8 @@ from diffadapt.algebra.layer_maps import LinearMap
 from diffadapt.algebra.low_rank import LowRank
 from diffadapt.methods.grouped.fastfood import draw_projection
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = [
     {"rank": 3},
     {"rank": 2, "groups": "layer"},

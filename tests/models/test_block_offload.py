@@ -8,6 +8,8 @@ from helpers.pipelines import tiny_unet
 import diffadapt as da
 from diffadapt.models.block_offload import BlockOffload, outermost_blocks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

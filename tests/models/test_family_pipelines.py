@@ -5,6 +5,8 @@ import torch
 from helpers.family_pipelines import FAMILIES, SIDE, tiny_folder, tiny_pipeline
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 # what the stock pipelines need for one small image under guidance, beside the prompt and the size
 ARGUMENTS = {
     "flux": {"true_cfg_scale": 2.0, "negative_prompt": " "},

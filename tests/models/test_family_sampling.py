@@ -8,6 +8,8 @@ from diffadapt.models.families import load_base, sampling_defaults
 from diffadapt.models.krea2 import Krea2
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate, generate_all, truncated_prompts
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a dog", "a much longer prompt of a cat"]
 GUIDANCE = {"z_image": 3.0, "krea2": 3.0}  # on above 0; elsewhere above 1
 STOCK_ARGUMENTS = {  # family -> how its pipeline's own call says guidance

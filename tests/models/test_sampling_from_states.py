@@ -8,6 +8,8 @@ from diffadapt.data.encoding import EncodedCaptions
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, captions_to_encode, generate_all
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = [ImageRequest("a dog", 0), ImageRequest("a much longer caption of a cat", 1)]
 WITHOUT_NEGATIVE_PROMPT = ("flux", "flux_schnell", "flux2_klein", "flux2_dev")
 

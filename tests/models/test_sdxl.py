@@ -9,6 +9,8 @@ from diffadapt.common.images import CropGeometry, list_images, open_image, to_pi
 from diffadapt.models.families import load_base
 from diffadapt.models.sampling import SamplingConfig, generate_all, image_requests
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

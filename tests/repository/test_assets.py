@@ -20,6 +20,8 @@ from diffadapt.models.families import load_base
 from diffadapt.models.sampling import ImageRequest, SamplingConfig, generate_all
 from diffadapt.training.report.held_out import center_pixels
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipe():

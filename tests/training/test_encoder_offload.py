@@ -19,6 +19,8 @@ from diffadapt.training import encoder_offload, setup
 from diffadapt.training.report.base import Report
 from diffadapt.training.run import Run
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {"text_encoder", "text_encoder_2"}
 
 

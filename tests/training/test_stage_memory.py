@@ -16,6 +16,8 @@ from diffadapt.training.memory import size_text
 from diffadapt.training.peak_memory import peak_memory
 from diffadapt.training.stage_memory import denoiser_bytes, quantised_layers, stage_memory
 
+pytestmark = pytest.mark.slow
+
 SIDE = 64
 
 

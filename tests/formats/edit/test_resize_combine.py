@@ -12,6 +12,8 @@ from diffadapt.formats.edit.open_adapters import replaced
 from diffadapt.formats.edit.resize_combine import combined, rank_for_energy, resized
 from diffadapt.formats.layer_change import layer_changes
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def run(model):

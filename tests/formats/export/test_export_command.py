@@ -9,6 +9,8 @@ import diffadapt as da
 from diffadapt.cli.main import main
 from diffadapt.formats.export import parse_formats, write_formats
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

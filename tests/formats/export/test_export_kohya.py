@@ -15,6 +15,8 @@ import diffadapt as da
 from diffadapt.adapters.layers import original_class
 from diffadapt.formats.export.layer_names import base_architecture, kohya_name
 
+pytestmark = pytest.mark.slow
+
 EVERYWHERE = (
     "lora(rank=2)",
     "lora(rank=2, alpha=5, conv_reshape=loralib)",

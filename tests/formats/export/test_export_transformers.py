@@ -22,6 +22,8 @@ from diffadapt.formats.emulators.comfyui_transformers import comfyui_program, pl
 from diffadapt.formats.export import write_formats
 from diffadapt.formats.export.rehearsal import obstacle
 
+pytestmark = pytest.mark.slow
+
 WITH_LOADER = (
     "sd3",
     "sd35_medium",

@@ -16,6 +16,8 @@ from diffadapt.adapters.architectures import architecture_of
 from diffadapt.formats.foreign.attach import locate
 from diffadapt.formats.foreign.open import open_foreign
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("sd3", "sd35_medium", "flux", "flux2_klein", "z_image", "krea2", "chroma", "pixart_sigma")
 RANK = 3
 ALPHA = 1.5
