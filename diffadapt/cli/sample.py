@@ -33,7 +33,7 @@ from diffadapt.models.sampling_columns import (
     parse_adapter_spec,
     parse_strengths,
 )
-from diffadapt.models.sampling_options import make_sampling_config, requested_images
+from diffadapt.models.sampling_options import loading_options, make_sampling_config, requested_images
 
 
 def sample(arguments: argparse.Namespace, *, command: str) -> Path:
@@ -71,14 +71,7 @@ def sample(arguments: argparse.Namespace, *, command: str) -> Path:
         notify(notice)
     defaults = sampling_defaults(base, revision=arguments.revision)
     config = make_sampling_config(arguments, defaults, precision.dtype, paths)
-    base_options = {
-        "revision": arguments.revision,
-        "variant": arguments.variant,
-        "vae": arguments.vae,
-        "prediction_type": arguments.prediction_type,
-        "base_precision": arguments.base_precision,
-        "transformer": arguments.transformer,
-    }
+    base_options = loading_options(arguments)
     pipe = open_frozen_pipeline(base, device=device, **base_options)
     _notify_truncated_prompts(pipe, requests, config)
     adapters = []  # all stay attached; a column sets their strengths

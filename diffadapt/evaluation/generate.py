@@ -22,7 +22,7 @@ from diffadapt.models.families import sampling_defaults
 from diffadapt.models.open_pipeline import open_frozen_pipeline
 from diffadapt.models.sampling import ImageRequest, SamplingConfig
 from diffadapt.models.sampling_columns import AdapterFile, parse_adapter_spec
-from diffadapt.models.sampling_options import make_sampling_config, requested_images
+from diffadapt.models.sampling_options import loading_options, make_sampling_config, requested_images
 
 BASE = "base"  # label of the images without an adapter
 RUN_FIELDS = ("method", "parameters", "steps", "seconds", "peak_memory_bytes")  # recorded from a run.json
@@ -67,14 +67,7 @@ def generate_sets(arguments: argparse.Namespace, files: Sequence[str], folder: P
     precision = sampling_precision(arguments.mixed_precision, device)
     for notice in precision.notices:
         PartialState().print(notice)
-    base_options = {
-        "revision": arguments.revision,
-        "variant": arguments.variant,
-        "vae": arguments.vae,
-        "prediction_type": arguments.prediction_type,
-        "base_precision": arguments.base_precision,
-        "transformer": arguments.transformer,
-    }
+    base_options = loading_options(arguments)
     defaults = sampling_defaults(base, revision=arguments.revision)
     sampling = make_sampling_config(arguments, defaults, precision.dtype, adapter_paths)
     pipe = open_frozen_pipeline(base, device=device, **base_options)

@@ -40,7 +40,7 @@ class TruncatedCaption:
     lost: str
 
 
-def own_limit(tokenizer: PreTrainedTokenizerBase) -> CaptionLimit:
+def tokenizer_limit(tokenizer: PreTrainedTokenizerBase) -> CaptionLimit:
     """The limit that a tokenizer itself has."""
     return CaptionLimit(tokenizer, tokenizer.model_max_length - tokenizer.num_special_tokens_to_add())
 

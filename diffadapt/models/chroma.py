@@ -8,25 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import CHROMA, original_layer
-from diffadapt.models.flow_matching import FlowMatchingBase, flow_profile
-from diffadapt.models.latent_diffusion import decode_latents
+from diffadapt.models.flow_matching import flow_profile
+from diffadapt.models.flux_tokens import FluxTokensBase
 from diffadapt.models.masked_captions import MASK, STATES, masked_embedding_arguments
-from diffadapt.models.sampling_size import image_size
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from diffadapt.models.sampling import SamplingConfig
 
 
-class Chroma(FlowMatchingBase):
+class Chroma(FluxTokensBase):
     """A loaded base of this family."""
 
     family = "chroma"
@@ -59,44 +53,31 @@ class Chroma(FlowMatchingBase):
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
-        pipeline = type(self.pipe)
         dtype = denoiser.dtype
-        batch_size, channels, height, width = noisy.shape
-        packed = pipeline._pack_latents(noisy.to(dtype), batch_size, channels, height, width)  # (B, N, 4C)
-        image_ids = pipeline._prepare_latent_image_ids(
-            batch_size, height // 2, width // 2, noisy.device, dtype
-        )  # (N, 3)
+        latents = noisy.to(dtype)
+        tokens = self.pack(latents)  # (B, N, 4C)
         states = conditions[STATES].to(dtype)  # (B, L, D)
-        text_ids = torch.zeros(states.shape[1], 3, device=noisy.device, dtype=dtype)  # (L, 3)
         # The pipeline's mask is made of numbers, which attention adds to its logits: padding counts less by
         # a factor of e, it is not left out. It is kept so, because images are sampled so.
         mask = conditions[MASK].to(dtype)  # (B, L)
-        image_mask = mask.new_ones(packed.shape[:2])  # (B, N)
+        image_mask = mask.new_ones(tokens.shape[:2])  # (B, N)
         attention_mask = torch.cat([mask, image_mask], dim=1)  # (B, L + N)
         pass_mask_to_checkpoints(self.denoiser, attention_mask)
         output = denoiser(
-            packed,
+            tokens,
             timestep=timesteps,
             encoder_hidden_states=states,
-            txt_ids=text_ids,
-            img_ids=image_ids,
             attention_mask=attention_mask,
             return_dict=False,
+            **self.position_ids(latents, states.shape[1]),
         )[0]  # (B, N, 4C)
-        factor = self.pipe.vae_scale_factor
-        return pipeline._unpack_latents(output, height * factor, width * factor, factor)
+        return self.unpack(output, noisy.shape)
 
     @classmethod
     def embedding_arguments(
         cls, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
     ) -> dict[str, object]:
         return masked_embedding_arguments("prompt_attention_mask", positive, negative)
-
-    @classmethod
-    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
-        height, width = image_size(pipe, config)
-        latents = pipe._unpack_latents(output, height, width, pipe.vae_scale_factor)  # (B, C, h, w)
-        return decode_latents(pipe, latents)
 
 
 @dataclass(frozen=True)

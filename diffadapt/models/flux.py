@@ -16,16 +16,13 @@ from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import FLUX, original_layer
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
 from diffadapt.models.flow_matching import TRAINING_GUIDANCE, flow_profile
-from diffadapt.models.latent_diffusion import decode_latents
-from diffadapt.models.sampling_size import image_size
+from diffadapt.models.flux_tokens import FluxTokensBase
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
     from diffadapt.models.sampling import SamplingConfig
 
 
-class Flux(ClipWithT5Base):
+class Flux(FluxTokensBase, ClipWithT5Base):
     """A loaded base of this family."""
 
     family = "flux"
@@ -36,6 +33,7 @@ class Flux(ClipWithT5Base):
     clip_encoders: ClassVar = ("text_encoder",)
     clip_tokenizers: ClassVar = ("tokenizer",)
     caption_tokenizer = "tokenizer_2"
+    negative_prompt_refusal = "FLUX.1 is sampled without a second, negative prediction"
 
     @property
     def undistilled_base(self) -> str | None:
@@ -81,38 +79,23 @@ class Flux(ClipWithT5Base):
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, levels: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
-        pipeline = type(self.pipe)
         dtype = denoiser.dtype
-        batch_size, channels, height, width = noisy.shape
-        packed = pipeline._pack_latents(noisy.to(dtype), batch_size, channels, height, width)  # (B, N, 4C)
-        image_ids = pipeline._prepare_latent_image_ids(
-            batch_size, height // 2, width // 2, noisy.device, dtype
-        )  # (N, 3)
+        latents = noisy.to(dtype)
+        tokens = self.pack(latents)  # (B, N, 4C)
         states = conditions["encoder_hidden_states"].to(dtype)  # (B, L, D)
-        text_ids = torch.zeros(states.shape[1], 3, device=noisy.device, dtype=dtype)  # (L, 3)
         guidance = None
         if denoiser.config.guidance_embeds:
             guidance = torch.full_like(levels, TRAINING_GUIDANCE)  # (B,)
         output = denoiser(
-            packed,
+            tokens,
             timestep=levels,
             guidance=guidance,
             pooled_projections=conditions["pooled_projections"].to(dtype),
             encoder_hidden_states=states,
-            txt_ids=text_ids,
-            img_ids=image_ids,
             return_dict=False,
+            **self.position_ids(latents, states.shape[1]),
         )[0]  # (B, N, 4C)
-        factor = self.pipe.vae_scale_factor
-        return pipeline._unpack_latents(output, height * factor, width * factor, factor)
-
-    @classmethod
-    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
-        if config.negative_prompt is not None:
-            raise ValueError(
-                "--negative_prompt: FLUX.1 is sampled without a second, negative prediction; leave it out"
-            )
-        return {"guidance_scale": config.guidance_scale}
+        return self.unpack(output, noisy.shape)
 
     @classmethod
     def negative_caption(cls, config: SamplingConfig) -> str | None:
@@ -126,9 +109,3 @@ class Flux(ClipWithT5Base):
             "prompt_embeds": positive["encoder_hidden_states"],
             "pooled_prompt_embeds": positive["pooled_projections"],
         }
-
-    @classmethod
-    def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
-        height, width = image_size(pipe, config)
-        latents = pipe._unpack_latents(output, height, width, pipe.vae_scale_factor)  # (B, C, h, w)
-        return decode_latents(pipe, latents)

@@ -36,6 +36,7 @@ class Flux2Base(FlowMatchingBase):
 
     has_embedded_guidance: ClassVar[bool]
     transformer_class = "Flux2Transformer2DModel"
+    negative_prompt_refusal = "FLUX.2 is guided away from an empty prompt or not at all"
     patch_size = 1
 
     # The pipeline encodes images to their most likely latents.
@@ -95,14 +96,6 @@ class Flux2Base(FlowMatchingBase):
         return 2 * pipe.vae_scale_factor  # a patch of the autoencoder's latents is one position
 
     @classmethod
-    def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
-        if config.negative_prompt is not None:
-            raise ValueError(
-                "--negative_prompt: FLUX.2 is guided away from an empty prompt or not at all; leave it out"
-            )
-        return {"guidance_scale": config.guidance_scale}
-
-    @classmethod
     def decode_output(cls, pipe: DiffusionPipeline, output: Tensor, config: SamplingConfig) -> Tensor:
         # Latents at the autoencoder's scale and size, as klein's pipeline returns them.
         pixels = pipe.vae.decode(output.to(pipe.vae.dtype), return_dict=False)[0]
@@ -152,9 +145,8 @@ class Flux2Dev(Flux2Base):
 
     family = "flux2_dev"
     pipeline_classes = ("Flux2Pipeline",)
-    profile_of_family = flow_profile(
-        "flux2_dev", guidance_scale=4.0, num_inference_steps=50
-    )  # of the pipeline
+    # Guidance and steps are those of the pipeline.
+    profile_of_family = flow_profile("flux2_dev", guidance_scale=4.0, num_inference_steps=50)
     has_embedded_guidance = True
 
     @classmethod

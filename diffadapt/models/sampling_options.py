@@ -63,6 +63,16 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, num_images: int) ->
     add("--num_threads", type=int, help="CPU threads (default: one per idle core)")
 
 
+def loading_options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Arguments of `open_frozen_pipeline` besides the base's name and the device.
+
+    Args:
+        arguments: of `add_sampling_options`.
+    """
+    names = ("revision", "variant", "vae", "prediction_type", "base_precision", "transformer")
+    return {name: getattr(arguments, name) for name in names}
+
+
 def requested_images(arguments: argparse.Namespace, files: Sequence[str]) -> list[ImageRequest]:
     """The images of one column: of every prompt or class, with consecutive seeds.
 

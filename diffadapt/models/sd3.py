@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffadapt.adapters.architectures import PublishedNames
 from diffadapt.formats.transformer_names import SD3, original_layer
 from diffadapt.models.base import BaseModel
-from diffadapt.models.caption_limits import CaptionLimit, own_limit
+from diffadapt.models.caption_limits import CaptionLimit, tokenizer_limit
 from diffadapt.models.clip_with_t5 import ClipWithT5Base
 from diffadapt.models.flow_matching import flow_profile
 
@@ -83,7 +83,7 @@ class StableDiffusion3(ClipWithT5Base):
     @classmethod
     def caption_limits(cls, pipe: DiffusionPipeline) -> list[CaptionLimit]:
         # T5 reads more than CLIP does; without it the limit is CLIP's.
-        return super().caption_limits(pipe) or [own_limit(pipe.tokenizer)]
+        return super().caption_limits(pipe) or [tokenizer_limit(pipe.tokenizer)]
 
     def t5_states(self, captions: list[str]) -> Tensor:
         states = self.prompt_states(captions)["encoder_hidden_states"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.common.pipeline_components import tokenizer_names
-from diffadapt.models.caption_limits import CaptionLimit, own_limit
+from diffadapt.models.caption_limits import CaptionLimit, tokenizer_limit
 from diffadapt.models.latent_diffusion import LatentDiffusionBase, decode_latents
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class TextConditionedBase(LatentDiffusionBase):
         for name in tokenizer_names(pipe):
             tokenizer = getattr(pipe, name)
             if tokenizer is not None:
-                limits.append(own_limit(tokenizer))
+                limits.append(tokenizer_limit(tokenizer))
         return limits
 
     @classmethod

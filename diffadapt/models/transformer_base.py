@@ -33,6 +33,7 @@ class TransformerBase(LatentDiffusionBase):
         patch_size: positions of the latents per token, along one side.
         max_sequence_length: tokens of a caption that are read.
         caption_tokenizer: the tokenizer whose states the transformer reads word by word.
+        negative_prompt_refusal: why the pipeline takes no negative prompt; None where it takes one.
     """
 
     transformer_class: ClassVar[str]
@@ -40,6 +41,7 @@ class TransformerBase(LatentDiffusionBase):
     patch_size: ClassVar[int] = 2
     max_sequence_length: ClassVar[int] = 512
     caption_tokenizer: ClassVar[str] = "tokenizer"
+    negative_prompt_refusal: ClassVar[str | None] = None
 
     @abstractmethod
     def prompt_states(self, captions: list[str]) -> dict[str, Tensor]:
@@ -111,7 +113,15 @@ class TransformerBase(LatentDiffusionBase):
 
     @classmethod
     def guidance_arguments(cls, count: int, config: SamplingConfig) -> dict[str, object]:
-        """How this pipeline is told guidance and a negative prompt, for `count` images."""
+        """How this pipeline is told guidance and a negative prompt, for `count` images.
+
+        Raises:
+            ValueError: there is a negative prompt, and the pipeline takes none.
+        """
+        if cls.negative_prompt_refusal is not None:
+            if config.negative_prompt is not None:
+                raise ValueError(f"--negative_prompt: {cls.negative_prompt_refusal}; leave it out")
+            return {"guidance_scale": config.guidance_scale}
         negative_prompts = None
         if config.negative_prompt is not None:
             negative_prompts = [config.negative_prompt] * count

@@ -156,21 +156,25 @@ def _flux_schnell() -> DiffusionPipeline:
     return _flux(guidance_embeds=False)
 
 
+def _flux2_transformer(layer_count: int, *, guidance_embeds: bool) -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=layer_count * QWEN_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=guidance_embeds,
+    )
+
+
 def _flux2_klein() -> DiffusionPipeline:
     tokenizer = _qwen_tokenizer(512)
     layers_read = (9, 18, 27)  # of 36; the hidden states of these layers side by side are the text
     return diffusers.Flux2KleinPipeline(
-        transformer=diffusers.Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=len(layers_read) * QWEN_WIDTH,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(2, 2, 2, 2),
-            guidance_embeds=False,
-        ),
+        transformer=_flux2_transformer(len(layers_read), guidance_embeds=False),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=_flux2_autoencoder(),
         text_encoder=Qwen3ForCausalLM(_qwen3_config(tokenizer, layers=31)),
@@ -182,17 +186,7 @@ def _flux2_dev() -> DiffusionPipeline:
     processor = _mistral_processor()
     layers_read = (10, 20, 30)  # of 40
     return diffusers.Flux2Pipeline(
-        transformer=diffusers.Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=len(layers_read) * QWEN_WIDTH,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(2, 2, 2, 2),
-            guidance_embeds=True,
-        ),
+        transformer=_flux2_transformer(len(layers_read), guidance_embeds=True),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=_flux2_autoencoder(),
         text_encoder=Mistral3ForConditionalGeneration(_mistral3_config(processor.tokenizer, layers=31)),

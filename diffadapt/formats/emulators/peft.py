@@ -75,8 +75,11 @@ def open_transformer_file(tensors: Mapping[str, Tensor], family: str) -> Program
     """
     keys = [key for key in tensors if "dora_scale" not in key]
     is_lokr = any(".lokr_" in key for key in keys)
-    known = ("lora", "lokr") if family in _WITH_LOKR else ("lora",)
-    unknown_keys = [key for key in keys if not any(word in key for word in known)]
+    methods = ("lora", "lokr") if family in _WITH_LOKR else ("lora",)
+    unknown_keys = []
+    for key in keys:
+        if not any(method in key for method in methods):
+            unknown_keys.append(key)
     passes_over = family in _PASSING_OVER and len(unknown_keys) < len(keys)
     if unknown_keys and not passes_over:
         raise Refused(
